@@ -1,0 +1,43 @@
+# `make train VERSION=v22 ARGS="-p epochs 3 -p seed 1"`, `make test`, `make lab`. Needs Python >= 3.11, nothing else.
+
+PYTHON ?= python3
+VERSION ?= v22
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: train test lab notebooks showcase help
+
+help:
+	@echo 'make train VERSION=v22 [ARGS="-p epochs 3"]   train a version and judge it: notebook, HTML, verdict'
+	@echo 'make test                                    linters, pytest, nbval over every notebook'
+	@echo 'make lab                                     open JupyterLab'
+	@echo 'make notebooks                               run the notebooks in fast mode and store what nbval compares'
+
+train: .venv/main
+	@$(BIN)/python -m lvmlib train -p version $(VERSION) $(ARGS)
+
+lab: .venv/main
+	$(BIN)/jupyter lab notebooks/train.ipynb
+
+# Fast runs of tests go to a folder of their own: they must not meet what an older code left under outputs/.
+test: .venv/test
+	$(BIN)/ruff check .
+	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export LVM_OUTPUTS="$$outputs" LVM_FAST=1 && \
+	$(BIN)/python -m pytest && \
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
+
+notebooks: .venv/test
+	$(BIN)/python tests/refresh_notebooks.py
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python >= 3.11 is needed; name one by PYTHON=, as in: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/main: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/test: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[encode,test]'
+	@touch .venv/main $@

@@ -1,0 +1,28 @@
+"""Latent Vector Models: training the P6b family and judging it by 5CAT. The notebooks are the program."""
+
+from .errors import LVMError
+from .fivecat import fivecat
+from .models import baselines
+from .params import changes, check_injected, known_versions, version
+from .training import open_run, run_folder, train, validate, watched
+from .vectors import dataset
+from .verdict import checklist, comparison, verdict
+
+__all__ = [
+    "LVMError",
+    "baselines",
+    "changes",
+    "check_injected",
+    "checklist",
+    "comparison",
+    "dataset",
+    "fivecat",
+    "known_versions",
+    "open_run",
+    "run_folder",
+    "train",
+    "validate",
+    "verdict",
+    "version",
+    "watched",
+]

@@ -1,0 +1,207 @@
+"""The four architectures of handbook §2, and the trivial predictors, behind one call.
+
+Axes: B batch, T context length, D vector dimension, H hidden width.
+
+    raw, unit = model(context)      # context (B, T, D) → raw (B, D), unit = raw / ‖raw‖
+
+D comes from the data.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import LVMError
+from .vectors import Windows
+
+HIDDEN = 512
+
+
+class Predictor(nn.Module):
+    """What all predictors share: `raw(context)` is theirs, the unit vector and the shape check are here."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        if context.ndim != 3 or context.shape[-1] != self.dim:
+            raise LVMError(f"context has shape {tuple(context.shape)}; needed is (batch, context length, {self.dim})")
+        raw = self.raw(context).float()  # (B, D); losses and cosines are taken in float32 under autocast too
+        return raw, F.normalize(raw, dim=-1)
+
+    def raw(self, context: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def sinusoidal_positions(length: int, width: int) -> Tensor:
+    """(length, width) sines and cosines of falling frequency (Vaswani et al. 2017, §3.5)."""
+    position = torch.arange(length)[:, None]
+    frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    table = torch.zeros(length, width)
+    table[:, 0::2] = torch.sin(position * frequency)
+    table[:, 1::2] = torch.cos(position * frequency)
+    return table
+
+
+class Transformer(Predictor):
+    """Four decoder layers whose target and memory are both the context; the head reads the last position."""
+
+    def __init__(self, dim: int, context_length: int):
+        super().__init__(dim)
+        self.project = nn.Linear(dim, HIDDEN)
+        self.register_buffer("positions", sinusoidal_positions(context_length, HIDDEN), persistent=False)
+        self.register_buffer("causal", nn.Transformer.generate_square_subsequent_mask(context_length), persistent=False)
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(HIDDEN, nhead=8, dim_feedforward=2048, dropout=0.1, batch_first=True)
+            for _ in range(4)
+        )
+        self.head = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.GELU(), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, dim))
+
+    def raw(self, context: Tensor) -> Tensor:
+        memory = x = self.project(context) + self.positions  # (B, T, H)
+        for layer in self.layers:
+            x = layer(x, memory, tgt_mask=self.causal, memory_mask=self.causal)
+        return self.head(x[:, -1])
+
+
+class GRU(Predictor):
+    """Four GRU layers, each with a residual and a LayerNorm; the last step is read out."""
+
+    def __init__(self, dim: int, context_length: int):
+        super().__init__(dim)
+        self.project = nn.Linear(dim, HIDDEN)
+        self.layers = nn.ModuleList(nn.GRU(HIDDEN, HIDDEN, batch_first=True) for _ in range(4))
+        self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(4))
+        self.head = nn.Linear(HIDDEN, dim)
+
+    def raw(self, context: Tensor) -> Tensor:
+        x = self.project(context)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(x + layer(x)[0])  # (B, T, H)
+        return self.head(x[:, -1])
+
+
+class LSTM(Predictor):
+    """A two-layer LSTM; the last step is read out."""
+
+    def __init__(self, dim: int, context_length: int):
+        super().__init__(dim)
+        self.lstm = nn.LSTM(dim, HIDDEN, num_layers=2, dropout=0.2, batch_first=True)
+        self.head = nn.Linear(HIDDEN, dim)
+
+    def raw(self, context: Tensor) -> Tensor:
+        return self.head(self.lstm(context)[0][:, -1])
+
+
+class AMN(Predictor):
+    """Attention mixture network: the context's mean, corrected by what it attends to in the context."""
+
+    def __init__(self, dim: int, context_length: int):
+        super().__init__(dim)
+        self.query, self.key, self.value = (nn.Linear(dim, 256) for _ in range(3))
+        self.attended = nn.Linear(256, dim)
+        self.residual = nn.Sequential(
+            nn.Linear(2 * dim, 512),
+            nn.GELU(),
+            nn.LayerNorm(512),
+            nn.Linear(512, 256),
+            nn.GELU(),
+            nn.LayerNorm(256),
+            nn.Linear(256, dim),
+        )
+
+    def raw(self, context: Tensor) -> Tensor:
+        baseline = context.mean(1)  # (B, D)
+        query = self.query(baseline)[:, None]  # (B, 1, 256): one head
+        mixed = F.scaled_dot_product_attention(query, self.key(context), self.value(context))[:, 0]
+        return baseline + self.residual(torch.cat([baseline, self.attended(mixed)], -1))
+
+
+ARCHITECTURES = {"transformer": Transformer, "gru": GRU, "lstm": LSTM, "amn": AMN}
+
+
+def build(name: str, dim: int, context_length: int = 5) -> Predictor:
+    """A freshly initialised architecture. Raises LVMError for an unknown name."""
+    if name not in ARCHITECTURES:
+        raise LVMError(f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name](dim, context_length)
+
+
+class Weighted(Predictor):
+    """A fixed weight for each context position: raw = Σ_t w_t · context_t. Copy-last and the mean are cases of it."""
+
+    def __init__(self, dim: int, weights: Tensor):
+        super().__init__(dim)
+        self.register_buffer("weights", weights)
+
+    def raw(self, context: Tensor) -> Tensor:
+        return torch.einsum("t,btd->bd", self.weights, context)
+
+
+class Linear(Predictor):
+    """raw = flatten(context) @ weights, weights (T·D, D)."""
+
+    def __init__(self, dim: int, weights: Tensor):
+        super().__init__(dim)
+        self.register_buffer("weights", weights)
+
+    def raw(self, context: Tensor) -> Tensor:
+        return context.flatten(1) @ self.weights
+
+
+def fit_weights(train: Windows) -> Tensor:
+    """(T,) weights that minimise Σ ‖Σ_t w_t·context_t − target‖² over the training windows, in float64."""
+    gram = torch.zeros(train.context_length, train.context_length, dtype=torch.float64)
+    moment = torch.zeros(train.context_length, dtype=torch.float64)
+    for context, target in train.batches(4096):
+        context, target = context.double(), target.double()
+        gram += torch.einsum("btd,bsd->ts", context, context)
+        moment += torch.einsum("btd,bd->t", context, target)
+    # lstsq, not solve: near-constant sequences make the five vectors collinear.
+    return torch.linalg.lstsq(gram, moment[:, None], driver="gelsd").solution[:, 0].float()
+
+
+def fit_ridge(train: Windows, strengths=(1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)) -> tuple[Tensor, float]:
+    """(T·D, D) ridge weights, and the strength chosen: the best on every fifth training article, left out first."""
+    held = torch.from_numpy(train.article % 5 == 0)
+    size = train.context_length * train.store.dim
+    sums = {part: [torch.zeros(size, size), torch.zeros(size, train.store.dim)] for part in (False, True)}
+    for first, (context, target) in zip(range(0, len(train), 4096), train.batches(4096), strict=True):
+        out = held[first : first + len(target)]
+        for part, (gram, moment) in sums.items():
+            x, y = context[out == part].flatten(1), target[out == part]
+            gram += x.T @ x
+            moment += x.T @ y
+
+    def solve(gram: Tensor, moment: Tensor, strength: float) -> Tensor:
+        factor = torch.linalg.cholesky(gram.double() + strength * torch.eye(size, dtype=torch.float64))
+        return torch.cholesky_solve(moment.double(), factor).float()
+
+    def error_on_held(weights: Tensor) -> float:  # ‖XW − Y‖² without the constant ‖Y‖²
+        gram, moment = sums[True]
+        return float((weights * (gram @ weights)).sum() - 2 * (weights * moment).sum())
+
+    if bool(held.any()) and not bool(held.all()):
+        strength = min(strengths, key=lambda s: error_on_held(solve(*sums[False], s)))
+    else:
+        strength = sorted(strengths)[len(strengths) // 2]  # too few articles to choose by
+    gram, moment = (a + b for a, b in zip(*sums.values(), strict=True))
+    return solve(gram, moment, strength), strength
+
+
+def baselines(train: Windows) -> dict[str, Predictor]:
+    """The trivial predictors, the last two fitted to the training windows by least squares."""
+    dim, length = train.store.dim, train.context_length
+    last = torch.zeros(length)
+    last[-1] = 1.0
+    return {
+        "copy last": Weighted(dim, last),
+        "mean": Weighted(dim, torch.full((length,), 1 / length)),
+        "weighted mean": Weighted(dim, fit_weights(train)),
+        "ridge": Linear(dim, fit_ridge(train)[0]),
+    }

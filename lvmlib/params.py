@@ -1,0 +1,379 @@
+"""Versions: small YAML files in `params/`, merged deeply into frozen dataclasses and checked.
+
+`version("v22", epochs=3)` reads params/v22.yaml, what it extends, down to base.yaml, and then the overrides.
+Unknown keys, wrong types and impossible values are refused with the file, the key and the nearest known name.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .errors import LVMError
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout: paths never start from the working directory
+PARAMS = ROOT / "params"
+OUTPUTS = ROOT / "outputs"
+
+Steps = tuple[tuple[int, float], ...]  # ((first epoch, value), …): a value holds until the next first epoch
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    lr: float = 5e-4  # AdamW
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0  # gradients are clipped to this total norm
+    plateau_factor: float = 0.5  # ReduceLROnPlateau on the validation loss
+    plateau_patience: int = 3
+
+
+@dataclass(frozen=True)
+class Directional:
+    """L_dir, handbook §3."""
+
+    kind: Literal["none", "smooth", "scale_aware"] = "none"
+    gamma: float = 4.0  # sharpness of the softplus
+    alpha: float = 0.7  # weight of the gap against the ratio (scale_aware)
+    margin_ratio: float = 0.05  # m_ratio (scale_aware)
+    prev: int = -2  # the context vector that the prediction is to leave behind
+
+
+@dataclass(frozen=True)
+class Floor:
+    tau: float = 0.0  # cos(p, y) below tau is penalised
+    weight: float = 0.0  # β
+
+
+@dataclass(frozen=True)
+class Losses:
+    directional: Directional = field(default_factory=Directional)
+    floor: Floor = field(default_factory=Floor)
+    norm: float = 0.0  # η
+    orthogonality: float = 0.0  # κ
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Confidence gate: λ is multiplied by clamp((mean cos(p, y) − low) / width, 0, 1)."""
+
+    low: float
+    width: float
+
+
+@dataclass(frozen=True)
+class Control:
+    rule: Literal["none", "fraction", "rho_cap", "rho_controller", "fixed"] = "none"
+    lambda_min: float = 1e-4
+    lambda_max: float = 0.05  # rule `fixed` stays here
+    guard: Literal["none", "v2", "v21"] = "none"
+    gate: Gate | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Piecewise constant over epochs, which count from 1."""
+
+    margin: Steps = ()  # m_gap
+    fraction: Steps = ()  # rules fraction and rho_cap
+    rho_target: Steps = ()  # rule rho_controller
+    rho_cap: Steps = ()  # rules rho_cap and rho_controller
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the handbook expects from `from_epoch` on; margin as a band (low, high)."""
+
+    from_epoch: int
+    margin: tuple[float, float]
+    recall_at_5: float
+    val_cos: float
+    rho: float
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the original run gave (on its own data and model)."""
+
+    margin: float | None = None  # offset-sweep margin, read one step late
+    recall_at_5: float | None = None  # among six candidates, chance 5/6
+    val_cos: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Version:
+    """Everything a run depends on. Built by `version`, never by hand."""
+
+    name: str
+    about: str  # the file's first comment line: why this version exists
+    extends: str  # the parent version, empty for the first
+    data: str = "wikipedia"  # an embedded dataset, world:NAME, or a store's folder
+    horizon: int = 2  # the target is this many chunks after the context
+    context_length: int = 5
+    model: Literal["transformer", "gru", "lstm", "amn"] = "transformer"
+    epochs: int = 12
+    batch_size: int = 32
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    log_every: int = 200  # steps between two rows of steps.csv
+    fast: bool = False  # a smoke run: a few hundred windows, two epochs
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    losses: Losses = field(default_factory=Losses)
+    control: Control = field(default_factory=Control)
+    schedule: Schedule = field(default_factory=Schedule)
+    expected: tuple[Expected, ...] = ()
+    published: Published = field(default_factory=Published)
+
+    def to_dict(self) -> dict:
+        """Plain nested dict, as `run.yaml` keeps it."""
+        return _plain(dataclasses.asdict(self))
+
+
+def known_versions() -> list[str]:
+    """Names of the version files, in the order of the family: by length, then by letter."""
+    return sorted((p.stem for p in PARAMS.glob("*.yaml") if p.stem != "base"), key=lambda n: (len(n), n))
+
+
+def version(name: str, overrides: Mapping[str, Any] | None = None, **top: Any) -> Version:
+    """The version `name` with `overrides` (nested, merged deeply) and then `top` (top-level keys; None = keep).
+
+    In fast mode the run has at most two epochs. Raises LVMError for an unknown version (the known ones are
+    listed), an unknown key (the nearest is named), a wrong type or an impossible value.
+    """
+    merged, about, extends = _merged(name)
+    where = f"params/{name}.yaml"
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise LVMError(f"overrides: is {overrides!r}; needed is a dict, such as {{'optimizer': {{'lr': 1.0e-4}}}}")
+    top = {key: value for key, value in top.items() if value is not None}
+    if overrides or top:
+        where += " with overrides"
+        merged = merge(merge(merged, overrides or {}), top)
+    for key in ("name", "about", "extends"):
+        if key in merged:
+            raise LVMError(f"{where}: key {key!r} cannot be set")
+    built = _build(Version, {**merged, "name": name, "about": about, "extends": extends}, where)
+    if built.fast and built.epochs > 2:
+        built = dataclasses.replace(built, epochs=2)
+    _check(built, where)
+    return built
+
+
+def changes(own: Version) -> list[tuple[str, Any, Any]]:
+    """How a version differs from its parent: (dotted key, parent's value, own value), keys in order."""
+    base = version(own.extends) if own.extends else Version(name="", about="", extends="")
+    theirs, ours = flat(base.to_dict()), flat(own.to_dict())
+    skip = ("name", "about", "extends", "expected", "published")
+    return [
+        (k, theirs.get(k), ours.get(k))
+        for k in {**theirs, **ours}
+        if not k.startswith(skip) and theirs.get(k) != ours.get(k)
+    ]
+
+
+def merge(base: Mapping, over: Mapping) -> dict:
+    """`base` with `over` laid on it, dicts merged at every depth; lists and scalars are replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def flat(nested: Mapping, prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} → {'a.b': 1}."""
+    out: dict[str, Any] = {}
+    for key, value in nested.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def check_injected(cells: list[str]) -> None:
+    """Fail on a papermill `-p` name that the notebook's own parameters cell does not have.
+
+    `cells`: IPython's `In`. Papermill itself only warns; a mistyped name would silently do nothing.
+    """
+    injected = [i for i, source in enumerate(cells) if source.startswith("# Parameters\n")]
+    if not injected:
+        return
+    known = {name for source in cells[: injected[0]] for name in _assigned(source)}
+    for name in _assigned(cells[injected[-1]]):
+        if name not in known:
+            raise LVMError(
+                f"parameter {name!r} is not one of this notebook's{_nearest(name, known)}; "
+                f"known: {', '.join(sorted(known))}"
+            )
+
+
+def _assigned(source: str) -> list[str]:
+    return [
+        t.id
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        for t in node.targets
+        if isinstance(t, ast.Name)
+    ]
+
+
+def _merged(name: Any, chain: tuple[str, ...] = ()) -> tuple[dict, str, str]:
+    """A version's content over all it extends; its own first comment line; its parent."""
+    known = known_versions()
+    if not isinstance(name, str) or (name not in known and not (chain and name == "base")):
+        hint = _nearest(f"v{name}" if not isinstance(name, str) else name, known)
+        raise LVMError(f"unknown version {name!r}{hint}; known: {', '.join(known)}")
+    if name in chain:
+        raise LVMError(f"params/{name}.yaml: extends itself through {' → '.join((*chain, name))}")
+    text, content = _read(PARAMS / f"{name}.yaml")
+    about = text.splitlines()[0].removeprefix("#").strip() if text.startswith("#") else ""
+    parent = content.pop("extends", "" if name == "base" else "base")
+    below = _merged(parent, (*chain, name))[0] if parent else {}
+    return merge(below, content), about, "" if parent == "base" else parent
+
+
+def _read(path: Path) -> tuple[str, dict]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise LVMError(f"params/{path.name}: cannot be read as YAML ({e})") from e
+    if not isinstance(content, dict):
+        raise LVMError(f"params/{path.name}: holds {type(content).__name__}; needed are `key: value` lines")
+    return text, content
+
+
+def _nearest(name: str, known) -> str:
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _build(cls, content: Mapping, where: str, prefix: str = ""):
+    hints = typing.get_type_hints(cls)
+    for key in content:
+        if key not in hints:
+            raise LVMError(
+                f"{where}: unknown key {prefix + str(key)!r}{_nearest(key, hints)}; known here: {', '.join(hints)}"
+            )
+    needed = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if needed:
+        raise LVMError(f"{where}: key {prefix + needed[0]!r} is missing")
+    return cls(**{k: _value(hints[k], v, where, prefix + k) for k, v in content.items()})
+
+
+def _value(kind, value, where: str, key: str):
+    """`value` as `kind`, or LVMError. Whole numbers pass as floats; nothing else is converted."""
+
+    def refuse(needed: str):
+        hint = (
+            " (in YAML write 1.0e-4: without the dot it is text)"
+            if isinstance(value, str) and needed == "a number"
+            else ""
+        )
+        return LVMError(f"{where}: {key} is {value!r}; needed is {needed}{hint}")
+
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise refuse(f"a group of keys: {', '.join(f.name for f in dataclasses.fields(kind))}")
+        return _build(kind, value, where, key + ".")
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _value(args[0], value, where, key)
+    if origin is Literal:
+        if value not in args or not isinstance(value, str):
+            raise refuse("one of " + ", ".join(args) + (_nearest(value, args) if isinstance(value, str) else ""))
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise refuse("a list")
+        if args[-1] is Ellipsis:
+            return tuple(_value(args[0], v, where, f"{key}[{i}]") for i, v in enumerate(value))
+        if len(value) != len(args):
+            raise refuse(f"a list of {len(args)}")
+        return tuple(_value(a, v, where, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    if kind is float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise refuse("a number")
+        return float(value)
+    needed = {int: "a whole number", str: "text", bool: "true or false"}[kind]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise refuse(needed)
+    return value
+
+
+def _check(v: Version, where: str) -> None:
+    def need(good: bool, key: str, value, needed: str):
+        if not good:
+            raise LVMError(f"{where}: {key} is {value!r}; needed is {needed}")
+
+    for key in ("epochs", "batch_size", "horizon", "log_every"):
+        need(getattr(v, key) >= 1, key, getattr(v, key), "at least 1")
+    need(v.seed >= 0, "seed", v.seed, "0 or more")
+    need(v.context_length >= 2, "context_length", v.context_length, "at least 2")
+    d, c, o = v.losses.directional, v.control, v.optimizer
+    need(-v.context_length <= d.prev <= -1, "losses.directional.prev", d.prev, f"-{v.context_length} to -1")
+    need(d.gamma > 0, "losses.directional.gamma", d.gamma, "above 0")
+    need(0 <= d.alpha <= 1, "losses.directional.alpha", d.alpha, "0 to 1")
+    need(-1 <= v.losses.floor.tau <= 1, "losses.floor.tau", v.losses.floor.tau, "a cosine, -1 to 1")
+    for key, weight in (
+        ("floor.weight", v.losses.floor.weight),
+        ("norm", v.losses.norm),
+        ("orthogonality", v.losses.orthogonality),
+    ):
+        need(weight >= 0, f"losses.{key}", weight, "0 or more")
+    need(
+        0 < c.lambda_min <= c.lambda_max,
+        "control.lambda_min",
+        c.lambda_min,
+        f"above 0 and at most lambda_max {c.lambda_max}",
+    )
+    need(c.gate is None or c.gate.width > 0, "control.gate.width", c.gate and c.gate.width, "above 0")
+    need(o.lr > 0 and o.clip_norm > 0, "optimizer", (o.lr, o.clip_norm), "lr and clip_norm above 0")
+    need(
+        o.weight_decay >= 0 and o.plateau_patience >= 0,
+        "optimizer",
+        (o.weight_decay, o.plateau_patience),
+        "weight_decay and plateau_patience 0 or more",
+    )
+    need(0 < o.plateau_factor < 1, "optimizer.plateau_factor", o.plateau_factor, "between 0 and 1")
+    need(
+        (d.kind == "none") == (c.rule == "none"),
+        "control.rule",
+        c.rule,
+        f"{'none' if d.kind == 'none' else 'a rule'}, as losses.directional.kind is {d.kind!r}",
+    )
+    needs = {
+        "none": (),
+        "fraction": ("margin", "fraction"),
+        "rho_cap": ("margin", "fraction", "rho_cap"),
+        "rho_controller": ("margin", "rho_target", "rho_cap"),
+        "fixed": ("margin",),
+    }[c.rule]
+    for key in needs:
+        need(bool(getattr(v.schedule, key)), f"schedule.{key}", (), f"steps [[1, value], …], for rule {c.rule}")
+    for f in dataclasses.fields(v.schedule):
+        firsts = [first for first, _ in getattr(v.schedule, f.name)]
+        need(
+            not firsts or (firsts[0] == 1 and all(a < b for a, b in zip(firsts, firsts[1:], strict=False))),
+            f"schedule.{f.name}",
+            firsts,
+            "first epochs that rise from 1",
+        )
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,483 @@
+"""One run: a loop that yields a history row an epoch, writes its folder, and can be reused or resumed.
+
+    run = train(version, data)
+    for row in run: …            # rows already on disk first, then each new epoch as it ends
+    run.history, run.steps       # frames; run.best: the best checkpoint as a model
+
+The folder, `outputs/<dataset>/<version>/seed<k>/`:
+
+    run.yaml            parameters, dataset fingerprint, library versions, commit; when finished: time and memory
+    steps.csv           a row every `log_every` steps, the first and the last
+    epochs.csv          a row an epoch
+    best.safetensors    weights of the epoch with the lowest validation loss
+    last/state.pt       all that resuming needs
+    fivecat.json        written by the notebook
+
+A file appears whole or not at all. The epoch's random stream and data order depend on seed and epoch alone,
+so a run resumed at an epoch's end goes on to the same weights, bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+import yaml
+
+from . import controller, losses, models
+from .errors import LVMError
+from .params import OUTPUTS, ROOT, Version, flat
+from .vectors import Dataset, Windows
+
+EPOCH_COLUMNS = (
+    "epoch",
+    "train_loss",
+    "val_loss",
+    "mse",
+    "directional",
+    "floor",
+    "norm",
+    "orthogonality",
+    "val_cos",
+    "margin",
+    "recall_at_5",
+    "rho",
+    "rho_target",
+    "rho_cap",
+    "lambda_eff",
+    "pos",
+    "neg",
+    "gap",
+    "ratio",
+    "skips",
+    "learning_rate",
+    "seconds",
+)
+STEP_COLUMNS = (
+    "epoch",
+    "step",
+    "loss",
+    "mse",
+    "directional",
+    "floor",
+    "norm",
+    "orthogonality",
+    "lambda_eff",
+    "rho",
+    "rho_target",
+    "rho_cap",
+    "margin_target",
+    "gate",
+    "pos",
+    "neg",
+    "gap",
+    "ratio",
+    "skip",
+    "gradient_norm",
+)
+NOT_COMPARED = ("about", "expected", "published")  # words and figures to compare with: no part of the training
+EVALUATION_BATCH = 512
+
+
+def run_folder(version: Version, run_name: str | None = None) -> Path:
+    """Where a run lives: outputs/<dataset>/<version>/seed<k>, for another model than the transformer seed<k>-<model>.
+
+    Fast runs have a tree of their own, outputs/fast/. Raises LVMError for a run_name that is not a plain name.
+    """
+    name = run_name or f"seed{version.seed}" + ("" if version.model == "transformer" else f"-{version.model}")
+    if not isinstance(name, str) or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+        raise LVMError(f"run_name {name!r}: use letters, digits, '-', '_' and '.', and begin with none of the last")
+    dataset = version.data.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
+    root = Path(os.environ.get("LVM_OUTPUTS") or OUTPUTS)
+    return root / ("fast" if version.fast else "") / dataset / version.name / name
+
+
+def train(version: Version, data: Dataset, out: str | os.PathLike | None = None, fresh: bool = False) -> Run:
+    """The run of `version` on `data` in folder `out` (default: `run_folder`). Iterating over it trains.
+
+    A finished run of the same parameters and data is reused, an interrupted one resumed. One with others is
+    refused (LVMError names the differing keys). `fresh` moves the old folder aside, to NAME.old-1 and so on.
+    """
+    folder = Path(out) if out is not None else run_folder(version)
+    if fresh and (folder / "run.yaml").exists():
+        folder.rename(
+            next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+        )
+    return Run(version, data, folder)
+
+
+def open_run(folder: str | os.PathLike) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
+    """run.yaml, epochs.csv and steps.csv of a run's folder. Raises LVMError where one is missing or damaged."""
+    folder = Path(folder)
+    try:
+        record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not isinstance(record.get("parameters"), dict):
+            raise ValueError("no parameters in run.yaml")
+        # round_trip: the default parser may miss the last bit, and a reopened history must equal the one written
+        epochs, steps = (pd.read_csv(folder / f, float_precision="round_trip") for f in ("epochs.csv", "steps.csv"))
+        for frame, columns, name in ((epochs, EPOCH_COLUMNS, "epochs.csv"), (steps, STEP_COLUMNS, "steps.csv")):
+            if tuple(frame.columns) != columns:
+                raise ValueError(f"{name} does not have the columns {', '.join(columns)}")
+    except (OSError, ValueError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise LVMError(
+            f"{folder}: not the folder of a run that can be read ({e}); train it, or restore the file"
+        ) from e
+    return record, epochs, steps
+
+
+class Run:
+    """A run and its folder; see `train`. Iterating yields each epoch's row as a dict with EPOCH_COLUMNS."""
+
+    def __init__(self, version: Version, data: Dataset, folder: Path):
+        self.version, self.data, self.folder = version, data, folder
+        self.device = pick_device(version.device)
+        self.precision = pick_precision(version.precision, self.device)
+        self.history = pd.DataFrame(columns=EPOCH_COLUMNS)
+        self.steps = pd.DataFrame(columns=STEP_COLUMNS)
+        self.record = self._record()
+        self._state: dict | None = None  # what resuming needs, where something is to be resumed
+        self.found = "new"  # or "interrupted", "finished": what stood in the folder
+        if (folder / "run.yaml").exists():
+            self._reopen()
+
+    @property
+    def finished(self) -> bool:
+        return len(self.history) >= self.version.epochs
+
+    def __len__(self) -> int:
+        return self.version.epochs
+
+    def __iter__(self) -> Iterator[dict]:
+        yield from self.history.to_dict("records")
+        if not self.finished:
+            yield from self._train()
+
+    @property
+    def best(self) -> models.Predictor:
+        """The checkpoint with the lowest validation loss, in eval mode on the run's device."""
+        model = models.build(self.version.model, self.data.store.dim, self.version.context_length)
+        path = self.folder / "best.safetensors"
+        try:
+            model.load_state_dict(safetensors.torch.load_file(path))
+        except (OSError, RuntimeError, safetensors.SafetensorError) as e:
+            raise LVMError(
+                f"{path}: not the weights of this run ({type(e).__name__}: {e}); train anew with "
+                "`fresh`, or restore the file"
+            ) from e
+        return model.to(self.device).eval()
+
+    def _record(self) -> dict:
+        return {
+            "parameters": self.version.to_dict(),
+            "dataset": {
+                "name": self.data.store.name,
+                "fingerprint": self.data.store.fingerprint,
+                "windows": {w.split: len(w) for w in (self.data.train, self.data.val, self.data.ood)},
+            },
+            "computed": {"device": str(self.device), "precision": self.precision, "threads": torch.get_num_threads()},
+            "software": {
+                "python": platform.python_version(),
+                "commit": commit(),
+                **{p: metadata.version(p) for p in ("torch", "numpy", "pandas", "safetensors")},
+            },
+        }
+
+    def _reopen(self) -> None:
+        """Take up what stands in the folder, or refuse it."""
+        record, epochs, steps = open_run(self.folder)
+        ours, theirs = (
+            {
+                **flat(r["parameters"]),
+                **flat(r.get("dataset", {}), "dataset."),
+                "computed.precision": r.get("computed", {}).get("precision"),
+            }
+            for r in (self.record, record)
+        )
+        differing = [
+            f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
+            for k in {**theirs, **ours}
+            if theirs.get(k) != ours.get(k) and not k.startswith(NOT_COMPARED)
+        ]
+        if differing:
+            raise LVMError(
+                f"{self.folder}: holds a run with other parameters ({'; '.join(differing)}). Name this one "
+                "apart with run_name, or set `fresh` to move the old folder aside"
+            )
+        self.record, self.history, self.steps = record, epochs, steps
+        if not self.finished and (self.folder / "last" / "state.pt").exists():
+            # Killed between the state and the tables, the tables lag an epoch behind: the state is the truth.
+            self._state = self._load_state()
+            self.history = pd.DataFrame(json.loads(self._state["history"]), columns=EPOCH_COLUMNS)
+            self.steps = pd.DataFrame(json.loads(self._state["steps"]), columns=STEP_COLUMNS)
+            self._write_tables()
+        self.found = "finished" if self.finished else "interrupted"
+
+    def _train(self) -> Iterator[dict]:
+        v, device = self.version, self.device
+        fused = device.type in ("cpu", "cuda")
+        with seeded(v.seed, 0):
+            model = models.build(v.model, self.data.store.dim, v.context_length).to(device)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=v.optimizer.lr, weight_decay=v.optimizer.weight_decay, fused=fused
+        )
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=v.optimizer.plateau_factor, patience=v.optimizer.plateau_patience
+        )
+        best = math.inf
+        if self._state:
+            model.load_state_dict(self._state["model"])
+            optimizer.load_state_dict(self._state["optimizer"])
+            plateau.load_state_dict(self._state["plateau"])
+            best = self._state["best"]
+            self._state = None
+        else:
+            (self.folder / "last").mkdir(parents=True, exist_ok=True)
+            self.history, self.steps = self.history[:0], self.steps[:0]
+            self._write_tables()
+        vectors = torch.from_numpy(self.data.store.vectors).to(device)
+        history, steps = self.history.to_dict("records"), self.steps.to_dict("records")
+        for epoch in range(len(history) + 1, v.epochs + 1):
+            started = time.perf_counter()
+            learning_rate = optimizer.param_groups[0]["lr"]
+            with seeded(v.seed, epoch):
+                means, logged = self._epoch(epoch, model, optimizer, vectors)
+            val = validate(model, self.data.val, vectors)
+            plateau.step(val["val_loss"])
+            if val["val_loss"] < best:
+                best = val["val_loss"]
+                write_whole(
+                    self.folder / "best.safetensors",
+                    lambda p: safetensors.torch.save_file(
+                        {k: t.contiguous() for k, t in model.state_dict().items()}, p
+                    ),
+                )
+            row = {
+                **means,
+                **val,
+                "epoch": epoch,
+                "learning_rate": learning_rate,
+                "seconds": time.perf_counter() - started,
+            }
+            history.append({c: row[c] for c in EPOCH_COLUMNS})
+            steps += logged
+            state = {
+                "best": best,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "plateau": plateau.state_dict(),
+                "history": json.dumps(history),
+                "steps": json.dumps(steps),
+            }
+            write_whole(self.folder / "last" / "state.pt", lambda p, s=state: torch.save(s, p))
+            self.history, self.steps = pd.DataFrame(history), pd.DataFrame(steps)
+            self._write_tables()
+            yield history[-1]
+
+    def _write_tables(self) -> None:
+        write_whole(self.folder / "epochs.csv", lambda p: self.history.to_csv(p, index=False))
+        write_whole(self.folder / "steps.csv", lambda p: self.steps.to_csv(p, index=False))
+        if self.finished:
+            self.record["finished"] = {
+                "training_seconds": round(float(self.history["seconds"].sum()), 1),
+                "peak_memory_mib": round(peak_memory_mib()),
+            }
+        write_whole(
+            self.folder / "run.yaml",
+            lambda p: Path(p).write_text(
+                yaml.safe_dump(self.record, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            ),
+        )
+
+    def _epoch(self, epoch: int, model, optimizer, vectors) -> tuple[dict, list[dict]]:
+        """One pass over the training windows: means over the epoch's windows, and the rows to log."""
+        v, windows = self.version, self.data.train
+        now = controller.phase(v.schedule, epoch)
+        # What λ aims at: ρ_target, or for the older rules the fraction.
+        target = now.fraction if math.isnan(now.rho_target) else now.rho_target
+        order = torch.randperm(len(windows)).numpy()
+        last = math.ceil(len(windows) / v.batch_size)
+        done = (epoch - 1) * last
+        sums: dict[str, float] = {}
+        seen = acted = 0
+        logged = []
+        model.train()
+        for i in range(last):
+            index = order[i * v.batch_size : (i + 1) * v.batch_size]
+            context, y = windows.batch(index, vectors)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                raw, unit = model(context)
+            terms = losses.terms(raw, unit, context, y, now.margin if v.control.rule != "none" else 0.0, v.losses)
+            watched = losses.health(unit, y, context[:, v.losses.directional.prev])
+            names = [*terms._fields, *watched]
+            # One transfer a step from the device, for everything the controller and the log need.
+            values = dict(zip(names, torch.stack([*terms, *watched.values()]).detach().tolist(), strict=True))
+            decision = controller.decide(
+                v.control, now, values["mse"], values["directional"], values["pos"], values["neg"]
+            )
+            total = terms.total(v.losses, decision.lambda_eff)
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), v.optimizer.clip_norm)
+            loss = float(total.detach())
+            if not math.isfinite(loss):
+                raise LVMError(
+                    f"{self.folder}: the loss is {loss} at epoch {epoch}, step {done + i + 1} "
+                    f"(learning rate {optimizer.param_groups[0]['lr']:g}, "
+                    + ", ".join(f"{k} {x:.4g}" for k, x in values.items())
+                    + "); lower the learning rate, or train in float32"
+                )
+            optimizer.step()
+            row = {**values, "loss": loss, "lambda_eff": decision.lambda_eff, "rho": decision.rho}
+            acts = len(index) * (v.control.rule != "none" and not decision.skip)
+            for key, value in row.items():
+                sums[key] = sums.get(key, 0.0) + value * (acts if key in ("lambda_eff", "rho") else len(index))
+            seen, acted = seen + len(index), acted + acts
+            sums["skips"] = sums.get("skips", 0) + decision.skip
+            step = done + i + 1
+            if step == 1 or step % v.log_every == 0 or step == last * v.epochs:
+                row |= {
+                    "epoch": epoch,
+                    "step": step,
+                    "rho_target": target,
+                    "rho_cap": now.rho_cap,
+                    "margin_target": now.margin,
+                    "gate": decision.gate,
+                    "skip": int(decision.skip),
+                    "gradient_norm": float(gradient_norm),
+                }
+                logged.append({c: row[c] for c in STEP_COLUMNS})
+        skips = sums.pop("skips")
+        # λ and ρ are means over the windows where the directional term acted: skips are counted apart.
+        means = {k: s / max(acted, 1) if k in ("lambda_eff", "rho") else s / seen for k, s in sums.items()}
+        return {
+            **means,
+            "train_loss": means["loss"],
+            "skips": skips,
+            "rho_target": target,
+            "rho_cap": now.rho_cap,
+        }, logged
+
+    def _load_state(self) -> dict:
+        path = self.folder / "last" / "state.pt"
+        try:
+            return torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as e:  # whatever a damaged file makes of torch.load
+            raise LVMError(f"{path}: cannot be read ({type(e).__name__}); train anew with `fresh`") from e
+
+
+@torch.no_grad()
+def validate(model: models.Predictor, windows: Windows, vectors: torch.Tensor | None = None) -> dict[str, float]:
+    """Validation loss (L_mse), cosine, and the mini-5CAT of handbook §4, in float32.
+
+    margin = mean [cos(p, y) − cos(p, context[-1])]; recall_at_5 = share of windows whose target is among the five
+    best of {context vectors, target}: chance 5/6 at T = 5, and copying the last vector does better than chance.
+    """
+    training = model.training
+    model.eval()
+    device = next(t.device for t in (*model.parameters(), *model.buffers()))
+    vectors = torch.from_numpy(windows.store.vectors).to(device) if vectors is None else vectors
+    sums = torch.zeros(4, dtype=torch.float64)
+    for context, y in windows.batches(EVALUATION_BATCH, vectors):
+        raw, unit = model(context)
+        to_target = losses.cosine(unit, y)
+        to_context = torch.nn.functional.cosine_similarity(unit[:, None], context, dim=-1)  # (B, T)
+        rank = 1 + (to_context > to_target[:, None]).sum(1)
+        sums += (
+            torch.stack(
+                [
+                    (raw - y).square().mean(-1).sum(),
+                    to_target.sum(),
+                    (to_target - to_context[:, -1]).sum(),
+                    (rank <= 5).sum(),
+                ]
+            )
+            .double()
+            .cpu()
+        )
+    model.train(training)
+    return dict(zip(("val_loss", "val_cos", "margin", "recall_at_5"), (sums / len(windows)).tolist(), strict=True))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, epoch: int):
+    """Inside, torch's global random stream depends on (seed, epoch) alone; outside it goes on as if nothing was."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1))
+        yield
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: a CUDA device, else Apple's, else the CPU. Raises LVMError where the named one is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise LVMError(f"device {name!r}: not on this machine ({str(e).splitlines()[0]}); use auto or cpu") from e
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`auto`: bfloat16 where the device computes it fast (on a CPU: AVX-512 BF16 or AMX), else float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    else:
+        fast = False
+    return "bfloat16" if fast else "float32"
+
+
+def write_whole(path: Path, write) -> None:
+    """`write(partial)` and rename: the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    with open(partial, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def peak_memory_mib() -> float:
+    """The process's largest resident size so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak / (1024 if sys.platform != "darwin" else 1024**2)
+
+
+def watched() -> bool:
+    """Whether a person watches this process: a terminal, or a kernel that a Jupyter server started (not papermill's)."""
+    return "JPY_SESSION_NAME" in os.environ or sys.stdout.isatty()
+
+
+def commit() -> str:
+    """The checkout's commit, marked `+` if files differ from it; empty outside a checkout."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            check=False,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""

@@ -1,0 +1,350 @@
+"""The vector store on disk, splits by article, and windows as row numbers.
+
+Axes: M chunks in the store, D vector dimension, N windows, T context length, B batch.
+
+A store is a folder:
+
+    vectors.npy     (M, D) float16 or float32, unit vectors, memory-mapped
+    chunks.npy      (M, 2) int32: article number, position within the article; row by row in reading order
+    articles.csv    article, title, split (train, val, ood, or empty: not used)
+    datasheet.yaml  name, how it was made, and the sha256 of the three files above
+
+A window is a run of T consecutive chunks of one article and the target `horizon` chunks after the last of
+them. It is kept as one number, the row of its first chunk; vectors are gathered a batch at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+
+from .errors import LVMError
+from .params import ROOT
+
+SPLITS = ("train", "val", "ood")
+EMBEDDED = Path(__file__).resolve().parent / "data"
+STORE_FILES = ("vectors.npy", "chunks.npy", "articles.csv", "datasheet.yaml")
+NORM_TOLERANCE = 0.01  # float16 rounds a unit vector's norm by less than 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """Vectors of a corpus with their article and position; see the module's head for the files.
+
+    `vectors` (M, D); `article`, `position` (M,) int32; `articles`: a frame indexed by article number with
+    columns title and split; `fingerprint`: sha256 over vectors, chunk table and splits.
+    """
+
+    name: str
+    vectors: np.ndarray
+    article: np.ndarray
+    position: np.ndarray
+    articles: pd.DataFrame
+    datasheet: dict
+    fingerprint: str
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[1]
+
+    def rows(self, split: str) -> np.ndarray:
+        """Row numbers of a split's chunks, in reading order."""
+        return np.flatnonzero(np.isin(self.article, self.articles.index[self.articles["split"] == split]))
+
+
+def make_store(name: str, vectors, article, position, articles: pd.DataFrame, datasheet: dict | None = None) -> Store:
+    """A store from arrays in memory, checked. Raises LVMError on anything a training run could trip over."""
+    vectors, chunks = np.asanyarray(vectors), np.stack([np.asarray(article), np.asarray(position)], 1).astype(np.int32)
+    check_vectors(vectors, name)
+    check_chunks(chunks, len(vectors), name)
+    check_articles(articles, chunks[:, 0], name)
+    return Store(
+        name, vectors, chunks[:, 0], chunks[:, 1], articles, datasheet or {}, _fingerprint(vectors, chunks, articles)
+    )
+
+
+def write_store(store: Store, folder: str | os.PathLike) -> Path:
+    """Write a store as a folder: whole or not at all, and never over something that is there.
+
+    Raises LVMError if the folder exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise LVMError(f"{folder}: is there already; name a new folder, or move the old one aside")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    np.save(partial / "vectors.npy", store.vectors)
+    np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
+    store.articles.to_csv(partial / "articles.csv", index_label="article")
+    datasheet = {
+        "name": store.name,
+        **store.datasheet,
+        "sha256": {f: sha256_file(partial / f) for f in STORE_FILES[:3]},
+    }
+    (partial / "datasheet.yaml").write_text(
+        yaml.safe_dump(datasheet, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    partial.rename(folder)
+    return folder
+
+
+def open_store(folder: str | os.PathLike) -> Store:
+    """Open a store folder; the vectors stay on disk, memory-mapped.
+
+    Raises LVMError, naming the file, on a missing or damaged file, a wrong checksum, a wrong shape or dtype,
+    NaN, zero or unnormalised vectors, articles torn apart, or an article in two splits.
+    """
+    folder = Path(folder)
+    for name in STORE_FILES:
+        if not (folder / name).is_file():
+            raise LVMError(f"{folder / name}: missing; a store folder holds {', '.join(STORE_FILES)}")
+    try:
+        datasheet = yaml.safe_load((folder / "datasheet.yaml").read_text(encoding="utf-8"))
+        recorded = dict(datasheet["sha256"])
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
+        raise LVMError(
+            f"{folder / 'datasheet.yaml'}: cannot be read as a datasheet with checksums ({e!r}); restore the file"
+        ) from e
+    for name in STORE_FILES[:3]:
+        if sha256_file(folder / name) != recorded.get(name):
+            raise LVMError(
+                f"{folder / name}: its sha256 is not the one in datasheet.yaml; the file is damaged or "
+                "was changed: restore it, or build the store anew"
+            )
+    vectors = _load_array(folder / "vectors.npy", mmap=True)
+    chunks = _load_array(folder / "chunks.npy", mmap=False)
+    try:
+        # Read as text first: an article listed twice must be seen, not merged.
+        articles = pd.read_csv(folder / "articles.csv", keep_default_na=False, dtype={"title": str, "split": str})
+        articles = articles.astype({"article": np.int32}).set_index("article")[["title", "split"]]
+    except (ValueError, KeyError, UnicodeDecodeError, pd.errors.ParserError) as e:
+        raise LVMError(f"{folder / 'articles.csv'}: needs columns article (a number), title, split ({e})") from e
+    check_vectors(vectors, str(folder / "vectors.npy"))
+    check_chunks(chunks, len(vectors), str(folder / "chunks.npy"))
+    check_articles(articles, chunks[:, 0], str(folder / "articles.csv"))
+    return Store(
+        str(datasheet.get("name") or folder.name),
+        vectors,
+        chunks[:, 0],
+        chunks[:, 1],
+        articles,
+        datasheet,
+        _fingerprint(vectors, chunks, articles),
+    )
+
+
+def _load_array(path: Path, mmap: bool) -> np.ndarray:
+    try:
+        # Mode "c" (copy on write): nothing reaches the file, and torch takes the array without a warning.
+        return np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as e:
+        raise LVMError(f"{path}: not a readable .npy array ({e}); restore the file") from e
+
+
+def check_vectors(vectors: np.ndarray, where: str) -> None:
+    """Raise LVMError unless `vectors` is a non-empty (M, D) float array of finite unit vectors."""
+    if vectors.ndim != 2 or 0 in vectors.shape or vectors.dtype not in (np.float16, np.float32):
+        raise LVMError(
+            f"{where}: has shape {vectors.shape} and type {vectors.dtype}; "
+            "needed is (chunks, dimension), float16 or float32, not empty"
+        )
+    for first in range(0, len(vectors), 65536):  # in blocks: a store may be larger than memory
+        norms = np.linalg.norm(vectors[first : first + 65536].astype(np.float32), axis=1)
+        bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))  # negated, so that NaN counts as bad
+        if len(bad):
+            norm = norms[bad[0]]
+            kind = (
+                "has NaN or infinite values"
+                if not np.isfinite(norm)
+                else "is a zero vector"
+                if norm == 0
+                else f"has norm {norm:.4g}, not 1"
+            )
+            advice = "normalise the vectors" if np.isfinite(norm) and norm > 0 else "drop or re-encode that chunk"
+            raise LVMError(
+                f"{where}: row {first + bad[0]} {kind} (first of {len(bad)} such rows in its block); {advice}"
+            )
+
+
+def check_chunks(chunks: np.ndarray, count: int, where: str) -> None:
+    """Raise LVMError unless `chunks` (M, 2) keeps each article in one run of rising positions."""
+    if chunks.shape != (count, 2) or not np.issubdtype(chunks.dtype, np.integer):
+        raise LVMError(
+            f"{where}: has shape {chunks.shape} and type {chunks.dtype}; "
+            f"needed is ({count}, 2) integers, a row for each vector"
+        )
+    article, position = chunks[:, 0], chunks[:, 1]
+    begins = np.flatnonzero(np.diff(article, prepend=article[0] - 1))
+    numbers, runs = np.unique(article[begins], return_counts=True)
+    if (runs > 1).any():
+        raise LVMError(f"{where}: article {numbers[runs > 1][0]} is torn apart; its rows must stand together")
+    falling = (np.diff(position) <= 0) & (np.diff(article) == 0)
+    if falling.any():
+        row = int(np.flatnonzero(falling)[0]) + 1
+        raise LVMError(
+            f"{where}: row {row} (article {article[row]}) does not rise in position; "
+            "sort each article by position and drop duplicates"
+        )
+
+
+def check_articles(articles: pd.DataFrame, used: np.ndarray, where: str) -> None:
+    """Raise LVMError unless every article used is listed once and no article or title is in two splits."""
+    missing = np.setdiff1d(used, articles.index)
+    if len(missing):
+        raise LVMError(f"{where}: article {missing[0]} has chunks but is not listed ({len(missing)} such)")
+    unknown = set(articles["split"]) - {*SPLITS, ""}
+    if unknown:
+        raise LVMError(f"{where}: unknown split {min(unknown)!r}; known: {', '.join(SPLITS)}, or empty")
+    check_disjoint({s: articles.index[articles["split"] == s] for s in SPLITS}, where)
+    if articles.index.has_duplicates:
+        raise LVMError(f"{where}: article {articles.index[articles.index.duplicated()][0]} is listed twice")
+    named = articles[(articles["title"] != "") & (articles["split"] != "")]
+    check_disjoint({s: named["title"][named["split"] == s] for s in SPLITS}, where)
+
+
+def check_disjoint(splits: Mapping[str, object], where: str) -> None:
+    """Raise LVMError if an article (number or title) is in two of the splits: training would leak."""
+    names = list(splits)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            both = sorted(set(splits[a]) & set(splits[b]))
+            if both:
+                raise LVMError(
+                    f"{where}: article {both[0]!r} is in both {a} and {b} ({len(both)} such); "
+                    "an article belongs to one split"
+                )
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _fingerprint(vectors: np.ndarray, chunks: np.ndarray, articles: pd.DataFrame) -> str:
+    digest = hashlib.sha256(repr((vectors.shape, str(vectors.dtype))).encode())
+    for first in range(0, len(vectors), 65536):
+        digest.update(np.ascontiguousarray(vectors[first : first + 65536]).data)
+    digest.update(np.ascontiguousarray(chunks, np.int32).data)
+    digest.update("\n".join(f"{a}:{s}" for a, s in articles["split"].items()).encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The windows of one split: N first rows into a store, nothing else.
+
+    `start` (N,) int64; the context is rows start … start + T − 1, the target row start + T − 1 + horizon.
+    """
+
+    store: Store
+    split: str
+    start: np.ndarray
+    context_length: int
+    horizon: int
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def article(self) -> np.ndarray:
+        """(N,) the article of each window."""
+        return self.store.article[self.start]
+
+    @property
+    def target(self) -> np.ndarray:
+        """(N,) the row of each target."""
+        return self.start + self.context_length - 1 + self.horizon
+
+    def batch(self, index, vectors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gather windows `index` (B,): context (B, T, D) and target (B, D), float32.
+
+        `vectors` (M, D): the store's vectors as a tensor, where they already lie on a device.
+        """
+        vectors = torch.from_numpy(self.store.vectors) if vectors is None else vectors
+        offsets = np.r_[0 : self.context_length, self.context_length - 1 + self.horizon]
+        rows = torch.from_numpy(self.start[np.asarray(index)][:, None] + offsets)
+        chunks = vectors[rows.to(vectors.device)].float()  # (B, T + 1, D)
+        return chunks[:, :-1], chunks[:, -1]
+
+    def batches(self, size: int, vectors: torch.Tensor | None = None):
+        """All windows in order, `size` at a time, as `batch` gives them."""
+        for first in range(0, len(self), size):
+            yield self.batch(np.arange(first, min(first + size, len(self))), vectors)
+
+    def at_most(self, count: int) -> Windows:
+        """Evenly spaced `count` of the windows (all, if there are no more): for quick runs."""
+        keep = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
+        return replace(self, start=self.start[keep])
+
+
+def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5) -> Windows:
+    """All windows of a split; none crosses an article or a gap in positions.
+
+    Articles shorter than context_length + horizon give none. Raises LVMError if no article is long enough.
+    """
+    if split not in SPLITS:
+        raise LVMError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    span = context_length - 1 + horizon
+    first = store.rows(split)
+    first = first[first + span < len(store.article)]
+    last = first + span
+    whole = (store.article[first] == store.article[last]) & (store.position[last] - store.position[first] == span)
+    if not whole.any():
+        lengths = np.bincount(store.article[store.rows(split)]) if len(store.rows(split)) else np.zeros(1, int)
+        raise LVMError(
+            f"{store.name}, split {split}: no article is long enough: a window of {context_length} with "
+            f"horizon {horizon} needs {span + 1} consecutive chunks, the longest article has {lengths.max()}"
+        )
+    return Windows(store, split, first[whole].astype(np.int64), context_length, horizon)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A store and its windows: `train`, `val`, `ood`."""
+
+    store: Store
+    train: Windows
+    val: Windows
+    ood: Windows
+
+
+def dataset(data: str | Store = "wikipedia", horizon: int = 2, context_length: int = 5, fast: bool = False) -> Dataset:
+    """Open a dataset and cut its windows.
+
+    `data`: `wikipedia` (embedded), `world:NAME` (a synthetic world), a store's folder, or a Store.
+    `fast` keeps a few hundred windows of each split, for smoke runs. Raises LVMError for an unknown name.
+    """
+    if isinstance(data, Store):
+        store = data
+    elif (EMBEDDED / data / "datasheet.yaml").is_file():
+        store = open_store(EMBEDDED / data)
+    elif data.startswith("world:"):
+        from .worlds import world
+
+        store = world(data.removeprefix("world:"))
+    elif (folder := ROOT / Path(data).expanduser()).is_dir():  # a relative path starts from the checkout
+        store = open_store(folder)
+    else:
+        raise LVMError(
+            f"data {data!r}: neither an embedded dataset ({', '.join(embedded())}), nor world:NAME, "
+            "nor the folder of a store"
+        )
+    cut = [windows(store, split, horizon, context_length) for split in SPLITS]
+    if fast:
+        cut = [w.at_most(n) for w, n in zip(cut, (512, 128, 128), strict=True)]
+    return Dataset(store, *cut)
+
+
+def embedded() -> list[str]:
+    """Names of the datasets inside the package."""
+    return sorted(p.parent.name for p in EMBEDDED.glob("*/datasheet.yaml"))

@@ -1,0 +1,279 @@
+"""What a run's numbers say: the monitoring checklist, the verdict, and the decision that follows (handbook §3).
+
+History, steps and 5CAT in; findings out. Nothing here is decided before the numbers are known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .fivecat import Report
+from .params import Version
+from .params import version as load_version
+
+# What the original called healthy and successful.
+RHO_TOLERANCE = 0.05
+MARGIN_RISE, RISE_EPOCHS = 0.01, 3
+RECALL, VAL_COS, GATES_PASSED = 0.70, 0.48, 3
+FLIP_EPOCH, FLIP_MARGIN = 6, -0.02
+SPIKE = 1.5  # ours: a validation loss this many times the best before it is a spike
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the checklist. `held` is None where the version has no such quantity; `broke` names the first break."""
+
+    every: str  # "step" or "epoch"
+    check: str
+    wanted: str
+    measured: str
+    held: bool | None
+    broke: str = ""
+
+
+def checklist(version: Version, history: pd.DataFrame, steps: pd.DataFrame) -> list[Check]:
+    """The monitoring checklist over the logged steps and the epochs so far. Needs at least one row of each."""
+    directional = version.control.rule != "none"
+    acting = steps[steps["skip"] == 0]
+
+    def per_step(check: str, wanted: str, measured: str, good: pd.Series | None) -> Check:
+        if good is None:
+            return Check("step", check, wanted, measured, None)
+        bad = steps.loc[good.index[~good]]
+        broke = "" if bad.empty else f"step {int(bad['step'].iloc[0])}, epoch {int(bad['epoch'].iloc[0])}"
+        return Check("step", check, wanted, measured, bad.empty, broke)
+
+    def per_epoch(check: str, wanted: str, measured: str, good: Sequence[bool] | None) -> Check:
+        if good is None or not len(good):
+            return Check("epoch", check, wanted, measured, None)
+        bad = np.flatnonzero(~np.asarray(good))
+        broke = f"epoch {int(history['epoch'].iloc[bad[0]])}" if len(bad) else ""
+        return Check("epoch", check, wanted, measured, not len(bad), broke)
+
+    has_target = directional and acting["rho_target"].notna().any() and version.control.rule != "fixed"
+    miss = (acting["rho"] - acting["rho_target"]).abs()
+    last_of_steps = (
+        steps["gap"].tail(max(len(steps) // 3, 1)).mean() - steps["gap"].head(max(len(steps) // 3, 1)).mean()
+    )
+    moving = acting["lambda_eff"].std() / max(acting["lambda_eff"].mean(), 1e-12) if len(acting) > 1 else math.nan
+    skips = int(history["skips"].sum())
+    checks = [
+        per_step(
+            "ρ on its target",
+            f"|ρ − target| ≤ {RHO_TOLERANCE}",
+            f"largest miss {miss.max():.3f}" if has_target else "no target",
+            miss <= RHO_TOLERANCE if has_target else None,
+        ),
+        Check(
+            "step",
+            "no batch skipped by the guard",
+            "0 skips",
+            f"{skips} batches skipped" if directional else "no directional loss",
+            skips == 0 if directional else None,
+            f"epoch {int(history.loc[history['skips'] > 0, 'epoch'].iloc[0])}" if skips else "",
+        ),
+        per_step(
+            "both cosines positive",
+            "pos > 0 and neg > 0",
+            f"lowest pos {steps['pos'].min():+.3f}, neg {steps['neg'].min():+.3f}",
+            (steps["pos"] > 0) & (steps["neg"] > 0),
+        ),
+        Check("step", "gap climbing", "last third above first third", f"{last_of_steps:+.4f}", bool(last_of_steps > 0)),
+        Check(
+            "step",
+            "λ_eff moving",
+            "varies by 1 % or more",
+            f"coefficient of variation {moving:.2f}" if directional else "no directional loss",
+            bool(moving >= 0.01) if directional and math.isfinite(moving) else None,
+        ),
+    ]
+    margin, loss = history["margin"].to_numpy(), history["val_loss"].to_numpy()
+    rises = [True] * min(RISE_EPOCHS, len(margin)) + [
+        margin[i] - margin[i - RISE_EPOCHS] >= MARGIN_RISE for i in range(RISE_EPOCHS, len(margin))
+    ]
+    best_before = np.minimum.accumulate(np.r_[loss[:1], loss[:-1]])
+    at_flip = history.loc[history["epoch"] == FLIP_EPOCH, "margin"]
+    checks += [
+        per_epoch(
+            "margin climbing",
+            f"up ≥ {MARGIN_RISE} every {RISE_EPOCHS} epochs",
+            f"{margin[-1] - margin[0]:+.3f} over {len(margin)} epochs",
+            rises if len(margin) > RISE_EPOCHS else None,
+        ),
+        per_epoch(
+            "R@5 of six kept",
+            f"≥ {RECALL:.0%} (chance {min(5 / (version.context_length + 1), 1):.0%})",
+            f"lowest {history['recall_at_5'].min():.1%}",
+            (history["recall_at_5"] >= RECALL).tolist(),
+        ),
+        per_epoch(
+            "validation cosine kept",
+            f"≥ {VAL_COS}",
+            f"lowest {history['val_cos'].min():.3f}",
+            (history["val_cos"] >= VAL_COS).tolist(),
+        ),
+        per_epoch(
+            "no spikes",
+            f"validation loss ≤ {SPIKE} × the best before it",
+            f"largest {np.max(loss / best_before):.2f} ×",
+            (loss <= SPIKE * best_before).tolist(),
+        ),
+        Check(
+            "epoch",
+            f"on its way at epoch {FLIP_EPOCH}",
+            f"margin ≥ {FLIP_MARGIN}",
+            f"{at_flip.iloc[0]:+.3f}" if len(at_flip) else "not reached",
+            bool(at_flip.iloc[0] >= FLIP_MARGIN) if len(at_flip) else None,
+        ),
+    ]
+    return checks
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Success conditions with their values; the decision (`success`, `A`, `B`, `C` or `none`) and why it follows."""
+
+    success: bool
+    conditions: list[dict[str, Any]]
+    decision: str
+    why: str
+    text: str
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def verdict(version: Version, history: pd.DataFrame, steps: pd.DataFrame, report: Report) -> Verdict:
+    """The original's success conditions on validation, and the decision point that follows.
+
+    The rule for A, B and C is ours, since the original left it to judgement. On failure of a directional version:
+    **B** (remove the guards) where they held the pull back: λ at its ceiling in half of the logged steps or a tenth
+    of them skipped; else **C** (data with a known forward bias) where the pull was there but the per-epoch margin did
+    not rise by 0.01; else **A** (a slower ramp): the margin moved, but the goal was not reached or the cosine was lost.
+    """
+    best = history.loc[history["val_loss"].idxmin()]
+    gates = report.gates("val")
+    baselines = [p for p in report.table["predictor"].unique() if p != "model"]
+
+    def beside(measure: str, gate: str) -> dict[str, float]:
+        return {p: report.value(measure, "val", p, gate) for p in baselines}
+
+    margin, val_cos = report.value("margin", gate="A"), report.value("cosine, all windows", gate="A")
+    chance = report.rows("val").set_index(["gate", "measure"])["chance"]
+    conditions = [
+        {
+            "condition": "margin, gate A",
+            "value": margin,
+            "threshold": 0.0,
+            "met": margin > 0,
+            "chance": float(chance["A", "margin"]),
+            "baselines": beside("margin", "A"),
+        },
+        {
+            "condition": "gates passed of 5",
+            "value": sum(gates.values()),
+            "threshold": GATES_PASSED,
+            "met": sum(gates.values()) >= GATES_PASSED,
+            "chance": math.nan,
+            "baselines": {p: sum(report.gates("val", p).values()) for p in baselines},
+        },
+        {
+            "condition": "R@5 of six, best epoch",
+            "value": float(best["recall_at_5"]),
+            "threshold": RECALL,
+            "met": bool(best["recall_at_5"] >= RECALL),
+            "chance": min(5 / (version.context_length + 1), 1.0),
+            "baselines": {},
+        },
+        {
+            "condition": "validation cosine",
+            "value": val_cos,
+            "threshold": VAL_COS,
+            "met": val_cos >= VAL_COS,
+            "chance": float(chance["A", "cosine, all windows"]),
+            "baselines": beside("cosine, all windows", "A"),
+        },
+    ]
+    success = all(c["met"] for c in conditions)
+    decision, why = _decide(version, history, steps, success)
+    failed = [c["condition"] for c in conditions if not c["met"]]
+    text = (
+        f"{version.name}: {'success' if success else 'no success'} by the original's conditions: margin {margin:+.3f}, "
+        f"{sum(gates.values())} of 5 gates ({', '.join(g for g, ok in gates.items() if ok) or 'none'}), "
+        f"R@5 of six {best['recall_at_5']:.1%}, validation cosine {val_cos:.3f}"
+        + (f"; not met: {', '.join(failed)}" if failed else "")
+        + f". {why}"
+    )
+    return Verdict(success, conditions, decision, why, text)
+
+
+def _decide(version: Version, history: pd.DataFrame, steps: pd.DataFrame, success: bool) -> tuple[str, str]:
+    if success:
+        return "success", "Next: export the model, extend 5CAT on OOD, benchmark inference."
+    if version.control.rule == "none":
+        return (
+            "none",
+            "This version has no directional loss: it is what the others are compared with, and no option follows.",
+        )
+    skipped = float((steps["skip"] > 0).mean())
+    at_ceiling = float((steps["lambda_eff"] >= 0.999 * version.control.lambda_max).mean())
+    rise = float(history["margin"].iloc[-1] - history["margin"].iloc[0])
+    if (at_ceiling >= 0.5 and version.control.rule != "fixed") or skipped >= 0.1:
+        return "B", (
+            f"Option B (v23_unguarded) follows: the pull was held back, λ at its ceiling in {at_ceiling:.0%} and "
+            f"the guard skipping {skipped:.0%} of the logged steps."
+        )
+    if rise < MARGIN_RISE:
+        return "C", (
+            f"Option C (v23_forward) follows: the pull was there, but the margin moved only {rise:+.3f} from the first "
+            "epoch to the last; data with a known forward bias tell whether loss or data are to blame."
+        )
+    return "A", (
+        f"Option A (v23) follows: the margin moved by {rise:+.3f} without reaching the goal; a slower ramp of the "
+        "directional share is to keep the cosine while it does."
+    )
+
+
+def comparison(version: Version, history: pd.DataFrame, report: Report, trivial: pd.DataFrame) -> pd.DataFrame:
+    """This run, the original's published runs and the trivial predictors, by the measures that all of them have.
+
+    `trivial`: index predictor, columns as `validate` gives them (recall_at_5 is used).
+    """
+
+    def measured(predictor: str, recall: float) -> dict:
+        return {
+            "margin, late": report.value("margin read late", predictor=predictor),
+            "R@5 of six": recall,
+            "val cos": report.value("cosine, all windows", predictor=predictor),
+            "margin": report.value("margin", predictor=predictor),
+            "novel MRR": report.value("novel MRR", predictor=predictor),
+        }
+
+    best = history.loc[history["val_loss"].idxmin()]
+    rows = [{"run": f"{version.name}, this run", **measured("model", float(best["recall_at_5"])), "note": ""}]
+    for name in ("p6", "v1", "v21"):
+        p = load_version(name).published
+        rows.append(
+            {
+                "run": f"{name}, original",
+                "margin, late": p.margin,
+                "R@5 of six": p.recall_at_5,
+                "val cos": p.val_cos,
+                "margin": None,
+                "novel MRR": None,
+                "note": p.note,
+            }
+        )
+    rows += [
+        {"run": f"{name}, untrained", **measured(name, float(trivial.loc[name, "recall_at_5"])), "note": ""}
+        for name in trivial.index
+    ]
+    frame = pd.DataFrame(rows)
+    numbers = [c for c in frame if c not in ("run", "note")]
+    return frame.astype({c: float for c in numbers})

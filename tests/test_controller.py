@@ -1,0 +1,266 @@
+"""λ batch by batch against handbook §3, transcribed here in plain Python from the text and its table.
+
+Tables are typed from the handbook, epoch by epoch; nothing is read from params/ to build them.
+"""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from lvmlib import controller
+from lvmlib.controller import Phase
+from lvmlib.params import Control, Gate, version
+
+NAN = float("nan")
+
+
+def clamped(x, low, high):
+    return low if x < low else high if x > high else x
+
+
+# The handbook's three rules, each with the name of the branch it took.
+
+def by_fraction(mse, dir_, frac, low, high):
+    wanted = mse * frac / dir_
+    return clamped(wanted, low, high), "low" if wanted < low else "high" if wanted > high else "free"
+
+
+def by_rho_cap(mse, dir_, frac, cap, low, high):
+    lam, branch = by_fraction(mse, dir_, frac, low, high)
+    rho = lam * dir_ / mse
+    if rho > cap:
+        return lam * cap / rho, branch + " capped"
+    return lam, branch
+
+
+def by_rho_controller(mse, dir_, rho_target, rho_cap, low, high):
+    lam, branch = by_fraction(mse, dir_, rho_target, low, high)
+    rho = lam * dir_ / mse
+    if rho < 0.8 * rho_target:
+        return clamped(lam * rho_target / max(rho, 1e-6), low, high), branch + " raised"
+    if rho > rho_cap:
+        return lam * rho_cap / rho, branch + " capped"
+    return lam, branch
+
+
+def gate_factor(pos):
+    return clamped((pos - 0.30) / 0.15, 0, 1)
+
+
+GRID = list(itertools.product(
+    (1e-8, 1e-5, 2e-4, 1e-3, 2.6e-3, 0.02, 0.5, 3.0),  # L_mse; a mean over D dimensions, about 2.6e-3 at D = 384
+    (1e-9, 1e-6, 1e-3, 0.02, 0.17, 0.7, 2.0),  # L_dir
+    (0.02, 0.15, 0.25, 0.35),  # what ρ aims at
+    (0.01, 0.25, 0.35, 0.50),  # cap: also below the target
+    ((1e-4, 0.02), (1e-4, 0.03), (0.01, 0.01)),  # range of λ
+))
+
+
+def drawn(count=400):
+    r = random.Random(0)
+    for _ in range(count):
+        yield (10 ** r.uniform(-6, 0.5), 10 ** r.uniform(-6, 0.5), r.uniform(0.01, 0.5), r.uniform(0.01, 0.6),
+               (1e-4, r.uniform(1e-4, 0.05)))
+
+
+CASES = [*GRID, *drawn()]
+
+
+def same(a, b):
+    return a == pytest.approx(b, rel=1e-9)
+
+
+def test_fraction():
+    seen = set()
+    for mse, dir_, frac, _, (low, high) in CASES:
+        expected, branch = by_fraction(mse, dir_, frac, low, high)
+        seen.add(branch)
+        found = controller.fraction(mse, dir_, frac, Control("fraction", low, high))
+        assert same(found, expected), (mse, dir_, frac, low, high)
+        assert low <= found <= high
+    assert seen == {"low", "free", "high"}
+
+
+def test_rho_cap():
+    seen = set()
+    for mse, dir_, frac, cap, (low, high) in CASES:
+        expected, branch = by_rho_cap(mse, dir_, frac, cap, low, high)
+        seen.add(branch)
+        found = controller.rho_cap(mse, dir_, frac, cap, Control("rho_cap", low, high))
+        assert same(found, expected), (mse, dir_, frac, cap, low, high)
+        assert found * dir_ / mse <= cap * (1 + 1e-9)
+        assert 0 < found <= high
+    assert seen == {"low", "free", "high", "low capped", "free capped", "high capped"}
+
+
+def test_rho_controller():
+    seen = set()
+    for mse, dir_, target, cap, (low, high) in CASES:
+        expected, branch = by_rho_controller(mse, dir_, target, cap, low, high)
+        seen.add(branch)
+        found = controller.rho_controller(mse, dir_, target, cap, Control("rho_controller", low, high))
+        assert same(found, expected), (mse, dir_, target, cap, low, high)
+        rho = found * dir_ / mse
+        assert 0 < found <= high
+        assert rho <= max(cap, 0.8 * target) * (1 + 1e-9)
+        if branch == "free" and cap >= target:
+            assert same(rho, target)  # where the range leaves it free, ρ is the target itself
+        if "raised" in branch:
+            assert found == high  # only the ceiling leaves ρ below 0.8·target: the raise meets it again
+    assert seen == {"low", "free", "high", "low capped", "free capped", "high capped", "high raised"}
+
+
+@pytest.mark.parametrize("rho_share, raised", [(0.79, True), (0.81, False)])
+def test_the_threshold_of_the_raise_is_eight_tenths_of_the_target(rho_share, raised):
+    """Past the ceiling the raise changes nothing; above 0.8·target the cap is looked at, below it is not."""
+    target, mse, high = 0.25, 0.01, 0.03
+    dir_ = rho_share * target * mse / high  # the ceiling gives ρ = rho_share·target
+    found = controller.rho_controller(mse, dir_, target, 0.1, Control("rho_controller", 1e-4, high))
+    assert same(found * dir_ / mse, rho_share * target if raised else 0.1)
+
+
+@pytest.mark.parametrize("mse, dir_", [(0.0, 0.1), (0.01, 0.0), (0.0, 0.0), (1e-30, 1e-30), (1e-30, 1.0), (1.0, 1e-30)])
+def test_vanishing_losses_give_a_finite_lambda_in_range(mse, dir_):
+    c = Control("fraction", 1e-4, 0.03)
+    assert 1e-4 <= controller.fraction(mse, dir_, 0.25, c) <= 0.03
+    for rule in (controller.rho_cap, controller.rho_controller):
+        assert 0 <= rule(mse, dir_, 0.25, 0.35, c) <= 0.03
+
+
+def test_share():
+    assert controller.share(0.02, 0.004, 0.17) == pytest.approx(0.85)
+    assert controller.share(0.0, 0.004, 0.17) == 0
+
+
+@pytest.mark.parametrize("pos, factor", [(-0.2, 0), (0.30, 0), (0.33, 0.2), (0.375, 0.5), (0.45, 1), (0.9, 1)])
+def test_confidence_gate(pos, factor):
+    assert controller.confidence(pos, Gate(0.30, 0.15)) == pytest.approx(factor, abs=1e-12)
+
+
+@pytest.mark.parametrize("pos", [-0.5, -1e-9, 0.0, 0.02, 0.049, 0.05, 0.06, 0.5])
+@pytest.mark.parametrize("neg", [-0.5, -0.051, -0.05, -0.049, -1e-9, 0.0, 0.3])
+def test_sign_guards(pos, neg):
+    assert controller.guarded(pos, neg, "none") is False
+    assert controller.guarded(pos, neg, "v2") is (pos < 0 or neg < 0)
+    assert controller.guarded(pos, neg, "v21") is ((pos < 0) or (pos < 0.05 and neg < -0.05))
+
+
+def test_scheduled():
+    steps = ((1, 0.1), (3, 0.2), (6, 0.3))
+    assert [controller.scheduled(steps, e) for e in range(1, 9)] == [0.1, 0.1, 0.2, 0.2, 0.2, 0.3, 0.3, 0.3]
+    assert math.isnan(controller.scheduled((), 1))
+    assert math.isnan(controller.scheduled(steps, 0))
+
+
+# The schedules of the table, epochs 1 to 12.
+
+V22_MARGIN = [0.02, 0.02, 0.04, 0.04, 0.06, 0.06, 0.06, 0.06, 0.07, 0.07, 0.07, 0.07]
+V22_TARGET = [0.15, 0.15, 0.25, 0.25, 0.35, 0.35, 0.35, 0.35, 0.35, 0.35, 0.35, 0.35]
+V22_CAP = [0.35, 0.35, 0.45, 0.45, 0.50, 0.50, 0.50, 0.50, 0.50, 0.50, 0.50, 0.50]
+V2_MARGIN = [0.02, 0.02, 0.02, 0.03, 0.03, 0.03, 0.04, 0.04, 0.04, 0.05, 0.05, 0.05]
+V2_FRACTION = [0.10, 0.10, 0.10, 0.15, 0.15, 0.15, 0.20, 0.20, 0.20, 0.25, 0.25, 0.25]
+NEVER = [NAN] * 12
+
+SCHEDULES = {  # margin, fraction, rho_target, rho_cap
+    "p6": (NEVER, NEVER, NEVER, NEVER),
+    "v1": ([0.02, 0.02, 0.04, 0.04, 0.04, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05],
+           [0.10, 0.10, 0.20, 0.20, 0.20, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25], NEVER, NEVER),
+    "v2": (V2_MARGIN, V2_FRACTION, NEVER, NEVER),
+    "v21": (V2_MARGIN, V2_FRACTION, NEVER, [0.25] * 12),
+    "v22": (V22_MARGIN, NEVER, V22_TARGET, V22_CAP),
+    "v23": (V22_MARGIN, NEVER, [0.02, 0.02, 0.02, 0.05, 0.05, 0.05, 0.12, 0.12, 0.12, 0.30, 0.30, 0.30], V22_CAP),
+    "v23_unguarded": (V22_MARGIN, NEVER, NEVER, NEVER),
+    "v23_forward": (V22_MARGIN, NEVER, V22_TARGET, V22_CAP),
+    "v23_confident": ([0.02, 0.02, 0.02, 0.02, 0.03, 0.03, 0.03, 0.04, 0.04, 0.04, 0.04, 0.04], NEVER,
+                      [0.15, 0.15, 0.15, 0.15, 0.20, 0.20, 0.20, 0.25, 0.25, 0.25, 0.25, 0.25],
+                      [0.30, 0.30, 0.30, 0.30, 0.35, 0.35, 0.35, 0.40, 0.40, 0.40, 0.40, 0.40]),
+}
+
+
+@pytest.mark.parametrize("epoch", range(1, 13))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_of_each_version(name, epoch):
+    v = version(name)
+    expected = [values[epoch - 1] for values in SCHEDULES[name]]
+    assert Phase._fields == ("margin", "fraction", "rho_target", "rho_cap")
+    assert list(controller.phase(v.schedule, epoch)) == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+    if name not in ("p6", "v1", "v2"):
+        assert v.losses.directional.margin_ratio == 0.05  # m_ratio throughout
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_last_values_hold_in_longer_runs(name):
+    schedule = version(name).schedule
+    last = list(controller.phase(schedule, 12))
+    assert list(controller.phase(schedule, 40)) == pytest.approx(last, rel=0, abs=0, nan_ok=True)
+
+
+# decide: the whole rule of each version, from the handbook's rows.
+
+RANGES = {"v1": (1e-4, 0.05), "v2": (1e-4, 0.02), "v21": (1e-4, 0.02), "v23_confident": (1e-4, 0.018)}
+
+
+def decided(name, epoch, mse, dir_, pos, neg):
+    """(λ_eff, ρ, gate, skip) by the table's row."""
+    _, frac, target, cap = (values[epoch - 1] for values in SCHEDULES[name])
+    low, high = RANGES.get(name, (1e-4, 0.03))
+    if name == "p6":
+        return 0.0, 0.0, 1.0, False
+    if name == "v2" and (pos < 0 or neg < 0):
+        return 0.0, 0.0, 1.0, True
+    if name not in ("v1", "v2") and (pos < 0 or (pos < 0.05 and neg < -0.05)):
+        return 0.0, 0.0, 1.0, True
+    gate = gate_factor(pos) if name == "v23_confident" else 1.0
+    if name in ("v1", "v2"):
+        lam = by_fraction(mse, dir_, frac, low, high)[0]
+    elif name == "v21":
+        lam = by_rho_cap(mse, dir_, frac, cap, low, high)[0]
+    elif name == "v23_unguarded":
+        lam = high
+    else:
+        lam = by_rho_controller(mse, dir_, target, cap, low, high)[0]
+    return lam * gate, lam * gate * dir_ / mse, gate, False
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_decide(name):
+    v, r, skips = version(name), random.Random(1), 0
+    cosines = [(0.5, 0.4), (0.35, 0.4), (0.02, -0.2), (0.02, 0.2), (-0.01, 0.3), (0.3, -0.1), (-0.058, -0.519)]
+    for epoch in range(1, 13):
+        now = controller.phase(v.schedule, epoch)
+        for i in range(60):
+            mse, dir_ = 10 ** r.uniform(-5, 0), 10 ** r.uniform(-4, 0.3)
+            pos, neg = cosines[i] if i < len(cosines) else (r.uniform(-0.2, 0.8), r.uniform(-0.3, 0.8))
+            found = controller.decide(v.control, now, mse, dir_, pos, neg)
+            lam, rho, gate, skip = decided(name, epoch, mse, dir_, pos, neg)
+            assert found._fields == ("lambda_eff", "rho", "gate", "skip")
+            assert (found.skip, found.gate) == (skip, pytest.approx(gate)), (epoch, mse, dir_, pos, neg)
+            assert same(found.lambda_eff, lam) and same(found.rho, rho), (epoch, mse, dir_, pos, neg)
+            if not math.isnan(now.rho_cap):
+                assert found.rho <= now.rho_cap * (1 + 1e-9)
+            skips += skip
+    assert (skips > 0) == (name not in ("p6", "v1"))
+
+
+def test_a_skipped_batch_has_no_directional_weight():
+    v = version("v22")
+    found = controller.decide(v.control, controller.phase(v.schedule, 5), 0.002, 0.17, -0.058, -0.519)
+    assert (found.lambda_eff, found.rho, found.skip) == (0.0, 0.0, True)
+
+
+def test_option_b_is_a_fixed_lambda_without_cap_and_controller():
+    v = version("v23_unguarded")
+    assert v.control.rule == "fixed"
+    assert (v.schedule.rho_target, v.schedule.rho_cap, v.schedule.fraction) == ((), (), ())
+    for epoch, mse, dir_ in itertools.product((1, 6, 12), (1e-5, 1e-3, 1.0), (1e-3, 0.2, 2.0)):
+        found = controller.decide(v.control, controller.phase(v.schedule, epoch), mse, dir_, 0.4, 0.4)
+        assert found.lambda_eff == 0.03  # ρ goes where it goes
+        assert found.rho == pytest.approx(0.03 * dir_ / mse)
+
+
+def test_a_shut_gate_is_no_skip():
+    v = version("v23_confident")
+    found = controller.decide(v.control, controller.phase(v.schedule, 1), 0.002, 0.17, 0.2, 0.4)
+    assert (found.lambda_eff, found.rho, found.gate, found.skip) == (0.0, 0.0, 0.0, False)

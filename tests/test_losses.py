@@ -1,0 +1,408 @@
+"""Every loss term against handbook §3, derived again in plain Python floats, one sample at a time.
+
+The reference knows no torch: its gradients are central differences of the plain loops, taken at the raw
+prediction, so that they pass through the normalisation p = raw / ‖raw‖.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lvmlib import losses
+from lvmlib.params import Directional, Floor, Losses
+
+B, T, D = 4, 5, 6
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
+DTYPES = [torch.float32, torch.float64]
+
+
+# The handbook in plain Python: rows are lists of floats.
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def length(a):
+    return math.sqrt(dot(a, a))
+
+
+def cos(a, b):
+    return dot(a, b) / (length(a) * length(b))
+
+
+def softplus(x):
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def plain_mse(raw, y):
+    return mean((a - b) ** 2 for r, t in zip(raw, y, strict=True) for a, b in zip(r, t, strict=True))
+
+
+def plain_gap(r, t, v):
+    return cos(r, t) - cos(r, v)
+
+
+def plain_ratio(r, t, v):
+    return plain_gap(r, t, v) / (abs(cos(r, t)) + abs(cos(r, v)) + 1e-6)
+
+
+def plain_smooth(raw, y, prev, margin, gamma):
+    return mean(softplus(gamma * (margin - plain_gap(*row))) / gamma for row in zip(raw, y, prev, strict=True))
+
+
+def plain_scale_aware(raw, y, prev, margin, gamma, alpha, margin_ratio):
+    return mean(alpha * softplus(gamma * (margin - plain_gap(*row))) / gamma
+                + (1 - alpha) * softplus(gamma * (margin_ratio - plain_ratio(*row))) / gamma
+                for row in zip(raw, y, prev, strict=True))
+
+
+def plain_floor(raw, y, tau):
+    return mean(max(0.0, tau - cos(r, t)) ** 2 for r, t in zip(raw, y, strict=True))
+
+
+def plain_norm(raw):
+    return mean((length(r) - 1) ** 2 for r in raw)
+
+
+def plain_orthogonality(raw, prev):
+    return mean(cos(r, v) ** 2 for r, v in zip(raw, prev, strict=True))
+
+
+# Batches: (raw, y, prev), each (B, D). Cosines do not depend on length, so the plain loops may take raw for p.
+
+def random_batch(seed, dtype=torch.float64, size=B):
+    g = torch.Generator().manual_seed(seed)
+    raw, y, prev = (torch.randn(size, D, generator=g, dtype=torch.float64) for _ in range(3))
+    return tuple(x.to(dtype) for x in (0.7 * raw, F.normalize(y, dim=-1), F.normalize(prev, dim=-1)))
+
+
+def axis(*coordinates):
+    return F.normalize(torch.tensor([[*coordinates] + [0.0] * (D - len(coordinates))], dtype=torch.float64), dim=-1)
+
+
+EDGES = {
+    "p equals target and prev": (axis(1, 2, 3), axis(1, 2, 3), axis(1, 2, 3)),
+    "p equals target, opposite prev": (axis(1, 2, 3), axis(1, 2, 3), -axis(1, 2, 3)),
+    "p opposite target, equals prev": (axis(1, 2, 3), -axis(1, 2, 3), axis(1, 2, 3)),
+    "p opposite both": (axis(1, 2, 3), -axis(1, 2, 3), -axis(1, 2, 3)),
+    "p at right angles to both": (axis(1), axis(0, 1), axis(0, 0, 1)),
+    "both cosines tiny": (axis(1), axis(3e-7, 1), axis(-1e-7, 0, 1)),
+    "both cosines negative": (axis(1), axis(-0.058, math.sqrt(1 - 0.058**2)),
+                              axis(-0.519, 0, math.sqrt(1 - 0.519**2))),
+    "raw long": (25 * axis(1, 2, 3), axis(2, -1), axis(0, 1, 1)),
+    "raw short": (1e-3 * axis(1, 2, 3), axis(2, -1), axis(0, 1, 1)),
+}
+BATCHES = {**{f"random {s}": random_batch(s) for s in range(4)}, "batch of one": random_batch(9, size=1), **EDGES}
+
+
+@pytest.fixture(params=BATCHES, ids=lambda name: name.replace(" ", "-"))
+def batch(request):
+    return BATCHES[request.param]
+
+
+def plain(*tensors):
+    return [t.double().tolist() for t in tensors]
+
+
+def close(value, expected, dtype):
+    assert value.shape == ()
+    assert value.dtype == dtype
+    assert float(value) == pytest.approx(expected, rel=TOLERANCE[dtype], abs=TOLERANCE[dtype])
+
+
+# Values
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mse(batch, dtype):
+    raw, y, _ = (x.to(dtype) for x in batch)
+    close(losses.mse(raw, y), plain_mse(*plain(raw, y)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("margin, gamma", [(0.02, 8.0), (0.05, 4.0), (0.0, 1.0), (-0.3, 4.0)])
+def test_directional_smooth(batch, dtype, margin, gamma):
+    raw, y, prev = (x.to(dtype) for x in batch)
+    value = losses.directional_smooth(F.normalize(raw, dim=-1), y, prev, margin, gamma)
+    close(value, plain_smooth(*plain(raw, y, prev), margin, gamma), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("margin, gamma, alpha, margin_ratio",
+                         [(0.02, 4, 0.7, 0.05), (0.07, 4, 0.7, 0.05), (0.04, 8, 0.2, 0.3), (0.02, 4, 0.0, 0.05)])
+def test_directional_scale_aware(batch, dtype, margin, gamma, alpha, margin_ratio):
+    raw, y, prev = (x.to(dtype) for x in batch)
+    unit = F.normalize(raw, dim=-1)
+    expected = plain_scale_aware(*plain(raw, y, prev), margin, gamma, alpha, margin_ratio)
+    value = losses.directional_scale_aware(unit, y, prev, margin, gamma, alpha, margin_ratio)
+    # The ratio of two cosines of 1e-7 is as exact as the cosines: float32 gives 1e-7 / 1e-6.
+    tolerance = 0.05 if dtype == torch.float32 and batch is EDGES["both cosines tiny"] else TOLERANCE[dtype]
+    assert value.shape == () and value.dtype == dtype
+    assert float(value) == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tau", [0.10, 0.12, 0.9, -0.2])
+def test_floor(batch, dtype, tau):
+    raw, y, _ = (x.to(dtype) for x in batch)
+    close(losses.floor(F.normalize(raw, dim=-1), y, tau), plain_floor(*plain(raw, y), tau), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm(batch, dtype):
+    raw = batch[0].to(dtype)
+    expected = plain_norm(*plain(raw))
+    assert float(losses.norm(raw)) == pytest.approx(expected, rel=TOLERANCE[dtype], abs=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_orthogonality(batch, dtype):
+    raw, _, prev = (x.to(dtype) for x in batch)
+    close(losses.orthogonality(F.normalize(raw, dim=-1), prev), plain_orthogonality(*plain(raw, prev)), dtype)
+
+
+def test_gap_and_ratio_are_per_sample(batch):
+    raw, y, prev = batch
+    pos, neg = losses.cosine(raw, y), losses.cosine(raw, prev)
+    rows = list(zip(*plain(raw, y, prev), strict=True))
+    assert losses.gap(pos, neg).tolist() == pytest.approx([plain_gap(*row) for row in rows], abs=1e-12)
+    assert losses.ratio(pos, neg).tolist() == pytest.approx([plain_ratio(*row) for row in rows], abs=1e-9)
+
+
+@pytest.mark.parametrize("pos, neg, expected", [
+    (-0.058, -0.519, 0.80),  # the handbook's example, §4.1 point 8: two negatives pass for a good ratio
+    (0.5, 0.5, 0.0), (0.5, -0.5, 1.0), (-0.5, 0.5, -1.0), (0.6, 0.2, 0.5),
+    (0.0, 0.0, 0.0), (1e-6, 0.0, 0.5), (0.0, 1e-6, -0.5), (1e-9, 0.0, 1e-3),
+])
+def test_ratio_of_known_cosines(pos, neg, expected):
+    value = losses.ratio(torch.tensor([pos], dtype=torch.float64), torch.tensor([neg], dtype=torch.float64))
+    assert value.item() == pytest.approx(expected, rel=5e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 4.0, 8.0])
+@pytest.mark.parametrize("margin", [0.02, 0.07])
+def test_hinge(gamma, margin):
+    x = [-2.0, -0.5, 0.0, margin, 0.1, 0.5, 2.0]
+    value = losses.hinge(torch.tensor(x, dtype=torch.float64), margin, gamma)
+    assert value.tolist() == pytest.approx([softplus(gamma * (margin - g)) / gamma for g in x], rel=1e-12)
+
+
+def test_hinge_is_ln2_over_gamma_at_the_margin_and_tends_to_relu():
+    x = torch.tensor([-0.4, 0.05, 0.4], dtype=torch.float64)
+    assert losses.hinge(x, 0.05, 4.0)[1].item() == pytest.approx(math.log(2) / 4)  # "near 0.17", §4.1 point 7
+    assert losses.hinge(x, 0.05, 8.0)[1].item() == pytest.approx(math.log(2) / 8)
+    assert losses.hinge(x, 0.05, 1e5).tolist() == pytest.approx([0.45, 0.0, 0.0], abs=1e-5)
+
+
+def test_losses_stay_finite_on_a_zero_prediction():
+    raw, (_, y, prev) = torch.zeros(2, D), random_batch(0, torch.float32, size=2)
+    weights = Losses(Directional("scale_aware"), Floor(0.1, 1.0), 1.0, 1.0)
+    found = losses.terms(raw, F.normalize(raw, dim=-1), torch.stack([y, prev, y], 1), y, 0.02, weights)
+    assert found.norm == 1.0
+    assert found.floor == pytest.approx(0.01)  # cosine counts as 0
+    assert all(torch.isfinite(t) for t in found)
+
+
+# Terms, total, health
+
+VERSIONS = {
+    "p6": Losses(),
+    "v1": Losses(Directional("smooth", gamma=8.0)),
+    "v21": Losses(Directional("scale_aware"), Floor(0.10, 1e-3), 1e-3),
+    "v22": Losses(Directional("scale_aware"), Floor(0.12, 2e-3), 1e-3, 5e-4),
+    "heavy": Losses(Directional("scale_aware", gamma=6.0, alpha=0.4, margin_ratio=0.2, prev=-1),
+                    Floor(0.6, 3.0), 2.0, 1.5),
+    "oldest": Losses(Directional("smooth", prev=-5), orthogonality=1.0),
+}
+
+
+def plain_terms(raw, context, y, margin, w):
+    """[mse, directional, floor, norm, orthogonality] of lists of floats."""
+    d, prev = w.directional, [c[w.directional.prev] for c in context]
+    kind = {"none": lambda: 0.0, "smooth": lambda: plain_smooth(raw, y, prev, margin, d.gamma),
+            "scale_aware": lambda: plain_scale_aware(raw, y, prev, margin, d.gamma, d.alpha, d.margin_ratio)}
+    return [plain_mse(raw, y), kind[d.kind](), plain_floor(raw, y, w.floor.tau), plain_norm(raw),
+            plain_orthogonality(raw, prev)]
+
+
+def plain_total(raw, context, y, margin, w, lambda_eff):
+    mse, directional, floor, norm, orthogonality = plain_terms(raw, context, y, margin, w)
+    return (mse + lambda_eff * directional + w.floor.weight * floor + w.norm * norm
+            + w.orthogonality * orthogonality)
+
+
+def full_batch(seed, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    raw = 0.8 * torch.randn(B, D, generator=g, dtype=torch.float64)
+    context = F.normalize(torch.randn(B, T, D, generator=g, dtype=torch.float64), dim=-1)
+    y = F.normalize(torch.randn(B, D, generator=g, dtype=torch.float64), dim=-1)
+    return raw.to(dtype), context.to(dtype), y.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", VERSIONS)
+def test_terms_and_total(name, dtype):
+    weights = VERSIONS[name]
+    for seed in range(3):
+        raw, context, y = full_batch(seed, dtype)
+        found = losses.terms(raw, F.normalize(raw, dim=-1), context, y, 0.04, weights)
+        expected = plain_terms(*plain(raw, context, y), 0.04, weights)
+        assert found._fields == ("mse", "directional", "floor", "norm", "orthogonality")
+        for value, number in zip(found, expected, strict=True):
+            close(value, number, dtype)
+        for lambda_eff in (0.0, 1e-4, 0.03, 2.0):
+            expected = plain_total(*plain(raw, context, y), 0.04, weights, lambda_eff)
+            close(found.total(weights, lambda_eff), expected, dtype)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "scale_aware"])
+def test_directional_picks_the_version_s_form(kind):
+    raw, y, prev = random_batch(3)
+    unit, d = F.normalize(raw, dim=-1), Directional(kind, gamma=5.0, alpha=0.6, margin_ratio=0.1)
+    expected = (plain_smooth(*plain(raw, y, prev), 0.03, 5.0) if kind == "smooth"
+                else plain_scale_aware(*plain(raw, y, prev), 0.03, 5.0, 0.6, 0.1))
+    close(losses.directional(unit, y, prev, 0.03, d), expected, torch.float64)
+
+
+def test_without_a_directional_loss_the_term_is_zero_without_a_gradient():
+    raw, context, y = full_batch(0)
+    raw.requires_grad_()
+    found = losses.terms(raw, F.normalize(raw, dim=-1), context, y, float("nan"), Losses())  # p6 has no margin
+    assert found.directional == 0
+    assert not found.directional.requires_grad
+
+
+def test_terms_of_weight_zero_cost_nothing_even_where_they_are_not_finite():
+    nan = torch.tensor(float("nan"), requires_grad=True)
+    mse = torch.tensor(2.0, requires_grad=True)
+    total = losses.Terms(mse, nan, nan, nan, nan).total(Losses(), 0.0)
+    total.backward()
+    assert total.item() == 2.0
+    assert mse.grad == 1.0
+    assert nan.grad is None
+
+
+def test_health(batch):
+    raw, y, prev = batch
+    unit = F.normalize(raw, dim=-1).requires_grad_()
+    found = losses.health(unit, y, prev)
+    rows = list(zip(*plain(raw, y, prev), strict=True))
+    assert set(found) == {"pos", "neg", "gap", "ratio"}
+    assert not any(x.requires_grad for x in found.values())
+    assert float(found["pos"]) == pytest.approx(mean(cos(r, t) for r, t, _ in rows), abs=1e-12)
+    assert float(found["neg"]) == pytest.approx(mean(cos(r, v) for r, _, v in rows), abs=1e-12)
+    assert float(found["gap"]) == pytest.approx(mean(plain_gap(*row) for row in rows), abs=1e-12)
+    assert float(found["ratio"]) == pytest.approx(mean(plain_ratio(*row) for row in rows), abs=1e-9)
+
+
+# Gradients with respect to the raw prediction, through the normalisation
+
+def differences(function, raw, step=1e-5):
+    """Central differences of a plain function of lists of floats."""
+    rows, gradient = raw.tolist(), torch.zeros_like(raw)
+    for i in range(raw.shape[0]):
+        for j in range(raw.shape[1]):
+            at = rows[i][j]
+            rows[i][j] = at + step
+            above = function(rows)
+            rows[i][j] = at - step
+            gradient[i, j] = (above - function(rows)) / (2 * step)
+            rows[i][j] = at
+    return gradient
+
+
+def autograd(function, raw):
+    raw = raw.clone().requires_grad_()
+    return torch.autograd.grad(function(raw, F.normalize(raw, dim=-1)), raw)[0]
+
+
+TERMS = {  # code, plain
+    "mse": (lambda r, p, y, v: losses.mse(r, y), lambda r, y, v: plain_mse(r, y)),
+    "smooth": (lambda r, p, y, v: losses.directional_smooth(p, y, v, 0.05, 8.0),
+               lambda r, y, v: plain_smooth(r, y, v, 0.05, 8.0)),
+    "scale_aware": (lambda r, p, y, v: losses.directional_scale_aware(p, y, v, 0.05, 4.0, 0.7, 0.05),
+                    lambda r, y, v: plain_scale_aware(r, y, v, 0.05, 4.0, 0.7, 0.05)),
+    "floor": (lambda r, p, y, v: losses.floor(p, y, 0.4), lambda r, y, v: plain_floor(r, y, 0.4)),
+    "norm": (lambda r, p, y, v: losses.norm(r), lambda r, y, v: plain_norm(r)),
+    "orthogonality": (lambda r, p, y, v: losses.orthogonality(p, v), lambda r, y, v: plain_orthogonality(r, v)),
+}
+ANGULAR = ("smooth", "scale_aware", "floor", "orthogonality")  # functions of p's direction alone
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_of_each_term(name, seed):
+    raw, y, prev = random_batch(seed)
+    code, reference = TERMS[name]
+    found = autograd(lambda r, p: code(r, p, y, prev), raw)
+    expected = differences(lambda rows: reference(rows, y.tolist(), prev.tolist()), raw)
+    assert expected.abs().max() > 1e-3  # there is a gradient to compare
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    assert torch.autograd.gradcheck(lambda r: code(r, F.normalize(r, dim=-1), y, prev), raw.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+@pytest.mark.parametrize("lambda_eff", [0.0, 0.03, 2.0])
+def test_gradient_of_the_total(name, lambda_eff):
+    raw, context, y = full_batch(5)
+    weights = VERSIONS[name]
+    found = autograd(lambda r, p: losses.terms(r, p, context, y, 0.06, weights).total(weights, lambda_eff), raw)
+    expected = differences(
+        lambda rows: plain_total(rows, context.tolist(), y.tolist(), 0.06, weights, lambda_eff), raw)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_lambda_zero_leaves_the_gradient_of_the_rest():
+    raw, context, y = full_batch(6)
+    weights, without = VERSIONS["heavy"], Losses(Directional("none", prev=-1), *(Floor(0.6, 3.0), 2.0, 1.5))
+
+    def gradient(w, lambda_eff):
+        return autograd(lambda r, p: losses.terms(r, p, context, y, 0.04, w).total(w, lambda_eff), raw)
+
+    assert torch.equal(gradient(weights, 0.0), gradient(without, 0.0))
+    assert not torch.equal(gradient(weights, 0.1), gradient(without, 0.0))
+
+
+def test_gradients_in_closed_form():
+    raw, y, _ = random_batch(1)
+    lengths = raw.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(autograd(lambda r, p: losses.mse(r, y), raw), 2 * (raw - y) / (B * D))
+    torch.testing.assert_close(autograd(lambda r, p: losses.norm(r), raw), 2 * (lengths - 1) * raw / lengths / B)
+
+
+@pytest.mark.parametrize("name", ANGULAR)
+def test_angular_terms_do_not_see_length_and_pull_sideways_only(name):
+    raw, y, prev = random_batch(2)
+    code = TERMS[name][0]
+    value, longer = (code(r, F.normalize(r, dim=-1), y, prev) for r in (raw, 3 * raw))
+    assert longer.item() == pytest.approx(value.item(), rel=1e-12)
+    gradient = autograd(lambda r, p: code(r, p, y, prev), raw)
+    assert (gradient * raw).sum(-1).abs().max() < 1e-14
+    assert gradient.norm(dim=-1).max() > 1e-3
+
+
+def test_norm_is_zero_on_unit_vectors_only():
+    raw = random_batch(4)[0]
+    assert losses.norm(F.normalize(raw, dim=-1)) < 1e-30
+    assert losses.norm(2 * F.normalize(raw, dim=-1)).item() == pytest.approx(1.0)
+    assert losses.norm(0.5 * F.normalize(raw, dim=-1)).item() == pytest.approx(0.25)
+
+
+def test_floor_is_silent_above_tau():
+    raw, y, _ = EDGES["p equals target and prev"]
+    assert losses.floor(raw, y, 0.12) == 0
+    assert not autograd(lambda r, p: losses.floor(p, y, 0.12), raw).any()
+
+
+def test_directional_falls_as_the_prediction_turns_from_prev_to_target():
+    y, prev = axis(1), axis(0, 1)
+    angles = torch.linspace(0, math.pi / 2, 9, dtype=torch.float64)
+    for d in (Directional("smooth", 8.0), Directional("scale_aware")):
+        values = [losses.directional(math.sin(a) * y + math.cos(a) * prev, y, prev, 0.05, d).item() for a in angles]
+        assert values == sorted(set(values), reverse=True)

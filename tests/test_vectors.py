@@ -1,0 +1,516 @@
+"""The vector store: windows re-derived in plain loops, round trip, and every damaged or hostile file refused."""
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from lvmlib import vectors as V
+from lvmlib.errors import LVMError
+
+DIM = 6
+
+
+def random_store(seed, dtype=np.float32, gaps=True, articles=12, longest=25):
+    """Articles of 1 to `longest` chunks in shuffled numbering, some with gaps in their positions."""
+    rng = np.random.default_rng(seed)
+    numbers = rng.permutation(np.arange(3, 3 + 2 * articles, 2))
+    article, position = [], []
+    for number in numbers:
+        steps = rng.choice([1, 2, 5], p=[0.8, 0.15, 0.05], size=rng.integers(1, longest + 1)) if gaps else [1] * longest
+        article += [number] * len(steps)
+        position += list(np.cumsum(steps) + rng.integers(0, 4))
+    x = rng.standard_normal((len(article), DIM))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype)
+    split = [("train", "val", "ood", "")[i % 4] for i in range(articles)]
+    frame = pd.DataFrame({"title": [f"T{n}" for n in numbers], "split": split}, index=pd.Index(numbers, name="article"))
+    return V.make_store(f"random{seed}", x, article, position, frame)
+
+
+def naive_starts(store, split, horizon, context_length):
+    """First rows of the windows, by the definition, in plain loops."""
+    found = []
+    for first in range(len(store.article)):
+        if store.articles.loc[store.article[first], "split"] != split:
+            continue
+        rows = range(first, first + context_length + horizon)
+        if rows[-1] < len(store.article) and all(
+                store.article[r] == store.article[first]
+                and store.position[r] == store.position[first] + r - first for r in rows):
+            found.append(first)
+    return found
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("horizon", [1, 2, 3])
+@pytest.mark.parametrize("context_length", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_windows_equal_brute_force(seed, context_length, horizon):
+    store = random_store(seed)
+    for split in V.SPLITS:
+        expected = naive_starts(store, split, horizon, context_length)
+        if not expected:
+            with pytest.raises(LVMError, match="no article is long enough"):
+                V.windows(store, split, horizon, context_length)
+            continue
+        w = V.windows(store, split, horizon, context_length)
+        assert w.start.tolist() == expected
+        assert len(w) == len(expected)
+        assert w.article.tolist() == [store.article[s] for s in expected]
+        assert w.target.tolist() == [s + context_length + horizon - 1 for s in expected]
+
+
+def test_brute_force_meets_gaps_and_article_ends():
+    """The random stores above do hold what they are meant to test."""
+    store = random_store(0)
+    gaps = ((np.diff(store.position) != 1) & (np.diff(store.article) == 0)).sum()
+    assert gaps > 5
+    assert set(store.articles["split"]) == {*V.SPLITS, ""}
+    naive_no_gap_check = sum(max(0, n - 6) for n in np.bincount(store.article[store.rows("train")]))
+    assert len(V.windows(store, "train")) < naive_no_gap_check
+
+
+def test_every_window_counted_once_without_gaps():
+    store = random_store(1, gaps=False, longest=15)
+    assert len(V.windows(store, "train", horizon=2)) == 3 * (15 - 6)
+
+
+def test_exactly_long_enough_and_one_too_short():
+    frame = pd.DataFrame({"title": ["a", "b"], "split": ["train", "val"]}, index=[0, 1])
+    x = np.eye(13, 16, dtype=np.float32)
+    store = V.make_store("edge", x, [0] * 7 + [1] * 6, [*range(7), *range(6)], frame)
+    assert V.windows(store, "train", horizon=2).start.tolist() == [0]
+    with pytest.raises(LVMError, match=r"split val.*7 consecutive chunks.*longest article has 6"):
+        V.windows(store, "val", horizon=2)
+    assert V.windows(store, "val", horizon=1).start.tolist() == [7]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("horizon", [1, 2, 3])
+def test_batch_is_a_naive_gather(dtype, horizon):
+    store = random_store(5, dtype)
+    w = V.windows(store, "train", horizon, 4)
+    index = np.random.default_rng(0).integers(0, len(w), 17)
+    context, target = w.batch(index)
+    assert context.dtype == target.dtype == torch.float32
+    assert context.shape == (17, 4, DIM) and target.shape == (17, DIM)
+    for b, i in enumerate(index):
+        for t in range(4):
+            assert np.array_equal(context[b, t].numpy(), store.vectors[w.start[i] + t].astype(np.float32))
+        assert np.array_equal(target[b].numpy(), store.vectors[w.start[i] + 3 + horizon].astype(np.float32))
+
+
+def test_batch_from_vectors_on_a_device_is_the_same():
+    w = V.windows(random_store(5, np.float16), "train")
+    own, given = w.batch([0, 1]), w.batch(torch.tensor([0, 1]), torch.from_numpy(w.store.vectors.copy()))
+    assert all(torch.equal(a, b) for a, b in zip(own, given, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_batches_cover_all_in_order(size):
+    w = V.windows(random_store(2), "train")
+    parts = list(w.batches(size))
+    assert all(len(p[0]) <= size for p in parts)
+    whole = w.batch(np.arange(len(w)))
+    assert torch.equal(torch.cat([c for c, _ in parts]), whole[0])
+    assert torch.equal(torch.cat([y for _, y in parts]), whole[1])
+
+
+@pytest.mark.parametrize("count", [1, 5, 10_000])
+def test_at_most(count):
+    w = V.windows(random_store(2), "train")
+    few = w.at_most(count)
+    assert len(few) == min(count, len(w))
+    assert set(few.start) <= set(w.start) and (np.diff(few.start) > 0).all()
+
+
+def test_windows_hold_row_numbers_only(tmp_path):
+    """No (N, T, D) copy: what a Windows object holds besides the shared store is 8 bytes a window."""
+    store = V.open_store(V.write_store(random_store(3), tmp_path / "s"))
+    w = V.windows(store, "train")
+    arrays = [a for a in vars(w).values() if isinstance(a, np.ndarray)]
+    assert w.store is store
+    assert sum(a.nbytes for a in arrays) == 8 * len(w)
+    assert isinstance(store.vectors, np.memmap)
+    assert torch.from_numpy(store.vectors).data_ptr() == store.vectors.ctypes.data
+
+
+@pytest.mark.parametrize("article, position", [([0, 0.5], [0, 1]), ([0, 0], [0, 1.5]), ([0, np.nan], [0, 0]),
+                                               ([0, 0], [0, 2**32 + 1]), (["0", "0"], ["a", "b"]), ([0], [0, 1]),
+                                               ([0, 0, 0], [0, 1, 2])])
+def test_make_store_refuses_numbers_it_cannot_keep(article, position):
+    frame = pd.DataFrame({"title": ["a"], "split": ["train"]}, index=[0])
+    with pytest.raises(LVMError):
+        V.make_store("odd", np.eye(2, dtype=np.float32), article, position, frame)
+
+
+def test_unknown_split_lists_the_known():
+    with pytest.raises(LVMError, match=r"'valid'.*train, val, ood"):
+        V.windows(random_store(0), "valid")
+
+
+# --- write and open --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_round_trip(tmp_path, dtype):
+    store = random_store(7, dtype)
+    opened = V.open_store(V.write_store(store, tmp_path / "new" / "store"))
+    assert opened.name == store.name and opened.dim == DIM and opened.vectors.dtype == dtype
+    assert np.array_equal(opened.vectors, store.vectors)
+    assert np.array_equal(opened.article, store.article) and np.array_equal(opened.position, store.position)
+    pd.testing.assert_frame_equal(opened.articles, store.articles, check_index_type=False)
+    assert opened.fingerprint == store.fingerprint
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["store"], "a partial folder was left behind"
+
+
+@pytest.mark.parametrize("titles", [["NA", "null"], ["nan", "None"], ["1", "2"], ["1e5", "007"], ['a, "b"', "x\ny"],
+                                    ["Ünï — çode", "日本"], ["", ""], [" a ", "#b"]])
+def test_titles_survive_the_round_trip(tmp_path, titles):
+    frame = pd.DataFrame({"title": titles, "split": ["train", "val"]}, index=[0, 1])
+    store = V.make_store("t", np.eye(2, dtype=np.float32), [0, 1], [0, 0], frame)
+    assert V.open_store(V.write_store(store, tmp_path / "s")).articles["title"].tolist() == titles
+
+
+def test_fingerprint_tells_vectors_positions_and_splits():
+    def made(x=None, position=(0, 1), split="train"):
+        frame = pd.DataFrame({"title": ["a"], "split": [split]}, index=[0])
+        return V.make_store("f", np.eye(2, dtype=np.float32) if x is None else x, [0, 0], position, frame).fingerprint
+    all_of_them = [made(), made(np.eye(2, dtype=np.float32)[::-1]), made(np.eye(2, dtype=np.float16)),
+                   made(position=(0, 2)), made(split="val")]
+    assert len(set(all_of_them)) == 5
+    assert made() == all_of_them[0]
+
+
+@pytest.mark.parametrize("kind", ["store", "file", "empty folder"])
+def test_never_overwrites(tmp_path, kind):
+    there = tmp_path / "s"
+    if kind == "store":
+        V.write_store(random_store(1), there)
+    elif kind == "file":
+        there.write_text("mine")
+    else:
+        there.mkdir()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(LVMError, match="is there already"):
+        V.write_store(random_store(2), there)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_an_interrupted_write_leaves_no_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        V.write_store(random_store(1), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    monkeypatch.undo()
+    V.write_store(random_store(1), tmp_path / "s")
+
+
+# --- damaged and hostile stores --------------------------------------------------------------------------------------
+
+class Trap:
+    """A pickle that leaves a mark when it is read."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return V.write_store(random_store(11, gaps=False), tmp_path / "s")
+
+
+def reseal(folder):
+    """Make the checksums right again, so that the check behind them is what must speak."""
+    sheet = yaml.safe_load((folder / "datasheet.yaml").read_text(encoding="utf-8"))
+    sheet["sha256"] = {f: V.sha256_file(folder / f) for f in V.STORE_FILES[:3]}
+    (folder / "datasheet.yaml").write_text(yaml.safe_dump(sheet), encoding="utf-8")
+
+
+def refused(folder, *words):
+    with pytest.raises(LVMError) as e:
+        V.open_store(folder)
+    for word in words:
+        assert word in str(e.value), f"{word!r} not in: {e.value}"
+
+
+@pytest.mark.parametrize("name", V.STORE_FILES)
+def test_missing_file(folder, name):
+    (folder / name).unlink()
+    refused(folder, name, "missing", "a store folder holds")
+
+
+def test_missing_folder(tmp_path):
+    refused(tmp_path / "nowhere", "nowhere", "missing")
+
+
+@pytest.mark.parametrize("name", V.STORE_FILES[:3])
+def test_checksum_mismatch(folder, name):
+    content = bytearray((folder / name).read_bytes())
+    content[-2] ^= 1
+    (folder / name).write_bytes(content)
+    refused(folder, name, "sha256", "restore")
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "chunks.npy"])
+@pytest.mark.parametrize("damage", ["truncated", "header only", "empty", "text", "object", "pickle", "npz"])
+def test_unreadable_array(folder, tmp_path, name, damage):
+    path, whole, mark = folder / name, (folder / name).read_bytes(), tmp_path / "mark"
+    if damage == "object":
+        np.save(path, np.array([Trap(mark)], dtype=object), allow_pickle=True)
+    elif damage == "npz":
+        with open(path, "wb") as f:
+            np.savez(f, a=np.ones(3))
+    else:
+        path.write_bytes({"truncated": whole[:-7], "header only": whole[:128], "empty": b"", "text": b"vectors\n",
+                          "pickle": pickle.dumps(Trap(mark))}[damage])
+    reseal(folder)
+    refused(folder, name, "restore")
+    assert not mark.exists(), "code from the file was run"
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "chunks.npy"])
+@pytest.mark.parametrize(
+    "shape", ["(4, 1000000000000)", "(99999999999999, 2)", "(9999999999999999999999, 2)", "(-1, 2)", "(2.5, 2)",
+              "('a', 2)", "(" * 60, "[[[[", "()"],
+    ids=["wide", "long", "beyond int64", "negative", "fraction", "letters", "open", "lists", "scalar"])
+def test_lying_header(folder, name, shape):
+    """The header promises more than the file holds, or nonsense."""
+    descr = {"vectors.npy": "<f4", "chunks.npy": "<i4"}[name]
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
+    header = header.ljust(117) + "\n"
+    (folder / name).write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + b"\0" * 64)
+    reseal(folder)
+    refused(folder, name)
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "chunks.npy"])
+def test_any_damaged_header_byte_gives_one_clear_error(folder, name):
+    """Every byte of the header changed to a few others: the store is refused or (a blank, say) still the same."""
+    whole = (folder / name).read_bytes()
+    fingerprint, others = V.open_store(folder).fingerprint, []
+    for byte in range(128):
+        for value in b"\x00 'x(9}\xff":
+            (folder / name).write_bytes(whole[:byte] + bytes([value]) + whole[byte + 1:])
+            reseal(folder)
+            try:
+                others += [(byte, value)] * (V.open_store(folder).fingerprint != fingerprint)
+            except LVMError as e:
+                assert name in str(e) or "vectors.npy" in str(e) or "chunks.npy" in str(e)
+    assert not others
+
+
+def spoil(folder, change):
+    x = np.load(folder / "vectors.npy")
+    np.save(folder / "vectors.npy", change(x))
+    reseal(folder)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda x: x.astype(np.float64), ["float64", "float16 or float32"]),
+    (lambda x: (x * 100).astype(np.int32), ["int32", "float16 or float32"]),
+    (lambda x: x.astype(">f4"), ["float16 or float32"]),
+    (lambda x: x.astype(np.complex64), ["complex64"]),
+    (lambda x: x[:, :, None], ["shape"]),
+    (lambda x: x[:, 0], ["shape"]),
+    (lambda x: x[:0], ["not empty"]),
+    (lambda x: x[:, :0], ["not empty"]),
+    (lambda x: np.asfortranarray(x) * 2, ["norm 2, not 1", "normalise"]),
+], ids=["float64", "int", "big endian", "complex", "three axes", "one axis", "no rows", "no columns", "norm 2"])
+def test_wrong_vectors(folder, change, words):
+    spoil(folder, change)
+    refused(folder, "vectors.npy", *words)
+
+
+def test_fortran_order_is_read_right(folder):
+    x = np.load(folder / "vectors.npy")
+    spoil(folder, np.asfortranarray)
+    assert np.array_equal(V.open_store(folder).vectors, x)
+
+
+def test_fewer_vectors_than_chunks(folder):
+    spoil(folder, lambda x: x[:-1])
+    refused(folder, "chunks.npy", "a row for each vector")
+
+
+@pytest.mark.parametrize("value, words", [
+    (np.nan, ["NaN or infinite", "re-encode"]), (np.inf, ["NaN or infinite"]), (-np.inf, ["NaN or infinite"]),
+    (0.0, ["zero vector", "re-encode"]), (0.9, ["norm", "not 1", "normalise"])])
+@pytest.mark.parametrize("row", [0, 17, -1])
+def test_a_bad_row_is_named(folder, value, words, row):
+    def change(x):
+        x[row] = value
+        return x
+    spoil(folder, change)
+    rows = len(np.load(folder / "vectors.npy"))
+    refused(folder, "vectors.npy", f"row {row % rows} ", *words)
+
+
+def test_a_bad_row_beyond_the_first_block_is_named():
+    x = np.zeros((70_000, 2), np.float16)
+    x[:, 0] = 1
+    x[69_000] = np.nan
+    with pytest.raises(LVMError, match=r"here: row 69000 has NaN"):
+        V.check_vectors(x, "here")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rounded_unit_vectors_pass(dtype):
+    x = np.random.default_rng(0).standard_normal((500, 768))
+    V.check_vectors((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype), "here")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda c: c.astype(np.float32), ["integers"]),
+    (lambda c: c[:, :1], ["shape"]),
+    (lambda c: c.T, ["shape"]),
+    (lambda c: c[:-1], ["a row for each vector"]),
+    (lambda c: c[:, 0], ["shape"]),
+    (lambda c: np.concatenate([c[1:], c[:1]]), ["torn apart", "stand together"]),
+], ids=["float", "one column", "transposed", "a row short", "flat", "torn apart"])
+def test_wrong_chunks(folder, change, words):
+    # The first article must have at least two chunks for "torn apart".
+    chunks = np.load(folder / "chunks.npy")
+    assert chunks[0, 0] == chunks[1, 0]
+    np.save(folder / "chunks.npy", change(chunks))
+    reseal(folder)
+    refused(folder, "chunks.npy", *words)
+
+
+@pytest.mark.parametrize("step", [0, -1])
+def test_positions_must_rise(folder, step):
+    chunks = np.load(folder / "chunks.npy")
+    row = int(np.flatnonzero(np.diff(chunks[:, 0]) == 0)[2]) + 1
+    chunks[row, 1] = chunks[row - 1, 1] + step
+    np.save(folder / "chunks.npy", chunks)
+    reseal(folder)
+    refused(folder, "chunks.npy", f"row {row} (article {chunks[row, 0]})", "sort each article")
+
+
+def edit_articles(folder, change):
+    frame = pd.read_csv(folder / "articles.csv", keep_default_na=False, dtype=str)
+    change(frame).to_csv(folder / "articles.csv", index=False)
+    reseal(folder)
+
+
+def with_row(frame, like, **values):
+    return pd.concat([frame, frame.iloc[[like]].assign(**values)], ignore_index=True)
+
+
+def put(frame, row, column, value):
+    frame.loc[row, column] = value
+    return frame
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda f: with_row(f, 0, split="val"), ["in both train and val", "one split"]),
+    (lambda f: with_row(f, 0, split="ood", title="other"), ["in both train and ood"]),
+    (lambda f: with_row(f, 0, split="", title="other"), ["listed twice"]),
+    (lambda f: with_row(f, 0), ["listed twice"]),
+    (lambda f: put(f, 1, "title", f.title[0]), ["in both train and val", "'T"]),
+    (lambda f: put(f, 2, "title", f.title[1]), ["in both val and ood"]),
+    (lambda f: put(f, 2, "split", "test"), ["unknown split 'test'", "train, val, ood"]),
+    (lambda f: put(f, 2, "split", "Train"), ["unknown split 'Train'"]),
+    (lambda f: put(f, 2, "split", "train "), ["unknown split 'train '"]),
+    (lambda f: f.iloc[1:], ["has chunks but is not listed"]),
+    (lambda f: f.iloc[:0], ["has chunks but is not listed"]),
+    (lambda f: f.drop(columns="split"), ["needs columns"]),
+    (lambda f: f.drop(columns="article"), ["needs columns"]),
+    (lambda f: put(f, 0, "article", "one"), ["needs columns article (a number)"]),
+    (lambda f: put(f, 0, "article", ""), ["needs columns article (a number)"]),
+    (lambda f: put(f, 0, "article", f.article[0] + ".5"), ["needs columns article (a number)"]),
+    (lambda f: put(f, 0, "article", str(int(f.article[0]) + 2**32)), ["needs columns article (a number)"]),
+], ids=["two splits", "two splits, other title", "listed twice, once unused", "listed twice", "title twice",
+        "title twice, val and ood", "unknown split", "capital", "blank", "not listed", "none listed", "no split column",
+        "no article column", "number as word", "no number", "fraction", "too large"])
+def test_wrong_articles(folder, change, words):
+    edit_articles(folder, change)
+    refused(folder, "articles.csv", *words)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"article,title,split\n1,\xff\xfe,train\n", b'article,title,split\n1,"a,train\n',
+                b"article,title,split\n1,a,b,c,d\n2\n3,a,train\n", b"\x00\x01\x02"],
+    ids=["empty", "not UTF-8", "open quote", "ragged", "binary"])
+def test_unreadable_articles(folder, content):
+    (folder / "articles.csv").write_bytes(content)
+    reseal(folder)
+    refused(folder, "articles.csv")
+
+
+def test_unused_article_may_be_listed(folder):
+    edit_articles(folder, lambda f: with_row(f, 0, article="999", title="", split=""))
+    assert 999 in V.open_store(folder).articles.index
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"- a list\n", b"name: [unclosed\n", b"just text", b"name: x\n", b"sha256: 5\n",
+                b"sha256: [a, b]\n", b"\xff\xfe\x00", b"a: &a [*a", b"x: !!python/object/apply:os.getcwd []",
+                b"sha256:\n", b"sha256: {}\n", b"a: \x07", b"[" * 5000],
+    ids=["empty", "list", "unclosed", "text", "no checksums", "number", "list of two", "not UTF-8", "alias",
+         "python object", "none", "no file named", "control character", "nested"])
+def test_bad_datasheet(folder, content):
+    (folder / "datasheet.yaml").write_bytes(content)
+    refused(folder, str(folder))
+
+
+# --- dataset ---------------------------------------------------------------------------------------------------------
+
+def test_dataset_from_a_folder_and_from_a_store(folder):
+    a, b = V.dataset(str(folder), horizon=1), V.dataset(V.open_store(folder), horizon=1)
+    for split in V.SPLITS:
+        assert np.array_equal(getattr(a, split).start, getattr(b, split).start)
+        assert getattr(a, split).split == split and getattr(a, split).horizon == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["wikipedai", "vectors.py", "/nowhere/at/all", "a\x00b", "x" * 5000, "~no_such_user/s"],
+    ids=["misspelt", "file name", "absolute", "null byte", "too long", "unknown home"])
+def test_unknown_data_names_the_known(name):
+    with pytest.raises(LVMError, match="wikipedia"):
+        V.dataset(name)
+
+
+@pytest.mark.parametrize("name", ["..", "."])
+def test_a_folder_that_is_no_store(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LVMError, match="missing; a store folder holds"):
+        V.dataset(name)
+
+
+def test_every_article_too_short():
+    frame = pd.DataFrame({"title": ["a", "b", "c"], "split": list(V.SPLITS)}, index=[0, 1, 2])
+    store = V.make_store("short", np.eye(9, dtype=np.float32), np.repeat([0, 1, 2], 3), np.tile(np.arange(3), 3), frame)
+    with pytest.raises(LVMError, match=r"short, split train: no article is long enough.*longest article has 3"):
+        V.dataset(store)
+
+
+@pytest.mark.parametrize("missing", V.SPLITS)
+def test_a_split_without_articles(missing):
+    frame = pd.DataFrame({"title": list("abc"), "split": [s if s != missing else "" for s in V.SPLITS]})
+    x, article, position = np.eye(30, dtype=np.float32), np.repeat([0, 1, 2], 10), np.tile(np.arange(10), 3)
+    store = V.make_store("hole", x, article, position, frame)
+    with pytest.raises(LVMError, match=f"split {missing}: no article"):
+        V.dataset(store)
+
+
+def test_embedded_wikipedia():
+    store = V.open_store(V.EMBEDDED / "wikipedia")
+    assert store.dim == 384 and store.vectors.dtype == np.float16
+    data = V.dataset("wikipedia", horizon=2)
+    sets = [set(getattr(data, s).article) for s in V.SPLITS]
+    assert min(map(len, sets)) >= 10 and not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+    fast = V.dataset("wikipedia", fast=True)
+    assert [len(getattr(fast, s)) for s in V.SPLITS] == [512, 128, 128]
+
+
+@pytest.mark.parametrize("kwargs", [{"horizon": 0}, {"horizon": -1}, {"context_length": 0}])
+def test_senseless_horizon_and_context_length(kwargs):
+    with pytest.raises(LVMError):
+        V.windows(random_store(0), "train", **kwargs)
