@@ -54,7 +54,11 @@ def rho_cap(mse: float, directional: float, target: float, cap: float, c: Contro
 
 
 def rho_controller(mse: float, directional: float, target: float, cap: float, c: Control) -> float:
-    """v2.2: λ for ρ = target; raised once where the range left ρ below 0.8·target, scaled down above the cap."""
+    """v2.2: λ for ρ = target; raised once where the range left ρ below 0.8·target, scaled down above the cap.
+
+    λ is solved for the target already, so the raise can act only at λ_max, where the range takes it back: as the
+    original had it. The cap binds where λ_min alone is more than it allows.
+    """
     lambda_ = fraction(mse, directional, target, c)
     rho = share(lambda_, mse, directional)
     if rho < 0.8 * target:
@@ -77,7 +81,7 @@ def guarded(pos: float, neg: float, guard: str) -> bool:
 
 
 class Decision(NamedTuple):
-    """λ_eff and ρ of a batch (0 where the directional term is out), the gate's factor, and whether the guard skipped."""
+    """λ_eff and ρ of a batch (0 where the directional term is out), the gate's factor, whether the guard skipped."""
 
     lambda_eff: float
     rho: float

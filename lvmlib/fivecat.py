@@ -117,7 +117,7 @@ def measure(
     """Every figure of every window, batch by batch; a frame of N rows:
 
     article, cosine (at the target), cosine_article (mean over the article's chunks outside the context: what knowing
-    the article alone gives), offset k (cosine at k chunks from the target; NaN outside the article), rank and candidates
+    the article alone gives), offset k (cosine k chunks from the target; NaN outside the article), rank and candidates
     (among the article's chunks), novel rank and novel candidates (context left out), one column an ablation (change of
     the cosine at the target), rollout h and rollout chance h (NaN outside the article), coherence of the context.
 

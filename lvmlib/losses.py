@@ -1,7 +1,7 @@
 """The loss terms of handbook §3, one function each, and their named sum.
 
-Axes: B batch, D vector dimension. A loss takes vectors, not a model: `raw` and `unit` predictions, the
-`target` y and `prev`, the context vector that the prediction is to leave behind; each (B, D). Each returns a scalar tensor.
+Axes: B batch, D vector dimension. A loss takes vectors, not a model: `raw` and `unit` predictions, the `target` y and
+`prev`, the context vector that the prediction is to leave behind; each (B, D). Each returns a scalar tensor.
 """
 
 from __future__ import annotations

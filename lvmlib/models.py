@@ -24,14 +24,17 @@ HIDDEN = 512
 class Predictor(nn.Module):
     """What all predictors share: `raw(context)` is theirs, the unit vector and the shape check are here."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, context_length: int):
         super().__init__()
-        self.dim = dim
+        self.dim, self.context_length = dim, context_length
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        if context.ndim != 3 or context.shape[-1] != self.dim:
-            raise LVMError(f"context has shape {tuple(context.shape)}; needed is (batch, context length, {self.dim})")
-        raw = self.raw(context).float()  # (B, D); losses and cosines are taken in float32 under autocast too
+        if context.ndim != 3 or context.shape[1:] != (self.context_length, self.dim):
+            raise LVMError(
+                f"context has shape {tuple(context.shape)}; needed is (batch, {self.context_length}, {self.dim})"
+            )
+        raw = self.raw(context)  # (B, D)
+        raw = raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw  # losses need float32 under autocast
         return raw, F.normalize(raw, dim=-1)
 
     def raw(self, context: Tensor) -> Tensor:
@@ -52,7 +55,7 @@ class Transformer(Predictor):
     """Four decoder layers whose target and memory are both the context; the head reads the last position."""
 
     def __init__(self, dim: int, context_length: int):
-        super().__init__(dim)
+        super().__init__(dim, context_length)
         self.project = nn.Linear(dim, HIDDEN)
         self.register_buffer("positions", sinusoidal_positions(context_length, HIDDEN), persistent=False)
         self.register_buffer("causal", nn.Transformer.generate_square_subsequent_mask(context_length), persistent=False)
@@ -73,7 +76,7 @@ class GRU(Predictor):
     """Four GRU layers, each with a residual and a LayerNorm; the last step is read out."""
 
     def __init__(self, dim: int, context_length: int):
-        super().__init__(dim)
+        super().__init__(dim, context_length)
         self.project = nn.Linear(dim, HIDDEN)
         self.layers = nn.ModuleList(nn.GRU(HIDDEN, HIDDEN, batch_first=True) for _ in range(4))
         self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(4))
@@ -90,7 +93,7 @@ class LSTM(Predictor):
     """A two-layer LSTM; the last step is read out."""
 
     def __init__(self, dim: int, context_length: int):
-        super().__init__(dim)
+        super().__init__(dim, context_length)
         self.lstm = nn.LSTM(dim, HIDDEN, num_layers=2, dropout=0.2, batch_first=True)
         self.head = nn.Linear(HIDDEN, dim)
 
@@ -102,7 +105,7 @@ class AMN(Predictor):
     """Attention mixture network: the context's mean, corrected by what it attends to in the context."""
 
     def __init__(self, dim: int, context_length: int):
-        super().__init__(dim)
+        super().__init__(dim, context_length)
         self.query, self.key, self.value = (nn.Linear(dim, 256) for _ in range(3))
         self.attended = nn.Linear(256, dim)
         self.residual = nn.Sequential(
@@ -127,7 +130,7 @@ ARCHITECTURES = {"transformer": Transformer, "gru": GRU, "lstm": LSTM, "amn": AM
 
 def build(name: str, dim: int, context_length: int = 5) -> Predictor:
     """A freshly initialised architecture. Raises LVMError for an unknown name."""
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise LVMError(f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name](dim, context_length)
 
@@ -136,7 +139,7 @@ class Weighted(Predictor):
     """A fixed weight for each context position: raw = Σ_t w_t · context_t. Copy-last and the mean are cases of it."""
 
     def __init__(self, dim: int, weights: Tensor):
-        super().__init__(dim)
+        super().__init__(dim, len(weights))
         self.register_buffer("weights", weights)
 
     def raw(self, context: Tensor) -> Tensor:
@@ -147,7 +150,7 @@ class Linear(Predictor):
     """raw = flatten(context) @ weights, weights (T·D, D)."""
 
     def __init__(self, dim: int, weights: Tensor):
-        super().__init__(dim)
+        super().__init__(dim, len(weights) // dim)
         self.register_buffer("weights", weights)
 
     def raw(self, context: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
@@ -30,36 +31,36 @@ Steps = tuple[tuple[int, float], ...]  # ((first epoch, value), …): a value ho
 
 @dataclass(frozen=True)
 class Optimizer:
-    lr: float = 5e-4  # AdamW
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0  # gradients are clipped to this total norm
-    plateau_factor: float = 0.5  # ReduceLROnPlateau on the validation loss
-    plateau_patience: int = 3
+    lr: float  # AdamW
+    weight_decay: float
+    clip_norm: float  # gradients are clipped to this total norm
+    plateau_factor: float  # ReduceLROnPlateau on the validation loss
+    plateau_patience: int
 
 
 @dataclass(frozen=True)
 class Directional:
     """L_dir, handbook §3."""
 
-    kind: Literal["none", "smooth", "scale_aware"] = "none"
-    gamma: float = 4.0  # sharpness of the softplus
-    alpha: float = 0.7  # weight of the gap against the ratio (scale_aware)
-    margin_ratio: float = 0.05  # m_ratio (scale_aware)
-    prev: int = -2  # the context vector that the prediction is to leave behind
+    kind: Literal["none", "smooth", "scale_aware"]
+    gamma: float  # sharpness of the softplus
+    alpha: float  # weight of the gap against the ratio (scale_aware)
+    margin_ratio: float  # m_ratio (scale_aware)
+    prev: int  # the context vector that the prediction is to leave behind
 
 
 @dataclass(frozen=True)
 class Floor:
-    tau: float = 0.0  # cos(p, y) below tau is penalised
-    weight: float = 0.0  # β
+    tau: float  # cos(p, y) below tau is penalised
+    weight: float  # β
 
 
 @dataclass(frozen=True)
 class Losses:
-    directional: Directional = field(default_factory=Directional)
-    floor: Floor = field(default_factory=Floor)
-    norm: float = 0.0  # η
-    orthogonality: float = 0.0  # κ
+    directional: Directional
+    floor: Floor
+    norm: float  # η
+    orthogonality: float  # κ
 
 
 @dataclass(frozen=True)
@@ -72,21 +73,21 @@ class Gate:
 
 @dataclass(frozen=True)
 class Control:
-    rule: Literal["none", "fraction", "rho_cap", "rho_controller", "fixed"] = "none"
-    lambda_min: float = 1e-4
-    lambda_max: float = 0.05  # rule `fixed` stays here
-    guard: Literal["none", "v2", "v21"] = "none"
-    gate: Gate | None = None
+    rule: Literal["none", "fraction", "rho_cap", "rho_controller", "fixed"]
+    lambda_min: float
+    lambda_max: float  # rule `fixed` stays here
+    guard: Literal["none", "v2", "v21"]
+    gate: Gate | None
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Piecewise constant over epochs, which count from 1."""
 
-    margin: Steps = ()  # m_gap
-    fraction: Steps = ()  # rules fraction and rho_cap
-    rho_target: Steps = ()  # rule rho_controller
-    rho_cap: Steps = ()  # rules rho_cap and rho_controller
+    margin: Steps  # m_gap
+    fraction: Steps  # rules fraction and rho_cap
+    rho_target: Steps  # rule rho_controller
+    rho_cap: Steps  # rules rho_cap and rho_controller
 
 
 @dataclass(frozen=True)
@@ -104,36 +105,36 @@ class Expected:
 class Published:
     """What the original run gave (on its own data and model)."""
 
-    margin: float | None = None  # offset-sweep margin, read one step late
-    recall_at_5: float | None = None  # among six candidates, chance 5/6
-    val_cos: float | None = None
-    note: str = ""
+    margin: float | None  # offset-sweep margin, read one step late
+    recall_at_5: float | None  # among six candidates, chance 5/6
+    val_cos: float | None
+    note: str
 
 
 @dataclass(frozen=True)
 class Version:
-    """Everything a run depends on. Built by `version`, never by hand."""
+    """Everything a run depends on. Built by `version`, never by hand; the numbers stand in params/."""
 
     name: str
     about: str  # the file's first comment line: why this version exists
     extends: str  # the parent version, empty for the first
-    data: str = "wikipedia"  # an embedded dataset, world:NAME, or a store's folder
-    horizon: int = 2  # the target is this many chunks after the context
-    context_length: int = 5
-    model: Literal["transformer", "gru", "lstm", "amn"] = "transformer"
-    epochs: int = 12
-    batch_size: int = 32
-    seed: int = 0
-    device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    log_every: int = 200  # steps between two rows of steps.csv
-    fast: bool = False  # a smoke run: a few hundred windows, two epochs
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    losses: Losses = field(default_factory=Losses)
-    control: Control = field(default_factory=Control)
-    schedule: Schedule = field(default_factory=Schedule)
-    expected: tuple[Expected, ...] = ()
-    published: Published = field(default_factory=Published)
+    data: str  # an embedded dataset, world:NAME, or a store's folder
+    horizon: int  # the target is this many chunks after the context
+    context_length: int
+    model: Literal["transformer", "gru", "lstm", "amn"]
+    epochs: int
+    batch_size: int
+    seed: int
+    device: str
+    precision: Literal["auto", "float32", "bfloat16"]
+    log_every: int  # steps between two rows of steps.csv
+    fast: bool  # a smoke run: a few hundred windows, two epochs
+    optimizer: Optimizer
+    losses: Losses
+    control: Control
+    schedule: Schedule
+    expected: tuple[Expected, ...]
+    published: Published
 
     def to_dict(self) -> dict:
         """Plain nested dict, as `run.yaml` keeps it."""
@@ -151,28 +152,29 @@ def version(name: str, overrides: Mapping[str, Any] | None = None, **top: Any) -
     In fast mode the run has at most two epochs. Raises LVMError for an unknown version (the known ones are
     listed), an unknown key (the nearest is named), a wrong type or an impossible value.
     """
-    merged, about, extends = _merged(name)
-    where = f"params/{name}.yaml"
+    if name not in known_versions():
+        raise LVMError(_unknown(name))
     if overrides is not None and not isinstance(overrides, Mapping):
         raise LVMError(f"overrides: is {overrides!r}; needed is a dict, such as {{'optimizer': {{'lr': 1.0e-4}}}}")
-    top = {key: value for key, value in top.items() if value is not None}
-    if overrides or top:
-        where += " with overrides"
-        merged = merge(merge(merged, overrides or {}), top)
+    built = _resolved(name, overrides or {}, {key: value for key, value in top.items() if value is not None})
+    return dataclasses.replace(built, epochs=min(built.epochs, 2)) if built.fast else built
+
+
+def _resolved(name: str, overrides: Mapping = MappingProxyType({}), top: Mapping = MappingProxyType({})) -> Version:
+    merged, about, extends = _merged(name)
+    where = f"params/{name}.yaml" + (" with overrides" if overrides or top else "")
+    merged = merge(merge(merged, overrides), top)
     for key in ("name", "about", "extends"):
         if key in merged:
             raise LVMError(f"{where}: key {key!r} cannot be set")
     built = _build(Version, {**merged, "name": name, "about": about, "extends": extends}, where)
-    if built.fast and built.epochs > 2:
-        built = dataclasses.replace(built, epochs=2)
     _check(built, where)
     return built
 
 
 def changes(own: Version) -> list[tuple[str, Any, Any]]:
     """How a version differs from its parent: (dotted key, parent's value, own value), keys in order."""
-    base = version(own.extends) if own.extends else Version(name="", about="", extends="")
-    theirs, ours = flat(base.to_dict()), flat(own.to_dict())
+    theirs, ours = flat(_resolved(own.extends or "base").to_dict()), flat(own.to_dict())
     skip = ("name", "about", "extends", "expected", "published")
     return [
         (k, theirs.get(k), ours.get(k))
@@ -225,29 +227,51 @@ def _assigned(source: str) -> list[str]:
     ]
 
 
-def _merged(name: Any, chain: tuple[str, ...] = ()) -> tuple[dict, str, str]:
-    """A version's content over all it extends; its own first comment line; its parent."""
+def _unknown(name: Any) -> str:
     known = known_versions()
-    if not isinstance(name, str) or (name not in known and not (chain and name == "base")):
-        hint = _nearest(f"v{name}" if not isinstance(name, str) else name, known)
-        raise LVMError(f"unknown version {name!r}{hint}; known: {', '.join(known)}")
+    hint = _nearest(name if isinstance(name, str) else f"v{name}", known)
+    return f"unknown version {name!r}{hint}; known: {', '.join(known)}"
+
+
+def _merged(name: str, chain: tuple[str, ...] = ()) -> tuple[dict, str, str]:
+    """A version's content over all it extends; its own first comment line; its parent."""
     if name in chain:
         raise LVMError(f"params/{name}.yaml: extends itself through {' → '.join((*chain, name))}")
     text, content = _read(PARAMS / f"{name}.yaml")
     about = text.splitlines()[0].removeprefix("#").strip() if text.startswith("#") else ""
-    parent = content.pop("extends", "" if name == "base" else "base")
-    below = _merged(parent, (*chain, name))[0] if parent else {}
-    return merge(below, content), about, "" if parent == "base" else parent
+    if name == "base":
+        if "extends" in content:
+            raise LVMError("params/base.yaml: the base itself extends nothing; drop the key 'extends'")
+        return content, about, ""
+    parent = content.pop("extends", "base")
+    if parent not in ["base", *known_versions()]:
+        raise LVMError(f"params/{name}.yaml: extends an {_unknown(parent)}, base")
+    return merge(_merged(parent, (*chain, name))[0], content), about, "" if parent == "base" else parent
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but a key given twice is an error: YAML itself would let the last one win."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 def _read(path: Path) -> tuple[str, dict]:
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        text = path.read_text(encoding="utf-8-sig")
+        content = yaml.load(text, _Loader)
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as e:
         raise LVMError(f"params/{path.name}: cannot be read as YAML ({e})") from e
+    content = {} if content is None else content
     if not isinstance(content, dict):
-        raise LVMError(f"params/{path.name}: holds {type(content).__name__}; needed are `key: value` lines")
+        raise LVMError(
+            f"params/{path.name}: holds {type(content).__name__} {str(content)[:40]!r}; needed are `key: value` lines"
+        )
     return text, content
 
 
@@ -263,14 +287,11 @@ def _build(cls, content: Mapping, where: str, prefix: str = ""):
             raise LVMError(
                 f"{where}: unknown key {prefix + str(key)!r}{_nearest(key, hints)}; known here: {', '.join(hints)}"
             )
-    needed = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.name not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if needed:
-        raise LVMError(f"{where}: key {prefix + needed[0]!r} is missing")
-    return cls(**{k: _value(hints[k], v, where, prefix + k) for k, v in content.items()})
+    values = {k: _value(hints[k], v, where, prefix + k) for k, v in content.items()}
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in content]
+    if missing:
+        raise LVMError(f"{where}: key {prefix + missing[0]!r} is missing")
+    return cls(**values)
 
 
 def _value(kind, value, where: str, key: str):
@@ -304,7 +325,7 @@ def _value(kind, value, where: str, key: str):
             raise refuse(f"a list of {len(args)}")
         return tuple(_value(a, v, where, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
     if kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:  # nor NaN
             raise refuse("a number")
         return float(value)
     needed = {int: "a whole number", str: "text", bool: "true or false"}[kind]
@@ -326,6 +347,7 @@ def _check(v: Version, where: str) -> None:
     need(-v.context_length <= d.prev <= -1, "losses.directional.prev", d.prev, f"-{v.context_length} to -1")
     need(d.gamma > 0, "losses.directional.gamma", d.gamma, "above 0")
     need(0 <= d.alpha <= 1, "losses.directional.alpha", d.alpha, "0 to 1")
+    need(-1 <= d.margin_ratio <= 1, "losses.directional.margin_ratio", d.margin_ratio, "-1 to 1")
     need(-1 <= v.losses.floor.tau <= 1, "losses.floor.tau", v.losses.floor.tau, "a cosine, -1 to 1")
     for key, weight in (
         ("floor.weight", v.losses.floor.weight),
@@ -366,10 +388,24 @@ def _check(v: Version, where: str) -> None:
     for f in dataclasses.fields(v.schedule):
         firsts = [first for first, _ in getattr(v.schedule, f.name)]
         need(
-            not firsts or (firsts[0] == 1 and all(a < b for a, b in zip(firsts, firsts[1:], strict=False))),
+            not firsts or (firsts[0] == 1 and all(a < b for a, b in pairwise(firsts))),
             f"schedule.{f.name}",
             firsts,
             "first epochs that rise from 1",
+        )
+        low, high = (-2, 2) if f.name == "margin" else (0, float("inf"))
+        for _, value in getattr(v.schedule, f.name):
+            need(low <= value <= high, f"schedule.{f.name}", value, f"{low} to {high}")
+    for epoch in {first for first, _ in (*v.schedule.rho_target, *v.schedule.rho_cap)}:
+        target, cap = (
+            [value for first, value in steps if first <= epoch][-1:]
+            for steps in (v.schedule.rho_target, v.schedule.rho_cap)
+        )
+        need(
+            not (target and cap) or target <= cap,
+            "schedule.rho_cap",
+            cap,
+            f"at least rho_target {target} (epoch {epoch})",
         )
 
 

@@ -239,7 +239,7 @@ def _baselines(axis, values: pd.Series, epochs: int) -> None:
 
 
 def step_health(steps: pd.DataFrame, version: Version) -> Figure:
-    """A run by logged step: cosines, gap and ratio, ρ against target and cap, λ_eff with skips, gradient norm, terms."""
+    """A run by logged step: cosines, gap and ratio, ρ against target and cap, λ_eff, skips, gradient norm, terms."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.2), layout="constrained")
     cosines, gaps, share, pull, gradient, terms = axes.flat
     x = steps["step"]
@@ -289,7 +289,7 @@ def step_health(steps: pd.DataFrame, version: Version) -> Figure:
 
 
 def offset_sweep(report: Report, split: str, horizon: int) -> Figure:
-    """Gate A: mean cosine of the predictions with the chunks around the target, for every predictor, with its interval."""
+    """Gate A: mean cosine of the predictions with the chunks around the target; the model with its interval."""
     figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     names = _predictors(report)
     for i, name in enumerate(names):

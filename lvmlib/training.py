@@ -463,7 +463,7 @@ def peak_memory_mib() -> float:
 
 
 def watched() -> bool:
-    """Whether a person watches this process: a terminal, or a kernel that a Jupyter server started (not papermill's)."""
+    """Whether a person watches: a terminal, or a kernel that a Jupyter server started (papermill starts its own)."""
     return "JPY_SESSION_NAME" in os.environ or sys.stdout.isatty()
 
 

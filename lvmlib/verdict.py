@@ -27,7 +27,7 @@ SPIKE = 1.5  # ours: a validation loss this many times the best before it is a s
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the checklist. `held` is None where the version has no such quantity; `broke` names the first break."""
+    """A line of the checklist. `held` is None where the version has no such quantity; `broke` names the first break."""
 
     every: str  # "step" or "epoch"
     check: str

