@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,9 +64,14 @@ class Store:
 
 def make_store(name: str, vectors, article, position, articles: pd.DataFrame, datasheet: dict | None = None) -> Store:
     """A store from arrays in memory, checked. Raises LVMError on anything a training run could trip over."""
-    vectors, chunks = np.asanyarray(vectors), np.stack([np.asarray(article), np.asarray(position)], 1).astype(np.int32)
+    vectors, article, position = np.asanyarray(vectors), np.asarray(article), np.asarray(position)
     check_vectors(vectors, name)
-    check_chunks(chunks, len(vectors), name)
+    if not article.shape == position.shape == (len(vectors),):
+        raise LVMError(
+            f"{name}: {len(vectors)} vectors, but articles {article.shape} and positions {position.shape}; "
+            "give each vector one of both"
+        )
+    chunks = check_chunks(np.stack([article, position], 1), len(vectors), name)
     check_articles(articles, chunks[:, 0], name)
     return Store(
         name, vectors, chunks[:, 0], chunks[:, 1], articles, datasheet or {}, _fingerprint(vectors, chunks, articles)
@@ -80,21 +86,25 @@ def write_store(store: Store, folder: str | os.PathLike) -> Path:
     folder = Path(folder)
     if folder.exists():
         raise LVMError(f"{folder}: is there already; name a new folder, or move the old one aside")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    np.save(partial / "vectors.npy", store.vectors)
-    np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
-    store.articles.to_csv(partial / "articles.csv", index_label="article")
-    datasheet = {
-        "name": store.name,
-        **store.datasheet,
-        "sha256": {f: sha256_file(partial / f) for f in STORE_FILES[:3]},
-    }
-    (partial / "datasheet.yaml").write_text(
-        yaml.safe_dump(datasheet, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        np.save(partial / "vectors.npy", store.vectors)
+        np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
+        store.articles.to_csv(partial / "articles.csv", index_label="article")
+        datasheet = {
+            "name": store.name,
+            **store.datasheet,
+            "sha256": {f: sha256_file(partial / f) for f in STORE_FILES[:3]},
+        }
+        (partial / "datasheet.yaml").write_text(
+            yaml.safe_dump(datasheet, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+        partial.chmod(0o755)  # mkdtemp makes it the owner's alone
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return folder
 
 
@@ -111,7 +121,7 @@ def open_store(folder: str | os.PathLike) -> Store:
     try:
         datasheet = yaml.safe_load((folder / "datasheet.yaml").read_text(encoding="utf-8"))
         recorded = dict(datasheet["sha256"])
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise LVMError(
             f"{folder / 'datasheet.yaml'}: cannot be read as a datasheet with checksums ({e!r}); restore the file"
         ) from e
@@ -121,16 +131,16 @@ def open_store(folder: str | os.PathLike) -> Store:
                 f"{folder / name}: its sha256 is not the one in datasheet.yaml; the file is damaged or "
                 "was changed: restore it, or build the store anew"
             )
-    vectors = _load_array(folder / "vectors.npy", mmap=True)
-    chunks = _load_array(folder / "chunks.npy", mmap=False)
+    vectors, chunks = _load_array(folder / "vectors.npy"), _load_array(folder / "chunks.npy")
     try:
         # Read as text first: an article listed twice must be seen, not merged.
-        articles = pd.read_csv(folder / "articles.csv", keep_default_na=False, dtype={"title": str, "split": str})
-        articles = articles.astype({"article": np.int32}).set_index("article")[["title", "split"]]
-    except (ValueError, KeyError, UnicodeDecodeError, pd.errors.ParserError) as e:
+        articles = pd.read_csv(folder / "articles.csv", keep_default_na=False, dtype=str)
+        numbers = [np.int32(int(n)) for n in articles["article"]]  # refuses fractions and what int32 cannot hold
+        articles = articles[["title", "split"]].set_index(pd.Index(numbers, dtype=np.int32, name="article"))
+    except (ValueError, KeyError, OverflowError, pd.errors.ParserError) as e:
         raise LVMError(f"{folder / 'articles.csv'}: needs columns article (a number), title, split ({e})") from e
     check_vectors(vectors, str(folder / "vectors.npy"))
-    check_chunks(chunks, len(vectors), str(folder / "chunks.npy"))
+    chunks = check_chunks(chunks, len(vectors), str(folder / "chunks.npy"))
     check_articles(articles, chunks[:, 0], str(folder / "articles.csv"))
     return Store(
         str(datasheet.get("name") or folder.name),
@@ -143,12 +153,16 @@ def open_store(folder: str | os.PathLike) -> Store:
     )
 
 
-def _load_array(path: Path, mmap: bool) -> np.ndarray:
+def _load_array(path: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped: a header that promises too much is refused before memory is taken."""
     try:
         # Mode "c" (copy on write): nothing reaches the file, and torch takes the array without a warning.
-        return np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except Exception as e:  # a damaged header comes out of numpy as SyntaxError, TokenError, OverflowError, ...
         raise LVMError(f"{path}: not a readable .npy array ({e}); restore the file") from e
+    if not isinstance(array, np.ndarray):
+        raise LVMError(f"{path}: is an archive (.npz), not a .npy array; restore the file")
+    return array
 
 
 def check_vectors(vectors: np.ndarray, where: str) -> None:
@@ -176,13 +190,16 @@ def check_vectors(vectors: np.ndarray, where: str) -> None:
             )
 
 
-def check_chunks(chunks: np.ndarray, count: int, where: str) -> None:
-    """Raise LVMError unless `chunks` (M, 2) keeps each article in one run of rising positions."""
+def check_chunks(chunks: np.ndarray, count: int, where: str) -> np.ndarray:
+    """`chunks` (M, 2) as int32. Raises LVMError unless it keeps each article in one run of rising positions."""
     if chunks.shape != (count, 2) or not np.issubdtype(chunks.dtype, np.integer):
         raise LVMError(
             f"{where}: has shape {chunks.shape} and type {chunks.dtype}; "
             f"needed is ({count}, 2) integers, a row for each vector"
         )
+    if chunks.min() < 0 or chunks.max() > np.iinfo(np.int32).max:
+        raise LVMError(f"{where}: article numbers and positions must lie between 0 and {np.iinfo(np.int32).max}")
+    chunks = chunks.astype(np.int32)  # a copy in memory; unsigned differences would never be negative
     article, position = chunks[:, 0], chunks[:, 1]
     begins = np.flatnonzero(np.diff(article, prepend=article[0] - 1))
     numbers, runs = np.unique(article[begins], return_counts=True)
@@ -195,6 +212,7 @@ def check_chunks(chunks: np.ndarray, count: int, where: str) -> None:
             f"{where}: row {row} (article {article[row]}) does not rise in position; "
             "sort each article by position and drop duplicates"
         )
+    return chunks
 
 
 def check_articles(articles: pd.DataFrame, used: np.ndarray, where: str) -> None:
@@ -294,6 +312,8 @@ def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5)
     """
     if split not in SPLITS:
         raise LVMError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if horizon < 1 or context_length < 1:
+        raise LVMError(f"horizon {horizon} and context_length {context_length} must each be at least 1")
     span = context_length - 1 + horizon
     first = store.rows(split)
     first = first[first + span < len(store.article)]
@@ -326,13 +346,13 @@ def dataset(data: str | Store = "wikipedia", horizon: int = 2, context_length: i
     """
     if isinstance(data, Store):
         store = data
-    elif (EMBEDDED / data / "datasheet.yaml").is_file():
+    elif data in embedded():
         store = open_store(EMBEDDED / data)
     elif data.startswith("world:"):
         from .worlds import world
 
         store = world(data.removeprefix("world:"))
-    elif (folder := ROOT / Path(data).expanduser()).is_dir():  # a relative path starts from the checkout
+    elif os.path.isdir(folder := ROOT / os.path.expanduser(data)):  # a relative path starts from the checkout
         store = open_store(folder)
     else:
         raise LVMError(
