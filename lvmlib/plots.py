@@ -6,6 +6,8 @@ can be read. Chance levels are grey lines, uncertainty is a band or a bar.
 
 from __future__ import annotations
 
+import hashlib
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -42,26 +44,40 @@ def use_style() -> None:
 
 
 def table(frame: pd.DataFrame, caption: str = "", digits: int = 3, formats: dict | None = None) -> Styler:
-    """A frame as a reader sees it: rounded, no index, whole numbers whole, gaps as –."""
-    whole = {
-        c: "{:,.0f}" for c in frame if pd.api.types.is_float_dtype(frame[c]) and (frame[c].dropna() % 1 == 0).all()
-    }
-    styled = frame.style.format(precision=digits, na_rep="–", thousands=",").format(whole, na_rep="–")
-    styled = styled.format(formats, na_rep="–") if formats else styled
+    """A frame as a reader sees it: rounded, no index, whole numbers whole, gaps as –. `formats`: column → format."""
+
+    def shown(values: pd.Series) -> str | None:
+        if not pd.api.types.is_numeric_dtype(values):
+            return None
+        return "{:,.0f}" if (values.dropna() % 1 == 0).all() else f"{{:,.{digits}f}}"
+
     numbers = list(frame.select_dtypes("number"))
     return (
-        styled.hide(axis="index")
+        frame.style.format({c: shown(frame[c]) for c in frame} | (formats or {}), na_rep="–")
+        .hide(axis="index")
         .set_caption(caption)
-        .set_uuid("t")
+        # Tables of one page must not share an id; this one depends on the content alone, so that reruns are alike.
+        .set_uuid(hashlib.sha1(frame.to_csv().encode() + caption.encode()).hexdigest()[:10])
         .set_properties(subset=numbers, **{"text-align": "right"})
         .set_properties(subset=[c for c in frame if c not in numbers], **{"text-align": "left"})
         .set_table_styles(
             [
-                {"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"},
+                {
+                    "selector": "caption",
+                    "props": "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap",
+                },
                 {"selector": "th", "props": "text-align: left"},
+                {"selector": "td", "props": "white-space: nowrap"},
             ]
         )
     )
+
+
+def history_table(history: pd.DataFrame) -> Styler:
+    """A run's epochs as a table."""
+    formats = dict.fromkeys(("train_loss", "val_loss"), "{:.5f}") | {"lambda_eff": "{:.4f}", "learning_rate": "{:.1e}"}
+    terms = ["mse", "directional", "floor", "norm", "orthogonality"]
+    return table(history.drop(columns=terms).dropna(axis=1, how="all"), formats=formats | {"seconds": "{:.1f}"})
 
 
 def checklist_frame(checks: list[Check]) -> pd.DataFrame:
@@ -104,7 +120,7 @@ def gate_table(report: Report, split: str) -> Styler:
     rows = report.table[report.table["split"].isin([split, "both"])]
     wide = rows.pivot_table(index=["gate", "measure"], columns="predictor", values="value", sort=False, dropna=False)
     own = rows[rows["predictor"] == "model"]
-    words = {True: "passed", False: "NOT PASSED"}
+    words = {True: "passed", False: "FAILED"}
 
     def threshold(r) -> str:
         if pd.isna(r["threshold"]):
@@ -189,12 +205,9 @@ def training(history: pd.DataFrame, version: Version, baselines: pd.DataFrame | 
             (margin, "margin", 1),
             (recall, "recall_at_5", 100),
         ):
-            _baselines(axis, baselines[column] * scale, version.epochs)
+            _baselines(axis, baselines[column] * scale)
     for axis in axes.flat:
-        axis.set(
-            xlabel="epoch",
-            xlim=(0.5, version.epochs + (2.6 if baselines is not None and axis not in (share, pull) else 0.5)),
-        )
+        axis.set(xlabel="epoch", xlim=(0.5, version.epochs + 0.5))
         axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         labels = axis.get_legend_handles_labels()[1]
         if len(labels) > 1:
@@ -225,17 +238,15 @@ def _expected(axis, version: Version, column: str, scale: float) -> None:
         )
 
 
-def _baselines(axis, values: pd.Series, epochs: int) -> None:
-    """Thin lines with their names at the right edge, kept from covering each other."""
-    span = np.ptp([*values, *axis.get_ylim()]) if axis.get_yscale() == "linear" else None
-    placed: list[float] = []
+def _baselines(axis, values: pd.Series) -> None:
+    """Dashed lines with their names right of the axes, moved apart where they would cover each other."""
+    below = -1.0
+    for value in values:
+        axis.axhline(value, color=GREY, lw=0.8, ls=(0, (4, 3)))
     for name, value in values.sort_values().items():
-        axis.axhline(value, color=GREY, lw=0.7, ls=(0, (4, 3)))
-        y = value
-        if span is not None and placed and y - placed[-1] < 0.06 * span:
-            y = placed[-1] + 0.06 * span
-        placed.append(y)
-        axis.text(epochs + 2.5, y, name, fontsize="x-small", color=GREY, ha="right", va="bottom")
+        height = axis.transAxes.inverted().transform(axis.transData.transform((1, value)))[1]
+        below = max(height, below + 0.06)
+        axis.text(1.01, below, name, transform=axis.transAxes, fontsize="x-small", color="0.3", va="center")
 
 
 def step_health(steps: pd.DataFrame, version: Version) -> Figure:

@@ -127,8 +127,7 @@ def open_run(folder: str | os.PathLike) -> tuple[dict, pd.DataFrame, pd.DataFram
         record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not isinstance(record.get("parameters"), dict):
             raise ValueError("no parameters in run.yaml")
-        # round_trip: the default parser may miss the last bit, and a reopened history must equal the one written
-        epochs, steps = (pd.read_csv(folder / f, float_precision="round_trip") for f in ("epochs.csv", "steps.csv"))
+        epochs, steps = (_read_table(folder / name) for name in ("epochs.csv", "steps.csv"))
         for frame, columns, name in ((epochs, EPOCH_COLUMNS, "epochs.csv"), (steps, STEP_COLUMNS, "steps.csv")):
             if tuple(frame.columns) != columns:
                 raise ValueError(f"{name} does not have the columns {', '.join(columns)}")
@@ -137,6 +136,12 @@ def open_run(folder: str | os.PathLike) -> tuple[dict, pd.DataFrame, pd.DataFram
             f"{folder}: not the folder of a run that can be read ({e}); train it, or restore the file"
         ) from e
     return record, epochs, steps
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """A table of numbers, to the last bit as it was written (pandas' own parser may miss that one)."""
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False).map(lambda cell: float(cell) if cell else math.nan)
+    return frame.astype({c: int for c in ("epoch", "step", "skip", "skips") if c in frame})
 
 
 class Run:

@@ -1,0 +1,392 @@
+"""The loop: what a run writes, that it can be reused, resumed to the same weights, and refused."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+import lvmlib as lvm
+from lvmlib import controller, losses, models, training, vectors
+from lvmlib.errors import LVMError
+
+DIM = 24
+
+
+def make_data(seed=0, articles=12, length=16):
+    """Articles that drift from a topic, so that there is something to learn."""
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((articles, 1, DIM)) + 0.8 * random.standard_normal((articles, length, DIM))
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    split = np.array(["train", "train", "train", "val", "ood"])[np.arange(articles) % 5]
+    frame = pd.DataFrame({"title": [f"a{i}" for i in range(articles)], "split": split}, index=range(articles))
+    store = vectors.make_store(
+        "toy",
+        x.reshape(-1, DIM).astype(np.float32),
+        np.repeat(np.arange(articles), length),
+        np.tile(np.arange(length), articles),
+        frame,
+    )
+    return vectors.dataset(store)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make_data()
+
+
+def version(name="v22", **top):
+    settings = {"model": "amn", "epochs": 3, "precision": "float32", "device": "cpu", "log_every": 2} | top
+    return lvm.version(name, settings.pop("overrides", None), **settings)
+
+
+def weights(folder, name="best.safetensors"):
+    return safetensors.torch.load_file(folder / name)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def finish(run):
+    rows = list(run)
+    assert run.finished and len(rows) == len(run)
+    return run
+
+
+def without_times(frame):
+    return frame.drop(columns="seconds", errors="ignore")
+
+
+# The folder
+
+
+def test_a_run_leaves_what_the_readme_promises(data, tmp_path):
+    run = finish(lvm.train(version(), data, tmp_path / "run"))
+    names = {str(p.relative_to(run.folder)) for p in run.folder.rglob("*") if p.is_file()}
+    assert names == {"run.yaml", "steps.csv", "epochs.csv", "best.safetensors", "last/state.pt"}
+    record, epochs, steps = lvm.open_run(run.folder)
+    assert record["parameters"] == version().to_dict()
+    assert record["dataset"]["fingerprint"] == data.store.fingerprint
+    assert record["finished"]["peak_memory_mib"] > 0
+    assert record["software"]["torch"] == torch.__version__
+    assert tuple(epochs.columns) == training.EPOCH_COLUMNS and epochs["epoch"].tolist() == [1, 2, 3]
+    per_epoch = math.ceil(len(data.train) / 32)
+    wanted = sorted({1, 3 * per_epoch, *range(2, 3 * per_epoch + 1, 2)})
+    assert steps["step"].tolist() == wanted  # the first, every second, the last
+    assert steps["epoch"].tolist() == [(s - 1) // per_epoch + 1 for s in wanted]
+    pd.testing.assert_frame_equal(epochs, run.history, check_exact=True)  # bit for bit through the csv
+
+
+def test_the_rows_are_what_they_say(data, tmp_path):
+    """Epoch 1 retraced by hand: same stream, same order, own sums; then the validation figures one window at a time."""
+    v = version(epochs=1, log_every=1)
+    run = finish(lvm.train(v, data, tmp_path / "run"))
+    with training.seeded(v.seed, 0):
+        model = models.build("amn", DIM)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.01, fused=True)
+    seen = []
+    with training.seeded(v.seed, 1):
+        order = torch.randperm(len(data.train)).numpy()
+        for first in range(0, len(order), 32):
+            x, y = data.train.batch(order[first : first + 32])
+            raw, p = model(x)
+            t = losses.terms(raw, p, x, y, 0.02, v.losses)
+            pos, neg = losses.cosine(p, y).mean().item(), losses.cosine(p, x[:, -2]).mean().item()
+            d = controller.decide(
+                v.control, controller.phase(v.schedule, 1), t.mse.item(), t.directional.item(), pos, neg
+            )
+            total = t.mse + d.lambda_eff * t.directional + 2e-3 * t.floor + 1e-3 * t.norm + 5e-4 * t.orthogonality
+            optimizer.zero_grad()
+            total.backward()
+            norm = math.sqrt(sum(float(w.grad.double().square().sum()) for w in model.parameters()))
+            for w in model.parameters():
+                w.grad *= min(1.0, 1.0 / (norm + 1e-6))
+            optimizer.step()
+            seen.append((len(y), total.item(), t.mse.item(), pos, d.lambda_eff, d.rho, d.skip, norm))
+    n, loss, mse, pos, lam, rho, skip, norm = map(np.array, zip(*seen, strict=True))
+    row = run.history.iloc[0]
+    acted = n * ~skip
+    for name, value in (("train_loss", loss), ("mse", mse), ("pos", pos)):
+        assert row[name] == pytest.approx((n * value).sum() / n.sum(), rel=1e-4)
+    for name, value in (("lambda_eff", lam), ("rho", rho)):
+        assert row[name] == pytest.approx((acted * value).sum() / acted.sum(), rel=1e-4)
+    assert row["skips"] == skip.sum()
+    assert run.steps["gradient_norm"].to_numpy() == pytest.approx(norm, rel=1e-3)
+
+    figures = []
+    best = run.best
+    for i in range(len(data.val)):
+        x, y = data.val.batch([i])
+        raw, p = (t[0].detach().double().numpy() for t in best(x))
+        x, y = x[0].double().numpy(), y[0].double().numpy()
+        unit = raw / np.linalg.norm(raw)
+        cos = [float(unit @ c) / np.linalg.norm(c) for c in (*x, y)]
+        figures.append((np.mean((raw - y) ** 2), cos[-1], cos[-1] - cos[-2], sum(c > cos[-1] for c in cos) < 5))
+    wanted = np.mean(figures, axis=0)
+    assert row[["val_loss", "val_cos", "margin", "recall_at_5"]].to_numpy(float) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_best_checkpoint_is_of_the_lowest_validation_loss(data, tmp_path):
+    run = finish(lvm.train(version(epochs=4, overrides={"optimizer": {"lr": 0.03}}), data, tmp_path / "run"))
+    assert training.validate(run.best, data.val)["val_loss"] == pytest.approx(run.history["val_loss"].min(), rel=1e-5)
+
+
+def test_learning_rate_falls_on_a_plateau(data, tmp_path):
+    v = version("p6", epochs=6, overrides={"optimizer": {"lr": 1.0, "plateau_patience": 0}})
+    rates = finish(lvm.train(v, data, tmp_path / "run")).history["learning_rate"]
+    assert rates.iloc[0] == 1.0 and rates.iloc[-1] < 1.0 and set(np.log2(rates)) <= {-float(i) for i in range(6)}
+
+
+@pytest.mark.parametrize("name", lvm.known_versions())
+def test_every_version_trains(name, data, tmp_path):
+    run = finish(lvm.train(version(name, epochs=2, data="toy"), data, tmp_path / "run"))
+    directional = run.version.control.rule != "none"
+    assert np.isfinite(run.history[["train_loss", "val_loss", "val_cos", "rho", "lambda_eff"]].to_numpy(float)).all()
+    assert (run.history["lambda_eff"] > 0).all() == directional
+    assert run.history["rho_target"].notna().all() == (run.version.control.rule not in ("none", "fixed"))
+
+
+@pytest.mark.parametrize("model", models.ARCHITECTURES)
+def test_every_model_trains_and_reloads(model, data, tmp_path):
+    v = version(model=model, epochs=1, overrides={"batch_size": 64})
+    run = finish(lvm.train(v, data, tmp_path / "run"))
+    again = lvm.train(v, data, tmp_path / "run")
+    x, _ = data.val.batch(np.arange(8))
+    assert torch.equal(run.best(x)[0], again.best(x)[0])
+
+
+def test_bfloat16_stays_near_float32(data, tmp_path):
+    one, two = (
+        finish(lvm.train(version(precision=p, epochs=4), data, tmp_path / p)).history for p in ("float32", "bfloat16")
+    )
+    assert abs(one["val_cos"] - two["val_cos"]).max() < 0.02
+    assert not np.array_equal(one["val_cos"], two["val_cos"])  # it was really used
+
+
+# Seeds, reuse, resuming
+
+
+def test_a_seed_decides_everything_and_leaves_the_stream_alone(data, tmp_path):
+    torch.manual_seed(5)
+    finish(lvm.train(version(), data, tmp_path / "a"))
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), drawn)
+    torch.manual_seed(99)
+    finish(lvm.train(version(), data, tmp_path / "b"))
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    finish(lvm.train(version(seed=1), data, tmp_path / "c"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("model", ["amn", "lstm"])  # lstm has dropout: its random stream must go on as well
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(data, tmp_path, stop, model):
+    v = version(model=model, epochs=4)
+    whole = finish(lvm.train(v, data, tmp_path / "whole"))
+    part = iter(lvm.train(v, data, tmp_path / "part"))
+    for _ in range(stop):
+        next(part)
+    part.close()
+    resumed = lvm.train(v, data, tmp_path / "part")
+    assert resumed.found == "interrupted" and len(resumed.history) == stop
+    finish(resumed)
+    assert same(weights(whole.folder), weights(resumed.folder))
+    states = [torch.load(r.folder / "last" / "state.pt", weights_only=True) for r in (whole, resumed)]
+    assert same(states[0]["model"], states[1]["model"])
+    pd.testing.assert_frame_equal(without_times(whole.history), without_times(resumed.history), check_exact=True)
+    pd.testing.assert_frame_equal(whole.steps, resumed.steps, check_exact=True, check_dtype=False)
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import lvmlib as lvm
+from lvmlib import training
+from test_training import make_data, version
+writes = 0
+real = os.replace
+def replace(a, b):
+    global writes
+    writes += 1
+    if writes == {at}:
+        os._exit(9)
+    real(a, b)
+training.os.replace = replace
+list(lvm.train(version(), make_data(), Path({folder!r})))
+"""
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 5, 6, 7, 9, 11, 13])
+def test_killed_at_any_write_it_goes_on_to_the_same_end(data, tmp_path, at):
+    """The process dies before its n-th file appears: start tables, best, state, tables of an epoch, run.yaml …"""
+    code = KILLED.format(tests=str(Path(__file__).parent), at=at, folder=str(tmp_path / "run"))
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    run = finish(lvm.train(version(), data, tmp_path / "run"))
+    whole = finish(lvm.train(version(), data, tmp_path / "whole"))
+    assert same(weights(whole.folder), weights(run.folder))
+    pd.testing.assert_frame_equal(without_times(whole.history), without_times(run.history), check_exact=True)
+    assert not list(run.folder.rglob("*.partial"))
+
+
+def test_a_finished_run_is_reused(data, tmp_path):
+    first = finish(lvm.train(version(), data, tmp_path / "run"))
+    before = {p: p.stat().st_mtime_ns for p in first.folder.rglob("*")}
+    again = lvm.train(version(), data, tmp_path / "run")
+    assert again.found == "finished" and again.finished
+    assert [r["val_loss"] for r in again] == [r["val_loss"] for r in first]
+    assert {p: p.stat().st_mtime_ns for p in first.folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"epochs": 5}, "epochs: 3 there, 5 here"),
+        ({"overrides": {"losses": {"floor": {"tau": 0.2}}}}, "losses.floor.tau: 0.12 there, 0.2 here"),
+        ({"seed": 4}, "seed: 0 there, 4 here"),
+        ({"name": "v23"}, "name: 'v22' there, 'v23' here"),
+    ],
+)
+def test_a_run_with_other_parameters_is_refused(data, tmp_path, change, named):
+    finish(lvm.train(version(), data, tmp_path / "run"))
+    before = weights(tmp_path / "run")
+    with pytest.raises(LVMError, match="holds a run with other parameters") as caught:
+        lvm.train(version(**change), data, tmp_path / "run")
+    assert named in str(caught.value) and "run_name" in str(caught.value)
+    assert same(before, weights(tmp_path / "run"))
+
+
+def test_a_run_on_other_data_is_refused(data, tmp_path):
+    finish(lvm.train(version(), data, tmp_path / "run"))
+    with pytest.raises(LVMError, match=r"dataset\.fingerprint"):
+        lvm.train(version(), make_data(seed=1), tmp_path / "run")
+
+
+def test_fresh_sets_the_old_run_aside_and_deletes_nothing(data, tmp_path):
+    finish(lvm.train(version(), data, tmp_path / "run"))
+    old = weights(tmp_path / "run")
+    finish(lvm.train(version(epochs=1), data, tmp_path / "run", fresh=True))
+    finish(lvm.train(version(epochs=2), data, tmp_path / "run", fresh=True))
+    assert same(old, weights(tmp_path / "run.old-1"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.old-1", "run.old-2"]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("file", ["run.yaml", "epochs.csv", "steps.csv"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a: [", b"x,y\n1,2\n"])
+def test_a_damaged_run_is_named(data, tmp_path, file, content):
+    run = finish(lvm.train(version(epochs=1), data, tmp_path / "run"))
+    (run.folder / file).write_bytes(content)
+    with pytest.raises(LVMError, match="not the folder of a run"):
+        lvm.train(version(epochs=1), data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "pickle"])
+def test_damaged_checkpoints_are_named(data, tmp_path, damage):
+    part = iter(lvm.train(version(), data, tmp_path / "run"))
+    next(part)
+    part.close()
+    for name in ("best.safetensors", "last/state.pt"):
+        path = tmp_path / "run" / name
+        content = path.read_bytes()
+        if damage == "missing" and name == "last/state.pt":
+            continue  # then there is nothing to resume, and the run begins anew
+        if damage == "missing":
+            path.unlink()
+        elif damage == "pickle":
+            torch.save(os.getcwd, path)  # a function: refused by weights_only
+        else:
+            path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    if damage != "missing":
+        with pytest.raises(LVMError, match=r"state\.pt: cannot be read"):
+            lvm.train(version(), data, tmp_path / "run")
+        (tmp_path / "run" / "last" / "state.pt").unlink()
+    run = lvm.train(version(), data, tmp_path / "run")
+    with pytest.raises(LVMError, match=r"best\.safetensors: not the weights of this run"):
+        _ = run.best
+
+
+def test_best_of_another_model_is_named(data, tmp_path):
+    run = finish(lvm.train(version(epochs=1), data, tmp_path / "run"))
+    safetensors.torch.save_file({"other": torch.zeros(2)}, run.folder / "best.safetensors")
+    with pytest.raises(LVMError, match="not the weights of this run"):
+        _ = run.best
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch, loss):
+    real, calls = losses.mse, []
+
+    def broken(raw, target):
+        calls.append(1)
+        return real(raw, target) * (loss if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(losses, "mse", broken)
+    with pytest.raises(LVMError, match=r"the loss is (nan|inf) at epoch 2, step 4 .*lower the learning rate"):
+        list(lvm.train(version(), data, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "a b", 5, "x\n"])
+def test_run_names_stay_inside_outputs(name):
+    with pytest.raises(LVMError, match="run_name"):
+        lvm.run_folder(version(), name)
+
+
+def test_where_runs_live(monkeypatch, tmp_path):
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
+    place = lambda *a, **k: str(lvm.run_folder(lvm.version(*a, **k)).relative_to(tmp_path))  # noqa: E731
+    assert place("v22") == "wikipedia/v22/seed0"
+    assert place("v21", seed=3, model="gru") == "wikipedia/v21/seed3-gru"
+    assert place("v23_forward") == "world-converging/v23_forward/seed0"
+    assert place("v22", fast=True) == "fast/wikipedia/v22/seed0"
+    assert place("v22", data="some/folder/") == "folder/v22/seed0"
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "tpu", "gpu", ""])
+def test_an_absent_device_is_named(name):
+    with pytest.raises(LVMError, match="device"):
+        training.pick_device(name)
+
+
+def test_precision_follows_the_machine(monkeypatch):
+    cpu = torch.device("cpu")
+    for able, wanted in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert training.pick_precision("auto", cpu) == wanted
+        assert training.pick_precision("float32", cpu) == "float32"
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def half(partial):
+        Path(partial).write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.write_whole(path, half)
+    assert path.read_text() == "old"
+
+
+def test_run_yaml_is_plain(data, tmp_path):
+    run = finish(lvm.train(version(epochs=1), data, tmp_path / "run"))
+    text = (run.folder / "run.yaml").read_text(encoding="utf-8")
+    assert "!!" not in text and yaml.safe_load(text)["parameters"]["schedule"]["margin"] == [
+        [1, 0.02],
+        [3, 0.04],
+        [5, 0.06],
+        [9, 0.07],
+    ]
