@@ -11,6 +11,7 @@ help:
 	@echo 'make train VERSION=v22 [ARGS="-p epochs 3"]   train a version and judge it: notebook, HTML, verdict'
 	@echo 'make test                                    linters, pytest, nbval over every notebook'
 	@echo 'make lab                                     open JupyterLab'
+	@echo 'make showcase                                all that is committed under outputs/showcase/, from nothing'
 	@echo 'make notebooks                               run the notebooks in fast mode and store what nbval compares'
 
 train: .venv/main
@@ -25,6 +26,17 @@ test: .venv/test
 	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export LVM_OUTPUTS="$$outputs" LVM_FAST=1 && \
 	$(BIN)/python -m pytest && \
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
+
+# Everything that is committed under outputs/showcase/, from nothing: about an hour and a half on 2 cores.
+showcase: .venv/main
+	for seed in 0 1 2; do for version in p6 v1 v21 v22; do \
+		$(BIN)/python -m lvmlib train -p version $$version -p seed $$seed || exit 1; done; done
+	for model in gru lstm amn; do $(BIN)/python -m lvmlib train -p version v22 -p model $$model || exit 1; done
+	for version in p6 v1 v21 v22; do cp outputs/wikipedia/$$version/seed0/train.ipynb outputs/showcase/train-$$version.ipynb; done
+	for model in gru lstm amn; do cp outputs/wikipedia/v22/seed0-$$model/train.ipynb outputs/showcase/train-v22-$$model.ipynb; done
+	$(BIN)/python -m papermill notebooks/data.ipynb outputs/showcase/data.ipynb
+	$(BIN)/python -m papermill notebooks/diagnostics.ipynb outputs/showcase/diagnostics-v22.ipynb
+	$(BIN)/python -m lvmlib table
 
 notebooks: .venv/test
 	$(BIN)/python tests/refresh_notebooks.py

@@ -1,7 +1,8 @@
-"""`python -m lvmlib train -p version v22 …`: what `make train` runs.
+"""The commands behind the Makefile.
 
-Executes notebooks/train.ipynb through papermill with all of papermill's options, puts the executed notebook and its
-HTML copy into the run's folder, and prints where they are and the verdict.
+`python -m lvmlib train -p version v22 …` executes notebooks/train.ipynb through papermill with all of papermill's
+options, puts the executed notebook and its HTML copy into the run's folder, and prints where they are and the verdict.
+`python -m lvmlib table` draws the runs under outputs/ together into outputs/showcase/versions.csv and .png.
 """
 
 from __future__ import annotations
@@ -12,17 +13,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .params import OUTPUTS, ROOT, version
-from .training import run_folder
+from .errors import LVMError
+from .params import ROOT, version
+from .training import outputs, run_folder, write_whole
+
+USAGE = """usage: python -m lvmlib train [papermill options, such as -p version v22 -p seed 1]
+       python -m lvmlib table"""
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] != "train":
-        print("usage: python -m lvmlib train [papermill options, such as -p version v22 -p seed 1]", file=sys.stderr)
-        return 2
-    OUTPUTS.mkdir(exist_ok=True)
+    if arguments[:1] == ["train"]:
+        return train(arguments[1:])
+    if arguments == ["table"]:
+        return table()
+    print(USAGE, file=sys.stderr)
+    return 2
+
+
+def train(arguments: list[str]) -> int:
+    outputs().mkdir(parents=True, exist_ok=True)
     # Executed aside: a refused run must not overwrite the notebook of the run that stands there.
-    executed = OUTPUTS / f"train.{os.getpid()}.ipynb"
+    executed = outputs() / f"train.{os.getpid()}.ipynb"
     code = subprocess.run(
         [
             sys.executable,
@@ -32,7 +43,7 @@ def main(arguments: list[str]) -> int:
             "--no-progress-bar",
             ROOT / "notebooks" / "train.ipynb",
             executed,
-            *arguments[1:],
+            *arguments,
         ],
         check=False,
     ).returncode
@@ -53,9 +64,25 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def table() -> int:
+    from . import plots, summary
+
+    frame = summary.runs()
+    folder = outputs() / "showcase"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "versions.csv", lambda p: frame.to_csv(p, index=False, float_format="%.6g"))
+    plots.use_style()
+    write_whole(folder / "versions.png", lambda p: plots.versions(frame).savefig(p, format="png", dpi=110))
+    print(summary.markdown(summary.by_version(frame)))
+    return 0
+
+
 def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except LVMError as e:
+        sys.exit(str(e))

@@ -431,5 +431,26 @@ def ablations_and_rollout(report: Report, split: str) -> Figure:
     return figure
 
 
+def versions(runs: pd.DataFrame) -> Figure:
+    """Validation cosine against the margin: a point a run (transformer), a grey cross a trivial predictor."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    trained = runs[(runs["version"] != "") & (runs["predictor"] == "transformer")]
+    for axis, (column, label) in zip(
+        axes, (("margin", "margin, gate A"), ("novel_mrr", "MRR, context left out of the candidates")), strict=True
+    ):
+        for i, (name, group) in enumerate(trained.groupby("version", sort=False)):
+            axis.plot(group["val_cos"], group[column], "os^vDPX*h"[i % 9], ms=7, label=name, alpha=0.9)
+        for row in runs[runs["version"] == ""].to_dict("records"):
+            axis.plot(row["val_cos"], row[column], "x", color=GREY, ms=8, mew=2)
+            axis.annotate(row["predictor"], (row["val_cos"], row[column]), xytext=(-5, 6), textcoords="offset points",
+                          fontsize="x-small", color="0.3", ha="right")  # fmt: skip
+        axis.set(xlabel="validation cosine", ylabel=label)
+    axes[0].axhline(0, color=GREY, lw=1)
+    axes[0].set_title("What the margin costs in cosine")
+    axes[1].set_title("Telling the target from the article's other chunks")
+    axes[0].legend(title="version, a point a seed", fontsize="x-small")
+    return figure
+
+
 def _predictors(report: Report) -> list[str]:
     return list(report.table["predictor"].unique())

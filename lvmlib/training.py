@@ -102,8 +102,12 @@ def run_folder(version: Version, run_name: str | None = None) -> Path:
     if not isinstance(name, str) or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
         raise LVMError(f"run_name {name!r}: use letters, digits, '-', '_' and '.', and begin with none of the last")
     dataset = version.data.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
-    root = Path(os.environ.get("LVM_OUTPUTS") or OUTPUTS)
-    return root / ("fast" if version.fast else "") / dataset / version.name / name
+    return outputs() / ("fast" if version.fast else "") / dataset / version.name / name
+
+
+def outputs() -> Path:
+    """The folder that runs write to: outputs/ of the checkout, or what LVM_OUTPUTS names."""
+    return Path(os.environ.get("LVM_OUTPUTS") or OUTPUTS)
 
 
 def train(version: Version, data: Dataset, out: str | os.PathLike | None = None, fresh: bool = False) -> Run:

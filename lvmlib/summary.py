@@ -1,0 +1,99 @@
+"""All runs of a dataset side by side, from what their folders hold; behind `python -m lvmlib table`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .errors import LVMError
+from .params import known_versions
+from .training import open_run, outputs
+
+# column: (split, gate, measure) of the 5CAT table
+MEASURES = {
+    "val_cos": ("val", "A", "cosine, all windows"),
+    "ood_cos": ("ood", "A", "cosine, all windows"),
+    "margin": ("val", "A", "margin"),
+    "margin_late": ("val", "A", "margin read late"),
+    "novel_mrr": ("val", "B", "novel MRR"),
+    "novel_mrr_ood": ("ood", "B", "novel MRR"),
+}
+
+
+def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
+    """A row for each finished and judged run under outputs/<dataset>, and for each trivial predictor (version empty).
+
+    Columns: version, predictor (the model's or trivial predictor's name), seed, epochs, precision, MEASURES, of_six
+    (R@5 among six, best epoch; NaN for trivial predictors), gates_val, gates_ood, seconds. Raises LVMError if there is
+    none.
+    """
+    root = (root or outputs()) / dataset
+    rows, trivial = [], {}
+    for path in sorted(root.glob("*/*/fivecat.json")):
+        record, epochs, _ = open_run(path.parent)
+        report = json.loads(path.read_text(encoding="utf-8"))
+        parameters = record["parameters"]
+        if "finished" not in record or ".old-" in path.parent.name:
+            continue
+        table = pd.DataFrame(report["table"]).set_index(["predictor", "split", "gate", "measure"])["value"]
+        best = epochs.loc[epochs["val_loss"].idxmin()]
+        rows.append(
+            {
+                "version": parameters["name"],
+                "predictor": parameters["model"],
+                "seed": parameters["seed"],
+                "epochs": parameters["epochs"],
+                "precision": record["computed"]["precision"],
+                **{name: table["model", *key] for name, key in MEASURES.items()},
+                "of_six": best["recall_at_5"],
+                "gates_val": "".join(g for g, ok in report["gates"]["val"].items() if ok),
+                "gates_ood": "".join(g for g, ok in report["gates"]["ood"].items() if ok),
+                "seconds": record["finished"]["training_seconds"],
+            }
+        )
+        for name in table.index.unique("predictor").drop("model"):
+            trivial[name] = {"version": "", "predictor": name, **{m: table[name, *k] for m, k in MEASURES.items()}}
+    if not rows:
+        raise LVMError(f"{root}: no finished run with its 5CAT; train one, as by: make train VERSION=v22")
+    return pd.DataFrame([*rows, *trivial.values()])
+
+
+def by_version(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `runs` drawn together over seeds: for each figure its mean, and ± half the range over the seeds."""
+    figures = [*MEASURES, "of_six"]
+    groups = frame.fillna({"precision": "", "epochs": 0}).groupby(["version", "predictor", "epochs", "precision"])
+    mean, half = groups[figures].mean(), (groups[figures].max() - groups[figures].min()) / 2
+    out = mean.join(half, rsuffix="_half").join(groups["seed"].count().rename("seeds"))
+    order = [*known_versions(), ""]
+    out["order"] = [order.index(v) if v in order else len(order) for v in out.index.get_level_values("version")]
+    return out.sort_values(["order", "predictor"]).drop(columns="order").reset_index()
+
+
+def markdown(summary: pd.DataFrame) -> str:
+    """`by_version` as a Markdown table."""
+
+    def cell(row, name: str, scale: float = 1, digits: int = 3, sign: str = "") -> str:
+        if np.isnan(row[name]):
+            return "–"
+        spread = f" ± {scale * row[name + '_half']:.{digits}f}" if row["seeds"] > 1 else ""
+        return f"{scale * row[name]:{sign}.{digits}f}{spread}"
+
+    lines = [
+        "| version | model | seeds | val cos | OOD cos | margin | margin, late | R@5 of six, % | novel MRR |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in summary.to_dict("records"):
+        name = f"`{row['version']}`" if row["version"] else "untrained"
+        cells = [
+            cell(row, "val_cos"),
+            cell(row, "ood_cos"),
+            cell(row, "margin", sign="+"),
+            cell(row, "margin_late", sign="+"),
+            cell(row, "of_six", 100, 1),
+            cell(row, "novel_mrr"),
+        ]
+        lines.append(f"| {name} | {row['predictor']} | {row['seeds'] or ''} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""environment.yml, pyproject.toml, README and notebooks say the same."""
+
+import re
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+
+from lvmlib.params import PARAMS, ROOT, known_versions
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def requirements():
+    project = PYPROJECT["project"]
+    listed = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    return dict(re.fullmatch(r"([\w-]+)(.*)", r).groups() for r in listed)
+
+
+def test_environment_yml_is_equal_to_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    conda = [d for d in environment["dependencies"] if isinstance(d, str)]
+    pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    wanted = {name: spec for name, spec in requirements().items() if name != "torch"}  # its pin stands once
+    listed = {d.partition(" ")[0]: d.partition(" ")[2] for d in conda}
+    assert listed.pop("python") == PYPROJECT["project"]["requires-python"]
+    assert listed.pop("pip") == ""
+    assert listed == wanted
+    assert pip == ["-e .[encode]"]  # brings torch with its pin, and the optional extra
+
+
+def test_torch_is_pinned_in_one_place():
+    pins = [
+        path.name
+        for path in (ROOT / "pyproject.toml", ROOT / "environment.yml", ROOT / "Makefile", ROOT / ".ci" / "run")
+        if re.search(r"torch\s*==", path.read_text(encoding="utf-8"))
+    ]
+    assert pins == ["pyproject.toml"]
+
+
+@pytest.mark.parametrize("name", requirements())
+def test_readme_gives_a_reason_for_every_dependency(name):
+    assert re.search(rf"^\| `{name}`.*\|.{{15,}}\|", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", known_versions())
+def test_readme_lists_every_version(name):
+    assert f"`{name}`" in README
+
+
+def test_readme_maps_every_room():
+    rooms = [p.name for p in (ROOT / "lvmlib").glob("*.py") if not p.name.startswith("__")]
+    rooms += [p.name for p in NOTEBOOKS] + [f"{PARAMS.name}/"]
+    assert [r for r in rooms if f"`{r}`" not in README and f"`{r.removesuffix('.py')}`" not in README] == []
+
+
+def test_readme_snippet_runs(tmp_path, monkeypatch):
+    """The README's own Python, in fast mode."""
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(compile(snippet.replace('"v22"', '"v22", fast=True'), "README.md", "exec"), names)
+    assert len(names["run"].history) == 2 and "model" in set(names["report"].table["predictor"])
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README)
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_keep_the_house_rules(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert re.match(r"# .+\n\n?\*.+\*", notebook.cells[0].source)  # a title and a one-line subtitle
+    (parameters,) = [c for c in code if "parameters" in c.metadata.get("tags", [])]
+    assert parameters is code[0]
+    for line in parameters.source.splitlines():
+        assert re.fullmatch(r"\w+ = (\"[^\"]*\"|\d+|True|False|None|\{\})  # [^=]+", line), line
+    checked = [c for c in code if c.source.startswith("# NBVAL_CHECK_OUTPUT")]
+    assert checked and all(c.outputs and c.execution_count for c in checked)
+    assert all(not c.outputs and c.execution_count is None for c in code if c not in checked)
+    assert "check_injected(In)" in "".join(c.source for c in code)
+    kinds = [c.cell_type for c in notebook.cells]
+    assert kinds.count("markdown") >= len(code) / 2
+    assert str(ROOT) not in path.read_text(encoding="utf-8")

@@ -1,0 +1,85 @@
+"""`python -m lvmlib train`, and papermill from the root and from notebooks/: the same run in the same place."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lvmlib.params import ROOT
+
+ARGUMENTS = ["-p", "model", "amn", "-p", "fast", "True", "-p", "precision", "float32"]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    return tmp_path_factory.mktemp("outputs")
+
+
+def call(outputs, *command, cwd=ROOT):
+    environment = {**os.environ, "LVM_OUTPUTS": str(outputs)}
+    return subprocess.run([sys.executable, "-m", *map(str, command)], check=False, capture_output=True, text=True,
+                          env=environment, cwd=cwd)  # fmt: skip
+
+
+def test_make_train_leaves_notebook_html_and_verdict(outputs):
+    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
+    lines = done.stdout.strip().splitlines()[-3:]
+    assert lines[0].split() == ["notebook", str(folder / "train.ipynb")]
+    assert lines[1].split() == ["HTML", str(folder / "train.html")]
+    report = json.loads((folder / "fivecat.json").read_text(encoding="utf-8"))
+    assert lines[2].removeprefix("verdict").strip() == report["verdict"]["text"]
+    assert "epoch  2/2" in done.stdout + done.stderr  # one line an epoch in the log
+    page = (folder / "train.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64") >= 4
+    notebook = json.loads((folder / "train.ipynb").read_text(encoding="utf-8"))
+    assert not [o for c in notebook["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
+    assert not list(outputs.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("place, path", [(".", "notebooks/train.ipynb"), ("notebooks", "train.ipynb")])
+def test_papermill_from_root_and_from_notebooks_meet_in_one_run(outputs, tmp_path, place, path):
+    """After the run above: both find it finished and reuse it."""
+    done = call(
+        outputs, "papermill", path, tmp_path / "out.ipynb", "-p", "version", "v21", *ARGUMENTS, cwd=ROOT / place
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "A finished run of the same parameters and data, reused" in (tmp_path / "out.ipynb").read_text(
+        encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["-p", "version", "v24"], "unknown version 'v24'"),
+        (["-p", "version", "22"], "unknown version 22 (did you mean 'v22'?)"),
+        (["-p", "verison", "v21"], "parameter 'verison' is not one of this notebook's (did you mean 'version'?)"),
+        (["-p", "epochs", "three"], "epochs is 'three'; needed is a whole number"),
+        (["-y", "overrides: {losses: {flor: {tau: 0.1}}}"], "unknown key 'losses.flor' (did you mean 'floor'?)"),
+        (["-p", "data", "wikipedai"], "data 'wikipedai'"),
+        (["-p", "run_name", "../../elsewhere"], "run_name"),
+        (["-p", "version", "v21", "-p", "epochs", "1", *ARGUMENTS], "epochs: 2 there, 1 here"),
+    ],
+)  # fmt: skip
+def test_bad_parameters_fail_with_one_clear_error(outputs, tmp_path, arguments, words):
+    done = call(outputs, "papermill", "notebooks/train.ipynb", tmp_path / "out.ipynb", "-p", "fast", "True", *arguments)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "LVMError" in done.stderr
+
+
+def test_a_refused_run_leaves_the_notebook_that_stands_there(outputs):
+    folder = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
+    before = (folder / "train.ipynb").read_bytes()
+    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-p", "epochs", "1")
+    assert done.returncode != 0 and "Failed; the notebook as far as it came" in done.stderr
+    assert (folder / "train.ipynb").read_bytes() == before
+
+
+def test_usage(outputs):
+    done = call(outputs, "lvmlib")
+    assert done.returncode == 2 and "usage" in done.stderr
