@@ -89,7 +89,8 @@ STEP_COLUMNS = (
     "skip",
     "gradient_norm",
 )
-NOT_COMPARED = ("about", "expected", "published")  # words and figures to compare with: no part of the training
+# Words, figures to compare with, and where it is computed make no other run. The precision that was used does.
+NOT_COMPARED = ("about", "expected", "published", "device", "precision")
 EVALUATION_BATCH = 512
 
 
@@ -233,6 +234,8 @@ class Run:
             self.history = pd.DataFrame(json.loads(self._state["history"]), columns=EPOCH_COLUMNS)
             self.steps = pd.DataFrame(json.loads(self._state["steps"]), columns=STEP_COLUMNS)
             self._write_tables()
+        if self.finished and "finished" not in self.record:
+            self._write_tables()  # killed before its last file
         self.found = "finished" if self.finished else "interrupted"
 
     def _train(self) -> Iterator[dict]:
