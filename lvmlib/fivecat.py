@@ -2,9 +2,9 @@
 
 Axes: N windows, B batch, T context length, D vector dimension, K offsets, H rollout steps.
 
-The gates are the original's, except that the target stands at offset 0 and rollout step h is compared with the chunk
-h − 1 after the target (the original read its margin and its rollout one step late, §4.1 point 5; its margin is kept
-as `margin read late`, since the published figures are that one).
+The gates are the original's, except that the target stands at offset 0 and a rollout step is compared with the chunk
+that it foretells (the original read its margin and its rollout one step late, §4.1 point 5; its margin is kept as
+`margin read late`, since the published figures are that one).
 
 `measure` gives a frame with one row a window and plain numbers only; everything else is a summary of that frame.
 """
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import LVMError
 from .models import Predictor
 from .statistics import chance_recall, chance_reciprocal_rank, over_articles
 from .training import write_whole
@@ -31,6 +32,7 @@ from .vectors import Dataset, Windows
 
 OFFSETS = tuple(range(-3, 4))  # of the sweep, in chunks around the target
 STEPS = 5  # of the rollout
+TIE = 1e-6  # cosines nearer than this are equal: a float32 product rounds by its shape
 NORMAL_COHERENCE = (0.45, 0.55)
 ABLATIONS = ("shuffled", "reversed", "leave one out", "last repeated", "last replaced")
 GATES = {"A": "offset sweep", "B": "retrieval rank", "C": "context ablations", "D": "rollout", "E": "bins delta"}
@@ -71,14 +73,23 @@ class Report:
     def rows(self, split: str, predictor: str = "model") -> pd.DataFrame:
         return self.table[(self.table["split"] == split) & (self.table["predictor"] == predictor)]
 
-    def gates(self, split: str, predictor: str = "model") -> dict[str, bool]:
-        """Which gates a predictor passes: those whose every threshold holds. E compares both splits."""
+    def gates(self, split: str | None = None, predictor: str = "model") -> dict[str, bool]:
+        """Which gates a predictor passes on `split`: those whose every threshold holds. E compares both splits.
+
+        None: on validation and on OOD alike, which is what counts as passing. Raises LVMError for what was not
+        measured.
+        """
+        if split is None:
+            val, ood = self.gates("val", predictor), self.gates("ood", predictor)
+            return {gate: val[gate] and ood[gate] for gate in GATES}
         judged = self.table[
             (self.table["predictor"] == predictor)
             & self.table["threshold"].notna()
-            & (self.table["split"].isin([split, "both"]))
+            & self.table["split"].isin([split, "both"])
         ]
-        return {gate: bool((judged["passed"][judged["gate"] == gate] == True).all()) for gate in GATES}  # noqa: E712
+        if not (judged["split"] == split).any():
+            raise LVMError(f"5CAT holds no {predictor!r} on split {split!r}")
+        return {gate: bool(judged["passed"][judged["gate"] == gate].fillna(False).all()) for gate in GATES}
 
     def to_json(self, path: str | os.PathLike, **more) -> None:
         """Write the table and `more` facts (plain dicts, lists, numbers, text); NaN becomes null."""
@@ -97,6 +108,8 @@ def _without_nan(value):
 
 def fivecat(model: Predictor, data: Dataset, compare: Mapping[str, Predictor] | None = None) -> Report:
     """5CAT of `model`, and of every predictor in `compare` on the very same windows, on validation and OOD."""
+    if "model" in (compare or {}):
+        raise LVMError("a predictor to compare with cannot be called 'model'; rename it")
     frames, rows = {}, []
     predictors = {"model": model, **(compare or {})}
     for name, predictor in predictors.items():
@@ -112,7 +125,7 @@ def fivecat(model: Predictor, data: Dataset, compare: Mapping[str, Predictor] | 
 
 @torch.no_grad()
 def measure(
-    model: Predictor, windows: Windows, rollout_late: int = 0, seed: int = 0, batch_size: int = 512
+    model: Predictor, windows: Windows, rollout_late: bool = False, seed: int = 0, batch_size: int = 512
 ) -> pd.DataFrame:
     """Every figure of every window, batch by batch; a frame of N rows:
 
@@ -121,7 +134,9 @@ def measure(
     (among the article's chunks), novel rank and novel candidates (context left out), one column an ablation (change of
     the cosine at the target), rollout h and rollout chance h (NaN outside the article), coherence of the context.
 
-    `rollout_late=1` reads the rollout as the original did. Equal cosines share their mean rank.
+    A rollout step takes the last prediction for the newest chunk, so step h foretells the chunk (h − 1)·horizon after
+    the target. `rollout_late` compares it with the chunk h after the target, as the original did. Equal cosines share
+    their mean rank. Raises LVMError where the model predicts NaN.
     """
     store, length = windows.store, windows.context_length
     device = next(t.device for t in (*model.parameters(), *model.buffers()))
@@ -138,6 +153,11 @@ def measure(
         context, target = windows.batch(index, vectors)
         rows, low, high = windows.target[index], begins[run[index]], ends[run[index]]
         unit = model(context)[1]
+        if not bool(unit.isfinite().all()):
+            raise LVMError(
+                f"the model predicts NaN or infinite values on split {windows.split} (from window {first} on); "
+                "look at its weights and at the context vectors"
+            )
         cosine = F.cosine_similarity(unit, target, dim=-1)  # (B,)
         columns = {"article": torch.from_numpy(store.article[rows]), "cosine": cosine}
         columns |= {
@@ -150,7 +170,7 @@ def measure(
             columns[name] = changed.mean(0) - cosine
         rolling, rolled = context, unit
         for h in range(1, STEPS + 1):
-            at = h - 1 + rollout_late
+            at = h if rollout_late else (h - 1) * windows.horizon
             columns[f"rollout {h}"] = _cosines_at(rolled, rows, (at,), low, high, store, vectors)[:, 0]
             columns[f"rollout chance {h}"] = _article_cosine(rolled, windows.start[index], length, low, high, vectors)
             if h < STEPS:
@@ -201,9 +221,9 @@ def _retrieval(unit: Tensor, rows, start, length: int, low, high, vectors: Tenso
         mine = np.flatnonzero(low == begin)
         end = high[mine[0]]
         chunks = F.normalize(vectors[begin:end].float(), dim=-1)
-        cosines = (unit[torch.from_numpy(mine).to(unit.device)] @ chunks.T).double().cpu()  # (windows, chunks)
+        cosines = (unit[torch.from_numpy(mine).to(unit.device)] @ chunks.T).cpu()  # (windows, chunks)
         own = cosines[torch.arange(len(mine)), torch.from_numpy(rows[mine] - begin)][:, None]
-        above, equal = cosines > own, cosines == own
+        above, equal = cosines > own + TIE, (cosines - own).abs() <= TIE
         place = torch.arange(begin, end)[None] - torch.from_numpy(start[mine])[:, None]
         outside = (place < 0) | (place >= length)
         out["rank"][mine] = 1 + above.sum(1) + (equal.sum(1) - 1).double() / 2
@@ -277,7 +297,7 @@ def summarise(frame: pd.DataFrame) -> list[dict]:
 def bins_delta(val: pd.DataFrame, ood: pd.DataFrame) -> dict:
     """Gate E: |validation − OOD| of the mean cosine over windows of normal coherence; NaN where a split has none.
 
-    The interval resamples the articles of both splits, for the signed difference.
+    It has no interval here, and 0 as its chance level is what no difference would give, not its expectation.
     """
     normal = [f[f["coherence"].between(*NORMAL_COHERENCE)] for f in (val, ood)]
     windows, articles = sum(map(len, normal)), sum(f["article"].nunique() for f in normal)

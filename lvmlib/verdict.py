@@ -22,6 +22,7 @@ RHO_TOLERANCE = 0.05
 MARGIN_RISE, RISE_EPOCHS = 0.01, 3
 RECALL, VAL_COS, GATES_PASSED = 0.70, 0.48, 3
 FLIP_EPOCH, FLIP_MARGIN = 6, -0.02
+OPTIONS = {"A": "v23", "B": "v23_unguarded", "C": "v23_forward"}  # what follows if v22 fails
 SPIKE = 1.5  # ours: a validation loss this many times the best before it is a spike
 
 
@@ -56,7 +57,7 @@ def checklist(version: Version, history: pd.DataFrame, steps: pd.DataFrame) -> l
         broke = f"epoch {int(history['epoch'].iloc[bad[0]])}" if len(bad) else ""
         return Check("epoch", check, wanted, measured, not len(bad), broke)
 
-    has_target = directional and acting["rho_target"].notna().any() and version.control.rule != "fixed"
+    has_target = directional and version.control.rule != "fixed" and steps["rho_target"].notna().any()
     miss = (acting["rho"] - acting["rho_target"]).abs()
     last_of_steps = (
         steps["gap"].tail(max(len(steps) // 3, 1)).mean() - steps["gap"].head(max(len(steps) // 3, 1)).mean()
@@ -67,8 +68,12 @@ def checklist(version: Version, history: pd.DataFrame, steps: pd.DataFrame) -> l
         per_step(
             "ρ on its target",
             f"|ρ − target| ≤ {RHO_TOLERANCE}",
-            f"largest miss {miss.max():.3f}" if has_target else "no target",
-            miss <= RHO_TOLERANCE if has_target else None,
+            "no target"
+            if not has_target
+            else "every logged batch skipped"
+            if acting.empty
+            else f"largest miss {miss.max():.3f}",
+            miss <= RHO_TOLERANCE if has_target and len(acting) else None,
         ),
         Check(
             "step",
@@ -89,8 +94,12 @@ def checklist(version: Version, history: pd.DataFrame, steps: pd.DataFrame) -> l
             "step",
             "λ_eff moving",
             "varies by 1 % or more",
-            f"coefficient of variation {moving:.2f}" if directional else "no directional loss",
-            bool(moving >= 0.01) if directional and math.isfinite(moving) else None,
+            "no directional loss"
+            if not directional
+            else "fixed by design"
+            if version.control.rule == "fixed"
+            else f"coefficient of variation {moving:.2f}",
+            bool(moving >= 0.01) if directional and version.control.rule != "fixed" and math.isfinite(moving) else None,
         ),
     ]
     margin, loss = history["margin"].to_numpy(), history["val_loss"].to_numpy()
@@ -128,8 +137,11 @@ def checklist(version: Version, history: pd.DataFrame, steps: pd.DataFrame) -> l
             "epoch",
             f"on its way at epoch {FLIP_EPOCH}",
             f"margin ≥ {FLIP_MARGIN}",
-            f"{at_flip.iloc[0]:+.3f}" if len(at_flip) else "not reached",
+            (f"{at_flip.iloc[0]:+.3f}" + (": consider v2.3" if at_flip.iloc[0] < FLIP_MARGIN else ""))
+            if len(at_flip)
+            else "not reached",
             bool(at_flip.iloc[0] >= FLIP_MARGIN) if len(at_flip) else None,
+            f"epoch {FLIP_EPOCH}" if len(at_flip) and at_flip.iloc[0] < FLIP_MARGIN else "",
         ),
     ]
     return checks
@@ -150,7 +162,10 @@ class Verdict:
 
 
 def verdict(version: Version, history: pd.DataFrame, steps: pd.DataFrame, report: Report) -> Verdict:
-    """The original's success conditions on validation, and the decision point that follows.
+    """The original's success conditions, and the decision point that follows.
+
+    Margin and cosine are of validation; a gate counts where it passes on validation and on OOD. The margin is gate A's
+    with the target at offset 0, not the one read late.
 
     The rule for A, B and C is ours, since the original left it to judgement. On failure of a directional version:
     **B** (remove the guards) where they held the pull back: λ at its ceiling in half of the logged steps or a tenth
@@ -158,7 +173,7 @@ def verdict(version: Version, history: pd.DataFrame, steps: pd.DataFrame, report
     not rise by 0.01; else **A** (a slower ramp): the margin moved, but the goal was not reached or the cosine was lost.
     """
     best = history.loc[history["val_loss"].idxmin()]
-    gates = report.gates("val")
+    gates = report.gates()
     baselines = [p for p in report.table["predictor"].unique() if p != "model"]
 
     def beside(measure: str, gate: str) -> dict[str, float]:
@@ -181,7 +196,7 @@ def verdict(version: Version, history: pd.DataFrame, steps: pd.DataFrame, report
             "threshold": GATES_PASSED,
             "met": sum(gates.values()) >= GATES_PASSED,
             "chance": math.nan,
-            "baselines": {p: sum(report.gates("val", p).values()) for p in baselines},
+            "baselines": {p: sum(report.gates(predictor=p).values()) for p in baselines},
         },
         {
             "condition": "R@5 of six, best epoch",
@@ -225,19 +240,27 @@ def _decide(version: Version, history: pd.DataFrame, steps: pd.DataFrame, succes
     at_ceiling = float((steps["lambda_eff"] >= 0.999 * version.control.lambda_max).mean())
     rise = float(history["margin"].iloc[-1] - history["margin"].iloc[0])
     if (at_ceiling >= 0.5 and version.control.rule != "fixed") or skipped >= 0.1:
-        return "B", (
-            f"Option B (v23_unguarded) follows: the pull was held back, λ at its ceiling in {at_ceiling:.0%} and "
-            f"the guard skipping {skipped:.0%} of the logged steps."
+        option = "B"
+        why = (
+            f"the pull was held back, λ at its ceiling in {at_ceiling:.0%} and the guard skipping {skipped:.0%} of the "
+            "logged steps"
         )
-    if rise < MARGIN_RISE:
-        return "C", (
-            f"Option C (v23_forward) follows: the pull was there, but the margin moved only {rise:+.3f} from the first "
-            "epoch to the last; data with a known forward bias tell whether loss or data are to blame."
+    elif rise < MARGIN_RISE:
+        option = "C"
+        why = (
+            f"the pull was there, but the margin moved only {rise:+.3f} from the first epoch to the last; data with a "
+            "known forward bias tell whether loss or data are to blame"
         )
-    return "A", (
-        f"Option A (v23) follows: the margin moved by {rise:+.3f} without reaching the goal; a slower ramp of the "
-        "directional share is to keep the cosine while it does."
-    )
+    else:
+        option = "A"
+        why = (
+            f"the margin moved by {rise:+.3f} without reaching the goal; a slower ramp of the directional share is to "
+            "keep the cosine while it does"
+        )
+    if OPTIONS[option] == version.name:
+        left = " and ".join(f"{o} ({name})" for o, name in OPTIONS.items() if o != option)
+        return option, f"The numbers point to option {option}, which this version is: {why}. Left are {left}."
+    return option, f"Option {option} ({OPTIONS[option]}) follows: {why}."
 
 
 def comparison(version: Version, history: pd.DataFrame, report: Report, trivial: pd.DataFrame) -> pd.DataFrame:

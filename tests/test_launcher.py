@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
+from lvmlib import summary
+from lvmlib.errors import LVMError
 from lvmlib.params import ROOT
 
 ARGUMENTS = ["-p", "model", "amn", "-p", "fast", "True", "-p", "precision", "float32"]
@@ -83,3 +86,31 @@ def test_a_refused_run_leaves_the_notebook_that_stands_there(outputs):
 def test_usage(outputs):
     done = call(outputs, "lvmlib")
     assert done.returncode == 2 and "usage" in done.stderr
+
+
+def test_the_runs_are_drawn_together(outputs):
+    frame = summary.runs("fast/wikipedia", outputs)
+    run = frame[frame["version"] == "v21"].iloc[0]
+    report = json.loads((outputs / "fast/wikipedia/v21/seed0-amn/fivecat.json").read_text(encoding="utf-8"))
+    (margin,) = [
+        r["value"] for r in report["table"] if (r["split"], r["predictor"], r["measure"]) == ("val", "model", "margin")
+    ]
+    assert (run["predictor"], run["seed"], run["epochs"], run["margin"]) == ("amn", 0, 2, margin)
+    assert set(frame.loc[frame["version"] == "", "predictor"]) == {"copy last", "mean", "weighted mean", "ridge"}
+    text = summary.markdown(summary.by_version(frame))
+    assert f"| `v21` | amn | 1 | {run['val_cos']:.3f} | {run['ood_cos']:.3f} | {margin:+.3f} |" in text
+
+
+def test_seeds_are_drawn_together_with_their_half_range():
+    row = {"version": "v22", "predictor": "transformer", "epochs": 12.0, "precision": "float32", "of_six": 0.75}
+    frame = pd.DataFrame(
+        [{**row, "seed": s, **dict.fromkeys(summary.MEASURES, x)} for s, x in enumerate((0.1, 0.2, 0.6))]
+    )
+    (found,) = summary.by_version(frame).to_dict("records")
+    assert found["seeds"] == 3 and found["margin"] == pytest.approx(0.3) and found["margin_half"] == pytest.approx(0.25)
+    assert "+0.300 ± 0.250" in summary.markdown(pd.DataFrame([found]))
+
+
+def test_no_run_is_said_so(tmp_path):
+    with pytest.raises(LVMError, match="no finished run"):
+        summary.runs(root=tmp_path)
