@@ -67,7 +67,7 @@ def table(frame: pd.DataFrame, caption: str = "", digits: int = 3, formats: dict
                     "props": "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap",
                 },
                 {"selector": "th", "props": "text-align: left"},
-                {"selector": "td", "props": "white-space: nowrap"},
+                {"selector": "td", "props": "white-space: nowrap; font-size: 92%"},
             ]
         )
     )
@@ -100,19 +100,23 @@ def checklist_frame(checks: list[Check]) -> pd.DataFrame:
 
 def conditions_frame(verdict: Verdict) -> pd.DataFrame:
     """The success conditions for `table`, a column for each baseline."""
+
+    def shown(condition: dict, value: float) -> str:
+        return "–" if value != value else f"{value:.0f}" if "gates" in condition["condition"] else f"{value:.3f}"
+
     return pd.DataFrame(
         [
             {
                 "condition": c["condition"],
-                "this run": float(c["value"]),
-                "wanted": f"≥ {c['threshold']:g}",
+                "this run": shown(c, c["value"]),
+                "wanted": f"{'>' if c['threshold'] == 0 else '≥'} {c['threshold']:g}",
                 "": "met" if c["met"] else "NOT MET",
-                "chance": c["chance"],
-                **c["baselines"],
+                "chance": shown(c, c["chance"]),
+                **{name: shown(c, value) for name, value in c["baselines"].items()},
             }
             for c in verdict.conditions
         ]
-    )
+    ).fillna("–")
 
 
 def gate_table(report: Report, split: str) -> Styler:

@@ -95,5 +95,6 @@ def markdown(summary: pd.DataFrame) -> str:
             cell(row, "of_six", 100, 1),
             cell(row, "novel_mrr"),
         ]
-        lines.append(f"| {name} | {row['predictor']} | {row['seeds'] or ''} | " + " | ".join(cells) + " |")
+        model = ", ".join(word for word in (row["predictor"], row["precision"]) if word)
+        lines.append(f"| {name} | {model} | {row['seeds'] or '–'} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

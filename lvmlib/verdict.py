@@ -168,8 +168,8 @@ def verdict(version: Version, history: pd.DataFrame, steps: pd.DataFrame, report
     with the target at offset 0, not the one read late.
 
     The rule for A, B and C is ours, since the original left it to judgement. On failure of a directional version:
-    **B** (remove the guards) where they held the pull back: λ at its ceiling in half of the logged steps or a tenth
-    of them skipped; else **C** (data with a known forward bias) where the pull was there but the per-epoch margin did
+    **B** (remove the guards) where they held the pull back: λ at its ceiling in half of the logged steps, or a
+    tenth of the batches skipped; else **C** (data with a known forward bias) where the pull was there but the per-epoch margin did
     not rise by 0.01; else **A** (a slower ramp): the margin moved, but the goal was not reached or the cosine was lost.
     """
     best = history.loc[history["val_loss"].idxmin()]
@@ -236,14 +236,14 @@ def _decide(version: Version, history: pd.DataFrame, steps: pd.DataFrame, succes
             "none",
             "This version has no directional loss: it is what the others are compared with, and no option follows.",
         )
-    skipped = float((steps["skip"] > 0).mean())
+    skipped = float(history["skips"].sum() / steps["step"].max())
     at_ceiling = float((steps["lambda_eff"] >= 0.999 * version.control.lambda_max).mean())
     rise = float(history["margin"].iloc[-1] - history["margin"].iloc[0])
     if (at_ceiling >= 0.5 and version.control.rule != "fixed") or skipped >= 0.1:
         option = "B"
         why = (
-            f"the pull was held back, λ at its ceiling in {at_ceiling:.0%} and the guard skipping {skipped:.0%} of the "
-            "logged steps"
+            f"the pull was held back, λ at its ceiling in {at_ceiling:.0%} of the logged steps and the guard skipping "
+            f"{skipped:.0%} of all batches"
         )
     elif rise < MARGIN_RISE:
         option = "C"

@@ -379,13 +379,13 @@ def test_a_verdict_can_be_written_as_json(tmp_path):
 
 
 def failed(rise=0.05, ceiling=0.0, skipped=0.0, name="v22"):
-    """A failed run: margin's rise from first to last epoch, shares of logged steps at λ's ceiling and skipped."""
+    """A failed run: margin's rise from first to last epoch, share of logged steps at λ's ceiling, and of batches skipped."""
     history, steps = healthy()
     history["margin"] = np.linspace(-0.08, -0.08 + rise, EPOCHS)
     n = len(steps)
     steps.loc[: round(ceiling * n) - 1, "lambda_eff"] = version(name).control.lambda_max
-    if skipped:
-        steps.loc[n - round(skipped * n) :, ["skip", "lambda_eff", "rho"]] = [1, 0.0, 0.0]
+    history["skips"] = 0
+    history.loc[3, "skips"] = round(skipped * steps["step"].max())
     return judge(made_report("A", margin=-0.03), (history, steps), name)
 
 
