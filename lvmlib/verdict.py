@@ -168,9 +168,9 @@ def verdict(version: Version, history: pd.DataFrame, steps: pd.DataFrame, report
     with the target at offset 0, not the one read late.
 
     The rule for A, B and C is ours, since the original left it to judgement. On failure of a directional version:
-    **B** (remove the guards) where they held the pull back: λ at its ceiling in half of the logged steps, or a
-    tenth of the batches skipped; else **C** (data with a known forward bias) where the pull was there but the per-epoch margin did
-    not rise by 0.01; else **A** (a slower ramp): the margin moved, but the goal was not reached or the cosine was lost.
+    **B** (remove the guards) where they held the pull back: λ at its ceiling in half of the logged steps, or a tenth of
+    the batches skipped; else **C** (data with a known forward bias) where the pull was there but the per-epoch margin
+    did not rise by 0.01; else **A** (a slower ramp): the margin moved, but the goal was not reached or the cosine lost.
     """
     best = history.loc[history["val_loss"].idxmin()]
     gates = report.gates()

@@ -379,7 +379,7 @@ def test_a_verdict_can_be_written_as_json(tmp_path):
 
 
 def failed(rise=0.05, ceiling=0.0, skipped=0.0, name="v22"):
-    """A failed run: margin's rise from first to last epoch, share of logged steps at λ's ceiling, and of batches skipped."""
+    """A failed run: the margin's rise, the share of logged steps at λ's ceiling, and of batches skipped."""
     history, steps = healthy()
     history["margin"] = np.linspace(-0.08, -0.08 + rise, EPOCHS)
     n = len(steps)
