@@ -22,7 +22,7 @@ lab: .venv/main
 
 # Fast runs of tests go to a folder of their own: they must not meet what an older code left under outputs/.
 test: .venv/test
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export LVM_OUTPUTS="$$outputs" LVM_FAST=1 && \
 	$(BIN)/python -m pytest && \
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
@@ -32,10 +32,12 @@ showcase: .venv/main
 	for seed in 0 1 2; do for version in p6 v1 v21 v22; do \
 		$(BIN)/python -m lvmlib train -p version $$version -p seed $$seed || exit 1; done; done
 	for model in gru lstm amn; do $(BIN)/python -m lvmlib train -p version v22 -p model $$model || exit 1; done
-	for version in p6 v1 v21 v22; do cp outputs/wikipedia/$$version/seed0/train.ipynb outputs/showcase/train-$$version.ipynb; done
+	for seed in 0 1 2; do \
+		$(BIN)/python -m lvmlib train -p version v22 -p precision float32 -p seed $$seed -p run_name seed$$seed-float32 || exit 1; done
+	for version in p6 v1 v21 v22; do cp outputs/wikipedia/$$version/seed2/train.ipynb outputs/showcase/train-$$version.ipynb; done
 	for model in gru lstm amn; do cp outputs/wikipedia/v22/seed0-$$model/train.ipynb outputs/showcase/train-v22-$$model.ipynb; done
 	$(BIN)/python -m papermill notebooks/data.ipynb outputs/showcase/data.ipynb
-	$(BIN)/python -m papermill notebooks/diagnostics.ipynb outputs/showcase/diagnostics-v22.ipynb
+	$(BIN)/python -m papermill notebooks/diagnostics.ipynb outputs/showcase/diagnostics-v22.ipynb -p version v22 -p seed 2
 	$(BIN)/python -m lvmlib table
 
 notebooks: .venv/test
@@ -44,7 +46,7 @@ notebooks: .venv/test
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python >= 3.11 is needed; name one by PYTHON=, as in: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "venv failed; on Debian: apt install python3-venv"; exit 1; }
 
 .venv/main: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable .

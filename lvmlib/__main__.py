@@ -7,6 +7,7 @@ options, puts the executed notebook and its HTML copy into the run's folder, and
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -32,28 +33,24 @@ def main(arguments: list[str]) -> int:
 
 def train(arguments: list[str]) -> int:
     outputs().mkdir(parents=True, exist_ok=True)
-    # Executed aside: a refused run must not overwrite the notebook of the run that stands there.
+    # Executed aside: a refused run must not overwrite the notebook of the run that stands there. Paths start from the
+    # checkout, so that the notebook's metadata names no machine.
     executed = outputs() / f"train.{os.getpid()}.ipynb"
+    # Whoever calls, a person does not watch this kernel: one line an epoch.
+    environment = {k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"}
+    options = ["--log-output", "--no-progress-bar", "notebooks/train.ipynb", _short(executed, ROOT)]
     code = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "papermill",
-            "--log-output",
-            "--no-progress-bar",
-            ROOT / "notebooks" / "train.ipynb",
-            executed,
-            *arguments,
-        ],
-        check=False,
+        [sys.executable, "-m", "papermill", *options, *arguments], check=False, cwd=ROOT, env=environment
     ).returncode
     if code:
         if executed.exists():
             print(f"\nFailed; the notebook as far as it came: {_short(executed)}", file=sys.stderr)
+            for error in _errors(json.loads(executed.read_text(encoding="utf-8"))):
+                print(error, file=sys.stderr)
         return code
-    p = json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
+    p = _parameters(json.loads(executed.read_text(encoding="utf-8")))
     keys = ("data", "model", "epochs", "seed", "device", "precision", "fast")
-    folder = run_folder(version(p["version"], p.get("overrides"), **{k: p.get(k) for k in keys}), p.get("run_name"))
+    folder = run_folder(version(p["version"], p["overrides"], **{k: p[k] for k in keys}), p["run_name"])
     notebook = folder / "train.ipynb"
     executed.replace(notebook)
     subprocess.run(
@@ -77,8 +74,25 @@ def table() -> int:
     return 0
 
 
-def _short(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def _parameters(notebook: dict) -> dict:
+    """The parameters that an executed notebook ran with: its parameters cell, then what papermill injected."""
+    values = {}
+    for cell in notebook["cells"]:
+        if {"parameters", "injected-parameters"} & set(cell["metadata"].get("tags", [])):
+            for node in ast.parse("".join(cell["source"])).body:
+                values[node.targets[0].id] = ast.literal_eval(node.value)
+    values["fast"] = values["fast"] or os.environ.get("LVM_FAST") == "1" or None
+    return values
+
+
+def _errors(notebook: dict) -> list[str]:
+    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
+    return [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+
+
+def _short(path: Path, start: Path | None = None) -> Path:
+    start = start or Path.cwd()
+    return path.relative_to(start) if path.is_relative_to(start) else path
 
 
 if __name__ == "__main__":

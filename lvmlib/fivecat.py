@@ -130,9 +130,10 @@ def measure(
     """Every figure of every window, batch by batch; a frame of N rows:
 
     article, cosine (at the target), cosine_article (mean over the article's chunks outside the context: what knowing
-    the article alone gives), offset k (cosine k chunks from the target; NaN outside the article), rank and candidates
-    (among the article's chunks), novel rank and novel candidates (context left out), one column an ablation (change of
-    the cosine at the target), rollout h and rollout chance h (NaN outside the article), coherence of the context.
+    the article alone gives), margin last and six rank (the mini-5CAT's: against the last context vector, and among
+    target and context), offset k (cosine k chunks from the target; NaN outside the article), rank and candidates (among
+    the article's chunks), novel rank and novel candidates (context left out), one column an ablation (change of the
+    cosine at the target), rollout h and rollout chance h (NaN outside the article), coherence of the context.
 
     A rollout step takes the last prediction for the newest chunk, so step h foretells the chunk (h − 1)·horizon after
     the target. `rollout_late` compares it with the chunk h after the target, as the original did. Equal cosines share
@@ -160,6 +161,8 @@ def measure(
             )
         cosine = F.cosine_similarity(unit, target, dim=-1)  # (B,)
         columns = {"article": torch.from_numpy(store.article[rows]), "cosine": cosine}
+        to_context = F.cosine_similarity(unit[:, None], context, dim=-1)  # (B, T)
+        columns |= {"margin last": cosine - to_context[:, -1], "six rank": 1 + (to_context > cosine[:, None]).sum(1)}
         columns |= {
             f"offset {k:+d}": c
             for k, c in zip(OFFSETS, _cosines_at(unit, rows, OFFSETS, low, high, store, vectors).unbind(1), strict=True)
@@ -281,10 +284,16 @@ def summarise(frame: pd.DataFrame) -> list[dict]:
         row("A", "cosine at the target", at[0], float(random_chunk.mean())),
         row("A", "cosine, all windows", frame["cosine"], float(frame["cosine_article"].mean())),
     ]
+    length = int(frame["candidates"].iloc[0] - frame["novel candidates"].iloc[0])
+    last = frame["cosine"] - frame["margin last"]
+    rows.append(
+        row("A", "margin against the last", frame["margin last"], float((frame["cosine_article"] - last).mean()))
+    )
     for prefix in ("", "novel "):
         rank, n = frame[prefix + "rank"], frame[prefix + "candidates"].astype(int)
         rows += [row("B", f"{prefix}R@{k}", rank <= k, float(chance_recall(n, k).mean())) for k in (1, 5)]
         rows.append(row("B", prefix + "MRR", 1 / rank, float(chance_reciprocal_rank(n).mean())))
+    rows.append(row("B", "R@5 of six", frame["six rank"] <= 5, min(5 / (length + 1), 1.0)))
     rows += [row("C", name, frame[name], 0.0) for name in ABLATIONS]
     rolled, chance = (frame[[f"rollout {kind}{h}" for h in range(1, STEPS + 1)]] for kind in ("", "chance "))
     complete = rolled.notna().all(axis=1)
@@ -297,7 +306,7 @@ def summarise(frame: pd.DataFrame) -> list[dict]:
 def bins_delta(val: pd.DataFrame, ood: pd.DataFrame) -> dict:
     """Gate E: |validation − OOD| of the mean cosine over windows of normal coherence; NaN where a split has none.
 
-    It has no interval here, and 0 as its chance level is what no difference would give, not its expectation.
+    It has no interval and no chance level here: an absolute difference is above 0 by chance alone.
     """
     normal = [f[f["coherence"].between(*NORMAL_COHERENCE)] for f in (val, ood)]
     windows, articles = sum(map(len, normal)), sum(f["article"].nunique() for f in normal)
@@ -310,7 +319,7 @@ def bins_delta(val: pd.DataFrame, ood: pd.DataFrame) -> dict:
         "value": difference,
         "low": float("nan"),
         "high": float("nan"),
-        "chance": 0.0,
+        "chance": float("nan"),
         "windows": windows,
         "articles": articles,
     }

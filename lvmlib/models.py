@@ -157,11 +157,28 @@ class Linear(Predictor):
         return context.flatten(1) @ self.weights
 
 
+class Constant(Predictor):
+    """The same vector whatever the context: what is reached without reading it."""
+
+    def __init__(self, dim: int, context_length: int, vector: Tensor):
+        super().__init__(dim, context_length)
+        self.register_buffer("vector", vector)
+
+    def raw(self, context: Tensor) -> Tensor:
+        return self.vector.expand(len(context), -1)
+
+
+def fit_constant(train: Windows) -> Tensor:
+    """(D,) the mean target of the training windows: of all constants, the one with the least mean-square error."""
+    total = sum(target.double().sum(0) for _, target in train.batches(512))
+    return (total / len(train)).float()
+
+
 def fit_weights(train: Windows) -> Tensor:
     """(T,) weights that minimise Σ ‖Σ_t w_t·context_t − target‖² over the training windows, in float64."""
     gram = torch.zeros(train.context_length, train.context_length, dtype=torch.float64)
     moment = torch.zeros(train.context_length, dtype=torch.float64)
-    for context, target in train.batches(4096):
+    for context, target in train.batches(512):
         context, target = context.double(), target.double()
         gram += torch.einsum("btd,bsd->ts", context, context)
         moment += torch.einsum("btd,bd->t", context, target)
@@ -174,7 +191,7 @@ def fit_ridge(train: Windows, strengths=(1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 100
     held = torch.from_numpy(train.article % 5 == 0)
     size = train.context_length * train.store.dim
     sums = {part: [torch.zeros(size, size), torch.zeros(size, train.store.dim)] for part in (False, True)}
-    for first, (context, target) in zip(range(0, len(train), 4096), train.batches(4096), strict=True):
+    for first, (context, target) in zip(range(0, len(train), 512), train.batches(512), strict=True):
         out = held[first : first + len(target)]
         for part, (gram, moment) in sums.items():
             x, y = context[out == part].flatten(1), target[out == part]
@@ -198,11 +215,12 @@ def fit_ridge(train: Windows, strengths=(1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 100
 
 
 def baselines(train: Windows) -> dict[str, Predictor]:
-    """The trivial predictors, the last two fitted to the training windows by least squares."""
+    """The trivial predictors; constant, weighted mean and ridge are fitted to the training windows by least squares."""
     dim, length = train.store.dim, train.context_length
     last = torch.zeros(length)
     last[-1] = 1.0
     return {
+        "constant": Constant(dim, length, fit_constant(train)),
         "copy last": Weighted(dim, last),
         "mean": Weighted(dim, torch.full((length,), 1 / length)),
         "weighted mean": Weighted(dim, fit_weights(train)),

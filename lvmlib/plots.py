@@ -183,10 +183,11 @@ def training(history: pd.DataFrame, version: Version, baselines: pd.DataFrame | 
     share.set(title="Directional share of the loss, ρ", ylabel="λ · L_dir / L_mse")
 
     margin.plot(epoch, history["margin"], "o-", color=INK, label="this run")
+    margin.plot(epoch, history["gap"], "s:", color=PULL, label="training gap, against prev")
     margin.axhline(0, color=GREY)
     margin.set(title="Mini-5CAT margin against the last context vector", ylabel="cos(p, y) − cos(p, last)")
     recall.plot(epoch, 100 * history["recall_at_5"], "o-", color=INK, label="this run")
-    recall.axhline(100 * 5 / (version.context_length + 1), color=GREY, label="chance")
+    recall.axhline(100 * min(5 / (version.context_length + 1), 1), color=GREY, label="chance")
     recall.set(title="Mini-5CAT R@5 among six candidates", ylabel="windows, %")
     pull.plot(epoch, history["lambda_eff"], "o-", color=INK, label="λ_eff")
     pull.set(title="Weight of the directional loss, and skipped batches", ylabel="λ_eff")
@@ -247,6 +248,7 @@ def _baselines(axis, values: pd.Series) -> None:
     below = -1.0
     for value in values:
         axis.axhline(value, color=GREY, lw=0.8, ls=(0, (4, 3)))
+    axis.autoscale_view()  # the limits as they will be drawn
     for name, value in values.sort_values().items():
         height = axis.transAxes.inverted().transform(axis.transData.transform((1, value)))[1]
         below = max(height, below + 0.06)
@@ -293,7 +295,7 @@ def step_health(steps: pd.DataFrame, version: Version) -> Figure:
         part = steps[name] * weight
         if (part > 0).any():
             terms.plot(x, part.where(part > 0), style, ms=4, label=name)
-    terms.set(title="Weighted terms of the loss", ylabel="share of the total, absolute", yscale="log")
+    terms.set(title="Weighted terms of the loss", ylabel="weighted term", yscale="log")
     for axis in axes.flat:
         axis.set(xlabel="step")
         axis.legend(fontsize="x-small")
@@ -324,7 +326,9 @@ def offset_sweep(report: Report, split: str, horizon: int) -> Figure:
         )
         if main:
             axis.fill_between(OFFSETS, low, high, color=INK, alpha=0.2, lw=0, label="95 % over articles")
-            axis.axhline(frame["cosine_article"].mean(), color=GREY, label="model, any chunk of the article")
+            axis.axhline(
+                frame["cosine_article"][sweep.index].mean(), color=GREY, label="model, any chunk of the article"
+            )
     axis.axvspan(min(OFFSETS) - 0.5, -horizon + 0.5, color="0.93", lw=0, zorder=0, label="the context")
     axis.axvline(0, color=GREY, lw=0.8, ls=":")
     axis.set(

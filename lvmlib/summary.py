@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from .errors import LVMError
-from .params import known_versions
-from .training import open_run, outputs
+from .params import flat, known_versions, version
+from .training import NOT_COMPARED, open_run, outputs
 
 # column: (split, gate, measure) of the 5CAT table
 MEASURES = {
@@ -18,6 +18,7 @@ MEASURES = {
     "ood_cos": ("ood", "A", "cosine, all windows"),
     "margin": ("val", "A", "margin"),
     "margin_late": ("val", "A", "margin read late"),
+    "of_six": ("val", "B", "R@5 of six"),
     "novel_mrr": ("val", "B", "novel MRR"),
     "novel_mrr_ood": ("ood", "B", "novel MRR"),
 }
@@ -26,20 +27,24 @@ MEASURES = {
 def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
     """A row for each finished and judged run under outputs/<dataset>, and for each trivial predictor (version empty).
 
-    Columns: version, predictor (the model's or trivial predictor's name), seed, epochs, precision, MEASURES, of_six
-    (R@5 among six, best epoch; NaN for trivial predictors), gates_val, gates_ood, seconds. Raises LVMError if there is
-    none.
+    Columns: version, predictor (the model's or trivial predictor's name), seed, epochs, precision, MEASURES, gates_val,
+    gates_ood, seconds. Runs whose parameters are not their version's own are left out. Raises LVMError if none is
+    left.
     """
     root = (root or outputs()) / dataset
     rows, trivial = [], {}
     for path in sorted(root.glob("*/*/fivecat.json")):
-        record, epochs, _ = open_run(path.parent)
-        report = json.loads(path.read_text(encoding="utf-8"))
+        record, _, _ = open_run(path.parent)
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            table = pd.DataFrame(report["table"]).set_index(["predictor", "split", "gate", "measure"])["value"]
+        except (OSError, ValueError, KeyError) as e:
+            raise LVMError(f"{path}: cannot be read as a 5CAT report ({e!r}); run train.ipynb for it again") from e
         parameters = record["parameters"]
-        if "finished" not in record or ".old-" in path.parent.name:
+        # Only runs of the version as it stands: seeds, models and precisions may differ, nothing else.
+        own = version(parameters["name"], fast=parameters["fast"])
+        if "finished" not in record or ".old-" in path.parent.name or _settings(parameters) != _settings(own.to_dict()):
             continue
-        table = pd.DataFrame(report["table"]).set_index(["predictor", "split", "gate", "measure"])["value"]
-        best = epochs.loc[epochs["val_loss"].idxmin()]
         rows.append(
             {
                 "version": parameters["name"],
@@ -48,7 +53,6 @@ def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
                 "epochs": parameters["epochs"],
                 "precision": record["computed"]["precision"],
                 **{name: table["model", *key] for name, key in MEASURES.items()},
-                "of_six": best["recall_at_5"],
                 "gates_val": "".join(g for g, ok in report["gates"]["val"].items() if ok),
                 "gates_ood": "".join(g for g, ok in report["gates"]["ood"].items() if ok),
                 "seconds": record["finished"]["training_seconds"],
@@ -61,9 +65,14 @@ def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
     return pd.DataFrame([*rows, *trivial.values()])
 
 
+def _settings(parameters: dict) -> dict:
+    free = (*NOT_COMPARED, "seed", "model")
+    return {k: v for k, v in flat(parameters).items() if not k.startswith(free)}
+
+
 def by_version(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows of `runs` drawn together over seeds: for each figure its mean, and ± half the range over the seeds."""
-    figures = [*MEASURES, "of_six"]
+    figures = list(MEASURES)
     groups = frame.fillna({"precision": "", "epochs": 0}).groupby(["version", "predictor", "epochs", "precision"])
     mean, half = groups[figures].mean(), (groups[figures].max() - groups[figures].min()) / 2
     out = mean.join(half, rsuffix="_half").join(groups["seed"].count().rename("seeds"))

@@ -99,8 +99,15 @@ def run_folder(version: Version, run_name: str | None = None) -> Path:
 
     Fast runs have a tree of their own, outputs/fast/. Raises LVMError for a run_name that is not a plain name.
     """
-    name = run_name or f"seed{version.seed}" + ("" if version.model == "transformer" else f"-{version.model}")
-    if not isinstance(name, str) or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+    name = f"seed{version.seed}" + ("" if version.model == "transformer" else f"-{version.model}")
+    if run_name is not None:
+        name = str(run_name) if isinstance(run_name, int) else run_name  # papermill makes numbers of digits
+    if (
+        not isinstance(name, str)
+        or not name
+        or not all(c.isalnum() or c in "-_." for c in name)
+        or name.startswith(".")
+    ):
         raise LVMError(f"run_name {name!r}: use letters, digits, '-', '_' and '.', and begin with none of the last")
     dataset = version.data.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
     return outputs() / ("fast" if version.fast else "") / dataset / version.name / name
@@ -228,7 +235,10 @@ class Run:
                 "apart with run_name, or set `fresh` to move the old folder aside"
             )
         self.record, self.history, self.steps = record, epochs, steps
-        if not self.finished and (self.folder / "last" / "state.pt").exists():
+        if not self.finished:
+            self.history, self.steps = epochs[:0], steps[:0]
+            if not (self.folder / "last" / "state.pt").exists():
+                return  # nothing to go on from: as new
             # Killed between the state and the tables, the tables lag an epoch behind: the state is the truth.
             self._state = self._load_state()
             self.history = pd.DataFrame(json.loads(self._state["history"]), columns=EPOCH_COLUMNS)
@@ -258,7 +268,6 @@ class Run:
             self._state = None
         else:
             (self.folder / "last").mkdir(parents=True, exist_ok=True)
-            self.history, self.steps = self.history[:0], self.steps[:0]
             self._write_tables()
         vectors = torch.from_numpy(self.data.store.vectors).to(device)
         history, steps = self.history.to_dict("records"), self.steps.to_dict("records")
@@ -277,6 +286,7 @@ class Run:
                         {k: t.contiguous() for k, t in model.state_dict().items()}, p
                     ),
                 )
+                (self.folder / "best.safetensors").chmod(0o644)  # safetensors makes it the owner's alone
             row = {
                 **means,
                 **val,
@@ -417,8 +427,8 @@ def validate(model: models.Predictor, windows: Windows, vectors: torch.Tensor | 
                     (rank <= 5).sum(),
                 ]
             )
-            .double()
             .cpu()
+            .double()
         )
     model.train(training)
     return dict(zip(("val_loss", "val_cos", "margin", "recall_at_5"), (sums / len(windows)).tolist(), strict=True))
@@ -426,7 +436,7 @@ def validate(model: models.Predictor, windows: Windows, vectors: torch.Tensor | 
 
 @contextlib.contextmanager
 def seeded(seed: int, epoch: int):
-    """Inside, torch's global random stream depends on (seed, epoch) alone; outside it goes on as if nothing was."""
+    """Inside, torch's random streams depend on (seed, epoch) alone; outside, CPU and CUDA go on as if nothing was."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1))
@@ -446,7 +456,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """`auto`: bfloat16 where the device computes it fast (on a CPU: AVX-512 BF16 or AMX), else float32."""
+    """`auto`: bfloat16 where the device computes it fast, else float32.
+
+    On a CPU that is AVX-512 BF16 or AMX; ARM reports bfloat16 too, but that it is faster there has not been measured.
+    """
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -121,7 +121,7 @@ def open_store(folder: str | os.PathLike) -> Store:
     try:
         datasheet = yaml.safe_load((folder / "datasheet.yaml").read_text(encoding="utf-8"))
         recorded = dict(datasheet["sha256"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as e:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise LVMError(
             f"{folder / 'datasheet.yaml'}: cannot be read as a datasheet with checksums ({e!r}); restore the file"
         ) from e
@@ -137,7 +137,7 @@ def open_store(folder: str | os.PathLike) -> Store:
         articles = pd.read_csv(folder / "articles.csv", keep_default_na=False, dtype=str)
         numbers = [np.int32(int(n)) for n in articles["article"]]  # refuses fractions and what int32 cannot hold
         articles = articles[["title", "split"]].set_index(pd.Index(numbers, dtype=np.int32, name="article"))
-    except (ValueError, KeyError, OverflowError, pd.errors.ParserError) as e:
+    except (OSError, ValueError, KeyError, OverflowError) as e:
         raise LVMError(f"{folder / 'articles.csv'}: needs columns article (a number), title, split ({e})") from e
     check_vectors(vectors, str(folder / "vectors.npy"))
     chunks = check_chunks(chunks, len(vectors), str(folder / "chunks.npy"))
@@ -344,6 +344,7 @@ def dataset(data: str | Store = "wikipedia", horizon: int = 2, context_length: i
     `data`: `wikipedia` (embedded), `world:NAME` (a synthetic world), a store's folder, or a Store.
     `fast` keeps a few hundred windows of each split, for smoke runs. Raises LVMError for an unknown name.
     """
+    data = data if isinstance(data, Store) else os.fspath(data)
     if isinstance(data, Store):
         store = data
     elif data in embedded():

@@ -161,18 +161,18 @@ class Verdict:
         return asdict(self)
 
 
-def verdict(version: Version, history: pd.DataFrame, steps: pd.DataFrame, report: Report) -> Verdict:
+def verdict(version: Version, history: pd.DataFrame, report: Report) -> Verdict:
     """The original's success conditions, and the decision point that follows.
 
     Margin and cosine are of validation; a gate counts where it passes on validation and on OOD. The margin is gate A's
     with the target at offset 0, not the one read late.
 
-    The rule for A, B and C is ours, since the original left it to judgement. On failure of a directional version:
-    **B** (remove the guards) where they held the pull back: λ at its ceiling in half of the logged steps, or a tenth of
-    the batches skipped; else **C** (data with a known forward bias) where the pull was there but the per-epoch margin
-    did not rise by 0.01; else **A** (a slower ramp): the margin moved, but the goal was not reached or the cosine lost.
+    The rule for A, B and C is ours, since the original left it to judgement. On failure: none of them where the cosine
+    is not above a constant's; else **A** (a slower ramp) where the per-epoch margin rose by 0.01 or more; else **B** (a
+    fixed λ) where the control held λ at less than half of its ceiling in the mean; else **C** (data with a known
+    forward bias).
     """
-    best = history.loc[history["val_loss"].idxmin()]
+    of_six = report.value("R@5 of six", gate="B")
     gates = report.gates()
     baselines = [p for p in report.table["predictor"].unique() if p != "model"]
 
@@ -199,12 +199,12 @@ def verdict(version: Version, history: pd.DataFrame, steps: pd.DataFrame, report
             "baselines": {p: sum(report.gates(predictor=p).values()) for p in baselines},
         },
         {
-            "condition": "R@5 of six, best epoch",
-            "value": float(best["recall_at_5"]),
+            "condition": "R@5 of six",
+            "value": of_six,
             "threshold": RECALL,
-            "met": bool(best["recall_at_5"] >= RECALL),
-            "chance": min(5 / (version.context_length + 1), 1.0),
-            "baselines": {},
+            "met": of_six >= RECALL,
+            "chance": float(chance["B", "R@5 of six"]),
+            "baselines": beside("R@5 of six", "B"),
         },
         {
             "condition": "validation cosine",
@@ -216,46 +216,53 @@ def verdict(version: Version, history: pd.DataFrame, steps: pd.DataFrame, report
         },
     ]
     success = all(c["met"] for c in conditions)
-    decision, why = _decide(version, history, steps, success)
+    decision, why = _decide(version, history, report, success)
     failed = [c["condition"] for c in conditions if not c["met"]]
     text = (
         f"{version.name}: {'success' if success else 'no success'} by the original's conditions: margin {margin:+.3f}, "
         f"{sum(gates.values())} of 5 gates ({', '.join(g for g, ok in gates.items() if ok) or 'none'}), "
-        f"R@5 of six {best['recall_at_5']:.1%}, validation cosine {val_cos:.3f}"
+        f"R@5 of six {of_six:.1%}, validation cosine {val_cos:.3f}"
         + (f"; not met: {', '.join(failed)}" if failed else "")
         + f". {why}"
     )
     return Verdict(success, conditions, decision, why, text)
 
 
-def _decide(version: Version, history: pd.DataFrame, steps: pd.DataFrame, success: bool) -> tuple[str, str]:
+def _decide(version: Version, history: pd.DataFrame, report: Report, success: bool) -> tuple[str, str]:
     if success:
         return "success", "Next: export the model, extend 5CAT on OOD, benchmark inference."
+    predictors = set(report.table["predictor"])
+    if "constant" in predictors:
+        cosine, constant = (report.value("cosine, all windows", predictor=p) for p in ("model", "constant"))
+        if cosine <= constant:
+            return "none", (
+                f"Nothing was learned that a constant vector does not know (its cosine is {constant:.3f}): neither "
+                "margin nor R@5 says anything yet, and no option follows. Train longer, or on more data, first."
+            )
     if version.control.rule == "none":
         return (
             "none",
             "This version has no directional loss: it is what the others are compared with, and no option follows.",
         )
-    skipped = float(history["skips"].sum() / steps["step"].max())
-    at_ceiling = float((steps["lambda_eff"] >= 0.999 * version.control.lambda_max).mean())
+    held_back = 1 - float(history["lambda_eff"].mean()) / version.control.lambda_max
     rise = float(history["margin"].iloc[-1] - history["margin"].iloc[0])
-    if (at_ceiling >= 0.5 and version.control.rule != "fixed") or skipped >= 0.1:
-        option = "B"
-        why = (
-            f"the pull was held back, λ at its ceiling in {at_ceiling:.0%} of the logged steps and the guard skipping "
-            f"{skipped:.0%} of all batches"
-        )
-    elif rise < MARGIN_RISE:
-        option = "C"
-        why = (
-            f"the pull was there, but the margin moved only {rise:+.3f} from the first epoch to the last; data with a "
-            "known forward bias tell whether loss or data are to blame"
-        )
-    else:
+    if rise >= MARGIN_RISE:
         option = "A"
         why = (
             f"the margin moved by {rise:+.3f} without reaching the goal; a slower ramp of the directional share is to "
             "keep the cosine while it does"
+        )
+    elif held_back >= 0.5:
+        option = "B"
+        why = (
+            f"the margin moved only {rise:+.3f} from the first epoch to the last while the control held λ "
+            f"{held_back:.0%} below its ceiling"
+        )
+    else:
+        option = "C"
+        why = (
+            f"the pull was near its ceiling, but the margin moved only {rise:+.3f} from the first epoch to the last; "
+            "data with a known forward bias tell whether loss or data are to blame"
         )
     if OPTIONS[option] == version.name:
         left = " and ".join(f"{o} ({name})" for o, name in OPTIONS.items() if o != option)
@@ -263,40 +270,22 @@ def _decide(version: Version, history: pd.DataFrame, steps: pd.DataFrame, succes
     return option, f"Option {option} ({OPTIONS[option]}) follows: {why}."
 
 
-def comparison(version: Version, history: pd.DataFrame, report: Report, trivial: pd.DataFrame) -> pd.DataFrame:
-    """This run, the original's published runs and the trivial predictors, by the measures that all of them have.
-
-    `trivial`: index predictor, columns as `validate` gives them (recall_at_5 is used).
-    """
-
-    def measured(predictor: str, recall: float) -> dict:
-        return {
-            "margin, late": report.value("margin read late", predictor=predictor),
-            "R@5 of six": recall,
-            "val cos": report.value("cosine, all windows", predictor=predictor),
-            "margin": report.value("margin", predictor=predictor),
-            "novel MRR": report.value("novel MRR", predictor=predictor),
-        }
-
-    best = history.loc[history["val_loss"].idxmin()]
-    rows = [{"run": f"{version.name}, this run", **measured("model", float(best["recall_at_5"])), "note": ""}]
-    for name in ("p6", "v1", "v21"):
+def comparison(version: Version, report: Report) -> pd.DataFrame:
+    """This run, the original's published runs and the trivial predictors, by the measures that all of them have."""
+    measures = {
+        "margin, late": "margin read late",
+        "R@5 of six": "R@5 of six",
+        "val cos": "cosine, all windows",
+        "margin": "margin",
+        "margin, last": "margin against the last",
+        "novel MRR": "novel MRR",
+    }
+    rows = []
+    for name in report.table["predictor"].unique():
+        run = f"{version.name}, this run" if name == "model" else f"{name}, untrained"
+        rows.append({"run": run, **{k: report.value(m, predictor=name) for k, m in measures.items()}, "note": ""})
+    for i, name in enumerate(("p6", "v1", "v21"), start=1):
         p = load_version(name).published
-        rows.append(
-            {
-                "run": f"{name}, original",
-                "margin, late": p.margin,
-                "R@5 of six": p.recall_at_5,
-                "val cos": p.val_cos,
-                "margin": None,
-                "novel MRR": None,
-                "note": p.note,
-            }
-        )
-    rows += [
-        {"run": f"{name}, untrained", **measured(name, float(trivial.loc[name, "recall_at_5"])), "note": ""}
-        for name in trivial.index
-    ]
-    frame = pd.DataFrame(rows)
-    numbers = [c for c in frame if c not in ("run", "note")]
-    return frame.astype({c: float for c in numbers})
+        published = {"margin, late": p.margin, "R@5 of six": p.recall_at_5, "val cos": p.val_cos, "note": p.note}
+        rows.insert(i, {"run": f"{name}, original", **published})
+    return pd.DataFrame(rows).astype(dict.fromkeys(measures, float))

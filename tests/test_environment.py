@@ -87,4 +87,11 @@ def test_notebooks_keep_the_house_rules(path):
     assert "check_injected(In)" in "".join(c.source for c in code)
     kinds = [c.cell_type for c in notebook.cells]
     assert kinds.count("markdown") >= len(code) / 2
-    assert str(ROOT) not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *sorted((ROOT / "outputs" / "showcase").glob("*.ipynb"))], ids=str)
+def test_no_machine_path_and_no_error_in_a_committed_notebook(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"/(root|home|Users|tmp|work)/\w", text)
+    outputs = [o for c in nbformat.reads(text, as_version=4).cells for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o.output_type == "error"]

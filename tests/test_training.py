@@ -187,10 +187,18 @@ def test_a_seed_decides_everything_and_leaves_the_stream_alone(data, tmp_path):
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("model", ["amn", "lstm"])  # lstm has dropout: its random stream must go on as well
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(data, tmp_path, stop, model):
-    v = version(model=model, epochs=4)
+@pytest.mark.parametrize(
+    "model, epochs, stop, precision",
+    [  # lstm and transformer have dropout: their random stream must go on as well
+        ("amn", 4, 1, "float32"),
+        ("amn", 4, 3, "bfloat16"),
+        ("lstm", 4, 2, "float32"),
+        ("transformer", 2, 1, "float32"),
+        ("transformer", 2, 1, "bfloat16"),
+    ],
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(data, tmp_path, stop, model, epochs, precision):
+    v = version(model=model, epochs=epochs, precision=precision)
     whole = finish(lvm.train(v, data, tmp_path / "whole"))
     part = iter(lvm.train(v, data, tmp_path / "part"))
     for _ in range(stop):
@@ -247,6 +255,15 @@ def test_a_finished_run_is_reused(data, tmp_path):
     assert again.found == "finished" and again.finished
     assert [r["val_loss"] for r in again] == [r["val_loss"] for r in first]
     assert {p: p.stat().st_mtime_ns for p in first.folder.rglob("*")} == before
+
+
+def test_tables_without_a_state_begin_anew(data, tmp_path):
+    part = iter(lvm.train(version(), data, tmp_path / "run"))
+    next(part)
+    part.close()
+    (tmp_path / "run" / "last" / "state.pt").unlink()
+    run = lvm.train(version(), data, tmp_path / "run")
+    assert run.found == "new" and [row["epoch"] for row in run] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +357,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch, lo
         list(lvm.train(version(), data, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "a b", 5, "x\n"])
+@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "a b", 5.5, "x\n", ""])
 def test_run_names_stay_inside_outputs(name):
     with pytest.raises(LVMError, match="run_name"):
         lvm.run_folder(version(), name)
