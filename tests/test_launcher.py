@@ -96,7 +96,13 @@ def test_the_runs_are_drawn_together(outputs):
         r["value"] for r in report["table"] if (r["split"], r["predictor"], r["measure"]) == ("val", "model", "margin")
     ]
     assert (run["predictor"], run["seed"], run["epochs"], run["margin"]) == ("amn", 0, 2, margin)
-    assert set(frame.loc[frame["version"] == "", "predictor"]) == {"copy last", "mean", "weighted mean", "ridge"}
+    assert set(frame.loc[frame["version"] == "", "predictor"]) == {
+        "constant",
+        "copy last",
+        "mean",
+        "weighted mean",
+        "ridge",
+    }
     text = summary.markdown(summary.by_version(frame))
     assert f"| `v21` | amn, float32 | 1 | {run['val_cos']:.3f} | {run['ood_cos']:.3f} | {margin:+.3f} |" in text
 
