@@ -26,9 +26,16 @@ def call(outputs, *command, cwd=ROOT):
                           env=environment, cwd=cwd)  # fmt: skip
 
 
-def test_make_train_leaves_notebook_html_and_verdict(outputs):
+@pytest.fixture(scope="module")
+def trained(outputs):
+    """What `make train` calls, once; the tests below look at what it left."""
     done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_make_train_leaves_notebook_html_and_verdict(outputs, trained):
+    done = trained
     folder = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
     lines = done.stdout.strip().splitlines()[-3:]
     assert lines[0].split() == ["notebook", str(folder / "train.ipynb")]
@@ -44,7 +51,7 @@ def test_make_train_leaves_notebook_html_and_verdict(outputs):
 
 
 @pytest.mark.parametrize("place, path", [(".", "notebooks/train.ipynb"), ("notebooks", "train.ipynb")])
-def test_papermill_from_root_and_from_notebooks_meet_in_one_run(outputs, tmp_path, place, path):
+def test_papermill_from_root_and_from_notebooks_meet_in_one_run(outputs, trained, tmp_path, place, path):
     """After the run above: both find it finished and reuse it."""
     done = call(
         outputs, "papermill", path, tmp_path / "out.ipynb", "-p", "version", "v21", *ARGUMENTS, cwd=ROOT / place
@@ -68,18 +75,20 @@ def test_papermill_from_root_and_from_notebooks_meet_in_one_run(outputs, tmp_pat
         (["-p", "version", "v21", "-p", "epochs", "1", *ARGUMENTS], "epochs: 2 there, 1 here"),
     ],
 )  # fmt: skip
-def test_bad_parameters_fail_with_one_clear_error(outputs, tmp_path, arguments, words):
+def test_bad_parameters_fail_with_one_clear_error(outputs, trained, tmp_path, arguments, words):
     done = call(outputs, "papermill", "notebooks/train.ipynb", tmp_path / "out.ipynb", "-p", "fast", "True", *arguments)
     assert done.returncode != 0
     assert words in done.stderr
     assert "LVMError" in done.stderr
 
 
-def test_a_refused_run_leaves_the_notebook_that_stands_there(outputs):
+def test_a_refused_run_leaves_the_notebook_that_stands_there(outputs, trained):
     folder = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
     before = (folder / "train.ipynb").read_bytes()
     done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-p", "epochs", "1")
     assert done.returncode != 0 and "Failed; the notebook as far as it came" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("LVMError: ")
+    assert "epochs: 2 there, 1 here" in done.stderr.strip().splitlines()[-1]
     assert (folder / "train.ipynb").read_bytes() == before
 
 
@@ -88,7 +97,7 @@ def test_usage(outputs):
     assert done.returncode == 2 and "usage" in done.stderr
 
 
-def test_the_runs_are_drawn_together(outputs):
+def test_the_runs_are_drawn_together(outputs, trained):
     frame = summary.runs("fast/wikipedia", outputs)
     run = frame[frame["version"] == "v21"].iloc[0]
     report = json.loads((outputs / "fast/wikipedia/v21/seed0-amn/fivecat.json").read_text(encoding="utf-8"))

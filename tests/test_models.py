@@ -351,8 +351,8 @@ def test_copy_last_mean_and_constant_are_exact():
     x = contexts(6)
     raw, unit = predictors["constant"](x)
     target = design(w)[1].mean(0)  # the mean of the training targets, whatever the context
-    np.testing.assert_allclose(raw.numpy(), np.tile(target, (6, 1)), atol=1e-6)
-    np.testing.assert_allclose(unit.numpy(), np.tile(target / np.linalg.norm(target), (6, 1)), atol=1e-5)
+    np.testing.assert_allclose(raw.numpy(), np.tile(target, (len(x), 1)), atol=1e-6)
+    np.testing.assert_allclose(unit.numpy(), np.tile(target / np.linalg.norm(target), (len(x), 1)), atol=1e-5)
     raw, unit = predictors["copy last"](x)
     assert torch.equal(raw, x[:, -1])
     torch.testing.assert_close(unit, x[:, -1])
