@@ -443,6 +443,7 @@ def versions(runs: pd.DataFrame) -> Figure:
     """Validation cosine against the margin: a point a run (transformer), a grey cross a trivial predictor."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     trained = runs[(runs["version"] != "") & (runs["predictor"] == "transformer")]
+    trained = trained.drop_duplicates(["version", "seed"])  # not a seed's second run in another precision
     for axis, (column, label) in zip(
         axes, (("margin", "margin, gate A"), ("novel_mrr", "MRR, context left out of the candidates")), strict=True
     ):

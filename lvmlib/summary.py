@@ -38,6 +38,7 @@ def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             table = pd.DataFrame(report["table"]).set_index(["predictor", "split", "gate", "measure"])["value"]
+            figures = {p: {m: table[p, *k] for m, k in MEASURES.items()} for p in table.index.unique("predictor")}
         except (OSError, ValueError, KeyError) as e:
             raise LVMError(f"{path}: cannot be read as a 5CAT report ({e!r}); run train.ipynb for it again") from e
         parameters = record["parameters"]
@@ -52,14 +53,13 @@ def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
                 "seed": parameters["seed"],
                 "epochs": parameters["epochs"],
                 "precision": record["computed"]["precision"],
-                **{name: table["model", *key] for name, key in MEASURES.items()},
+                **figures.pop("model"),
                 "gates_val": "".join(g for g, ok in report["gates"]["val"].items() if ok),
                 "gates_ood": "".join(g for g, ok in report["gates"]["ood"].items() if ok),
                 "seconds": record["finished"]["training_seconds"],
             }
         )
-        for name in table.index.unique("predictor").drop("model"):
-            trivial[name] = {"version": "", "predictor": name, **{m: table[name, *k] for m, k in MEASURES.items()}}
+        trivial |= {name: {"version": "", "predictor": name, **values} for name, values in figures.items()}
     if not rows:
         raise LVMError(f"{root}: no finished run with its 5CAT; train one, as by: make train VERSION=v22")
     return pd.DataFrame([*rows, *trivial.values()])

@@ -126,6 +126,18 @@ def test_seeds_are_drawn_together_with_their_half_range():
     assert "+0.300 ± 0.250" in summary.markdown(pd.DataFrame([found]))
 
 
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"table": []}', '{"table": [{"predictor": "model"}]}'])
+def test_a_damaged_report_is_named(outputs, trained, tmp_path, content):
+    source = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
+    folder = tmp_path / "wikipedia" / "v21" / "seed0-amn"
+    folder.mkdir(parents=True)
+    for name in ("run.yaml", "epochs.csv", "steps.csv"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    (folder / "fivecat.json").write_text(content)
+    with pytest.raises(LVMError, match=r"fivecat\.json: cannot be read as a 5CAT report"):
+        summary.runs(root=tmp_path)
+
+
 def test_no_run_is_said_so(tmp_path):
     with pytest.raises(LVMError, match="no finished run"):
         summary.runs(root=tmp_path)
