@@ -33,9 +33,10 @@ showcase: .venv/main
 		$(BIN)/python -m lvmlib train -p version $$version -p seed $$seed || exit 1; done; done
 	for model in gru lstm amn; do $(BIN)/python -m lvmlib train -p version v22 -p model $$model || exit 1; done
 	for seed in 1 2; do $(BIN)/python -m lvmlib train -p version v22 -p model lstm -p seed $$seed || exit 1; done
-	for seed in 0 1 2; do for model in lstm transformer; do \
-		$(BIN)/python -m lvmlib train -p version v22 -p model $$model -p precision float32 -p seed $$seed \
-			-p run_name seed$$seed-$$model-float32 || exit 1; done; done
+	for seed in 0 1 2; do $(BIN)/python -m lvmlib train -p version v22 -p model lstm -p precision float32 -p seed $$seed \
+		-p run_name seed$$seed-lstm-float32 || exit 1; done
+	for version in p6 v22; do for seed in 0 1; do $(BIN)/python -m lvmlib train -p version $$version -p precision float32 \
+		-p seed $$seed -p run_name seed$$seed-transformer-float32 || exit 1; done; done
 	for version in p6 v1 v21 v22; do cp outputs/wikipedia/$$version/seed2/train.ipynb outputs/showcase/train-$$version.ipynb; done
 	for model in gru lstm amn; do cp outputs/wikipedia/v22/seed0-$$model/train.ipynb outputs/showcase/train-v22-$$model.ipynb; done
 	$(BIN)/python -m papermill notebooks/data.ipynb outputs/showcase/data.ipynb

@@ -318,10 +318,8 @@ def offset_sweep(report: Report, split: str, horizon: int) -> Figure:
         axis.plot(
             OFFSETS,
             mean,
-            marker="os^vD"[i % 5],
-            ls=["-", "--", ":", "-.", (0, (1, 1))][i % 5],
-            color=INK if main else GREY if i > 4 else sns.color_palette("colorblind")[i],
-            lw=2.6 if main else 1.2,
+            marker="os^vDP"[i % 6],
+            **_look(i),
             label=name,
         )
         if main:
@@ -353,9 +351,7 @@ def recall_curve(report: Report, split: str) -> Figure:
             axis.plot(
                 k,
                 [100 * (frame[prefix + "rank"] <= j).mean() for j in k],
-                ls=["-", "--", ":", "-.", (0, (1, 1))][i % 5],
-                lw=2.6 if name == "model" else 1.4,
-                color=sns.color_palette("colorblind")[i],
+                **_look(i),
                 label=name,
             )
         n = frame[prefix + "candidates"].to_numpy()
@@ -383,10 +379,10 @@ def ablations_and_rollout(report: Report, split: str) -> Figure:
             rows["value"],
             height=height,
             xerr=np.nan_to_num(error),
-            color=sns.color_palette("colorblind")[i],
+            color=_look(i)["color"],
             label=name,
             error_kw={"lw": 0.8},
-            hatch=["", "//", "..", "xx", "--"][i % 5],
+            hatch=["", "//", "..", "xx", "--", "++"][i % 6],
             edgecolor="white",
         )
         frame = report.frames[split, name]
@@ -395,10 +391,8 @@ def ablations_and_rollout(report: Report, split: str) -> Figure:
         rollout.plot(
             steps,
             whole.mean(),
-            marker="os^vD"[i % 5],
-            ls=["-", "--", ":", "-.", (0, (1, 1))][i % 5],
-            lw=2.6 if name == "model" else 1.4,
-            color=sns.color_palette("colorblind")[i],
+            marker="os^vDP"[i % 6],
+            **_look(i),
             label=name,
         )
         if name == "model":
@@ -459,6 +453,12 @@ def versions(runs: pd.DataFrame) -> Figure:
     axes[1].set_title("Telling the target from the article's other chunks")
     axes[0].legend(title="version, a point a seed", fontsize="x-small")
     return figure
+
+
+def _look(i: int) -> dict:
+    """Line style of the i-th predictor, the same in every figure; the first is the model."""
+    dashes = ["-", "--", ":", "-.", (0, (1, 1)), (0, (6, 2, 1, 2, 1, 2))]
+    return {"color": sns.color_palette("colorblind")[i % 10], "ls": dashes[i % 6], "lw": 2.6 if i == 0 else 1.4}
 
 
 def _predictors(report: Report) -> list[str]:
