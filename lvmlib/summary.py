@@ -75,7 +75,7 @@ def by_version(frame: pd.DataFrame) -> pd.DataFrame:
     figures = list(MEASURES)
     groups = frame.fillna({"precision": "", "epochs": 0}).groupby(["version", "predictor", "epochs", "precision"])
     mean, half = groups[figures].mean(), (groups[figures].max() - groups[figures].min()) / 2
-    out = mean.join(half, rsuffix="_half").join(groups["seed"].count().rename("seeds"))
+    out = mean.join(half.add_suffix("_half")).join(groups["seed"].count().rename("seeds"))
     order = [*known_versions(), ""]
     out["order"] = [order.index(v) if v in order else len(order) for v in out.index.get_level_values("version")]
     return out.sort_values(["order", "predictor"]).drop(columns="order").reset_index()
