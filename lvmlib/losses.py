@@ -120,7 +120,47 @@ def terms(raw: Tensor, unit: Tensor, context: Tensor, target: Tensor, margin: fl
 
 
 @torch.no_grad()
-def health(unit: Tensor, target: Tensor, prev: Tensor) -> dict[str, Tensor]:
-    """What is watched (handbook §3), batch means: pos, neg, gap, ratio."""
-    pos, neg = cosine(unit, target), cosine(unit, prev)
-    return {"pos": pos.mean(), "neg": neg.mean(), "gap": gap(pos, neg).mean(), "ratio": ratio(pos, neg).mean()}
+def health(unit: Tensor, target: Tensor, context: Tensor, prev: int) -> dict[str, Tensor]:
+    """What is watched (handbook §3), batch means: pos, neg, gap, ratio; and `escape`, the share of negative weights.
+
+    `escape` is Σ max(−w, 0) / Σ |w| over the batch's mean weights w of the context vectors in the prediction
+    (`context_weights`): 0 where no context vector is subtracted, 1 where all are.
+    """
+    pos, neg = cosine(unit, target), cosine(unit, context[:, prev])
+    w = context_weights(unit, context).mean(0)
+    escape = (-w).clamp(min=0).sum() / w.abs().sum().clamp(min=EPSILON)
+    watched = {"pos": pos.mean(), "neg": neg.mean(), "gap": gap(pos, neg).mean(), "ratio": ratio(pos, neg).mean()}
+    return watched | {"escape": escape}
+
+
+def context_weights(unit: Tensor, context: Tensor) -> Tensor:
+    """(B, T) weights w of the context vectors in the prediction: least ‖p − Σ_t w_t·context_t‖² for each window.
+
+    A slight ridge (1e-4 of the vectors' mean square) keeps them finite where context vectors are all but equal.
+    """
+    gram = context @ context.transpose(1, 2)  # (B, T, T)
+    size = gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp(min=1e-12)
+    eye = torch.eye(context.shape[1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + 1e-4 * size * eye, (context @ unit[..., None]))[..., 0]
+
+
+def pulls(terms: Terms, raw: Tensor) -> dict[str, Tensor]:
+    """How hard each term pulls at the prediction: ‖∂L_term/∂raw‖ over the batch, unweighted, as `pull_<term>`; and
+    `angle`, in degrees, between the mean-square and the directional gradient. NaN for a term
+    that has no gradient, and for an angle with a gradient of 0.
+
+    ρ compares the terms' values; these tell what each does to the weights (handbook §4.1 point 7). An angle above 90
+    means that the two undo each other.
+    """
+    nan = raw.new_full((), float("nan"))
+    gradients = {
+        name: torch.autograd.grad(term, raw, retain_graph=True)[0] if term.requires_grad else None
+        for name, term in terms._asdict().items()
+    }
+    out = {f"pull_{name}": nan if g is None else g.norm() for name, g in gradients.items()}
+    out["angle"] = nan
+    if gradients["directional"] is not None:
+        turn = F.cosine_similarity(gradients["mse"].flatten(), gradients["directional"].flatten(), dim=0)
+        both = (out["pull_mse"] > 0) & (out["pull_directional"] > 0)
+        out["angle"] = torch.where(both, torch.rad2deg(torch.acos(turn.clamp(-1, 1))), nan)
+    return out

@@ -121,6 +121,7 @@ class Version:
     data: str  # an embedded dataset, world:NAME, or a store's folder
     horizon: int  # the target is this many chunks after the context
     context_length: int
+    direction: Literal["forward", "backward"]  # backward reads the articles reversed: the control of the arrow of time
     model: Literal["transformer", "gru", "lstm", "amn"]
     epochs: int
     batch_size: int

@@ -41,8 +41,9 @@ import yaml
 from . import controller, losses, models
 from .errors import LVMError
 from .params import OUTPUTS, ROOT, Version, flat
-from .vectors import Dataset, Windows
+from .vectors import DIRECTIONS, Dataset, Windows
 
+PULLS = ("pull_mse", "pull_directional", "pull_floor", "pull_norm", "pull_orthogonality")
 EPOCH_COLUMNS = (
     "epoch",
     "train_loss",
@@ -63,6 +64,10 @@ EPOCH_COLUMNS = (
     "neg",
     "gap",
     "ratio",
+    "escape",
+    *PULLS,
+    "rho_gradient",
+    "angle",
     "skips",
     "learning_rate",
     "seconds",
@@ -86,6 +91,10 @@ STEP_COLUMNS = (
     "neg",
     "gap",
     "ratio",
+    "escape",
+    *PULLS,
+    "rho_gradient",
+    "angle",
     "skip",
     "gradient_norm",
 )
@@ -95,11 +104,13 @@ EVALUATION_BATCH = 512
 
 
 def run_folder(version: Version, run_name: str | None = None) -> Path:
-    """Where a run lives: outputs/<dataset>/<version>/seed<k>, for another model than the transformer seed<k>-<model>.
+    """Where a run lives: outputs/<dataset>/<version>/seed<k>, for another model than the transformer seed<k>-<model>;
+    read backwards, -backward follows.
 
     Fast runs have a tree of their own, outputs/fast/. Raises LVMError for a run_name that is not a plain name.
     """
     name = f"seed{version.seed}" + ("" if version.model == "transformer" else f"-{version.model}")
+    name += "" if version.direction == "forward" else f"-{version.direction}"
     if run_name is not None:
         name = str(run_name) if isinstance(run_name, int) else run_name  # papermill makes numbers of digits
     if (
@@ -124,6 +135,11 @@ def train(version: Version, data: Dataset, out: str | os.PathLike | None = None,
     A finished run of the same parameters and data is reused, an interrupted one resumed. One with others is
     refused (LVMError names the differing keys). `fresh` moves the old folder aside, to NAME.old-1 and so on.
     """
+    if data.train.step != DIRECTIONS[version.direction]:
+        raise LVMError(
+            f"version {version.name} reads {version.direction}, the dataset's windows do not; "
+            f"cut them with dataset(…, direction={version.direction!r})"
+        )
     folder = Path(out) if out is not None else run_folder(version)
     if fresh and (folder / "run.yaml").exists():
         folder.rename(
@@ -343,7 +359,7 @@ class Run:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 raw, unit = model(context)
             terms = losses.terms(raw, unit, context, y, now.margin if v.control.rule != "none" else 0.0, v.losses)
-            watched = losses.health(unit, y, context[:, v.losses.directional.prev])
+            watched = losses.health(unit, y, context, v.losses.directional.prev) | losses.pulls(terms, raw)
             names = [*terms._fields, *watched]
             # One transfer a step from the device, for everything the controller and the log need.
             values = dict(zip(names, torch.stack([*terms, *watched.values()]).detach().tolist(), strict=True))
@@ -363,10 +379,23 @@ class Run:
                     + "); lower the learning rate, or train in float32"
                 )
             optimizer.step()
-            row = {**values, "loss": loss, "lambda_eff": decision.lambda_eff, "rho": decision.rho}
+            weights = {
+                "directional": decision.lambda_eff,
+                "floor": v.losses.floor.weight,
+                "norm": v.losses.norm,
+                "orthogonality": v.losses.orthogonality,
+            }
+            # Weighted, as they act; a term of weight 0 pulls at nothing, whatever its gradient.
+            values |= {f"pull_{k}": w * values[f"pull_{k}"] if w else 0.0 for k, w in weights.items()}
+            shares = {
+                "lambda_eff": decision.lambda_eff,
+                "rho": decision.rho,
+                "rho_gradient": values["pull_directional"] / max(values["pull_mse"], controller.TINY),
+            }
+            row = {**values, "loss": loss, **shares}
             acts = len(index) * (v.control.rule != "none" and not decision.skip)
             for key, value in row.items():
-                sums[key] = sums.get(key, 0.0) + value * (acts if key in ("lambda_eff", "rho") else len(index))
+                sums[key] = sums.get(key, 0.0) + value * (acts if key in shares else len(index))
             seen, acted = seen + len(index), acted + acts
             sums["skips"] = sums.get("skips", 0) + decision.skip
             step = done + i + 1
@@ -383,8 +412,8 @@ class Run:
                 }
                 logged.append({c: row[c] for c in STEP_COLUMNS})
         skips = sums.pop("skips")
-        # λ and ρ are means over the windows where the directional term acted: skips are counted apart.
-        means = {k: s / max(acted, 1) if k in ("lambda_eff", "rho") else s / seen for k, s in sums.items()}
+        # λ and both ρ are means over the windows where the directional term acted: skips are counted apart.
+        means = {k: s / max(acted, 1) if k in shares else s / seen for k, s in sums.items()}
         return {
             **means,
             "train_loss": means["loss"],

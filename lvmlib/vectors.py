@@ -32,6 +32,7 @@ from .errors import LVMError
 from .params import ROOT
 
 SPLITS = ("train", "val", "ood")
+DIRECTIONS = {"forward": 1, "backward": -1}  # how a window is read: the step from one chunk to the next
 EMBEDDED = Path(__file__).resolve().parent / "data"
 STORE_FILES = ("vectors.npy", "chunks.npy", "articles.csv", "datasheet.yaml")
 NORM_TOLERANCE = 0.01  # float16 rounds a unit vector's norm by less than 1e-3
@@ -262,6 +263,7 @@ class Windows:
     """The windows of one split: N first rows into a store, nothing else.
 
     `start` (N,) int64; the context is rows start … start + T − 1, the target row start + T − 1 + horizon.
+    `step` −1 reads the text backwards: the context is rows start, start − 1, …, and the target lies before it.
     """
 
     store: Store
@@ -269,6 +271,7 @@ class Windows:
     start: np.ndarray
     context_length: int
     horizon: int
+    step: int = 1
 
     def __len__(self) -> int:
         return len(self.start)
@@ -281,7 +284,11 @@ class Windows:
     @property
     def target(self) -> np.ndarray:
         """(N,) the row of each target."""
-        return self.start + self.context_length - 1 + self.horizon
+        return self.start + self.step * (self.context_length - 1 + self.horizon)
+
+    def context_rows(self, index) -> np.ndarray:
+        """(B, T) the rows of the contexts of windows `index` (B,), as they are read."""
+        return self.start[np.asarray(index)][:, None] + self.step * np.arange(self.context_length)
 
     def batch(self, index, vectors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather windows `index` (B,): context (B, T, D) and target (B, D), float32.
@@ -289,8 +296,7 @@ class Windows:
         `vectors` (M, D): the store's vectors as a tensor, where they already lie on a device.
         """
         vectors = torch.from_numpy(self.store.vectors) if vectors is None else vectors
-        offsets = np.r_[0 : self.context_length, self.context_length - 1 + self.horizon]
-        rows = torch.from_numpy(self.start[np.asarray(index)][:, None] + offsets)
+        rows = torch.from_numpy(np.column_stack([self.context_rows(index), self.target[np.asarray(index)]]))
         chunks = vectors[rows.to(vectors.device)].float()  # (B, T + 1, D)
         return chunks[:, :-1], chunks[:, -1]
 
@@ -305,13 +311,30 @@ class Windows:
         return replace(self, start=self.start[keep])
 
 
-def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5) -> Windows:
-    """All windows of a split; none crosses an article or a gap in positions.
+def shared(forward: Windows, backward: Windows) -> tuple[Windows, Windows]:
+    """The windows of both whose target is the same chunk, in the same order: what a text can be compared on, read
+    forwards and backwards. Raises LVMError where they share none, or lie in different stores.
+    """
+    if forward.store.fingerprint != backward.store.fingerprint:
+        raise LVMError(f"windows of {forward.store.name} and {backward.store.name} share no target; use one store")
+    common, ours, theirs = np.intersect1d(forward.target, backward.target, return_indices=True)
+    if not len(common):
+        raise LVMError(
+            f"{forward.store.name}, split {forward.split}: no chunk is a target in both directions; that needs an "
+            f"article of {2 * (forward.context_length + forward.horizon) - 1} consecutive chunks"
+        )
+    return replace(forward, start=forward.start[ours]), replace(backward, start=backward.start[theirs])
+
+
+def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5, direction: str = "forward") -> Windows:
+    """All windows of a split; none crosses an article or a gap in positions. `backward` reads the articles reversed.
 
     Articles shorter than context_length + horizon give none. Raises LVMError if no article is long enough.
     """
     if split not in SPLITS:
         raise LVMError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if direction not in DIRECTIONS:
+        raise LVMError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
     if horizon < 1 or context_length < 1:
         raise LVMError(f"horizon {horizon} and context_length {context_length} must each be at least 1")
     span = context_length - 1 + horizon
@@ -325,7 +348,9 @@ def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5)
             f"{store.name}, split {split}: no article is long enough: a window of {context_length} with "
             f"horizon {horizon} needs {span + 1} consecutive chunks, the longest article has {lengths.max()}"
         )
-    return Windows(store, split, first[whole].astype(np.int64), context_length, horizon)
+    step = DIRECTIONS[direction]
+    start = (first if step == 1 else last)[whole].astype(np.int64)
+    return Windows(store, split, start, context_length, horizon, step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,11 +363,18 @@ class Dataset:
     ood: Windows
 
 
-def dataset(data: str | Store = "wikipedia", horizon: int = 2, context_length: int = 5, fast: bool = False) -> Dataset:
+def dataset(
+    data: str | Store = "wikipedia",
+    horizon: int = 2,
+    context_length: int = 5,
+    fast: bool = False,
+    direction: str = "forward",
+) -> Dataset:
     """Open a dataset and cut its windows.
 
     `data`: `wikipedia` (embedded), `world:NAME` (a synthetic world), a store's folder, or a Store.
-    `fast` keeps a few hundred windows of each split, for smoke runs. Raises LVMError for an unknown name.
+    `fast` keeps a few hundred windows of each split, for smoke runs; `direction` as in `windows`. Raises LVMError for
+    an unknown name.
     """
     data = data if isinstance(data, Store) else os.fspath(data)
     if isinstance(data, Store):
@@ -360,7 +392,7 @@ def dataset(data: str | Store = "wikipedia", horizon: int = 2, context_length: i
             f"data {data!r}: neither an embedded dataset ({', '.join(embedded())}), nor world:NAME, "
             "nor the folder of a store"
         )
-    cut = [windows(store, split, horizon, context_length) for split in SPLITS]
+    cut = [windows(store, split, horizon, context_length, direction) for split in SPLITS]
     if fast:
         cut = [w.at_most(n) for w, n in zip(cut, (512, 128, 128), strict=True)]
     return Dataset(store, *cut)

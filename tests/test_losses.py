@@ -4,6 +4,7 @@ The reference knows no torch: its gradients are central differences of the plain
 prediction, so that they pass through the normalisation p = raw / ‖raw‖.
 """
 
+import itertools
 import math
 
 import pytest
@@ -325,14 +326,67 @@ def test_terms_of_weight_zero_cost_nothing_even_where_they_are_not_finite():
 def test_health(batch):
     raw, y, prev = batch
     unit = F.normalize(raw, dim=-1).requires_grad_()
-    found = losses.health(unit, y, prev)
+    context = torch.stack([y.roll(1, 0), prev, y + prev], 1)  # (B, 3, D); prev stands second
+    found = losses.health(unit, y, context, -2)
     rows = list(zip(*plain(raw, y, prev), strict=True))
-    assert set(found) == {"pos", "neg", "gap", "ratio"}
+    assert set(found) == {"pos", "neg", "gap", "ratio", "escape"}
     assert not any(x.requires_grad for x in found.values())
     assert float(found["pos"]) == pytest.approx(mean(cos(r, t) for r, t, _ in rows), abs=1e-12)
     assert float(found["neg"]) == pytest.approx(mean(cos(r, v) for r, _, v in rows), abs=1e-12)
     assert float(found["gap"]) == pytest.approx(mean(plain_gap(*row) for row in rows), abs=1e-12)
     assert float(found["ratio"]) == pytest.approx(mean(plain_ratio(*row) for row in rows), abs=1e-9)
+
+
+def test_escape_is_the_share_of_subtracted_context_vectors():
+    context = F.normalize(torch.randn(6, 5, 32, dtype=torch.float64), dim=-1)
+    for weights in ([0.2] * 5, [0.5, 0.3, 0.1, -0.4, 0.7], [-1.0, -1.0, -1.0, -1.0, -1.0]):
+        raw = torch.einsum("t,btd->bd", torch.tensor(weights, dtype=torch.float64), context)
+        unit = raw / raw.norm(dim=-1, keepdim=True)
+        found = losses.context_weights(unit, context)
+        wanted = torch.tensor(weights, dtype=torch.float64) / raw.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+        share = sum(-w for w in weights if w < 0) / sum(abs(w) for w in weights)
+        assert float(losses.health(unit, unit, context, -2)["escape"]) == pytest.approx(share, abs=1e-3)
+
+
+def test_context_weights_stay_finite_where_the_context_is_one_vector():
+    context = F.normalize(torch.randn(3, 1, 8), dim=-1).expand(3, 5, 8)
+    weights = losses.context_weights(context[:, 0], context)
+    assert bool(weights.isfinite().all())
+    torch.testing.assert_close(weights.sum(1), torch.ones(3), atol=1e-3, rtol=0)
+
+
+def test_pulls_are_the_norms_of_the_finite_differences():
+    torch.manual_seed(0)
+    raw, y, prev = torch.randn(3, B, D, dtype=torch.float64).unbind()
+    raw, y, prev = raw.requires_grad_(), F.normalize(y, dim=-1), F.normalize(prev, dim=-1)
+    context = torch.stack([prev, y.roll(1, 0)], 1)
+    weights = make_losses(directional=make_directional("scale_aware"), floor=Floor(0.9, 1.0))
+
+    def at(r):
+        return losses.terms(r, F.normalize(r, dim=-1), context, y, 0.05, weights)
+
+    found = losses.pulls(at(raw), raw)
+    gradients = {}
+    for name in losses.Terms._fields:
+        slope = torch.zeros_like(raw)
+        for index in itertools.product(*map(range, raw.shape)):
+            step = torch.zeros_like(raw)
+            step[index] = 1e-6
+            up, down = (float(getattr(at((raw + s).detach()), name)) for s in (step, -step))
+            slope[index] = (up - down) / 2e-6
+        gradients[name] = slope.detach().flatten()
+        assert float(found[f"pull_{name}"]) == pytest.approx(float(slope.norm()), rel=1e-4, abs=1e-8)
+    a, b = gradients["mse"], gradients["directional"]
+    angle = math.degrees(math.acos(float(a @ b / a.norm() / b.norm())))
+    assert float(found["angle"]) == pytest.approx(angle, abs=0.01)
+
+
+def test_a_term_without_gradient_has_no_pull():
+    raw = torch.randn(4, 8, requires_grad=True)
+    terms = losses.Terms(raw.square().mean(), *(torch.zeros(()) for _ in range(4)))
+    found = losses.pulls(terms, raw)
+    assert math.isnan(found["pull_directional"]) and math.isnan(found["angle"]) and found["pull_mse"] > 0
 
 
 # Gradients with respect to the raw prediction, through the normalisation

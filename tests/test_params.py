@@ -12,6 +12,7 @@ COMMON = {
     "data": "wikipedia",
     "horizon": 2,
     "context_length": 5,
+    "direction": "forward",
     "model": "transformer",
     "epochs": 12,
     "batch_size": 32,
