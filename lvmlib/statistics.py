@@ -1,11 +1,30 @@
-"""Chance levels, and intervals over articles.
+"""Chance levels, and intervals, differences and nulls over articles (and seeds).
 
-Axes: N windows, A articles.
+Axes: N windows, A articles, S seeds. Windows of one article depend on each other, so the article is the unit: every
+interval here is as wide as its *articles* make it, however many windows they hold. Each returns (value, low, high).
+
+The method, for a mean over windows, θ = Σ sₐ / Σ nₐ with sₐ the sum and nₐ the number of windows of article a:
+
+    variance   V = (A−1)/A · Σ (θ₍₋ₐ₎ − θ)²                delete-one-article jackknife (CV3), θ₍₋ₐ₎ without article a
+    interval   θ ± t₍df₎ · √V,  df = (Σ nₐ)² / Σ nₐ² − 1     as many as equal articles would count for, less one
+
+In simulation (10 to 13 articles as unequal as those of the embedded data) 95 % intervals hold the truth 92-98 % of the
+time, where a percentile bootstrap over articles does 84-90 %; 90-92 % where the articles' own effects are as skewed as
+an exponential. tests/test_statistics.py measures it.
+Source: MacKinnon, Nielsen, Webb, "Cluster-robust inference: a guide to empirical practice", J. Econometrics 232 (2023);
+the effective number is Kish's, Survey Sampling (1965).
 """
 
 from __future__ import annotations
 
 import numpy as np
+from scipy import special, stats
+
+FEW = 5.0  # effective articles: 4 equal ones were held 90-95 % of the time, three or fewer unequal ones up to 99.7 %
+EXACT = 2**14  # sign patterns that are enumerated rather than drawn: up to 15 articles
+
+
+# Chance levels
 
 
 def chance_recall(candidates, k: int) -> np.ndarray:
@@ -21,23 +40,215 @@ def chance_reciprocal_rank(candidates) -> np.ndarray:
     return harmonic[candidates - 1] / candidates
 
 
-def over_articles(
-    values, articles, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean of `values` (N,) over windows and its interval by resampling whole articles (N,) with replacement.
-
-    Windows of one article depend on each other: resampling windows would give a falsely narrow interval.
-    NaN values are left out. Returns (mean, low, high); the interval is NaN with fewer than two articles.
-    The percentile bootstrap is itself too narrow where articles are few; say how many there are.
+def chance_median_rank(candidates) -> float:
+    """Median rank of targets ranked at random, each among its own n candidates (N,): that of the mixture of the
+    uniform ranks 1 … n, the r with mean(min(r, n) / n) = 1/2. Where a whole step of ranks has exactly 1/2 (as with one
+    even n), its middle: (n + 1) / 2 for equal n. NaN for no window.
     """
-    values, articles = np.asarray(values, float), np.asarray(articles)
-    articles, values = articles[~np.isnan(values)], values[~np.isnan(values)]
-    if not len(values):
+    sizes, counts = np.unique(np.asarray(candidates, int), return_counts=True)
+    if not len(sizes):
+        return float("nan")
+    ranks = np.arange(1, sizes[-1] + 1)
+    below = (np.minimum(ranks[:, None], sizes) / sizes) @ counts / counts.sum()  # (ranks,) share at or below
+    first = int(np.argmax(below >= 0.5 - 1e-12))
+    return float(ranks[first] + 0.5 * (abs(below[first] - 0.5) < 1e-12))
+
+
+def adjusted(value, chance) -> np.ndarray:
+    """(H − E[H]) / (1 − E[H]), elementwise: 0 at chance, 1 at the best; NaN where chance is 1 and nothing can be shown.
+
+    `value` is a recall or a reciprocal rank, `chance` its chance level. For a whole split pass the two means: it is the
+    adjusted mean, not the mean of adjusted values, and the ends of its interval may be adjusted likewise. As PyKEEN's
+    adjusted hits at k (Hoyt et al., arXiv:2203.07544).
+    """
+    value, chance = np.broadcast_arrays(np.asarray(value, float), np.asarray(chance, float))
+    room = 1 - chance
+    return np.divide(value - chance, room, out=np.full(value.shape, np.nan), where=room > 0)[()]
+
+
+# How many articles
+
+
+def effective_articles(articles) -> float:
+    """(Σn)² / Σn² over the articles' numbers of windows n, from `articles` (N,): A if they are equal, less if one
+    outweighs the others. Kish (1965). 0 for no window.
+    """
+    counts = np.unique(np.asarray(articles), return_counts=True)[1].astype(float)
+    return float(counts.sum() ** 2 / (counts**2).sum()) if len(counts) else 0.0
+
+
+def few(articles, seeds: int | None = None) -> str:
+    """What a report has to add to an interval over these `articles` (N,) (and `seeds` of them): empty if nothing.
+
+    Give the articles of the windows that count (those whose value is not NaN).
+    """
+    number, effective = len(np.unique(np.asarray(articles))), effective_articles(articles)
+    said = []
+    noun = "article" if number == 1 else "articles"
+    if number < 2:
+        said.append(f"only {number} {noun}: no interval")
+    elif effective < FEW:
+        weigh = "" if number - effective < 0.05 else f", which weigh as much as {effective:.1f} equal ones"
+        said.append(f"only {number} {noun}{weigh}: the interval may not hold the truth as often as it says")
+    if seeds == 1:
+        said.append("one seed: the interval covers articles alone")
+    elif seeds == 2:
+        said.append("only 2 seeds: too narrow if seeds differ more than articles do")
+    return "; ".join(said)
+
+
+# Intervals
+
+
+def over_articles(values, articles, level: float = 0.95, share: bool = False) -> tuple[float, float, float]:
+    """Mean of `values` (N,) over windows and its interval over `articles` (N,), by the jackknife at the file's top.
+
+    share: the values lie in [0, 1] (hits, reciprocal ranks). The interval is then made on the scale of log-odds,
+    logit θ ± t · √V / (θ(1−θ)), and stays inside [0, 1]: a rare hit's plain interval holds the truth too seldom.
+    NaN values are left out. With fewer than two articles the interval is NaN; without any spread between the articles
+    it has no width (so a share of 0 of all windows is given as 0 to 0: say the number of articles).
+    """
+    return _interval([(1, *_windows(values, articles, 1))], level, share)
+
+
+def median_over_articles(values, articles, level: float = 0.95) -> tuple[float, float, float]:
+    """Median of `values` (N,) over windows and its interval over `articles` (N,).
+
+    Woodruff (JASA 47, 1952): the share of windows at or below the median is 1/2, with an interval over articles (on the
+    scale of log-odds); the values at the two ends of that interval are the ends. They are values that occur: with
+    tied ranks the interval is a little too wide, never too narrow by the ties. NaN as in `over_articles`.
+    """
+    values, articles = _windows(values, articles, 1)
+    if not values.shape[1]:
         return float("nan"), float("nan"), float("nan")
-    _, inverse = np.unique(articles, return_inverse=True)
-    sums, counts = np.bincount(inverse, values), np.bincount(inverse).astype(float)
-    if len(sums) < 2:
-        return float(values.mean()), float("nan"), float("nan")
-    times = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), resamples)  # (R, A)
-    low, high = np.quantile((times @ sums) / (times @ counts), [(1 - level) / 2, (1 + level) / 2])
-    return float(values.mean()), float(low), float(high)
+    median = float(np.median(values))
+    _, variance, df = _jackknife((values <= median).astype(float), articles)
+    if np.isnan(variance[0]):
+        return median, float("nan"), float("nan")
+    reach = stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance[0]) * 4  # d logit / dp = 4 at p = 1/2
+    ordered, n = np.sort(values[0]), values.shape[1]
+    low = ordered[max(int(np.ceil(special.expit(-reach) * n - 1e-9)) - 1, 0)]  # the first with a share >= p
+    high = ordered[min(int(np.floor(special.expit(reach) * n + 1e-9)), n - 1)]  # the first with a share > p
+    return median, float(min(low, median)), float(max(high, median))
+
+
+def paired(a, b, articles, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean difference a − b on the same windows, (N,) each, and its interval over `articles` (N,).
+
+    A window where either is NaN is left out of both. Two predictors on the same windows share what is hard about the
+    windows: this is much narrower than the two intervals side by side.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape:
+        raise ValueError(f"paired: a has shape {a.shape}, b {b.shape}; both must be of the same windows")
+    return over_articles(a - b, articles, level)
+
+
+def between(values_1, articles_1, values_2, articles_2, level: float = 0.95) -> tuple[float, float, float]:
+    """Difference of means, first split less second, of two splits without a common article, and its interval.
+
+    The variances of the two add, with Satterthwaite's df = (V₁ + V₂)² / (V₁²/df₁ + V₂²/df₂) (Welch, Biometrika 34,
+    1947). Values (N,), or (S, N) of the same S seeds in both: then seeds are a level too, as in `over_seeds`.
+    """
+    common = np.intersect1d(articles_1, articles_2)
+    if len(common):
+        raise ValueError(f"between: the splits share {len(common)} articles (as {common[0]}); use paired on one split")
+    shapes = np.shape(values_1), np.shape(values_2)
+    if shapes[0][:-1] != shapes[1][:-1]:
+        raise ValueError(f"between: values of shapes {shapes[0]} and {shapes[1]}; both must be of the same seeds")
+    axes = len(shapes[0])
+    return _interval([(1, *_windows(values_1, articles_1, axes)), (-1, *_windows(values_2, articles_2, axes))], level)
+
+
+def over_seeds(values, articles, level: float = 0.95, share: bool = False) -> tuple[float, float, float]:
+    """Mean of `values` (S, N) over S seeds' runs and the same N windows; its interval over seeds and `articles` (N,).
+
+    Seeds and articles are crossed random levels: V = Vₐ + max(Vₛ − Vₐₛ, 0), where Vₐ is the jackknife variance over
+    articles of the seeds' mean, Vₛ that of the S means over windows (their variance / S), and Vₐₛ what both contain,
+    the interaction, from the seeds' deviations from their mean; df after Satterthwaite (Biometrics Bull. 2, 1946).
+    A window counts where no seed is NaN. With S = 1 the interval covers articles alone; with S = 2 it holds the truth
+    88-91 % of the time where seeds differ more than articles do: `few(articles, seeds=S)` says both. For two versions
+    with a run per seed, pass the difference (S, N). `share` as in `over_articles`.
+    """
+    return _interval([(1, *_windows(values, articles, 2))], level, share)
+
+
+def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> float:
+    """Two-sided p of "each article's sum of `values` (N,) is as likely with the other sign": whole articles flipped.
+
+    The share of sign patterns whose |Σ ±sₐ| is at least the one found: all 2^A patterns up to A = 15 (the smallest
+    possible p is then 2^(1−A)), else `permutations` drawn ones and the one found. For differences that a null makes
+    exchangeable (forward − backward, a − b of equal models); NaN values are left out. NaN for no window.
+    """
+    values, articles = _windows(values, articles, 1)
+    sums = _sums(values, articles)[0][0]  # (A,)
+    if not len(sums):
+        return float("nan")
+    if 2 ** (len(sums) - 1) <= EXACT:
+        patterns = np.arange(2 ** (len(sums) - 1))[:, None] >> np.arange(len(sums)) & 1  # the last sign fixed: halves
+        extra = 0
+    else:
+        patterns = np.random.default_rng(seed).integers(0, 2, (permutations, len(sums)))
+        extra = 1
+    flipped = np.abs((1 - 2 * patterns) @ sums)
+    reached = flipped >= abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
+    return float((reached.sum() + extra) / (len(reached) + extra))
+
+
+def _windows(values, articles, axes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values as (S, N) floats without the windows where one is NaN, and the articles' numbers 0 … A−1 (N,)."""
+    values, articles = np.asarray(values, float), np.asarray(articles)
+    if values.ndim != axes or articles.shape != values.shape[-1:]:
+        wanted = "(N,)" if axes == 1 else "(S, N)"
+        raise ValueError(f"values of shape {values.shape} with articles of shape {articles.shape}; want {wanted}, (N,)")
+    values = np.atleast_2d(values)
+    counts = ~np.isnan(values).any(0)
+    return values[:, counts], np.unique(articles[counts], return_inverse=True)[1]
+
+
+def _sums(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each article's sum (S, A) and number of windows (A,)."""
+    sizes = np.bincount(articles).astype(float)
+    return np.stack([np.bincount(articles, row, len(sizes)) for row in values]), sizes
+
+
+def _jackknife(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Means (S,), their variances (S,) by leaving out an article at a time, df. NaN variance below two articles."""
+    sums, sizes = _sums(values, articles)
+    n, number = sizes.sum(), len(sizes)
+    means = sums.sum(1) / n if n else np.full(len(values), np.nan)
+    if number < 2:
+        return means, np.full(len(values), np.nan), float("nan")
+    shift = (sums - means[:, None] * sizes) / (n - sizes)  # θ − θ₍₋ₐ₎, (S, A)
+    variance = (number - 1) / number * (shift**2).sum(1)
+    variance[np.ptp(values, axis=1) == 0] = 0.0  # not the rounding of equal values
+    return means, variance, max(n**2 / (sizes**2).sum() - 1, 1.0)
+
+
+def _interval(parts, level: float, share: bool = False) -> tuple[float, float, float]:
+    """Σ sign · mean over parts (sign, values (S, N), articles (N,)) of the same seeds and of different articles."""
+    if share and any(len(v) and v.size and (v.min() < 0 or v.max() > 1) for _, v, _ in parts):
+        raise ValueError("share=True is for values in [0, 1]")
+    seeds = len(parts[0][1])
+    per_seed, own, squares, common = np.zeros(seeds), 0.0, 0.0, 0.0
+    for sign, values, articles in parts:
+        per_seed = per_seed + sign * _jackknife(values, articles)[0]
+        centre = values.mean(0, keepdims=True)
+        _, (variance,), df = _jackknife(centre, articles)
+        own, squares = own + variance, squares + variance**2 / df
+        if seeds > 1:  # the deviations have (S − 1)/S of the interaction's variance; the seeds' mean has 1/S of it
+            common += _jackknife(values - centre, articles)[1].sum() / (seeds - 1) / seeds
+    mean, variance = float(per_seed.mean()), own
+    if seeds > 1:
+        between_seeds = per_seed.var(ddof=1) / seeds
+        variance = own + max(between_seeds - common, 0.0)
+        squares += max(between_seeds - common, 0.0) ** 2 / (seeds - 1)
+    if np.isnan(variance):
+        return mean, float("nan"), float("nan")
+    if variance == 0:
+        return mean, mean, mean
+    reach = stats.t.ppf((1 + level) / 2, variance**2 / squares) * np.sqrt(variance)
+    if share and 0 < mean < 1:
+        reach, middle = reach / (mean * (1 - mean)), special.logit(mean)
+        return mean, float(special.expit(middle - reach)), float(special.expit(middle + reach))
+    return mean, float(mean - reach), float(mean + reach)

@@ -1,13 +1,29 @@
-"""Chance levels against enumeration, and intervals over articles against answers known beforehand."""
+"""Chance levels against enumeration; intervals against plain derivations, and against known truths in simulation."""
 
 import itertools
 import math
+import statistics
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from lvmlib.statistics import chance_recall, chance_reciprocal_rank, over_articles
+from lvmlib.statistics import (
+    FEW,
+    adjusted,
+    between,
+    chance_median_rank,
+    chance_recall,
+    chance_reciprocal_rank,
+    effective_articles,
+    few,
+    median_over_articles,
+    over_articles,
+    over_seeds,
+    paired,
+    sign_flip,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7])
@@ -45,7 +61,42 @@ def test_mini_recall_at_5_of_six_has_chance_five_sixths():
     assert chance_recall(6, 5) == pytest.approx(5 / 6)  # handbook §4.1 point 3
 
 
-# Intervals
+def test_chance_median_rank_is_the_median_of_every_rank():
+    """Every window's ranks 1 … n once, times as often as makes all windows weigh the same."""
+    for sizes in ([6], [5], [1], [3, 12], [5, 7, 7, 40], [2, 4], [1, 1, 30]):
+        whole = math.lcm(*sizes)
+        ranks = [r for n in sizes for r in range(1, n + 1) for _ in range(whole // n)]
+        assert chance_median_rank(sizes) == statistics.median(ranks), sizes
+    random = np.random.default_rng(0)
+    sizes = random.integers(3, 90, 200_001)
+    assert abs(np.median(random.integers(1, sizes + 1)) - chance_median_rank(sizes)) <= 1
+    assert math.isnan(chance_median_rank([]))
+
+
+def test_adjusted_is_0_at_chance_and_1_at_the_best():
+    random = np.random.default_rng(0)
+    n = random.integers(2, 60, 100_000)
+    rank = random.integers(1, n + 1)  # ranked at random
+    for hits, chance in ((rank <= 5, chance_recall(n, 5)), (1 / rank, chance_reciprocal_rank(n))):
+        assert abs(adjusted(hits.mean(), chance.mean())) < 4 * hits.std() / (1 - chance.mean()) / math.sqrt(len(n))
+    known = random.random(100_000) < 0.3  # knows the target in 30 % of windows, guesses in the others
+    rank = np.where(known, 1, rank)
+    assert adjusted((rank <= 5).mean(), chance_recall(n, 5).mean()) == pytest.approx(0.3, abs=0.01)
+    np.testing.assert_allclose(adjusted([1.0, 0.5, 0.0, 1.0], [0.5, 0.5, 0.5, 1.0]), [1, 0, -1, math.nan])
+    assert adjusted(0.75, 0.5) == 0.5 and np.ndim(adjusted(0.75, 0.5)) == 0
+
+
+def test_adjusted_hits_are_those_of_pykeen():
+    ranking = pytest.importorskip("pykeen.metrics.ranking")
+    random = np.random.default_rng(0)
+    n = random.integers(6, 90, 300)
+    rank = random.integers(1, n + 1)
+    for k in (1, 5, 10):
+        theirs = ranking.AdjustedHitsAtK(k=k)(ranks=rank.astype(float), num_candidates=n)
+        assert adjusted((rank <= k).mean(), chance_recall(n, k).mean()) == pytest.approx(theirs, abs=1e-12)
+
+
+# Intervals: derivations
 
 
 def clustered(random, articles=30, effect=1.0, noise=1.0, truth=0.3):
@@ -56,43 +107,76 @@ def clustered(random, articles=30, effect=1.0, noise=1.0, truth=0.3):
     return truth + own[article] + noise * random.standard_normal(len(article)), article
 
 
-def test_the_mean_is_that_of_the_windows():
+def plain(values, articles, level=0.95):
+    """Mean, variance, df from the definitions: leave out an article, average the rest; loops over lists."""
+    values, articles = list(map(float, values)), list(articles)
+    names = sorted(set(articles))
+    mean = sum(values) / len(values)
+    without = [[v for v, a in zip(values, articles, strict=True) if a != name] for name in names]
+    variance = (len(names) - 1) / len(names) * sum((sum(w) / len(w) - mean) ** 2 for w in without)
+    sizes = [articles.count(name) for name in names]
+    return mean, variance, max(sum(sizes) ** 2 / sum(n * n for n in sizes) - 1, 1)
+
+
+def test_over_articles_from_its_definition():
+    for seed, level in ((0, 0.95), (1, 0.5), (2, 0.99)):
+        values, article = clustered(np.random.default_rng(seed), articles=3 + 5 * seed)
+        mean, variance, df = plain(values, article)
+        half = stats.t.ppf(0.5 + level / 2, df) * math.sqrt(variance)
+        assert over_articles(values, article, level) == pytest.approx((mean, mean - half, mean + half), rel=1e-10)
+
+
+def test_equal_articles_are_a_t_test_of_their_means():
+    values, article = np.random.default_rng(0).standard_normal(60), np.repeat(np.arange(6), 10)
+    low, high = stats.ttest_1samp(values.reshape(6, 10).mean(1), 0).confidence_interval(0.95)
+    assert over_articles(values, article) == pytest.approx((values.mean(), low, high), rel=1e-10)
+
+
+def test_a_share_is_held_on_the_log_odds():
+    values, article = clustered(np.random.default_rng(0), articles=8)
+    values = (values > 1.5).astype(float)
+    p, variance, df = plain(values, article)
+    reach = stats.t.ppf(0.975, df) * math.sqrt(variance) / (p * (1 - p))
+    odds = p / (1 - p)
+    ends = [odds * math.exp(sign * reach) / (1 + odds * math.exp(sign * reach)) for sign in (-1, 1)]
+    assert over_articles(values, article, share=True) == pytest.approx((p, *ends), rel=1e-10)
+    assert 0 < ends[0] < p < ends[1] < 1
+    turned = over_articles(1 - values, article, share=True)  # misses instead of hits
+    assert turned == pytest.approx((1 - p, 1 - ends[1], 1 - ends[0]))
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        over_articles(values + 0.5, article, share=True)
+
+
+def test_numbers_and_order_of_articles_mean_nothing():
     values, article = clustered(np.random.default_rng(0))
-    mean, low, high = over_articles(values, article)
-    assert mean == pytest.approx(sum(values) / len(values), rel=1e-12)
-    assert low < mean < high
-    # Numbers and order of the articles mean nothing.
     shuffled = np.random.default_rng(1).permutation(len(values))
-    assert over_articles(values[shuffled], article[shuffled]) == pytest.approx((mean, low, high))
-    assert over_articles(values, article * 7 + 1000) == pytest.approx((mean, low, high))
-    assert over_articles(list(values), [f"a{a:03}" for a in article]) == pytest.approx((mean, low, high))
+    for interval in (over_articles, median_over_articles):
+        found = interval(values, article)
+        assert found[1] < found[0] < found[2]
+        assert interval(values[shuffled], article[shuffled]) == pytest.approx(found)
+        assert interval(values, article * 7 + 1000) == pytest.approx(found)
+        assert interval(list(values), [f"a{a:03}" for a in article]) == pytest.approx(found)
+        _, low, high = interval(values, article, 0.5)
+        assert found[1] < low < high < found[2]
+    assert median_over_articles(-values, article) == pytest.approx([-x for x in np.take(found, [0, 2, 1])])
 
 
 def test_nan_is_left_out_with_articles_that_have_nothing_else():
     values, article = clustered(np.random.default_rng(0))
-    kept = over_articles(values, article)
-    more = np.r_[math.nan, values, math.nan, math.nan], np.r_[article[0], article, 900, 901]
-    assert over_articles(*more) == pytest.approx(kept)
-
-
-def test_three_articles_by_hand():
-    """27 resamples: all three the lowest has probability 1/27 > 2.5 %, so the ends are the extreme articles' means."""
-    values, article = [1.0, 3.0, 10.0, 10.0, 13.0, 4.0], [5, 5, 2, 2, 2, 9]
-    mean, low, high = over_articles(values, article)
-    assert (mean, low, high) == pytest.approx((41 / 6, 2.0, 11.0))
-
-
-def test_a_resample_weighs_articles_by_their_windows():
-    """Two articles: half of the resamples hold both, and then give the mean over windows, not over articles."""
-    values, article = [0.0, 1.0, 1.0, 1.0, 1.0], [0, 1, 1, 1, 1]
-    assert over_articles(values, article, level=0.4) == pytest.approx(
-        (0.8, 0.8, 0.8)
-    )  # the middle 40 % of 1/4, 1/2, 1/4
-    assert over_articles(values, article, level=0.9) == pytest.approx((0.8, 0.0, 1.0))
+    nan = math.nan
+    more, articles = np.r_[nan, values, nan, nan], np.r_[article[0], article, 900, 901]
+    for interval in (over_articles, median_over_articles):
+        assert interval(more, articles) == pytest.approx(interval(values, article))
+    kept = over_seeds(np.stack([values, values**2]), article)
+    seeds = np.stack([np.r_[1.0, values, nan, 2.0], np.r_[nan, values**2, nan, nan]])  # NaN in one seed is enough
+    assert over_seeds(seeds, articles) == pytest.approx(kept)
+    assert sign_flip(more, articles) == pytest.approx(sign_flip(values, article))
+    other = np.where(np.arange(len(values)) < 5, nan, 2 * values)
+    assert paired(values, other, article) == pytest.approx(over_articles(-values[5:], article[5:]))
 
 
 @pytest.mark.parametrize(
-    "values, articles, mean",
+    "values, articles, middle",
     [
         ([], [], math.nan),
         ([math.nan] * 3, [1, 2, 3], math.nan),
@@ -100,53 +184,239 @@ def test_a_resample_weighs_articles_by_their_windows():
         ([1.0, math.nan], [4, 5], 1.0),
     ],
 )
-def test_no_interval_with_fewer_than_two_articles(values, articles, mean):
-    found = over_articles(np.array(values), np.array(articles, int))
-    assert found == pytest.approx((mean, math.nan, math.nan), nan_ok=True)
+def test_no_interval_with_fewer_than_two_articles(values, articles, middle):
+    values, articles = np.array(values), np.array(articles, int)
+    wanted = pytest.approx((middle, math.nan, math.nan), nan_ok=True)
+    assert over_articles(values, articles) == wanted
+    assert median_over_articles(values, articles) == wanted
+    assert over_seeds(np.stack([values, values]), articles) == wanted
+    assert between(values + 5, articles, [5.0, 5.0], [8, 9]) == wanted
+    assert bool(few(articles[~np.isnan(values)]))
 
 
-def test_booleans_are_shares():
-    mean, low, high = over_articles(np.array([True, False, False, True]), [0, 0, 1, 2])
-    assert mean == 0.5 and 0 <= low <= mean <= high <= 1
+def test_no_spread_has_no_width():
+    article = [0, 0, 0, 1, 2, 2]
+    assert over_articles([0.1] * 6, article) == pytest.approx([0.1] * 3, abs=1e-15)
+    assert median_over_articles([0.1] * 6, article) == (0.1, 0.1, 0.1)
+    assert over_articles([True] * 6, article, share=True) == (1, 1, 1)
+    assert paired([0.3] * 6, [0.1] * 6, article) == pytest.approx([0.2] * 3)
+    assert over_seeds([[0.1] * 6] * 3, article) == pytest.approx([0.1] * 3)
 
 
-def test_wider_than_a_bootstrap_over_windows_on_clustered_data():
-    values, article = clustered(np.random.default_rng(2), articles=40, effect=1.0, noise=0.1)
+def test_one_huge_article_gives_a_wide_interval_not_an_endless_one():
+    values, article = np.r_[np.zeros(1000), 1.0], np.r_[np.zeros(1000), 1]
     _, low, high = over_articles(values, article)
+    assert math.isfinite(high) and low < 0 and high > 1
+
+
+def test_paired_is_the_interval_of_the_difference_and_narrower_than_apart():
     random = np.random.default_rng(0)
-    means = [values[random.integers(0, len(values), len(values))].mean() for _ in range(1000)]
-    window_low, window_high = np.quantile(means, [0.025, 0.975])
-    assert high - low > 2 * (window_high - window_low)
+    values, article = clustered(random, articles=12)
+    better = values + 0.1 + 0.05 * random.standard_normal(len(values))
+    difference, low, high = paired(better, values, article)
+    assert (difference, low, high) == over_articles(better - values, article)
+    assert 0 < low < 0.1 < high and high - low < 0.2 * np.diff(over_articles(values, article)[1:])[0]
+    with pytest.raises(ValueError, match="same windows"):
+        paired(values, values[1:], article)
 
 
-def test_as_wide_as_theory_where_windows_are_independent():
-    values, article = clustered(np.random.default_rng(3), articles=400, effect=0.0)
-    _, low, high = over_articles(values, article)
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(len(values)), rel=0.15)
+def test_between_is_welchs_test_where_articles_are_single_windows():
+    random = np.random.default_rng(0)
+    a, b = random.standard_normal(9), 3 * random.standard_normal(14)
+    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert between(a, np.arange(9), b, np.arange(20, 34)) == pytest.approx((a.mean() - b.mean(), low, high), rel=1e-9)
+    assert between(b, np.arange(20, 34), a, np.arange(9)) == pytest.approx((b.mean() - a.mean(), -high, -low), rel=1e-9)
+    with pytest.raises(ValueError, match="share 1 articles"):
+        between(a, np.arange(9), b, np.arange(8, 22))
+    with pytest.raises(ValueError, match="same seeds"):
+        between(np.stack([a, a]), np.arange(9), np.stack([b, b, b]), np.arange(20, 34))
 
 
-def test_seeded():
-    values, article = clustered(np.random.default_rng(0))
-    assert over_articles(values, article) == over_articles(values, article)
-    assert over_articles(values, article, seed=1) == over_articles(values, article, seed=1)
-    assert over_articles(values, article, seed=1) != over_articles(values, article)
+def test_seeds_from_the_analysis_of_variance():
+    """Equal articles of one window: the crossed layout's mean squares give the variance in closed form."""
+    random = np.random.default_rng(0)
+    x = random.standard_normal((4, 1)) + random.standard_normal(7) + 0.5 * random.standard_normal((4, 7))
+    _, low, high = over_seeds(x, np.arange(7))
+    grand, by_seed, by_article = x.mean(), x.mean(1), x.mean(0)
+    ms_seed = 7 * ((by_seed - grand) ** 2).sum() / 3
+    ms_article = 4 * ((by_article - grand) ** 2).sum() / 6
+    ms_rest = ((x - by_seed[:, None] - by_article + grand) ** 2).sum() / 18
+    assert ms_seed > ms_rest
+    variance = (ms_seed + ms_article - ms_rest) / 28
+    df = variance**2 / ((ms_article / 28) ** 2 / 6 + ((ms_seed - ms_rest) / 28) ** 2 / 3)
+    half = stats.t.ppf(0.975, df) * math.sqrt(variance)
+    assert (low, high) == pytest.approx((grand - half, grand + half), rel=1e-9)
 
 
-def test_levels_nest():
-    values, article = clustered(np.random.default_rng(0))
-    _, low50, high50 = over_articles(values, article, level=0.5)
-    _, low, high = over_articles(values, article)
-    assert low < low50 < high50 < high
+def test_one_seed_or_equal_seeds_leave_the_interval_over_articles():
+    values, article = clustered(np.random.default_rng(0), articles=9)
+    for seeds in (1, 3):
+        assert over_seeds([values] * seeds, article) == pytest.approx(over_articles(values, article))
+    with pytest.raises(ValueError, match=r"\(S, N\)"):
+        over_seeds(values, article)
+    with pytest.raises(ValueError, match=r"articles of shape"):
+        over_articles(values, article[1:])
 
 
-@pytest.mark.parametrize("articles, least, most", [(30, 0.90, 0.98), (6, 0.70, 0.95)])
-def test_coverage_of_a_known_truth(articles, least, most):
-    """300 datasets: nominal 95 % holds the truth nearly as often with 30 articles, and, as the docstring warns, less
-    often with few."""
-    random = np.random.default_rng(4)
-    held = 0
-    for seed in range(300):
-        values, article = clustered(random, articles, truth=0.3)
-        _, low, high = over_articles(values, article, resamples=600, seed=seed)
-        held += low <= 0.3 <= high
-    assert least <= held / 300 <= most, held / 300
+def test_median_by_hand():
+    """Four articles with known shares at or below the median; the ends are order statistics."""
+    values, article = np.arange(1.0, 41.0), np.tile(np.arange(4), 10)
+    values[article == 0] -= 30  # article 0 lies low, so that shares differ
+    median, low, high = median_over_articles(values, article)
+    at_or_below = [float(v <= median) for v in values]
+    p, variance, df = plain(at_or_below, article)
+    assert p == 0.5 and median == statistics.median(values)
+    odds = math.exp(stats.t.ppf(0.975, df) * math.sqrt(variance) / 0.25)
+    share = odds / (1 + odds)
+    ordered = sorted(values)
+    assert low == min(v for v in ordered if sum(u <= v for u in ordered) / 40 >= 1 - share)
+    above = [v for v in ordered if sum(u <= v for u in ordered) / 40 > share]
+    assert high == (min(above) if above else ordered[-1])
+
+
+def test_sign_flip_is_exact_where_it_can_be():
+    values, article = [1.0, 2.0, -0.5, 4.0, 3.0], [0, 0, 1, 2, 3]
+    sums = [3.0, -0.5, 4.0, 3.0]
+    every = [
+        abs(sum(s * e for s, e in zip(sums, signs, strict=True))) for signs in itertools.product((-1, 1), repeat=4)
+    ]
+    assert sign_flip(values, article) == sum(e >= abs(sum(sums)) for e in every) / 16 == 4 / 16
+    assert sign_flip([1.0] * 15, range(15)) == 2 / 2**15
+    assert sign_flip([1.0] * 40, range(40), 500) == 1 / 501  # drawn: the one found counts itself
+    assert sign_flip([0.0, 0.0], [1, 2]) == sign_flip([1.0], [1]) == 1
+    assert math.isnan(sign_flip([], []))
+    random = np.random.default_rng(0).standard_normal(30)
+    assert sign_flip(random, range(30), seed=1) == sign_flip(random, range(30), seed=1)
+    assert sign_flip(random, range(30), 20_000) == pytest.approx(stats.ttest_1samp(random, 0).pvalue, abs=0.03)
+
+
+@pytest.mark.parametrize("articles", [10, 20])
+def test_sign_flip_raises_no_more_false_alarms_than_it_says(articles):
+    random = np.random.default_rng(0)
+    nulls, shifted = [], []
+    for _ in range(400):
+        values, article = clustered(random, articles, truth=0)
+        nulls.append(sign_flip(values, article, 200))
+        shifted.append(sign_flip(values + 2, article, 200))
+    for alpha in (0.05, 0.2):
+        assert abs(np.mean(np.array(nulls) <= alpha) - alpha) < 3.5 * math.sqrt(alpha * (1 - alpha) / 400)
+    assert np.mean(np.array(shifted) <= 0.05) > 0.95
+
+
+def test_effective_articles_and_what_to_say_of_few():
+    assert effective_articles([3, 3, 3, 8, 8, 8]) == 2 and effective_articles([]) == 0
+    assert effective_articles(np.repeat([0, 1, 2], [8, 1, 1])) == pytest.approx(100 / 66)
+    assert few(np.arange(FEW)) == few(np.repeat(np.arange(10), 7), seeds=3) == ""
+    assert few(np.arange(4)).startswith("only 4 articles: ")
+    assert few(np.repeat(np.arange(13), [200] + [5] * 12)).startswith(
+        "only 13 articles, which weigh as much as 1.7 equal"
+    )
+    assert few([1, 1]) == "only 1 article: no interval"
+    assert few(np.arange(20), seeds=1) == "one seed: the interval covers articles alone"
+    assert "2 seeds" in few(np.arange(20), seeds=2) and few(np.arange(4), seeds=1).count("; ") == 1
+
+
+# Intervals: coverage of a known truth
+
+DATASETS = 500
+# The numbers of windows in the embedded data's validation and OOD articles, and the fewest articles `few` accepts.
+SIZES = {
+    "validation": [1, 4, 7, 10, 21, 32, 36, 37, 45, 45, 48, 112, 126],
+    "ood": [2, 3, 14, 32, 37, 39, 57, 66, 120, 135],
+    "few": [40] * int(FEW),
+}
+
+
+def latent(random, sizes, datasets=DATASETS, icc=0.2, memory=0.6):
+    """Standard normal values (R, N): an article's own effect (share `icc` of the variance) + AR(1) in the article."""
+    sizes = np.array(sizes)
+    noise = random.standard_normal((datasets, len(sizes), sizes.max()))
+    for t in range(1, sizes.max()):
+        noise[..., t] = memory * noise[..., t - 1] + math.sqrt(1 - memory**2) * noise[..., t]
+    own = random.standard_normal((datasets, len(sizes), 1))
+    values = math.sqrt(icc) * own + math.sqrt(1 - icc) * noise
+    return values[:, np.arange(sizes.max()) < sizes[:, None]]
+
+
+def ranks(values, candidates=48, skill=1.6):
+    """Standard normal values to ranks; the greater the skill, the more of them low."""
+    return np.ceil(candidates * stats.norm.cdf(values) ** skill).clip(1, candidates)
+
+
+def held(truth, intervals):
+    return np.mean([low <= truth <= high for _, low, high in intervals])
+
+
+def assert_held(share, datasets=DATASETS, least=0.92, most=0.98):
+    """92 to 98 %, give or take two Monte Carlo standard errors of the ends."""
+    slack = [2 * math.sqrt(p * (1 - p) / datasets) for p in (least, most)]
+    assert least - slack[0] <= share <= most + slack[1], share
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_coverage_of_each_figure(split):
+    random = np.random.default_rng(5)
+    article = np.repeat(np.arange(len(SIZES[split])), SIZES[split])
+    z = latent(random, SIZES[split])
+    rank, every = ranks(z), ranks(stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000))
+    assert_held(held(0, (over_articles(v, article) for v in z)))
+    assert_held(held((1 / every).mean(), (over_articles(v, article, share=True) for v in 1 / rank)))
+    for k in (1, 5):
+        assert_held(held((every <= k).mean(), (over_articles(v, article, share=True) for v in rank <= k)))
+    assert_held(held(np.median(every), (median_over_articles(v, article) for v in rank)))
+    other = ranks(0.8 * z + 0.6 * latent(random, SIZES[split]))
+    assert_held(held(0, (paired(*v, article) for v in zip(1 / rank, 1 / other, strict=True))), most=0.985)
+
+
+def test_coverage_of_the_difference_of_two_splits():
+    random = np.random.default_rng(6)
+    first, second = (
+        np.repeat(np.arange(len(SIZES[s])) + 100 * i, SIZES[s]) for i, s in enumerate(("validation", "ood"))
+    )
+    pairs = zip(latent(random, SIZES["validation"]), 0.5 * latent(random, SIZES["ood"]) - 0.2, strict=True)
+    assert_held(held(0.2, (between(a, first, b, second) for a, b in pairs)))
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("by_seed, interaction", [(0.0, 0.0), (0.5, 0.1), (0.3, 0.5)])
+def test_coverage_over_articles_and_seeds(seeds, by_seed, interaction):
+    random = np.random.default_rng(7)
+    sizes = SIZES["ood"]
+    article = np.repeat(np.arange(10), sizes)
+    shared = latent(random, sizes)[:, None]
+    shift = by_seed * random.standard_normal((DATASETS, seeds, 1))
+    values = shared + shift + interaction * random.standard_normal((DATASETS, seeds, 10))[..., article]
+    assert_held(held(0, (over_seeds(v, article) for v in values)))
+    if by_seed:  # an interval over articles alone does not hold the seeds' spread: the test can tell
+        assert held(0, (over_articles(v[0], article) for v in values)) < held(
+            0, (over_seeds(v, article) for v in values)
+        )
+
+
+def test_coverage_over_seeds_of_two_splits():
+    random = np.random.default_rng(8)
+    first, second = (
+        np.repeat(np.arange(len(SIZES[s])) + 100 * i, SIZES[s]) for i, s in enumerate(("validation", "ood"))
+    )
+    found = []
+    for a, b in zip(latent(random, SIZES["validation"]), latent(random, SIZES["ood"]), strict=True):
+        common, own = 2 * random.standard_normal((3, 1)), 0.3 * random.standard_normal((3, 1))
+        found.append(between(a + common + own, first, b + common, second))
+    assert_held(held(0, found))
+
+
+def test_this_coverage_test_refuses_too_narrow_and_too_wide_intervals():
+    """The percentile bootstrap over articles, and intervals over windows, fail where those above pass."""
+    random = np.random.default_rng(9)
+    sizes = np.array(SIZES["ood"])
+    article = np.repeat(np.arange(10), sizes)
+    z = latent(random, sizes)
+    sums = np.add.reduceat(z, np.r_[0, np.cumsum(sizes)[:-1]], axis=1)
+    times = random.multinomial(10, np.full(10, 0.1), 500)
+    bootstrap = [(0, *np.quantile(times @ s / (times @ sizes), [0.025, 0.975])) for s in sums]
+    windows = [over_articles(v, np.arange(len(v))) for v in z]
+    wide = [over_articles(v, article, 0.998) for v in z]
+    assert held(0, windows) < 0.75
+    for wrong in (bootstrap, windows, wide):
+        with pytest.raises(AssertionError):
+            assert_held(held(0, wrong))
