@@ -6,11 +6,16 @@ Axes: A articles, L chunks an article, D vector dimension.
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.linalg
+import torch
+import yaml
 
 from lvmlib import worlds
 from lvmlib.errors import LVMError
-from lvmlib.vectors import SPLITS, dataset
+from lvmlib.models import baselines
+from lvmlib.vectors import SPLITS, dataset, make_store
 
 
 def articles_of(store):
@@ -121,3 +126,326 @@ def test_by_name():
         worlds.world("convergent")
     with pytest.raises(LVMError, match=r"known: .*converging"):
         dataset("world:")
+
+
+# The stationary worlds
+
+
+SMALL = {"articles": 10, "length": 12, "dim": 32}
+
+
+@pytest.mark.parametrize("name", worlds.WORLDS)
+def test_every_world_is_a_clean_store_with_its_truth(name):
+    store = worlds.world(name, **SMALL, seed=7)
+    assert store.name.startswith("world:") and store.vectors.dtype == np.float32 and store.vectors.shape == (120, 32)
+    np.testing.assert_allclose(np.linalg.norm(store.vectors, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(store.article, np.repeat(np.arange(10), 12))
+    np.testing.assert_array_equal(store.position, np.tile(np.arange(12), 10))
+    assert yaml.safe_load(yaml.safe_dump(store.datasheet)) == store.datasheet  # plain numbers
+    truth = store.datasheet["truth"]
+    arrow = {"rotation": 1, "announcing": 1, "reversed": -1, "reversed_announcing": -1}
+    assert truth["arrow"] == arrow.get(name, 0)
+    expected = worlds.cosines(name, 12, **({} if "verging" in name else {"dim": 32}))
+    assert truth["lag_cosine"] == pytest.approx({k: worlds.lag_cosine(expected, k) for k in range(1, 9)}, abs=1e-6)
+    again, other = worlds.world(name, **SMALL, seed=7), worlds.world(name, **SMALL, seed=8)
+    assert store.fingerprint == again.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("name", ["rotation", "announcing"])
+def test_the_world_is_as_near_to_itself_as_wikipedia(name):
+    """Embedded Wikipedia: lags 1 to 4, and different articles."""
+    law = worlds.law(name)
+    for lag, real in zip(range(1, 5), (0.501, 0.455, 0.431, 0.415), strict=True):
+        assert law.lag_cosine(lag) == pytest.approx(real, abs=0.003)
+    x = articles_of(worlds.world(name))
+    for lag in range(1, 12):
+        assert np.einsum("atd,atd->at", x[:, lag:], x[:, :-lag]).mean() == pytest.approx(law.lag_cosine(lag), abs=0.005)
+    across = x.mean(1) @ x.mean(1).T
+    assert across[~np.eye(len(x), dtype=bool)].mean() == pytest.approx(worlds.COMMON, abs=0.003)
+
+
+@pytest.mark.parametrize("name, expected", [("exchangeable", 0.45), ("copy", 0.99)])
+def test_worlds_without_order_have_one_cosine(name, expected):
+    x = articles_of(worlds.world(name, articles=300, length=8, dim=256))
+    found = np.einsum("atd,aud->tu", x, x) / len(x)
+    apart = ~np.eye(8, dtype=bool)
+    np.testing.assert_allclose(found[apart], expected, atol=4 * 0.05 / math.sqrt(300) + 2 / 256)
+    np.testing.assert_allclose(worlds.cosines(name, 8)[apart], expected)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+def test_the_autoregression_has_the_covariance_it_says(delay):
+    random = np.random.default_rng(0)
+    transition = np.array([[[0.3, 0.2], [-0.4, 0.5]], [[0.0, 0.0], [0.6, 0.5]]])
+    variance = np.array([scipy.linalg.solve_discrete_lyapunov(m, np.diag([1.0, 0.5])) for m in transition])
+    part = worlds.Part(transition, variance, delay)
+    z = part.sample(random, 60_000, 5).astype(float)
+    assert z.shape == (60_000, 5, 2, 2)
+    for t, u in [(0, 0), (4, 4), (1, 0), (4, 2), (3, 0), (0, 3)]:
+        found = np.einsum("api,apj->pij", z[:, t], z[:, u]) / len(z)
+        np.testing.assert_allclose(found, part.covariance(t - u), atol=0.03)
+        np.testing.assert_allclose(part.covariance(t - u), part.covariance(u - t).mT)
+
+
+def test_rotation_is_a_damped_turn_with_its_strength_in_the_antisymmetric_part():
+    for strength in (0.0, 0.3, 1.0):
+        law = worlds.law("rotation", dim=64, strength=strength, planes=4)
+        for lag in (1, 2, 5):
+            for p in range(4):
+                angle = lag * (p + 0.5) * math.pi / 4
+                j = np.array([[0, -1], [1, 0]])
+                turned = 0.2 / 8 * 0.8**lag * (math.cos(angle) * np.eye(2) + strength * math.sin(angle) * j)
+                rest = (0.375 + 0.184 * 0.55**lag) / 64 * np.eye(2)
+                np.testing.assert_allclose(law.covariance(lag)[p], turned + rest, atol=1e-12)
+                np.testing.assert_allclose(law.covariance(lag)[10], rest, atol=1e-12)  # beyond the planes that turn
+
+
+@pytest.mark.parametrize("name", ["rotation", "announcing"])
+def test_lag_cosines_do_not_depend_on_the_strength(name):
+    for lag in range(1, 9):
+        by_strength = [worlds.law(name, strength=s).lag_cosine(lag) for s in (0.0, 0.4, 1.0)]
+        np.testing.assert_allclose(by_strength, 0.4 + 0.184 * 0.55**lag, atol=1e-9)
+
+
+def dense(law, lag):
+    """(D, D) E[(x_{t+lag} − mean)(x_t − mean)ᵀ] in the space of the vectors."""
+    return law.basis @ scipy.linalg.block_diag(*law.covariance(lag)) @ law.basis.T
+
+
+@pytest.mark.parametrize("name", ["exchangeable", "rotation", "announcing", "reversed", "reversed_announcing"])
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_the_optimal_predictor_is_the_gaussian_conditional_mean(name, horizon):
+    """Against the textbook formula on the whole (T·D)-dimensional vector, planes unknown."""
+    law, t = worlds.law(name, dim=16), 3
+    gram = np.block([[dense(law, i - j) for j in range(t)] for i in range(t)])
+    moment = np.hstack([dense(law, t - 1 + horizon - j) for j in range(t)])
+    context = np.random.default_rng(0).standard_normal((6, t, 16))
+    wanted = law.mean + (context - law.mean).reshape(6, -1) @ np.linalg.solve(gram, moment.T)
+    raw, unit = law.optimal(horizon, context_length=t)(torch.from_numpy(context).float())
+    np.testing.assert_allclose(raw, wanted, atol=2e-5)
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-5)
+    # Its expected cosine is √(explained share), for an optimum is as long as its product with the target.
+    explained = law.common + np.trace(moment @ np.linalg.solve(gram, moment.T))
+    assert law.sweep(horizon, t)[0] == pytest.approx(math.sqrt(explained))
+
+
+def swept(store, predict, horizon, offsets):
+    """Mean cosine of the prediction with the chunk at each offset from the target, window by window."""
+    x, found = articles_of(store), {k: [] for k in offsets}
+    for article in x:
+        for start in range(len(article) - 4 - horizon):
+            p = predict(article[start : start + 5])
+            p = p / np.linalg.norm(p)
+            for k in offsets:
+                row = start + 4 + horizon + k
+                if 0 <= row < len(article):
+                    found[k].append(p @ article[row])
+    return {k: np.mean(v) for k, v in found.items()}
+
+
+@pytest.mark.parametrize(
+    "name", ["exchangeable", "rotation", "reversed", "announcing", "converging", "diverging", "copy"]
+)
+@pytest.mark.parametrize("weights", [(0, 0, 0, 0, 1), (0.2, 0.2, 0.2, 0.2, 0.2), (0, 0, 0, -0.1, 0.8)])
+def test_sweeps_of_the_trivial_predictors_match_their_closed_form(name, weights):
+    store = worlds.world(name, articles=40, length=16)
+    offsets = range(-8, 6)
+    found = swept(store, lambda context: weights @ context, 2, offsets)
+    wanted = worlds.weighted_sweep(worlds.cosines(name, 16), weights, 2, offsets)
+    assert found == pytest.approx(wanted, abs=0.012)
+
+
+def test_margins_in_closed_form():
+    """Derived by hand: copy's margin is c − 1; the mean's is c(1 − 1/√…) with ‖mean‖² = (1 + 4c)/5."""
+    expected, c = worlds.cosines("exchangeable", 20), 0.45
+    copy = worlds.weighted_sweep(expected, (0, 0, 0, 0, 1), 2)
+    assert copy[0] - copy[-2] == pytest.approx(c - 1)
+    mean = worlds.weighted_sweep(expected, np.full(5, 0.2), 2)
+    length = math.sqrt((1 + 4 * c) / 5)
+    assert mean[0] - mean[-2] == pytest.approx((c - (1 + 4 * c) / 5) / length)
+    assert mean[0] == pytest.approx(mean[-1]) == pytest.approx(mean[3])
+    # The skipped chunk has the lag-1 cosine with the last one, on both sides.
+    turning = worlds.weighted_sweep(worlds.cosines("rotation", 20), (0, 0, 0, 0, 1), 2)
+    assert turning[-1] == pytest.approx(turning[-3]) == pytest.approx(0.4 + 0.184 * 0.55)
+    assert math.isnan(worlds.weighted_sweep(expected[:7, :7], (0, 0, 0, 0, 1), 2)[1])  # no such chunk in any window
+
+
+@pytest.mark.parametrize("name", ["rotation", "announcing"])
+def test_the_optimum_does_what_its_closed_form_says_and_nothing_beats_it(name):
+    data = dataset(worlds.world(name, articles=60, length=24, dim=192, seed=5), horizon=1)
+    law = worlds.law(name, dim=192)
+    optimum = law.optimal(1)
+    found = swept(data.store, lambda c: optimum.raw(torch.from_numpy(c[None]).float())[0].numpy(), 1, range(-8, 6))
+    assert found == pytest.approx(law.sweep(1), abs=0.02)
+    context, target = data.val.batch(np.arange(len(data.val)))
+    cosine = {
+        n: float((m(context)[1] * target).sum(-1).mean()) for n, m in {**baselines(data.train), "": optimum}.items()
+    }
+    assert cosine.pop("") > max(cosine.values()) + 0.02
+
+
+def cosine_at_target(predictor, store, horizon):
+    data = dataset(store, horizon=horizon)
+    total = [
+        (predictor(c)[1] * y).sum(-1).numpy() for w in (data.train, data.val, data.ood) for c, y in w.batches(4096)
+    ]
+    return np.concatenate(total).mean()
+
+
+def gain(store, predictor, other, horizon):
+    """Forward minus backward: `predictor` on the articles as they are, `other` on the same ones reversed."""
+    return cosine_at_target(predictor, store, horizon) - cosine_at_target(other, worlds.reverse(store), horizon)
+
+
+@pytest.mark.parametrize("name", ["rotation", "announcing"])
+def test_at_strength_0_both_directions_have_one_law(name):
+    law = worlds.law(name, dim=48, strength=0)
+    for lag in range(8):
+        np.testing.assert_allclose(law.covariance(lag), law.covariance(-lag), atol=1e-12)
+    np.testing.assert_allclose(law.weights(2), law.reversed().weights(2), atol=1e-12)
+    assert worlds.world(name, articles=5, length=8, dim=16, strength=0).datasheet["truth"]["arrow"] == 0
+    # Monte Carlo, one predictor before both directions: its mean over the samples is 0 within error.
+    optimum = law.optimal(1)
+    mean, error = worlds.simulated(
+        lambda s: gain(s, optimum, optimum, 1), name, 20, articles=20, length=20, dim=48, strength=0
+    )
+    assert abs(mean) < 3.5 * error and error < 0.003
+
+
+@pytest.mark.parametrize("name", ["rotation", "announcing"])
+def test_a_fixed_predictor_sees_the_arrow_and_the_reversed_world_flips_it(name):
+    law = worlds.law(name)
+    store = worlds.world(name, articles=20, length=20)
+    for horizon in (1, 2):
+        optimum = law.optimal(horizon)
+        wanted = law.sweep(horizon)[0] - law.reversed().sweep(horizon, weights=law.weights(horizon))[0]
+        found = gain(store, optimum, optimum, horizon)
+        assert wanted > 0.05 and found == pytest.approx(wanted, abs=0.02)
+        assert gain(worlds.reverse(store), optimum, optimum, horizon) == pytest.approx(-found, abs=1e-6)
+    weak = worlds.law(name, strength=0.25)
+    assert 0 < weak.sweep(1)[0] - weak.reversed().sweep(1, weights=weak.weights(1))[0] < wanted
+
+
+def test_whoever_trains_in_each_direction_finds_no_arrow_in_a_rotation():
+    """The two optima are mirror images: the reason for the world `announcing`."""
+    law = worlds.law("rotation", dim=64)
+    mirror = np.diag([1.0, -1.0])
+    np.testing.assert_allclose(mirror @ law.weights(2) @ mirror, law.reversed().weights(2), atol=1e-10)
+    assert law.sweep(2) == pytest.approx(law.reversed().sweep(2))
+
+
+@pytest.mark.parametrize("horizon, delay, least", [(1, 0, 0.03), (2, 0, 0.01), (2, 1, 0.03)])
+def test_announced_things_are_better_predicted_than_recalled(horizon, delay, least):
+    law = worlds.law("announcing", delay=delay)
+    optimum, back = law.optimal(horizon), law.reversed().optimal(horizon)
+    wanted = law.sweep(horizon)[0] - law.reversed().sweep(horizon)[0]
+    assert wanted > least
+    store = worlds.announcing(articles=40, length=30, delay=delay)
+    found = gain(store, optimum, back, horizon)
+    assert found == pytest.approx(wanted, abs=0.008)
+    assert gain(worlds.reverse(store), back, optimum, horizon) == pytest.approx(-found, abs=1e-6)
+    truth = store.datasheet["truth"]["optimal_cosine"]
+    assert truth["forward"][horizon] - truth["backward"][horizon] == pytest.approx(wanted, abs=1e-5)
+    assert worlds.reverse(store).datasheet["truth"]["optimal_cosine"]["backward"] == truth["forward"]
+
+
+def test_a_sample_of_the_reversed_law_is_the_reversed_sample():
+    law = worlds.law("announcing", dim=32)
+    np.testing.assert_array_equal(law.sample(4, 6, 0)[:, ::-1], law.reversed().sample(4, 6, 0))
+    assert law.reversed().reversed().time == law.time
+    np.testing.assert_allclose(worlds.law("reversed_announcing", dim=32).covariance(3), law.covariance(-3))
+
+
+# Time reversal and shuffling, of any store
+
+
+def gapped():
+    """Three articles of 4, 1 and 3 chunks, not in order of their numbers, with gaps."""
+    vectors = np.eye(8, dtype=np.float32)
+    articles = pd.DataFrame({"title": list("abc"), "split": ["train", "val", ""]}, index=[2, 5, 9])
+    return make_store("small", vectors, [5, 5, 5, 5, 2, 9, 9, 9], [3, 4, 7, 8, 0, 1, 2, 6], articles)
+
+
+def test_reverse_reads_each_article_from_its_end_and_keeps_gaps():
+    back = worlds.reverse(gapped())
+    np.testing.assert_array_equal(back.vectors.argmax(1), [3, 2, 1, 0, 4, 7, 6, 5])
+    np.testing.assert_array_equal(back.article, gapped().article)
+    np.testing.assert_array_equal(back.position, [3, 4, 7, 8, 0, 1, 5, 6])
+    assert back.name == "small reversed" and back.fingerprint != gapped().fingerprint
+    twice = worlds.reverse(back)
+    assert twice.name == "small" and twice.fingerprint == gapped().fingerprint
+
+
+def test_reversed_worlds_flip_delta():
+    expected = worlds.cosines("diverging", 9)
+    np.testing.assert_allclose(expected, worlds.cosines("converging", 9)[::-1, ::-1])
+    x = articles_of(worlds.reverse(worlds.converging(articles=150, length=9, dim=256)))
+    apart = ~np.eye(9, dtype=bool)
+    np.testing.assert_allclose((np.einsum("atd,aud->tu", x, x) / len(x))[apart], expected[apart], rtol=0, atol=0.03)
+    forward, back = worlds.world("rotation", **SMALL), worlds.world("reversed", **SMALL)
+    np.testing.assert_array_equal(articles_of(forward)[:, ::-1], articles_of(back))
+    assert worlds.reverse(back).fingerprint == forward.fingerprint
+
+
+def test_shuffled_moves_chunks_within_their_articles_only():
+    store = gapped()
+    orders = np.array([worlds.shuffled(store, seed).vectors.argmax(1) for seed in range(400)])
+    for rows in ([0, 1, 2, 3], [4], [5, 6, 7]):
+        np.testing.assert_array_equal(np.sort(orders[:, rows]), np.tile(rows, (400, 1)))
+        for row in rows:  # each chunk is as often in each place
+            share = (orders[:, rows] == row).mean(0)
+            np.testing.assert_allclose(share, 1 / len(rows), atol=4 * 0.5 / math.sqrt(400))
+    once = worlds.shuffled(store, 3)
+    np.testing.assert_array_equal(once.position, store.position)
+    assert once.fingerprint == worlds.shuffled(store, 3).fingerprint
+    assert once.datasheet["truth"] == {"arrow": 0}
+
+
+def test_shuffling_leaves_no_lags_and_no_arrow():
+    store = worlds.rotation(articles=40, length=30)
+    x = articles_of(worlds.shuffled(store))
+    flat = np.mean([worlds.lag_cosine(worlds.cosines("rotation", 30), k) * (30 - k) for k in range(1, 30)]) / 15
+    for lag in (1, 2, 5):
+        assert np.einsum("atd,atd->at", x[:, lag:], x[:, :-lag]).mean() == pytest.approx(flat, abs=0.01)
+    optimum = worlds.law("rotation").optimal(1)
+    assert abs(gain(worlds.shuffled(store), optimum, optimum, 1)) < 0.012 < gain(store, optimum, optimum, 1)
+
+
+def test_simulated_truth_meets_the_closed_form_where_there_is_one():
+    def lags(store):
+        x = articles_of(store)
+        return [np.einsum("atd,atd->at", x[:, k:], x[:, :-k]).mean() for k in (1, 2)]
+
+    mean, error = worlds.simulated(lags, "rotation", draws=10, articles=20, length=12)
+    assert mean.shape == error.shape == (2,) and (error < 0.004).all()
+    law = worlds.law("rotation")
+    np.testing.assert_allclose(mean, [law.lag_cosine(1), law.lag_cosine(2)], atol=4 * error.max() + 2 / 384)
+
+
+def test_splits_by_argument():
+    store = worlds.exchangeable(articles=7, length=8, dim=16, splits=("val", "train"))
+    assert store.articles["split"].tolist() == ["val", "train"] * 3 + ["val"]
+    with pytest.raises(LVMError, match="unknown split 'test'"):
+        worlds.copy(articles=3, length=8, dim=16, splits=("train", "test"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"strength": 1.5}, "strength 1.5: must lie between 0 and 1"),
+        ({"strength": -1}, "reversed world"),
+        ({"dim": 15}, "dim 15: .*even"),
+        ({"planes": 9, "dim": 16}, "planes 9: must lie between 1 and dim / 2 = 8"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rotation", "announcing"])
+def test_impossible_worlds_are_refused(name, arguments, message):
+    with pytest.raises(LVMError, match=message):
+        worlds.world(name, articles=5, length=8, **arguments)
+
+
+def test_other_refusals():
+    with pytest.raises(LVMError, match=r"a share of -0\.2 is left"):
+        worlds.exchangeable(articles=5, length=8, dim=16, topic=1.175)
+    with pytest.raises(LVMError, match="'converging' has no stationary law"):
+        worlds.law("converging")
