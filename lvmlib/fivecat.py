@@ -1,12 +1,15 @@
-"""5CAT, the 5→1 causal alignment test (handbook §4): five gates, with chance levels and intervals over articles.
+"""5CAT, the 5→1 causal alignment test (handbook §4), in two profiles.
 
-Axes: N windows, B batch, T context length, D vector dimension, K offsets, H rollout steps.
+Axes: N windows, B batch, T context length, D vector dimension, K offsets, H rollout steps, V variants, M chunks.
 
-The gates are the original's, except that the target stands at offset 0 and a rollout step is compared with the chunk
-that it foretells (the original read its margin and its rollout one step late, §4.1 point 5; its margin is kept as
-`margin read late`, since the published figures are that one).
+`original`: the definitions of the original work, so that runs compare with its published table; gates A to E against
+its fixed thresholds. What it read one step late (margin, rollout) is kept beside the right reading, and named so.
+`calibrated`, the default: the same questions asked so that copying the context or fleeing from it buys nothing. Every
+figure has its chance level and its interval over articles; gates compare with trivial predictors on the same windows
+and answer passed, failed, or open where the interval does not tell.
 
-`measure` gives a frame with one row a window and plain numbers only; everything else is a summary of that frame.
+`measure` gives a frame with one row a window and plain numbers only, from one pass of the model over each distinct
+input; `health` gives what only a whole split has. Everything else is a summary of those.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +28,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import LVMError
-from .models import Predictor
-from .statistics import chance_recall, chance_reciprocal_rank, over_articles
+from .health import MATERIAL, health
+from .losses import context_weights
+from .models import Predictor, untrained
+from .retrieval import TIE, Articles, negatives
+from .statistics import (
+    adjusted,
+    between,
+    chance_median_rank,
+    chance_recall,
+    chance_reciprocal_rank,
+    median_over_articles,
+    over_articles,
+)
 from .training import write_whole
 from .vectors import Dataset, Windows
 
-OFFSETS = tuple(range(-3, 4))  # of the sweep, in chunks around the target
+PROFILES = ("calibrated", "original")
+OFFSETS = tuple(range(-8, 6))  # of the sweep, in chunks around the target, in reading direction
+ORIGINAL_OFFSETS = tuple(range(-3, 4))
 STEPS = 5  # of the rollout
-TIE = 1e-6  # cosines nearer than this are equal: a float32 product rounds by its shape
-NORMAL_COHERENCE = (0.45, 0.55)
-ABLATIONS = ("shuffled", "reversed", "leave one out", "last repeated", "last replaced")
-GATES = {"A": "offset sweep", "B": "retrieval rank", "C": "context ablations", "D": "rollout", "E": "bins delta"}
+NEGATIVES = 99  # chunks of other articles, beside the target in 1 of 100
+COHERENCE = {"low": (-1.0, 0.45), "normal": (0.45, 0.55), "high": (0.55, 1.0)}
+GATES = {
+    "A": "offset sweep",
+    "B": "retrieval",
+    "C": "context ablations",
+    "D": "rollout",
+    "E": "generalisation",
+    "F": "arrow of time",
+    "G": "health and honesty",
+}
 
-# (gate, measure): (sense, threshold on validation, threshold on OOD); handbook §4
+# Profile `original`. (gate, measure): (sense, threshold on validation, threshold on OOD); handbook §4
 THRESHOLDS = {
     ("A", "margin"): (">=", 0.10, 0.08),
     ("A", "cosine at the target"): (">=", 0.50, 0.48),
@@ -51,6 +74,14 @@ THRESHOLDS = {
     ("D", "mean cosine"): (">=", 0.45, 0.42),
     ("E", "difference"): ("<=", 0.05, 0.05),
 }
+ORIGINAL_ABLATIONS = ("shuffled", "reversed", "leave one out", "last repeated", "last replaced")
+GENERALISES = 0.05  # profile `calibrated`: validation and OOD may differ by this in cosine
+
+
+def ablations(length: int) -> tuple[str, ...]:
+    """Names of the calibrated ablations of a context of `length`; position -1 is the last vector."""
+    without = tuple(f"without [{i - length}]" for i in range(length))
+    return ("shuffled", "reversed", *without, "last repeated", "last from elsewhere")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,44 +89,186 @@ class Report:
     """What `fivecat` found.
 
     `table`: a row for each split, predictor and measure: split, predictor, gate, measure, value, low, high (95 %
-    over articles), chance, threshold, passed (empty without a threshold), windows, articles. `frames`: what
-    `measure` gave, by (split, predictor).
+    over articles), chance, adjusted (retrieval: (value − chance)/(1 − chance)), windows, articles, and in profile
+    `original` threshold and passed (empty without a threshold). Differences of splits stand under split `both`.
+    `frames`: what `measure` gave, by (split, predictor); `facts`: what `health` gave.
     """
 
+    profile: str
     table: pd.DataFrame
     frames: dict[tuple[str, str], pd.DataFrame]
+    facts: dict[tuple[str, str], dict] = field(default_factory=dict)
+    horizon: int = 2
+    context_length: int = 5
+
+    @property
+    def original(self) -> Report:
+        """The same measurements, summarised by the original definitions."""
+        if self.profile == "original":
+            return self
+        return _report("original", self.frames, self.facts, self.horizon, self.context_length)
+
+    @property
+    def splits(self) -> list[str]:
+        return list(dict.fromkeys(split for split, _ in self.frames))
+
+    @property
+    def predictors(self) -> list[str]:
+        return list(dict.fromkeys(name for _, name in self.frames))
 
     def value(self, measure: str, split: str = "val", predictor: str = "model", gate: str | None = None) -> float:
+        return float(self.row(measure, split, predictor, gate)["value"])
+
+    def row(self, measure: str, split: str = "val", predictor: str = "model", gate: str | None = None) -> pd.Series:
+        """One row of the table. Raises LVMError for what it does not hold."""
         rows = self.rows(split, predictor)
         rows = rows[(rows["measure"] == measure) & ((rows["gate"] == gate) | (gate is None))]
-        return float(rows["value"].iloc[0])
+        if not len(rows):
+            raise LVMError(f"this {self.profile} 5CAT holds no {measure!r} of {predictor!r} on split {split!r}")
+        return rows.iloc[0]
 
     def rows(self, split: str, predictor: str = "model") -> pd.DataFrame:
         return self.table[(self.table["split"] == split) & (self.table["predictor"] == predictor)]
 
-    def gates(self, split: str | None = None, predictor: str = "model") -> dict[str, bool]:
-        """Which gates a predictor passes on `split`: those whose every threshold holds. E compares both splits.
+    def gates(self, split: str | None = None, predictor: str = "model") -> dict[str, bool] | dict[str, str]:
+        """How a predictor fares at each gate on `split`; gate E compares validation with OOD.
 
-        None: on validation and on OOD alike, which is what counts as passing. Raises LVMError for what was not
-        measured.
+        `original`: gate → whether every threshold of it holds; None: on validation and on OOD alike, which is what
+        counts as passing. `calibrated`: gate → passed, failed, open or not measured (see `judgements`); None: passed
+        where it is passed on every split, failed where it fails on one. Raises LVMError for what was not measured.
         """
         if split is None:
-            val, ood = self.gates("val", predictor), self.gates("ood", predictor)
-            return {gate: val[gate] and ood[gate] for gate in GATES}
+            each = [self.gates(s, predictor) for s in (("val", "ood") if self.profile == "original" else self.splits)]
+            if self.profile == "original":
+                return {gate: all(g[gate] for g in each) for gate in each[0]}
+            return {gate: _worst([g[gate] for g in each]) for gate in each[0]}
+        if not len(self.rows(split, predictor)):
+            raise LVMError(f"5CAT holds no {predictor!r} on split {split!r}")
+        if self.profile == "calibrated":
+            judged = self.judgements(split, predictor)
+            return {gate: _worst(list(judged["outcome"][judged["gate"] == gate])) for gate in GATES if gate != "F"}
         judged = self.table[
             (self.table["predictor"] == predictor)
             & self.table["threshold"].notna()
             & self.table["split"].isin([split, "both"])
         ]
-        if not (judged["split"] == split).any():
-            raise LVMError(f"5CAT holds no {predictor!r} on split {split!r}")
-        return {gate: bool(judged["passed"][judged["gate"] == gate].fillna(False).all()) for gate in GATES}
+        passed = {gate: judged["passed"][judged["gate"] == gate].fillna(False) for gate in "ABCDE"}
+        return {gate: bool(len(p) and p.all()) for gate, p in passed.items()}  # what was not measured does not pass
+
+    def paired(self, column: str, split: str = "val", predictor: str = "model", other: str = "copy last") -> dict:
+        """`predictor` minus `other` on the same windows: value, low, high, windows, articles.
+
+        `column` of the frames, or one of `novel MRR`, `mean rollout`.
+        """
+        one, two = self.frames[split, predictor], self.frames[split, other]
+        return _with_interval(_figure(one, column) - _figure(two, column), one["article"])
+
+    def best_trivial(self, column: str, split: str = "val", among=None, but: str = "") -> str:
+        """The predictor, the model left out, with the highest mean of `column` on these windows."""
+        names = [n for n in among or self.predictors if n not in ("model", but)]
+        return max(names, key=lambda n: pd.Series(_figure(self.frames[split, n], column)).mean())
+
+    def judgements(self, split: str, predictor: str = "model") -> pd.DataFrame:
+        """Profile `calibrated`: what each gate asks of a predictor and what the interval answers.
+
+        Columns gate, question, value, low, high, wanted, outcome (passed: the interval lies on the wanted side;
+        failed: on the other; open: it does not tell; not measured).
+        """
+        rows = []
+
+        def ask(gate: str, question: str, found: Mapping, wanted: str, bound: float = 0.0) -> None:
+            low, high = found["low"], found["high"]
+            if wanted == "within":
+                outcome = _outcome(low >= -bound and high <= bound, low > bound or high < -bound, low)
+                wanted = f"within ± {bound:g}"
+            elif wanted == "above":
+                outcome = _outcome(low > bound, high <= bound, low)  # a frozen rollout moves by [0, 0]: no
+                wanted = f"above {bound:g}"
+            else:
+                outcome = _outcome(high < bound, low >= bound, low)
+                wanted = f"below {bound:g}"
+            keep = {k: found[k] for k in ("value", "low", "high")}
+            rows.append({"gate": gate, "question": question, **keep, "wanted": wanted, "outcome": outcome})
+
+        ask(
+            "A",
+            "novel margin: nearer to the target than to any unseen neighbour?",
+            self.row("novel margin", split, predictor),
+            "above",
+        )
+        other = self.best_trivial("novel MRR", split, but=predictor)
+        ask(
+            "B",
+            f"novel MRR against the best of what it is compared with ({other})",
+            self.paired("novel MRR", split, predictor, other),
+            "above",
+        )
+        for name in ("shuffled", "reversed"):
+            ask(
+                "C",
+                f"novel MRR when the context is {name}: is order used?",
+                self.row(f"{name}, novel MRR", split, predictor),
+                "below",
+            )
+        other = self.best_trivial("mean rollout", split, [n for n in ("copy last", "mean") if n != predictor])
+        ask(
+            "D",
+            f"mean rollout cosine against {other}, rolled out alike",
+            self.paired("mean rollout", split, predictor, other),
+            "above",
+        )
+        ask(
+            "D",
+            "rolling on against standing still at the first step",
+            self.row("rolling on", split, predictor),
+            "above",
+        )
+        both = self.table[
+            (self.table["split"] == "both")
+            & (self.table["predictor"] == predictor)
+            & (self.table["measure"] == "difference, normal coherence")
+        ]
+        if len(both):
+            ask("E", "cosine, validation − OOD, normal coherence", both.iloc[0], "within", GENERALISES)
+        else:
+            rows.append(
+                {
+                    "gate": "E",
+                    "question": "cosine, validation − OOD",
+                    "wanted": f"within ± {GENERALISES:g}",
+                    "outcome": "not measured",
+                }
+            )
+        facts = self.facts[split, predictor]
+        rows.append(
+            {
+                "gate": "G",
+                "question": "margin bought by subtracting context vectors (escape)",
+                "value": facts["margin bought"],
+                "low": facts["margin bought low"],
+                "high": facts["margin bought high"],
+                "wanted": f"below {MATERIAL:g}, or paid for in cosine or MRR",
+                # One article has no interval, and without one no weight is negative beyond doubt.
+                "outcome": _outcome(not facts["escape"], facts["escape"], facts["margin bought low"]),
+            }
+        )
+        return pd.DataFrame(rows)
 
     def to_json(self, path: str | os.PathLike, **more) -> None:
-        """Write the table and `more` facts (plain dicts, lists, numbers, text); NaN becomes null."""
-        content = _without_nan({**more, "table": self.table.astype(object).to_dict("records")})
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        write_whole(Path(path), lambda partial: Path(partial).write_text(text, encoding="utf-8"))
+        """Write the tables of both profiles, the gates of `model`, health, and `more` facts (plain dicts, lists,
+        numbers, text); NaN becomes null."""
+        profiles = {
+            profile: {
+                "gates": {split: report.gates(split) for split in self.splits},
+                "table": report.table.astype(object).to_dict("records"),
+            }
+            for profile in PROFILES
+            for report in [_report(profile, self.frames, self.facts, self.horizon, self.context_length)]
+        }
+        health = [{"split": s, "predictor": p, **f} for (s, p), f in self.facts.items()]
+        content = _without_nan({**more, **profiles, "health": health})
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_whole(Path(path), lambda partial: Path(partial).write_text(text + "\n", encoding="utf-8"))
 
 
 def _without_nan(value):
@@ -106,223 +279,420 @@ def _without_nan(value):
     return None if value is pd.NA or (isinstance(value, float) and math.isnan(value)) else value
 
 
-def fivecat(model: Predictor, data: Dataset, compare: Mapping[str, Predictor] | None = None) -> Report:
-    """5CAT of `model`, and of every predictor in `compare` on the very same windows, on validation and OOD."""
+def _outcome(good: bool, bad: bool, low: float) -> str:
+    return "not measured" if math.isnan(low) else "passed" if good else "failed" if bad else "open"
+
+
+def _worst(outcomes: list[str]) -> str:
+    """One word for several: a gate is passed where all its questions are, and fails with the first that does."""
+    return next((word for word in ("failed", "not measured", "open") if word in outcomes), "passed")
+
+
+def fivecat(
+    model: Predictor,
+    data: Dataset | Mapping[str, Windows],
+    compare: Mapping[str, Predictor] | None = None,
+    profile: str = "calibrated",
+) -> Report:
+    """5CAT of `model`, and of every predictor in `compare` on the very same windows.
+
+    `data`: a dataset, of which validation and OOD are taken, or any windows by the name of their split. Copy last and
+    the mean of the context, which need no training, are always compared with. Raises LVMError for an unknown profile.
+    """
+    if profile not in PROFILES:
+        raise LVMError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
     if "model" in (compare or {}):
         raise LVMError("a predictor to compare with cannot be called 'model'; rename it")
-    frames, rows = {}, []
-    predictors = {"model": model, **(compare or {})}
-    for name, predictor in predictors.items():
-        for windows in (data.val, data.ood):
-            frame = frames[windows.split, name] = measure(predictor, windows)
-            rows += [{"split": windows.split, "predictor": name, **row} for row in summarise(frame)]
-        rows.append({"split": "both", "predictor": name, **bins_delta(frames["val", name], frames["ood", name])})
+    splits = {"val": data.val, "ood": data.ood} if isinstance(data, Dataset) else dict(data)
+    if not splits:
+        raise LVMError("5CAT has no windows to look at; give a dataset, or windows by name of split")
+    some = next(iter(splits.values()))
+    _check(splits, some)
+    simple = untrained(some.store.dim, some.context_length)
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    predictors = {"model": model, **{n: p.to(device) for n, p in {**simple, **(compare or {})}.items()}}
+    frames = {(split, name): measure(p, w) for name, p in predictors.items() for split, w in splits.items()}
+    facts = {(split, name): health(p, w) for name, p in predictors.items() for split, w in splits.items()}
+    return _report(profile, frames, facts, some.horizon, some.context_length)
+
+
+def _check(splits: Mapping[str, Windows], some: Windows) -> None:
+    """Raise LVMError for windows that one report cannot hold."""
+    cut = ("context_length", "horizon", "step")
+    for name, windows in splits.items():
+        if not len(windows):
+            raise LVMError(f"split {name} has no windows; 5CAT has nothing to look at")
+        for key in cut:
+            if getattr(windows, key) != getattr(some, key):
+                raise LVMError(
+                    f"split {name} has {key} {getattr(windows, key)}, another {getattr(some, key)}; cut all alike"
+                )
+    if some.context_length < 2:
+        raise LVMError(f"5CAT needs a context of two vectors or more; these windows have {some.context_length}")
+    if {"val", "ood"} <= set(splits) and splits["val"].store is splits["ood"].store:
+        common = np.intersect1d(splits["val"].article, splits["ood"].article)
+        if len(common):
+            raise LVMError(
+                f"val and ood share {len(common)} articles (as {common[0]}); an article belongs to one split"
+            )
+
+
+def _report(profile: str, frames: Mapping, facts: Mapping, horizon: int, length: int) -> Report:
+    rows = []
+    for name in dict.fromkeys(name for _, name in frames):
+        for split in dict.fromkeys(split for split, _ in frames):
+            found = summarise(frames[split, name], profile, horizon, length)
+            if profile == "calibrated":
+                found += _health_rows(facts[split, name])
+            rows += [{"split": split, "predictor": name, **row} for row in found]
+        if {("val", name), ("ood", name)} <= set(frames):
+            found = bins_delta(frames["val", name], frames["ood", name], profile)
+            rows += [{"split": "both", "predictor": name, **row} for row in found]
     table = pd.DataFrame(rows)
-    judged = [_judge(r) for r in table.to_dict("records")]
-    table["threshold"], table["passed"] = [j[0] for j in judged], pd.array([j[1] for j in judged], "boolean")
-    return Report(table, frames)
+    if profile == "original":
+        judged = [_judge(r) for r in table.to_dict("records")]
+        table["threshold"], table["passed"] = [j[0] for j in judged], pd.array([j[1] for j in judged], "boolean")
+    return Report(profile, table, dict(frames), dict(facts), horizon, length)
 
 
 @torch.no_grad()
-def measure(
-    model: Predictor, windows: Windows, rollout_late: bool = False, seed: int = 0, batch_size: int = 512
-) -> pd.DataFrame:
+def measure(model: Predictor, windows: Windows, seed: int = 0, batch_size: int = 512) -> pd.DataFrame:
     """Every figure of every window, batch by batch; a frame of N rows:
 
-    article, cosine (at the target), cosine_article (mean over the article's chunks outside the context: what knowing
-    the article alone gives), margin last and six rank (the mini-5CAT's: against the last context vector, and among
-    target and context), offset k (cosine k chunks from the target; NaN outside the article), rank and candidates (among
-    the article's chunks), novel rank and novel candidates (context left out), one column an ablation (change of the
-    cosine at the target), rollout h and rollout chance h (NaN outside the article), coherence of the context.
+    article, target (row), loss (mean over D of (raw − y)²), cosine (at the target), cosine_article (mean over the
+    article's chunks outside the context: what knowing the article alone gives), margin last and margin prev (against
+    context[-1] and [-2]), six rank (the mini-5CAT's: among target and context), offset k (cosine k chunks from the
+    target; NaN outside the article), rank and candidates (among the article's chunks), novel rank and novel candidates
+    (context left out), hundred (1 if the target is nearest among it and `hundred candidates` − 1 random chunks of other
+    articles; shared where cosines are equal), one column an ablation (change of the cosine at the target) and one with
+    `, novel MRR` after its name (change of 1 / novel rank), rollout h, rollout late h and rollout still h (NaN
+    outside the article), rollout chance h, similarity h (of step h to the one before), coherence of the context,
+    weight t (of context vector t in the prediction by least squares), and the split of the prediction's square: along
+    the context's mean (with its sign), along the differences within the context, and the rest; the sizes add up to 1.
 
     A rollout step takes the last prediction for the newest chunk, so step h foretells the chunk (h − 1)·horizon after
-    the target. `rollout_late` compares it with the chunk h after the target, as the original did. Equal cosines share
-    their mean rank. Raises LVMError where the model predicts NaN.
+    the target. `late` compares it with the chunk h after the target, as the original did; `still` compares the first
+    prediction with step h's chunk. Equal cosines share their mean rank. Everything is in reading direction.
+    Raises LVMError where the model predicts NaN.
     """
-    store, length = windows.store, windows.context_length
-    device = next(t.device for t in (*model.parameters(), *model.buffers()))
+    length, device = windows.context_length, next(t.device for t in (*model.parameters(), *model.buffers()))
     training = model.training
     model.eval()
-    vectors = torch.from_numpy(store.vectors).to(device)
-    begins = np.flatnonzero(np.diff(store.article, prepend=store.article[0] - 1))
-    ends = np.append(begins[1:], len(store.article))
-    run = np.searchsorted(begins, windows.target, side="right") - 1  # (N,) which article's run
-    permutations = np.random.default_rng(seed).random((len(windows), length)).argsort(1)
+    vectors = torch.from_numpy(windows.store.vectors).to(device)
+    articles = Articles(windows, vectors)
     parts = []
     for first in range(0, len(windows), batch_size):
         index = np.arange(first, min(first + batch_size, len(windows)))
         context, target = windows.batch(index, vectors)
-        rows, low, high = windows.target[index], begins[run[index]], ends[run[index]]
-        unit = model(context)[1]
+        raw, unit = model(context)
         if not bool(unit.isfinite().all()):
             raise LVMError(
                 f"the model predicts NaN or infinite values on split {windows.split} (from window {first} on); "
                 "look at its weights and at the context vectors"
             )
         cosine = F.cosine_similarity(unit, target, dim=-1)  # (B,)
-        columns = {"article": torch.from_numpy(store.article[rows]), "cosine": cosine}
         to_context = F.cosine_similarity(unit[:, None], context, dim=-1)  # (B, T)
-        columns |= {"margin last": cosine - to_context[:, -1], "six rank": 1 + (to_context > cosine[:, None]).sum(1)}
-        columns |= {
-            f"offset {k:+d}": c
-            for k, c in zip(OFFSETS, _cosines_at(unit, rows, OFFSETS, low, high, store, vectors).unbind(1), strict=True)
+        rows = torch.from_numpy(windows.target[index])
+        columns = {
+            "article": torch.from_numpy(windows.store.article[windows.target[index]]),
+            "target": rows,
+            "loss": (raw - target).square().mean(1),
+            "cosine": cosine,
+            "cosine_article": articles.mean_cosine(unit, index),
+            "margin last": cosine - to_context[:, -1],
+            "margin prev": cosine - to_context[:, -2],
+            "six rank": 1 + (to_context > cosine[:, None]).sum(1),
         }
-        columns |= _retrieval(unit, rows, windows.start[index], length, low, high, vectors)
-        for name, variants in ablated(context, torch.from_numpy(permutations[index]).to(device)).items():
-            changed = torch.stack([F.cosine_similarity(model(v)[1], target, dim=-1) for v in variants])
-            columns[name] = changed.mean(0) - cosine
+        sweep = articles.cosines_at(unit, index, OFFSETS).unbind(1)
+        columns |= {f"offset {k:+d}": c for k, c in zip(OFFSETS, sweep, strict=True)}
+
+        order, others = negatives(windows, index, seed, NEGATIVES)
+        variants = ablated(context, torch.from_numpy(order).to(device), vectors, others)
+        units = torch.stack([unit, *(model(v)[1] for v in variants.values())])  # (V, B, D)
+        rank, novel = articles.ranks(units, index)
+        columns |= {"rank": rank[0], "candidates": torch.from_numpy(articles.candidates[index]).double()}
+        columns |= {
+            "novel rank": novel[0],
+            "novel candidates": torch.from_numpy(articles.novel_candidates[index]).double(),
+        }
+        columns |= _hundred(unit, cosine, others, vectors)
+        changed = F.cosine_similarity(units, target, dim=-1) - cosine  # (V, B)
+        for i, name in enumerate(variants, start=1):
+            columns |= {name: changed[i], f"{name}, novel MRR": 1 / novel[i] - 1 / novel[0]}
+        if "last from elsewhere" in variants:
+            missing = torch.from_numpy(others[:, 0] < 0)
+            for name in ("last from elsewhere", "last from elsewhere, novel MRR"):
+                columns[name] = columns[name].cpu().masked_fill(missing, float("nan"))
+        # The original leaves one out by repeating the last vector at the end: leaving out the last changes nothing.
+        columns["leave one out"] = sum(columns[f"without [{i - length}]"] for i in range(length - 1)) / length
+
         rolling, rolled = context, unit
         for h in range(1, STEPS + 1):
-            at = h if rollout_late else (h - 1) * windows.horizon
-            columns[f"rollout {h}"] = _cosines_at(rolled, rows, (at,), low, high, store, vectors)[:, 0]
-            columns[f"rollout chance {h}"] = _article_cosine(rolled, windows.start[index], length, low, high, vectors)
+            at = ((h - 1) * windows.horizon, h)
+            right, late = articles.cosines_at(rolled, index, at).unbind(1)
+            columns |= {f"rollout {h}": right, f"rollout late {h}": late}
+            columns[f"rollout still {h}"] = articles.cosines_at(unit, index, at[:1])[:, 0]
+            columns[f"rollout chance {h}"] = articles.mean_cosine(rolled, index)
             if h < STEPS:
                 rolling = torch.cat([rolling[:, 1:], rolled[:, None]], 1)
-                rolled = model(rolling)[1]
-        columns["cosine_article"] = columns["rollout chance 1"]
+                before, rolled = rolled, model(rolling)[1]
+                columns[f"similarity {h + 1}"] = (before * rolled).sum(1)
         columns["coherence"] = F.cosine_similarity(context[:, 1:], context[:, :-1], dim=-1).mean(1)
+        weights = context_weights(unit, context)
+        columns |= {f"weight {t - length}": w for t, w in enumerate(weights.unbind(1))}
+        columns |= _split(unit, context)
         parts.append(pd.DataFrame({k: np.asarray(c.cpu()) for k, c in columns.items()}))
     model.train(training)
     return pd.concat(parts, ignore_index=True)
 
 
-def ablated(context: Tensor, permutation: Tensor) -> dict[str, list[Tensor]]:
-    """The contexts (B, T, D) of each ablation, as the original made them; `permutation` (B, T) is the shuffle.
+@torch.no_grad()
+def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataFrame:
+    """The few columns of `measure` that need one pass of the model: article, target, loss, cosine, novel rank."""
+    device = next(t.device for t in (*model.parameters(), *model.buffers()))
+    training = model.training
+    model.eval()
+    vectors = torch.from_numpy(windows.store.vectors).to(device)
+    articles = Articles(windows, vectors)
+    parts = []
+    for first in range(0, len(windows), batch_size):
+        index = np.arange(first, min(first + batch_size, len(windows)))
+        context, target = windows.batch(index, vectors)
+        raw, unit = model(context)
+        columns = {
+            "loss": (raw - target).square().mean(1),
+            "cosine": F.cosine_similarity(unit, target, dim=-1),
+            "novel rank": articles.ranks(unit[None], index)[1][0],
+        }
+        parts.append(pd.DataFrame({k: np.asarray(c.cpu(), float) for k, c in columns.items()}))
+    model.train(training)
+    frame = pd.concat(parts, ignore_index=True)
+    return frame.assign(article=windows.article, target=windows.target)
 
-    Leave one out drops a vector and repeats the last at the end, for each position; `last replaced` puts the first
-    vector in the last place (the original calls it cross_article).
+
+def ablated(context: Tensor, order: Tensor, vectors: Tensor, others: np.ndarray) -> dict[str, Tensor]:
+    """The contexts (B, T, D) of each ablation. `order` (B, T) is the shuffle; `others` (B, …) rows of other articles.
+
+    `without [t]` drops a vector and repeats the last that remains at the end, so that five are read. `last replaced`
+    puts the first vector in the last place, as the original did (it calls it cross_article); `last from elsewhere` puts
+    there a chunk of another article, where there is one.
     """
     length = context.shape[1]
-    without = [[i for i in range(length) if i != out] + [length - 1] for out in range(length)]
-    return {
-        "shuffled": [context.gather(1, permutation[..., None].expand_as(context))],
-        "reversed": [context.flip(1)],
-        "leave one out": [context[:, order] for order in without],
-        "last repeated": [context[:, -1:].expand_as(context)],
-        "last replaced": [torch.cat([context[:, :-1], context[:, :1]], 1)],
-    }
+    variants = {"shuffled": context.gather(1, order[..., None].expand_as(context)), "reversed": context.flip(1)}
+    for out in range(length):
+        kept = [i for i in range(length) if i != out]
+        variants[f"without [{out - length}]"] = context[:, [*kept, kept[-1]]]
+    variants["last repeated"] = context[:, -1:].expand_as(context)
+    variants["last replaced"] = torch.cat([context[:, :-1], context[:, :1]], 1)
+    stranger = vectors[torch.from_numpy(np.maximum(others[:, 0], 0)).to(vectors.device)].float()
+    variants["last from elsewhere"] = torch.cat([context[:, :-1], stranger[:, None]], 1)
+    return variants
 
 
-def _cosines_at(
-    unit: Tensor, rows: np.ndarray, offsets, low: np.ndarray, high: np.ndarray, store, vectors: Tensor
-) -> Tensor:
-    """(B, K) cosines with the chunks `offsets` away from `rows`; NaN outside the article and across a gap in it."""
-    at = rows[:, None] + np.asarray(offsets)
-    inside = (at >= low[:, None]) & (at < high[:, None])
-    at = np.where(inside, at, rows[:, None])
-    inside &= store.position[at] - store.position[rows][:, None] == at - rows[:, None]
-    cosines = F.cosine_similarity(unit[:, None], vectors[torch.from_numpy(at).to(unit.device)].float(), dim=-1)
-    return cosines.masked_fill(~torch.from_numpy(inside).to(unit.device), float("nan"))
+def _hundred(unit: Tensor, cosine: Tensor, others: np.ndarray, vectors: Tensor) -> dict[str, Tensor]:
+    """1 of 100 for each window: whether its target is nearer than every chunk of `others` (B, R; −1: none there)."""
+    there = torch.from_numpy(others >= 0)
+    chunks = vectors[torch.from_numpy(np.maximum(others, 0)).to(vectors.device)].float()  # (B, R, D)
+    rivals = F.cosine_similarity(unit[:, None], chunks, dim=-1).cpu().masked_fill(~there, -2.0)
+    own = cosine.cpu()[:, None]
+    equal = ((rivals - own).abs() <= TIE).sum(1)
+    won = (rivals <= own + TIE).all(1).double() / (1 + equal)
+    count = there.sum(1).double()
+    return {"hundred": won.masked_fill(count == 0, float("nan")), "hundred candidates": count + 1}
 
 
-def _retrieval(unit: Tensor, rows, start, length: int, low, high, vectors: Tensor) -> dict[str, Tensor]:
-    """Rank of each target among its article's chunks, one product an article; with the context and without it."""
-    out = {
-        k: torch.empty(len(unit), dtype=torch.float64) for k in ("rank", "candidates", "novel rank", "novel candidates")
-    }
-    for begin in np.unique(low):
-        mine = np.flatnonzero(low == begin)
-        end = high[mine[0]]
-        chunks = F.normalize(vectors[begin:end].float(), dim=-1)
-        cosines = (unit[torch.from_numpy(mine).to(unit.device)] @ chunks.T).cpu()  # (windows, chunks)
-        own = cosines[torch.arange(len(mine)), torch.from_numpy(rows[mine] - begin)][:, None]
-        above, equal = cosines > own + TIE, (cosines - own).abs() <= TIE
-        place = torch.arange(begin, end)[None] - torch.from_numpy(start[mine])[:, None]
-        outside = (place < 0) | (place >= length)
-        out["rank"][mine] = 1 + above.sum(1) + (equal.sum(1) - 1).double() / 2
-        out["candidates"][mine] = float(end - begin)
-        out["novel rank"][mine] = 1 + (above & outside).sum(1) + ((equal & outside).sum(1) - 1).double() / 2
-        out["novel candidates"][mine] = float(end - begin - length)
-    return out
+def _split(unit: Tensor, context: Tensor) -> dict[str, Tensor]:
+    """The prediction's square in three orthogonal parts, (B,) each; the first with the sign of its cosine."""
+    unit, context = unit.double(), context.double()
+    mean = F.normalize(context.mean(1), dim=-1)
+    along = (unit * mean).sum(1)
+    apart = context - (context @ mean[..., None]) * mean[:, None]  # what of the context is not along its mean
+    size, axes = torch.linalg.eigh(apart @ apart.mT)  # of its T directions, of which at most T − 1 are there
+    inside = (axes.mT @ (apart @ unit[..., None]))[..., 0].square() / size
+    differences = inside.masked_fill(size <= 1e-10, 0.0).sum(1)
+    rest = (1 - along.square() - differences).clamp(min=0)
+    return {"along the mean": along * along.abs(), "along differences": differences, "outside the context": rest}
 
 
-def _article_cosine(unit: Tensor, start, length: int, low, high, vectors: Tensor) -> Tensor:
-    """(B,) mean cosine with the chunks of the article outside the context: the chance level of a cosine."""
-    means = torch.empty_like(unit)
-    for begin in np.unique(low):
-        mine = torch.from_numpy(np.flatnonzero(low == begin)).to(unit.device)
-        end = int(high[low == begin][0])
-        chunks = F.normalize(vectors[begin:end].float(), dim=-1)
-        inside = torch.from_numpy(start[low == begin] - begin).to(unit.device)[:, None] + torch.arange(
-            length, device=unit.device
-        )
-        means[mine] = (chunks.sum(0) - chunks[inside].sum(1)) / (end - begin - length)
-    return (unit * means).sum(-1)
-
-
-def summarise(frame: pd.DataFrame) -> list[dict]:
+def summarise(frame: pd.DataFrame, profile: str, horizon: int, length: int) -> list[dict]:
     """Gates A to D of one `measure` frame: a row a measure, with its interval over articles and its chance level."""
-    articles = frame["article"].to_numpy()
+    return (_calibrated if profile == "calibrated" else _original)(frame, horizon, length)
 
-    def row(gate: str, name: str, values, chance: float) -> dict:
-        values = np.asarray(values, float)
-        mean, low, high = over_articles(values, articles)
-        return {
-            "gate": gate,
-            "measure": name,
-            "value": mean,
-            "low": low,
-            "high": high,
-            "chance": chance,
-            "windows": int((~np.isnan(values)).sum()),
-            "articles": len(np.unique(articles[~np.isnan(values)])),
-        }
 
-    sweep = frame[[f"offset {k:+d}" for k in OFFSETS]]
-    sweep = sweep.where(sweep.notna().all(axis=1))  # the same windows at every offset
-    means = sweep.mean()
-    at = {k: sweep[f"offset {k:+d}"] for k in OFFSETS}
-    random_chunk = frame["cosine_article"].where(at[0].notna())
+def _with_interval(values, articles, share: bool = False) -> dict:
+    values, articles = np.asarray(values, float), np.asarray(articles)
+    mean, low, high = over_articles(values, articles, share=share)
+    there = ~np.isnan(values)
+    counts = {"windows": int(there.sum()), "articles": len(np.unique(articles[there]))}
+    return {"value": mean, "low": low, "high": high, **counts}
 
-    def margin(k: int) -> list[tuple[str, object, float]]:
-        best = at[max((o for o in OFFSETS if o != k), key=lambda o: means[f"offset {o:+d}"])]
-        return at[k] - best, float((random_chunk - best).mean())
 
-    rows = [
-        row("A", "margin", *margin(0)),
-        row("A", "margin read late", *margin(1)),
-        row("A", "cosine at the target", at[0], float(random_chunk.mean())),
-        row("A", "cosine, all windows", frame["cosine"], float(frame["cosine_article"].mean())),
-    ]
-    length = int(frame["candidates"].iloc[0] - frame["novel candidates"].iloc[0])
-    last = frame["cosine"] - frame["margin last"]
-    rows.append(
-        row("A", "margin against the last", frame["margin last"], float((frame["cosine_article"] - last).mean()))
-    )
-    for prefix in ("", "novel "):
-        rank, n = frame[prefix + "rank"], frame[prefix + "candidates"].astype(int)
-        rows += [row("B", f"{prefix}R@{k}", rank <= k, float(chance_recall(n, k).mean())) for k in (1, 5)]
-        rows.append(row("B", prefix + "MRR", 1 / rank, float(chance_reciprocal_rank(n).mean())))
-    rows.append(row("B", "R@5 of six", frame["six rank"] <= 5, min(5 / (length + 1), 1.0)))
-    rows += [row("C", name, frame[name], 0.0) for name in ABLATIONS]
-    rolled, chance = (frame[[f"rollout {kind}{h}" for h in range(1, STEPS + 1)]] for kind in ("", "chance "))
-    complete = rolled.notna().all(axis=1)
-    rows.append(
-        row("D", "mean cosine", rolled.mean(axis=1).where(complete), float(chance[complete].mean(axis=1).mean()))
-    )
+def _figure(frame: pd.DataFrame, column: str) -> np.ndarray:
+    """(N,) a column of a frame, or one of the figures made of several."""
+    if column == "novel MRR":
+        return 1 / frame["novel rank"].to_numpy()
+    if column == "mean rollout":
+        rolled = frame[[f"rollout {h}" for h in range(1, STEPS + 1)]]
+        return rolled.mean(axis=1).where(rolled.notna().all(axis=1)).to_numpy()
+    return frame[column].to_numpy(float)
+
+
+def _row(frame: pd.DataFrame, gate: str, name: str, values, chance: float = float("nan"), share: bool = False) -> dict:
+    """A row of the report; `share`: the values lie in [0, 1], and are adjusted for chance."""
+    found = _with_interval(values, frame["article"], share)
+    above = float(adjusted(found["value"], chance)) if share else float("nan")
+    return {"gate": gate, "measure": name, **found, "chance": chance, "adjusted": above}
+
+
+def _retrieval_rows(frame: pd.DataFrame, prefix: str, cuts=(1, 5, 10)) -> list[dict]:
+    rank, n = frame[prefix + "rank"], frame[prefix + "candidates"].astype(int)
+    rows = [_row(frame, "B", f"{prefix}R@{k}", rank <= k, float(chance_recall(n, k).mean()), True) for k in cuts]
+    rows.append(_row(frame, "B", f"{prefix}MRR", 1 / rank, float(chance_reciprocal_rank(n).mean()), True))
     return rows
 
 
-def bins_delta(val: pd.DataFrame, ood: pd.DataFrame) -> dict:
-    """Gate E: |validation − OOD| of the mean cosine over windows of normal coherence; NaN where a split has none.
-
-    It has no interval and no chance level here: an absolute difference is above 0 by chance alone.
-    """
-    normal = [f[f["coherence"].between(*NORMAL_COHERENCE)] for f in (val, ood)]
-    windows, articles = sum(map(len, normal)), sum(f["article"].nunique() for f in normal)
-    difference = float("nan")
-    if all(map(len, normal)):
-        difference = abs(normal[0]["cosine"].mean() - normal[1]["cosine"].mean())
-    return {
-        "gate": "E",
-        "measure": "difference",
-        "value": difference,
-        "low": float("nan"),
-        "high": float("nan"),
-        "chance": float("nan"),
-        "windows": windows,
-        "articles": articles,
+def _calibrated(frame: pd.DataFrame, horizon: int, length: int) -> list[dict]:
+    articles, known = frame["article"].to_numpy(), frame["cosine_article"]
+    rows = [_row(frame, "A", "cosine at the target", frame["cosine"], float(known.mean()))]
+    for name, column in (("margin against the last", "margin last"), ("margin against context[-2]", "margin prev")):
+        rows.append(_row(frame, "A", name, frame[column], float((known - (frame["cosine"] - frame[column])).mean())))
+    context = range(-horizon - length + 1, -horizon + 1)
+    sides = {
+        "margin against the best other": [k for k in OFFSETS if k],
+        "novel margin": [k for k in OFFSETS if k and k not in context and not -horizon < k < 0],
+        "novel margin, skipped chunks too": [k for k in OFFSETS if k and k not in context],
+        "novel margin, ahead": [k for k in OFFSETS if k > 0],
     }
+    if horizon == 1:
+        del sides["novel margin, skipped chunks too"]
+    for name, offsets in sides.items():
+        rival = best_other(frame, offsets)
+        rows.append(_row(frame, "A", name, frame["cosine"] - rival, float((known - rival).mean())))
+
+    for prefix in ("novel ", ""):
+        rows += _retrieval_rows(frame, prefix)
+        rank, n = frame[prefix + "rank"], frame[prefix + "candidates"].astype(int)
+        value, low, high = median_over_articles(rank, articles)
+        counts = {k: rows[-1][k] for k in ("windows", "articles")}
+        middle = {"value": value, "low": low, "high": high, **counts, "chance": float(chance_median_rank(n))}
+        rows.append({"gate": "B", "measure": f"{prefix}median rank", **middle, "adjusted": float("nan")})
+    chance = float((1 / frame["hundred candidates"])[frame["hundred"].notna()].mean())
+    rows.append(_row(frame, "B", "1 of 100", frame["hundred"], chance, True))
+
+    for name in ablations(length):
+        rows += [_row(frame, "C", n, frame[n], 0.0) for n in (name, f"{name}, novel MRR")]
+
+    for h in range(1, STEPS + 1):
+        step, chance = frame[f"rollout {h}"], frame[f"rollout chance {h}"]
+        rows.append(_row(frame, "D", f"cosine at step {h}", step, float(chance[step.notna()].mean())))
+    steps = range(1, STEPS + 1)
+    chance = frame[[f"rollout chance {h}" for h in steps]].mean(axis=1)
+    whole = pd.Series(_figure(frame, "mean rollout"))
+    rows.append(_row(frame, "D", "mean rollout", whole, float(chance[whole.notna()].mean())))
+    moved = (
+        frame[[f"rollout {h}" for h in steps[1:]]].to_numpy()
+        - frame[[f"rollout still {h}" for h in steps[1:]]].to_numpy()
+    )
+    moved = np.where(np.abs(moved) <= TIE, 0.0, moved)  # a frozen rollout has not moved on by its rounding
+    rows.append(_row(frame, "D", "rolling on", np.where(whole.notna(), moved.mean(1), np.nan), 0.0))
+    similar = frame[[f"similarity {h}" for h in steps[1:]]].mean(axis=1)
+    rows.append(_row(frame, "D", "similarity of steps", similar))
+    for t in range(-length, 0):
+        rows.append(_row(frame, "G", f"weight of context[{t}]", frame[f"weight {t}"]))
+    for name in ("along the mean", "along differences", "outside the context"):
+        rows.append(_row(frame, "G", f"part {name}", frame[name]))
+    return rows
+
+
+def best_other(frame: pd.DataFrame, offsets) -> np.ndarray:
+    """(N,) each window's cosine at the offset that is best, by mean, on all *other* articles; NaN outside the article.
+
+    The best of several noisy means is too high on the windows that it was chosen on: where no offset is better than
+    another, a margin against it would be negative by choice alone. Chosen on the other articles, it is not. What is
+    compared is cos at the target less cos at the offset, each offset over the windows that have it.
+    """
+    gaps = np.stack([(frame["cosine"] - frame[f"offset {k:+d}"]).to_numpy(float) for k in offsets], 1)  # (N, K)
+    values = np.stack([frame[f"offset {k:+d}"].to_numpy(float) for k in offsets], 1)
+    _, article = np.unique(frame["article"], return_inverse=True)
+    there = ~np.isnan(gaps)
+    count, total = (np.zeros((article.max() + 1, len(gaps[0]))) for _ in range(2))
+    np.add.at(count, article, there)
+    np.add.at(total, article, np.where(there, gaps, 0.0))
+    others, number = total.sum(0) - total, count.sum(0) - count  # (A, K)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        margin = np.where(number > 0, others / number, np.inf)
+    chosen = values[np.arange(len(values)), margin.argmin(1)[article]]
+    return np.where((number > 0).any(1)[article], chosen, np.nan)  # an only article has none to choose on
+
+
+def _original(frame: pd.DataFrame, horizon: int, length: int) -> list[dict]:
+    sweep = frame[[f"offset {k:+d}" for k in ORIGINAL_OFFSETS]]
+    sweep = sweep.where(sweep.notna().all(axis=1))  # the same windows at every offset
+    means = sweep.mean()
+    at = {k: sweep[f"offset {k:+d}"] for k in ORIGINAL_OFFSETS}
+    random_chunk = frame["cosine_article"].where(at[0].notna())
+
+    def margin(k: int) -> list:
+        best = at[max((o for o in ORIGINAL_OFFSETS if o != k), key=lambda o: means[f"offset {o:+d}"])]
+        return [at[k] - best, float((random_chunk - best).mean())]
+
+    known, last = frame["cosine_article"], frame["cosine"] - frame["margin last"]
+    rows = [
+        _row(frame, "A", "margin", *margin(0)),
+        _row(frame, "A", "margin read late", *margin(1)),
+        _row(frame, "A", "cosine at the target", at[0], float(random_chunk.mean())),
+        _row(frame, "A", "cosine, all windows", frame["cosine"], float(known.mean())),
+        _row(frame, "A", "margin against the last", frame["margin last"], float((known - last).mean())),
+    ]
+    for prefix in ("", "novel "):
+        rows += _retrieval_rows(frame, prefix, (1, 5))
+    rows.append(_row(frame, "B", "R@5 of six", frame["six rank"] <= 5, min(5 / (length + 1), 1.0), True))
+    rows += [_row(frame, "C", name, frame[name], 0.0) for name in ORIGINAL_ABLATIONS]
+    for name, kind in (("mean cosine", ""), ("mean cosine read late", "late ")):
+        rolled = frame[[f"rollout {kind}{h}" for h in range(1, STEPS + 1)]]
+        complete = rolled.notna().all(axis=1)
+        chance = frame[[f"rollout chance {h}" for h in range(1, STEPS + 1)]].mean(axis=1)[complete]
+        rows.append(_row(frame, "D", name, rolled.mean(axis=1).where(complete), float(chance.mean())))
+    return rows
+
+
+def bins_delta(val: pd.DataFrame, ood: pd.DataFrame, profile: str = "calibrated") -> list[dict]:
+    """Gate E: mean cosine of validation against OOD, over windows of like coherence of their context.
+
+    `calibrated`: validation − OOD in each bin (low, normal, high), and over all windows, with its interval over the
+    articles of both. `original`: the absolute difference in the normal bin; it has no interval and no chance level
+    here, since an absolute difference is above 0 by chance alone. NaN where a split has no window in the bin.
+    """
+    if profile == "calibrated":
+        bins = [(f"difference, {name} coherence", *edges) for name, edges in COHERENCE.items()]
+        return [_difference(val, ood, *b) for b in [*bins, ("difference, all windows", -1.0, 1.0)]]
+    row = _difference(val, ood, "difference", *COHERENCE["normal"])
+    return [row | {"value": abs(row["value"]), "low": float("nan"), "high": float("nan")}]
+
+
+def _difference(val: pd.DataFrame, ood: pd.DataFrame, name: str, above: float, below: float) -> dict:
+    bins = [f[f["coherence"].between(above, below)] for f in (val, ood)]
+    value, low, high = (float("nan"),) * 3
+    if all(map(len, bins)):
+        value, low, high = between(*(bins[i][c].to_numpy() for i in (0, 1) for c in ("cosine", "article")))
+    counts = {"windows": sum(map(len, bins)), "articles": sum(f["article"].nunique() for f in bins)}
+    found = {"value": value, "low": low, "high": high, **counts}
+    return {"gate": "E", "measure": name, **found, "chance": float("nan"), "adjusted": float("nan")}
+
+
+def _health_rows(facts: Mapping) -> list[dict]:
+    """Gate G's figures of a whole split: no interval, but for `chance` the same figure of the targets."""
+    nan = float("nan")
+    empty = {"low": nan, "high": nan, "windows": pd.NA, "articles": pd.NA, "adjusted": nan}
+    rows = [
+        {"gate": "G", "measure": name, "value": facts[name], **empty, "chance": facts.get(f"{name} of targets", nan)}
+        for name in ("effective rank", "variance", "hubness", "norm", "copying ratio")
+    ]
+    bought = {k: facts[f"margin bought {k}"] for k in ("low", "high")}
+    rows.append(
+        {"gate": "G", "measure": "margin bought", "value": facts["margin bought"], **empty, **bought, "chance": 0.0}
+    )
+    return rows
 
 
 def _judge(row: Mapping) -> tuple[float, bool | None]:

@@ -214,15 +214,49 @@ def fit_ridge(train: Windows, strengths=(1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 100
     return solve(gram, moment, strength), strength
 
 
+def untrained(dim: int, length: int) -> dict[str, Predictor]:
+    """The predictors that need no data: the last context vector, and the context's mean."""
+    last = torch.zeros(length)
+    last[-1] = 1.0
+    return {"copy last": Weighted(dim, last), "mean": Weighted(dim, torch.full((length,), 1 / length))}
+
+
 def baselines(train: Windows) -> dict[str, Predictor]:
     """The trivial predictors; constant, weighted mean and ridge are fitted to the training windows by least squares."""
     dim, length = train.store.dim, train.context_length
-    last = torch.zeros(length)
-    last[-1] = 1.0
     return {
         "constant": Constant(dim, length, fit_constant(train)),
-        "copy last": Weighted(dim, last),
-        "mean": Weighted(dim, torch.full((length,), 1 / length)),
+        **untrained(dim, length),
         "weighted mean": Weighted(dim, fit_weights(train)),
         "ridge": Linear(dim, fit_ridge(train)[0]),
     }
+
+
+class Flipped(Predictor):
+    """The context's mean with all of it that lies outside the leading `components` (K, D) times −strength."""
+
+    def __init__(self, dim: int, context_length: int, components: Tensor, strength: float):
+        super().__init__(dim, context_length)
+        self.register_buffer("components", components)
+        self.strength = strength
+
+    def raw(self, context: Tensor) -> Tensor:
+        mean = context.mean(1)
+        kept = (mean @ self.components.T) @ self.components
+        return kept - self.strength * (mean - kept)
+
+
+def tricks(dim: int, length: int, strength: float, components: Tensor) -> dict[str, Predictor]:
+    """Predictors that buy a margin without any knowledge of the future (handbook §4.1 point 6).
+
+    The context's mean minus `strength` times context[-2], minus `strength` times context[-1], and the mean whose part
+    outside the leading `components` (K, D) is flipped and multiplied by `strength`. At strength 0 the first two are the
+    mean; at a strength up to 1/T they only weigh that vector less.
+    """
+    out = {}
+    for place in (-2, -1):
+        weights = torch.full((length,), 1 / length)
+        weights[place] -= strength
+        out[f"mean − a·context[{place}]"] = Weighted(dim, weights)
+    out["residual flip"] = Flipped(dim, length, components, strength)
+    return out

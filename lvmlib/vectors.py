@@ -346,7 +346,7 @@ def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5,
         lengths = np.bincount(store.article[store.rows(split)]) if len(store.rows(split)) else np.zeros(1, int)
         raise LVMError(
             f"{store.name}, split {split}: no article is long enough: a window of {context_length} with "
-            f"horizon {horizon} needs {span + 1} consecutive chunks, the longest article has {lengths.max()}"
+            f"horizon {horizon} needs {span + 1} chunks without a gap, the longest article has {lengths.max()}"
         )
     step = DIRECTIONS[direction]
     start = (first if step == 1 else last)[whole].astype(np.int64)

@@ -86,7 +86,7 @@ def test_exactly_long_enough_and_one_too_short():
     x = np.eye(13, 16, dtype=np.float32)
     store = V.make_store("edge", x, [0] * 7 + [1] * 6, [*range(7), *range(6)], frame)
     assert V.windows(store, "train", horizon=2).start.tolist() == [0]
-    with pytest.raises(LVMError, match=r"split val.*7 consecutive chunks.*longest article has 6"):
+    with pytest.raises(LVMError, match=r"split val.*7 chunks without a gap.*longest article has 6"):
         V.windows(store, "val", horizon=2)
     assert V.windows(store, "val", horizon=1).start.tolist() == [7]
 
@@ -638,3 +638,100 @@ def test_embedded_wikipedia():
 def test_senseless_horizon_and_context_length(kwargs):
     with pytest.raises(LVMError):
         V.windows(random_store(0), "train", **kwargs)
+
+
+# --- reading direction -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3])
+@pytest.mark.parametrize("context_length", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_backward_windows_are_those_of_the_articles_reversed(seed, context_length, horizon):
+    """Brute force: the same runs of chunks as forwards, each read from its last chunk to its first."""
+    store = random_store(seed)
+    for split in V.SPLITS:
+        expected = naive_starts(store, split, horizon, context_length)
+        if not expected:
+            with pytest.raises(LVMError, match="no article is long enough"):
+                V.windows(store, split, horizon, context_length, "backward")
+            continue
+        w = V.windows(store, split, horizon, context_length, "backward")
+        assert (w.step, len(w)) == (-1, len(expected))
+        runs = [[*range(s, s + context_length + horizon)][::-1] for s in expected]
+        assert w.start.tolist() == [run[0] for run in runs]
+        assert w.target.tolist() == [run[-1] for run in runs]
+        assert w.article.tolist() == [store.article[run[0]] for run in runs]
+        index = np.arange(len(w))
+        np.testing.assert_array_equal(w.context_rows(index), [run[:context_length] for run in runs])
+        context, target = w.batch(index)
+        for b, run in enumerate(runs):
+            assert np.array_equal(context[b].numpy(), store.vectors[run[:context_length]])
+            assert np.array_equal(target[b].numpy(), store.vectors[run[-1]])
+
+
+def test_backward_on_a_store_is_forward_on_the_store_reversed():
+    store = random_store(6, longest=60)
+    rows, position = [], store.position.copy()
+    for number in dict.fromkeys(store.article):
+        own = np.flatnonzero(store.article == number)
+        rows += own[::-1].tolist()
+        position[own] = store.position[own][-1] - store.position[own][::-1]
+    turned = V.make_store("turned", store.vectors[rows], store.article, position, store.articles)
+    for split in V.SPLITS:
+        ours, theirs = V.windows(store, split, direction="backward"), V.windows(turned, split)
+        assert sorted(ours.target.tolist()) == sorted(np.array(rows)[theirs.target].tolist())
+        place = {int(t): i for i, t in enumerate(ours.target)}
+        same = [place[rows[t]] for t in theirs.target]
+        for a, b in zip(ours.batch(same), theirs.batch(np.arange(len(theirs))), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_context_rows_of_forward_windows_and_any_index():
+    w = V.windows(random_store(5), "train", 2, 4)
+    np.testing.assert_array_equal(w.context_rows([3, 0]), [w.start[i] + np.arange(4) for i in (3, 0)])
+    assert w.step == 1 and w.context_rows(np.arange(0)).shape == (0, 4)
+
+
+def test_a_selection_keeps_its_direction():
+    w = V.windows(random_store(2), "train", direction="backward")
+    few = w.at_most(3)
+    assert few.step == -1 and set(few.target) <= set(w.target) and len(few) == 3
+
+
+def test_dataset_reads_every_split_in_its_direction():
+    ahead, back = (V.dataset("wikipedia", direction=d) for d in ("forward", "backward"))
+    for split in V.SPLITS:
+        one, two = getattr(ahead, split), getattr(back, split)
+        assert (one.step, two.step, len(one)) == (1, -1, len(two))
+        np.testing.assert_array_equal(one.start, two.target)  # the same runs: first here is last there
+    with pytest.raises(LVMError, match="unknown direction 'sideways'; known: forward, backward"):
+        V.windows(random_store(1), "train", direction="sideways")
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_shared_are_the_windows_of_both_with_the_same_target(seed, horizon):
+    store = random_store(seed, longest=80)
+    ahead, back = (V.windows(store, "train", horizon, 3, d) for d in ("forward", "backward"))
+    one, two = V.shared(ahead, back)
+    common = [t for t in ahead.target.tolist() if t in set(back.target.tolist())]
+    assert one.target.tolist() == two.target.tolist() == common and common
+    assert (one.step, two.step) == (1, -1)
+    assert set(one.start) <= set(ahead.start) and set(two.start) <= set(back.start)
+    np.testing.assert_array_equal(one.batch(np.arange(len(one)))[1], two.batch(np.arange(len(two)))[1])
+    for i, target in enumerate(common):  # context on either side of the target, in one article
+        assert one.context_rows([i])[0].tolist() == [target - horizon - 2, target - horizon - 1, target - horizon]
+        assert two.context_rows([i])[0].tolist() == [target + horizon + 2, target + horizon + 1, target + horizon]
+        assert store.article[target - horizon - 2] == store.article[target + horizon + 2]
+
+
+def test_shared_needs_articles_long_enough_and_one_store():
+    def cut(length, seed=1):
+        store = random_store(seed, gaps=False, longest=length)
+        return [V.windows(store, "train", 2, 5, d) for d in ("forward", "backward")]
+
+    assert len(V.shared(*cut(13))[0]) == 3  # one target in each of three articles: six chunks before it and after
+    with pytest.raises(LVMError, match="no chunk is a target in both directions; that needs an article of 13"):
+        V.shared(*cut(12))
+    with pytest.raises(LVMError, match="share no target; use one store"):
+        V.shared(cut(20)[0], cut(20, seed=2)[1])

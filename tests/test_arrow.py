@@ -1,0 +1,178 @@
+"""The arrow of time against a plain derivation, and on stores read both ways.
+
+Axes: S seeds, A articles, N targets that both directions share.
+"""
+
+import functools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lvmlib import models
+from lvmlib.arrow import MEASURES, Arrow, arrow
+from lvmlib.errors import LVMError
+from lvmlib.statistics import over_seeds, sign_flip
+from lvmlib.vectors import make_store, windows
+
+T, DIM = 5, 10
+
+
+@functools.cache
+def store(reverse=False, turn=False, articles=6, length=18):
+    """Articles of noisy vectors with a gap in one; `turn`: each is the one before, turned by a fixed rotation, and some
+    noise, so that it can be told forwards. `reverse`: the same articles backwards."""
+    random = np.random.default_rng(8)
+    rotation = np.linalg.qr(random.standard_normal((DIM, DIM)))[0]
+    x, article, position = [], [], []
+    for a in range(articles):
+        rows = [random.standard_normal(DIM)]
+        while len(rows) < length:
+            before = rotation @ rows[-1] if turn else 0.5 * rows[-1]
+            rows.append(before / np.linalg.norm(before) + (0.2 if turn else 0.3) * random.standard_normal(DIM))
+        places = np.delete(np.arange(length + 1), 3 if a == 1 else length)
+        if reverse:
+            rows, places = rows[::-1], length - places[::-1]
+        x, article, position = [*x, *rows], article + [a] * length, [*position, *places]
+    x = np.array(x) / np.linalg.norm(x, axis=1, keepdims=True)
+    number = pd.Index(range(articles), name="article")
+    frame = pd.DataFrame({"title": [str(a) for a in number], "split": "val"}, index=number)
+    return make_store("both ways", x.astype(np.float32), article, position, frame), rotation
+
+
+def both_ways(horizon=2, **which):
+    s, _ = store(**which)
+    return windows(s, "val", horizon, T), windows(s, "val", horizon, T, "backward")
+
+
+def seeds(first, count=3):
+    generators = (torch.Generator().manual_seed(s) for s in range(first, first + count))
+    return [models.Linear(DIM, torch.randn(T * DIM, DIM, generator=g) / T) for g in generators]
+
+
+def cos(a, b):
+    return a @ b / math.sqrt((a @ a) * (b @ b))
+
+
+def plain_figures(model, s, target, step, horizon):
+    """Novel MRR, cosine and loss of one prediction of the chunk in row `target`, read with `step`."""
+    x, weights = s.vectors.astype(float), model.weights.double().numpy()
+    rows = [target - step * (horizon + T - 1 - t) for t in range(T)]
+    raw = x[rows].reshape(-1) @ weights if weights.ndim == 2 else weights @ x[rows]
+    others = [r for r in np.flatnonzero(s.article == s.article[target]) if r not in rows]
+    cosines, own = [cos(raw, x[r]) for r in others], cos(raw, x[target])
+    above, equal = sum(c > own + 1e-6 for c in cosines), sum(abs(c - own) <= 1e-6 for c in cosines)
+    return {
+        "novel MRR": 1 / (1 + above + (equal - 1) / 2),
+        "cosine": own,
+        "loss": np.mean((raw - x[target]) ** 2),
+    }
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_arrow_is_that_of_the_plain_derivation(horizon):
+    s, _ = store()
+    cut = both_ways(horizon)
+    forward, backward = seeds(0), seeds(10)
+    copy_last = models.untrained(DIM, T)["copy last"]
+    found = arrow(forward, backward, cut)
+    common = sorted(set(cut[0].target.tolist()) & set(cut[1].target.tolist()))
+    assert 0 < len(common) < len(cut[0])
+    np.testing.assert_array_equal(found.article, s.article[common])
+    at = {
+        (m, way): [plain_figures(m, s, r, way, horizon) for r in common]
+        for m, way in [*((f, 1) for f in forward), *((b, -1) for b in backward), (copy_last, 1), (copy_last, -1)]
+    }
+    assert list(found.table["measure"]) == list(MEASURES) == ["novel MRR", "cosine", "loss"]
+    for name, row in found.table.set_index("measure").iterrows():
+        value = {key: np.array([r[name] for r in rows]) for key, rows in at.items()}
+        copying = value[copy_last, 1] - value[copy_last, -1]
+        difference = [value[f, 1] - value[b, -1] - copying for f, b in zip(forward, backward, strict=True)]
+        np.testing.assert_allclose(found.differences[name], difference, rtol=2e-6, atol=2e-6)
+        assert row["forward"] == pytest.approx(np.mean([value[f, 1] for f in forward]), rel=1e-6, abs=1e-6)
+        assert row["backward"] == pytest.approx(np.mean([value[b, -1] for b in backward]), rel=1e-6, abs=1e-6)
+        assert row["copying"] == pytest.approx(copying.mean(), abs=1e-6)
+        assert row["difference"] == pytest.approx(row["forward"] - row["backward"] - row["copying"], abs=1e-9)
+        wanted = over_seeds(np.array(difference), s.article[common])
+        assert (row["difference"], row["low"], row["high"]) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+        assert row["p"] == sign_flip(np.mean(difference, 0), s.article[common])
+        assert (row["seeds"], row["articles"], row["windows"]) == (3, len(set(s.article[common])), len(common))
+
+
+@pytest.mark.parametrize("compare", [None, models.untrained(DIM, T)["mean"]])
+def test_the_sign_flips_when_the_articles_are_reversed(compare):
+    """What was forward is backward: the same windows, and every difference with the other sign."""
+    forward, backward = seeds(0), seeds(10)
+    ahead = arrow(forward, backward, both_ways(), compare)
+    back = arrow(backward, forward, both_ways(reverse=True), compare)
+    assert (ahead.article == back.article).all()
+    for name in MEASURES:
+        for a in range(6):  # windows stand in the other order in each article
+            mine = ahead.article == a
+            np.testing.assert_allclose(
+                back.differences[name][:, mine], -ahead.differences[name][:, mine][:, ::-1], atol=1e-6
+            )
+    one, two = ahead.table.set_index("measure"), back.table.set_index("measure")
+    for ours, theirs in (("difference", "difference"), ("copying", "copying"), ("low", "high"), ("high", "low")):
+        np.testing.assert_allclose(one[ours], -two[theirs], atol=1e-6)
+    np.testing.assert_allclose(one["forward"], two["backward"], atol=1e-6)
+    np.testing.assert_allclose(one["p"], two["p"])
+
+
+def test_copying_has_no_arrow_at_all():
+    simple = models.untrained(DIM, T)
+    found = arrow([simple["copy last"]] * 2, [simple["copy last"]] * 2, both_ways())
+    assert (found.table[["difference", "low", "high"]] == 0).all(axis=None)
+    assert found.declared == "none"
+    # Copying itself differs by direction, since the two ends of an article differ: that is what is taken off.
+    assert (found.table["copying"] != 0).all()
+    np.testing.assert_allclose(found.table["forward"] - found.table["backward"], found.table["copying"])
+    assert (arrow([simple["mean"]], [simple["mean"]], both_ways(), simple["mean"]).table["difference"] == 0).all()
+
+
+def test_an_arrow_is_found_where_there_is_one():
+    """The world turns by a fixed rotation. Told forwards by who knows it, and read backwards as if it turned alike."""
+    _, rotation = store(turn=True)
+    weights = torch.zeros(T * DIM, DIM)
+    weights[-DIM:] = torch.from_numpy(rotation.T).float()
+    knows = models.Linear(DIM, weights)
+    found = arrow([knows] * 2, [knows] * 2, both_ways(1, turn=True))
+    assert found.declared == "forward"
+    table = found.table.set_index("measure")
+    assert table.loc["novel MRR", "low"] > 0.2 and table.loc["cosine", "low"] > 0.2 and table.loc["loss", "high"] < 0
+    assert (table["p"] == 2 / 2**6).all()  # of 2⁶ signs of six articles, only the two with all alike are as extreme
+    back = arrow([knows] * 2, [knows] * 2, both_ways(1, turn=True, reverse=True))
+    assert back.declared == "backward"
+
+
+@pytest.mark.parametrize("low, high, declared", [(0.1, 0.2, "forward"), (-0.2, -0.1, "backward"), (-0.1, 0.1, "none")])
+def test_what_is_declared_rests_on_the_novel_mrr(low, high, declared):
+    table = pd.DataFrame({"measure": ["cosine", "novel MRR"], "low": [1.0, low], "high": [2.0, high]})
+    assert Arrow(table, {}, np.zeros(1)).declared == declared
+    nan = table.assign(low=math.nan, high=math.nan)
+    assert Arrow(nan, {}, np.zeros(1)).declared == "none"
+
+
+def test_few_articles_or_seeds_are_said():
+    simple = models.untrained(DIM, T)["mean"]
+    assert arrow([simple] * 3, [simple] * 3, both_ways()).caution == ""
+    assert "one seed" in arrow([simple], [simple], both_ways()).caution
+    caution = arrow([simple], [simple], both_ways(articles=2, length=30)).caution
+    assert "only 2 articles" in caution and "one seed" in caution
+
+
+def test_what_arrow_refuses():
+    cut = both_ways()
+    mean = models.untrained(DIM, T)["mean"]
+    for forward, backward in (([mean], []), ([], []), ([mean] * 2, [mean])):
+        with pytest.raises(LVMError, match=f"{len(forward)} forward and {len(backward)} backward models"):
+            arrow(forward, backward, cut)
+    for wrong in (cut[::-1], (cut[0], cut[0]), (cut[1], cut[1])):
+        with pytest.raises(LVMError, match="cut forward, and then backward"):
+            arrow([mean], [mean], wrong)
+    with pytest.raises(LVMError, match="no chunk is a target in both directions"):
+        arrow([mean], [mean], both_ways(articles=3, length=12))
+    with pytest.raises(LVMError, match="use one store"):
+        arrow([mean], [mean], (cut[0], both_ways(turn=True)[1]))

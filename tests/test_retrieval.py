@@ -1,0 +1,244 @@
+"""Chunks of the target's article, ranks among them and the random draws, each against plain loops.
+
+Axes: N windows, B batch, V variants of a prediction, T context length, D vector dimension, K offsets.
+"""
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from lvmlib.retrieval import TIE, Articles, negatives
+from lvmlib.vectors import make_store, windows
+
+T = 5
+DIM = 12
+
+
+@functools.cache
+def small_store(dtype=np.float32):
+    """Articles of several lengths with gaps, splits mixed; chunks 9 and 13 of article 3 are chunks 4 and 5 again."""
+    random = np.random.default_rng(6)
+    layout = {
+        9: ("val", [*range(12)]),
+        3: ("val", [*range(14)]),
+        4: ("train", [*range(20)]),
+        5: ("val", [*range(2, 11), *range(12, 22), 30]),
+        6: ("ood", [*range(9)]),
+        7: ("val", [0, 1]),
+    }
+    article = np.concatenate([[a] * len(p) for a, (_, p) in layout.items()])
+    position = np.concatenate([p for _, p in layout.values()])
+    x = random.standard_normal((len(article), DIM)) + random.standard_normal((10, DIM))[article]
+    for one, two in ((9, 4), (13, 5)):
+        x[(article == 3) & (position == one)] = x[(article == 3) & (position == two)]
+    frame = pd.DataFrame(
+        {"title": [str(a) for a in layout], "split": [s for s, _ in layout.values()]},
+        index=pd.Index(list(layout), name="article"),
+    )
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return make_store("small", x.astype(dtype), article, position, frame)
+
+
+CUTS = [("forward", 1), ("forward", 2), ("backward", 1), ("backward", 2)]
+
+
+@functools.cache
+def cut(direction="forward", horizon=1, dtype=np.float32):
+    return windows(small_store(dtype), "val", horizon, T, direction)
+
+
+def prepared(w):
+    return Articles(w, torch.from_numpy(w.store.vectors))
+
+
+def random_units(seed, *shape):
+    x = torch.randn(*shape, DIM, generator=torch.Generator().manual_seed(seed))
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def cos(a, b):
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    return a @ b / math.sqrt((a @ a) * (b @ b))
+
+
+def own_rows(w, i):
+    return np.flatnonzero(w.store.article == w.store.article[w.target[i]])
+
+
+# Cosines
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("direction, horizon", CUTS)
+def test_cosines_at_offsets_are_in_reading_direction_and_stop_at_ends_and_gaps(direction, horizon, dtype):
+    w, offsets = cut(direction, horizon, dtype), range(-9, 7)
+    store, index = w.store, np.arange(len(w))
+    row_of = {(a, p): r for r, (a, p) in enumerate(zip(store.article, store.position, strict=True))}
+    unit = random_units(0, len(w))
+    found = prepared(w).cosines_at(unit, index, offsets).numpy()
+    step = {"forward": 1, "backward": -1}[direction]
+    missing = 0
+    for i, (j, k) in itertools.product(index, enumerate(offsets)):
+        article, position = store.article[w.target[i]], store.position[w.target[i]]
+        between = [(article, position + s) for s in range(min(step * k, 0), max(step * k, 0) + 1)]
+        if all(place in row_of for place in between):
+            wanted = cos(unit[i], store.vectors[row_of[article, position + step * k]])
+            assert found[i, j] == pytest.approx(wanted, abs=1e-6)
+        else:
+            missing += 1
+            assert math.isnan(found[i, j])
+    assert missing > 20
+    context, _ = w.batch(index)  # offset −horizon is the last context vector, and so on to the first
+    at = prepared(w).cosines_at(unit, index, [-horizon - t for t in range(T)]).flip(1)
+    torch.testing.assert_close(at, torch.einsum("bd,btd->bt", unit, context / context.norm(dim=-1, keepdim=True)))
+
+
+@pytest.mark.parametrize("direction, horizon", CUTS)
+def test_mean_cosine_is_over_the_article_without_the_context(direction, horizon):
+    w = cut(direction, horizon)
+    unit = random_units(1, len(w))
+    found = prepared(w).mean_cosine(unit, np.arange(len(w)))
+    for i in range(len(w)):
+        outside = set(own_rows(w, i)) - set(w.context_rows([i])[0])
+        assert w.target[i] in outside
+        wanted = np.mean([cos(unit[i], w.store.vectors[r]) for r in outside])
+        assert float(found[i]) == pytest.approx(wanted, abs=1e-6)
+
+
+# Ranks
+
+
+def plain_rank(unit, w, i, rows):
+    """The mean of the places that the target and its equals hold."""
+    cosines = [cos(unit, w.store.vectors[r]) for r in rows]
+    own = cos(unit, w.store.vectors[w.target[i]])
+    assert all(abs(abs(c - own) - TIE) > 3e-7 for c in cosines)  # float32 can tell
+    places = 1 + np.argsort(np.argsort([-c for c in cosines], kind="stable"), kind="stable")
+    return np.mean([p for p, c in zip(places, cosines, strict=True) if abs(c - own) <= TIE])
+
+
+@pytest.mark.parametrize("direction, horizon", CUTS)
+def test_ranks_with_the_context_in_and_out(direction, horizon):
+    w = cut(direction, horizon)
+    units = random_units(2, 3, len(w))
+    whole, novel = prepared(w).ranks(units, np.arange(len(w)))
+    assert whole.shape == novel.shape == (3, len(w)) and whole.dtype == novel.dtype == torch.float64
+    for i, v in itertools.product(range(len(w)), range(3)):
+        rows = own_rows(w, i)
+        outside = [r for r in rows if r not in w.context_rows([i])[0]]
+        assert float(whole[v, i]) == plain_rank(units[v, i], w, i, rows)
+        assert float(novel[v, i]) == plain_rank(units[v, i], w, i, outside)
+        assert prepared(w).candidates[i] == len(rows) and prepared(w).novel_candidates[i] == len(rows) - T
+
+
+def test_equal_chunks_share_their_mean_rank():
+    """Predicted exactly, a target and the chunk that equals it are both the nearest, unless the other is in the context
+    and left out."""
+    w = cut("forward", 1)
+    for position, novel_rank in ((9, 1.0), (13, 1.5)):  # contexts 4 … 8, with the other in it, and 8 … 12
+        (i,) = np.flatnonzero((w.store.article[w.target] == 3) & (w.store.position[w.target] == position))
+        exact = torch.from_numpy(w.store.vectors[w.target[i]])[None, None]
+        whole, novel = prepared(w).ranks(exact, np.array([i]))
+        assert (float(whole), float(novel)) == (1.5, novel_rank)
+
+
+def test_a_prediction_that_tells_nothing_ranks_in_the_middle():
+    """Orthogonal to all, every chunk is equal: the rank is (n + 1) / 2, as good as a random one on average."""
+    eye = np.eye(16, dtype=np.float32)
+    frame = pd.DataFrame({"title": ["a"], "split": ["val"]}, index=pd.Index([0], name="article"))
+    store = make_store("eye", eye[:11], np.zeros(11, int), np.arange(11), frame)
+    w = windows(store, "val", 1, T)
+    unit = torch.from_numpy(eye[15]).expand(1, len(w), 16)
+    whole, novel = prepared(w).ranks(unit, np.arange(len(w)))
+    assert (whole == 6.0).all() and (novel == 3.5).all()
+
+
+def test_nearly_equal_is_equal_and_a_little_more_is_not():
+    frame = pd.DataFrame({"title": ["a"], "split": ["val"]}, index=pd.Index([0], name="article"))
+    for gap, wanted in ((2e-7, 1.5), (1e-4, 2.0), (-1e-4, 1.0)):
+        cosines = [0.1, 0.1, 0.1, 0.1, 0.1, 0.5, 0.5 + gap]  # five of the context, the target, and one more
+        x = np.zeros((7, 9))
+        x[:, 0] = cosines
+        x[np.arange(7), np.arange(1, 8)] = np.sqrt(1 - np.square(cosines))
+        store = make_store("near", x.astype(np.float32), np.zeros(7, int), np.arange(7), frame)
+        w = windows(store, "val", 1, T)
+        whole, novel = prepared(w).ranks(torch.eye(9)[:1][None], np.array([0]))
+        assert float(whole) == float(novel) == wanted
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_any_batch_in_any_order_gives_the_same(size):
+    w = cut("backward", 2)
+    units, articles = random_units(3, 2, len(w)), prepared(w)
+    whole, novel = articles.ranks(units, np.arange(len(w)))
+    mean = articles.mean_cosine(units[0], np.arange(len(w)))
+    order = np.random.default_rng(0).permutation(len(w))
+    for first in range(0, len(w), size):
+        index = order[first : first + size]
+        some, without = articles.ranks(units[:, index], index)
+        assert torch.equal(some, whole[:, index]) and torch.equal(without, novel[:, index])
+        torch.testing.assert_close(articles.mean_cosine(units[0, index], index), mean[index], rtol=0, atol=1e-6)
+
+
+# Random draws
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("count", [1, 7, 99])
+def test_negatives_are_of_other_articles_of_the_split_without_repeats(direction, count):
+    w = cut(direction, 1)
+    orders, rows = negatives(w, np.arange(len(w)), 0, count)
+    assert orders.shape == (len(w), T) and rows.shape == (len(w), count)
+    pool = set(np.flatnonzero(w.store.articles.loc[w.store.article, "split"] == "val"))
+    for i in range(len(w)):
+        assert sorted(orders[i]) == list(range(T))
+        there = rows[i][rows[i] >= 0]
+        assert (rows[i][len(there) :] == -1).all() and len(set(there)) == len(there)
+        others = pool - set(own_rows(w, i))
+        assert set(there) <= others and len(there) == min(count, len(others))
+
+
+def test_draws_depend_on_the_seed_and_the_target_alone():
+    w = cut("forward", 1)
+    orders, rows = negatives(w, np.arange(len(w)), 4, 9)
+    for index in ([5, 2], [11], list(range(len(w)))[::-1]):  # any batch
+        again = negatives(w, np.array(index), 4, 9)
+        np.testing.assert_array_equal(again[0], orders[index])
+        np.testing.assert_array_equal(again[1], rows[index])
+    few = w.at_most(6)  # any selection
+    places = [int(np.flatnonzero(w.start == s)[0]) for s in few.start]
+    np.testing.assert_array_equal(negatives(few, np.arange(6), 4, 9)[1], rows[places])
+    other = negatives(w, np.arange(len(w)), 5, 9)
+    assert (other[0] != orders).any(axis=1).mean() > 0.9 and (other[1] != rows).any(axis=1).all()
+    assert len({tuple(r) for r in rows}) == len(w)  # not one draw for all windows
+
+
+def test_draws_are_uniform():
+    """Chi-square over many seeds: every order of the context, and every chunk of the other articles, alike."""
+    w = cut("forward", 1)
+    seeds, index = 400, np.arange(len(w))
+    drawn = [negatives(w, index, s, 3) for s in range(seeds)]
+    orders = np.concatenate([o for o, _ in drawn])
+    counts = pd.Series(map(tuple, orders)).value_counts().reindex(itertools.permutations(range(T)), fill_value=0)
+    assert stats.chisquare(counts).pvalue > 1e-3
+    for i in (0, len(w) // 2, len(w) - 1):  # of three articles
+        rows = np.concatenate([r[i] for _, r in drawn])
+        counts = pd.Series(rows).value_counts()
+        others = set(w.store.rows("val")) - set(own_rows(w, i))
+        assert set(counts.index) == others
+        assert stats.chisquare(counts).pvalue > 1e-3
+        first = pd.Series([r[i, 0] for _, r in drawn]).value_counts().reindex(list(others), fill_value=0)
+        assert stats.chisquare(first).pvalue > 1e-3  # the first of them stands in for the last context vector
+
+
+def test_an_only_article_has_no_negatives():
+    frame = pd.DataFrame({"title": ["a", "b"], "split": ["val", "ood"]}, index=pd.Index([0, 1], name="article"))
+    x = np.eye(16, dtype=np.float32)
+    store = make_store("one", x, [0] * 8 + [1] * 8, [*range(8)] * 2, frame)
+    assert (negatives(windows(store, "val", 1, T), np.arange(3), 0, 4)[1] == -1).all()
