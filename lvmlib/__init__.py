@@ -1,15 +1,17 @@
 """Latent Vector Models: training the P6b family and judging it by 5CAT. The notebooks are the program."""
 
+from .arrow import arrow
 from .errors import LVMError
 from .fivecat import fivecat
 from .models import baselines
 from .params import changes, check_injected, known_versions, version
 from .training import open_run, run_folder, train, validate, watched
 from .vectors import dataset
-from .verdict import checklist, comparison, verdict
+from .verdict import checklist, comparison, reading, verdict
 
 __all__ = [
     "LVMError",
+    "arrow",
     "baselines",
     "changes",
     "check_injected",
@@ -19,6 +21,7 @@ __all__ = [
     "fivecat",
     "known_versions",
     "open_run",
+    "reading",
     "run_folder",
     "train",
     "validate",

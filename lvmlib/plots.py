@@ -15,10 +15,11 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from .fivecat import ABLATIONS, GATES, OFFSETS, STEPS, THRESHOLDS, Report
+from .arrow import MEASURES, Arrow
+from .fivecat import GATES, OFFSETS, ORIGINAL_OFFSETS, STEPS, THRESHOLDS, Report, ablations
 from .params import Version
 from .statistics import chance_recall, over_articles
-from .verdict import Check, Verdict
+from .verdict import MARGIN_RISE, RECALL, RHO_TOLERANCE, SPIKE, VAL_COS, Check, Verdict
 
 GREY = "0.45"
 INK, PULL, WARN, BAND = (sns.color_palette("colorblind")[i] for i in (0, 1, 3, 2))
@@ -119,43 +120,67 @@ def conditions_frame(verdict: Verdict) -> pd.DataFrame:
     ).fillna("–")
 
 
-def gate_table(report: Report, split: str) -> Styler:
-    """All measures of a split: the model with its interval, chance, threshold, and the trivial predictors."""
-    rows = report.table[report.table["split"].isin([split, "both"])]
-    wide = rows.pivot_table(index=["gate", "measure"], columns="predictor", values="value", sort=False, dropna=False)
-    own = rows[rows["predictor"] == "model"]
-    words = {True: "passed", False: "FAILED"}
+def gate_table(report: Report, split: str, gates: str = "ABCDEG") -> Styler:
+    """The measures of a split: the model with its interval, chance, and the predictors compared with.
 
-    def threshold(r) -> str:
-        if pd.isna(r["threshold"]):
-            return ""
-        return f"{'≥' if THRESHOLDS[r['gate'], r['measure']][0] == '>=' else '≤'} {r['threshold']:.2f}"
-
+    Profile `original` adds the thresholds. Differences of validation and OOD (gate E) stand with either split.
+    """
+    rows = report.table[report.table["split"].isin([split, "both"]) & report.table["gate"].isin(list(gates))]
+    own = rows[rows["predictor"] == "model"].set_index(["gate", "measure"])
     frame = pd.DataFrame(
         {
-            "gate": [f"{g} {GATES[g]}" for g in own["gate"]],
-            "measure": list(own["measure"]),
-            "model": list(own["value"]),
-            "95 % over articles": [
-                "–" if pd.isna(r["low"]) else f"{r['low']:.3f} … {r['high']:.3f}" for _, r in own.iterrows()
-            ],
-            "wanted": [threshold(r) for _, r in own.iterrows()],
-            "": [words.get(p, "") if pd.notna(p) else "" for p in own["passed"]],
-            "chance": list(own["chance"]),
-            "articles": list(own["articles"]),
-            "windows": list(own["windows"]),
-            **{
-                p: [wide.loc[(g, m), p] for g, m in zip(own["gate"], own["measure"], strict=True)]
-                for p in wide.columns
-                if p != "model"
-            },
+            "gate": [f"{g} {GATES[g]}" for g, _ in own.index],
+            "measure": [m for _, m in own.index],
+            "model": own["value"].to_numpy(),
+            "95 % over articles": [_interval(low, high) for low, high in zip(own["low"], own["high"], strict=True)],
+            "chance": own["chance"].to_numpy(),
+        }
+    )
+    if report.profile == "original":
+        words = {True: "passed", False: "FAILED"}
+        frame["wanted"] = [_threshold(g, m, t) for (g, m), t in zip(own.index, own["threshold"], strict=True)]
+        frame[""] = [words[p] if pd.notna(p) else "" for p in own["passed"]]
+    elif own["adjusted"].notna().any():
+        frame["adjusted"] = own["adjusted"].to_numpy()
+    for name in report.predictors[1:]:
+        other = rows[rows["predictor"] == name].set_index(["gate", "measure"])["value"]
+        frame[name] = other.reindex(own.index).to_numpy()
+    frame["articles"], frame["windows"] = (
+        pd.to_numeric(own[c]).astype(float).to_numpy() for c in ("articles", "windows")
+    )
+    frame["gate"] = frame["gate"].where(~frame["gate"].duplicated(), "")
+    caption = f"5CAT, {report.profile}, {split}"
+    if report.profile == "original":
+        passed = [g for g, ok in report.gates(split).items() if ok]
+        caption += f": {len(passed)} of 5 gates passed" + (f" ({', '.join(passed)})" if passed else "")
+    return table(frame, caption=caption)
+
+
+def judgement_table(report: Report, split: str) -> Styler:
+    """Profile `calibrated`: what each gate asks, and what the interval answers."""
+    frame = report.judgements(split)
+    frame = pd.DataFrame(
+        {
+            "gate": [f"{g} {GATES[g]}" for g in frame["gate"]],
+            "question": frame["question"],
+            "value": frame["value"],
+            "95 % over articles": [_interval(*r) for r in zip(frame["low"], frame["high"], strict=True)],
+            "wanted": frame["wanted"],
+            "": frame["outcome"].replace("failed", "FAILED"),
         }
     )
     frame["gate"] = frame["gate"].where(~frame["gate"].duplicated(), "")
-    passed = [g for g, ok in report.gates(split).items() if ok]
-    return table(
-        frame, caption=f"5CAT, {split}: {len(passed)} of 5 gates passed" + (f" ({', '.join(passed)})" if passed else "")
-    )
+    return table(frame, caption=f"5CAT, calibrated, {split}: what the gates ask")
+
+
+def _interval(low: float, high: float, digits: int = 3) -> str:
+    return "–" if pd.isna(low) else f"{low:.{digits}f} … {high:.{digits}f}"
+
+
+def _threshold(gate: str, measure: str, threshold: float) -> str:
+    if pd.isna(threshold):
+        return ""
+    return f"{'≥' if THRESHOLDS[gate, measure][0] == '>=' else '≤'} {threshold:.2f}"
 
 
 def training(history: pd.DataFrame, version: Version, baselines: pd.DataFrame | None = None) -> Figure:
@@ -283,7 +308,7 @@ def step_health(steps: pd.DataFrame, version: Version) -> Figure:
     pull.set(title="Weight of the directional loss", ylabel="λ_eff")
     gradient.plot(x, steps["gradient_norm"], "o-", color=INK, label="before clipping")
     gradient.axhline(version.optimizer.clip_norm, color=GREY, ls=":", label="clipped to")
-    gradient.set(title="Gradient norm", ylabel="norm", yscale="log")
+    gradient.set(title="Gradient norm of the weights", ylabel="norm", yscale="log")
     weights = {
         "mse": 1.0,
         "directional": steps["lambda_eff"],
@@ -291,11 +316,8 @@ def step_health(steps: pd.DataFrame, version: Version) -> Figure:
         "norm": version.losses.norm,
         "orthogonality": version.losses.orthogonality,
     }
-    for (name, weight), style in zip(weights.items(), ("o-", "s--", "^:", "v-.", "x-"), strict=True):
-        part = steps[name] * weight
-        if (part > 0).any():
-            terms.plot(x, part.where(part > 0), style, ms=4, label=name)
-    terms.set(title="Weighted terms of the loss", ylabel="weighted term", yscale="log")
+    _terms(terms, x, {name: steps[name] * weight for name, weight in weights.items()})
+    terms.set(title="Weighted terms of the loss", ylabel="weighted term")
     for axis in axes.flat:
         axis.set(xlabel="step")
         axis.legend(fontsize="x-small")
@@ -305,34 +327,107 @@ def step_health(steps: pd.DataFrame, version: Version) -> Figure:
     return figure
 
 
-def offset_sweep(report: Report, split: str, horizon: int) -> Figure:
-    """Gate A: mean cosine of the predictions with the chunks around the target; the model with its interval."""
-    figure, axis = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-    names = _predictors(report)
-    for i, name in enumerate(names):
+def pulls(rows: pd.DataFrame, version: Version, x: str) -> Figure:
+    """How hard each term pulls at the prediction, and whether they pull together.
+
+    `rows`: of steps.csv with `x` "step", or of epochs.csv with "epoch".
+    """
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.3), layout="constrained")
+    norms, share, angle, escape = axes
+    names = ("mse", "directional", "floor", "norm", "orthogonality")
+    _terms(norms, rows[x], {name: rows[f"pull_{name}"] for name in names})
+    norms.set(title="Gradient of each weighted term", ylabel="norm at the prediction")
+    share.plot(rows[x], rows["rho"], "o-", color=INK, label="ρ in value")
+    share.plot(rows[x], rows["rho_gradient"], "^--", color=PULL, label="ρ in gradient")
+    share.plot(rows[x], rows["rho_target"], ":", color=GREY, label="target (of the value)")
+    share.set(title="The directional share, twice", ylabel="directional / mean square", ylim=(0, None))
+    angle.plot(rows[x], rows["angle"], "o-", color=INK)
+    angle.axhline(90, color=GREY, label="at right angles")
+    angle.set(title="Angle between the two gradients", ylabel="degrees", ylim=(0, 180), yticks=(0, 45, 90, 135, 180))
+    escape.plot(rows[x], 100 * rows["escape"], "o-", color=INK)
+    escape.axhline(0, color=GREY, label="no context vector subtracted")
+    escape.set(title="Escape: negative context weights", ylabel="share of all weights, %", ylim=(-4, 104))
+    for axis in axes:
+        axis.set(xlabel=x)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize="x-small")
+    every = "by epoch, means over its batches" if x == "epoch" else f"every {version.log_every} steps"
+    figure.suptitle(f"{version.name}, {every}", x=0.005, ha="left", weight="bold")
+    return figure
+
+
+def _terms(axis, x: pd.Series, parts: dict[str, pd.Series]) -> None:
+    """A line a term, on a logarithmic scale; what is never above 0 is left out."""
+    for (name, part), style in zip(parts.items(), ("o-", "s--", "^:", "v-.", "x-"), strict=True):
+        if (part > 0).any():
+            axis.plot(x, part.where(part > 0), style, ms=4, label=name)
+    axis.set(yscale="log")
+
+
+def checks(history: pd.DataFrame, steps: pd.DataFrame, version: Version) -> Figure:
+    """The quantities of the checklist, each with its bound and the zone that it should stay out of shaded."""
+    figure, axes = plt.subplots(2, 4, figsize=(15, 5.6), layout="constrained")
+    acting = steps[steps["skip"] == 0]
+    miss = (acting["rho"] - acting["rho_target"]).abs()
+    panels = [
+        ("|ρ − target|", "step", acting["step"], miss, RHO_TOLERANCE, "above"),
+        ("batches skipped", "epoch", history["epoch"], history["skips"], 0.5, "above"),
+        ("lower of pos and neg", "step", steps["step"], steps[["pos", "neg"]].min(axis=1), 0.0, "below"),
+        ("λ_eff", "step", steps["step"], steps["lambda_eff"], None, ""),
+        ("margin, rise over 3 epochs", "epoch", history["epoch"], history["margin"].diff(3), MARGIN_RISE, "below"),
+        ("R@5 of six", "epoch", history["epoch"], history["recall_at_5"], RECALL, "below"),
+        ("validation cosine", "epoch", history["epoch"], history["val_cos"], VAL_COS, "below"),
+        ("validation loss / best before", "epoch", history["epoch"],
+         history["val_loss"] / history["val_loss"].cummin().shift().fillna(history["val_loss"]), SPIKE, "above"),
+    ]  # fmt: skip
+    for axis, (title, unit, x, y, bound, bad) in zip(axes.flat, panels, strict=True):
+        axis.plot(x, y, "o-", color=INK, ms=4)
+        axis.set(title=title, xlabel=unit)
+        if y.notna().sum() == 0:
+            axis.text(0.5, 0.5, "not applicable", transform=axis.transAxes, ha="center", color="0.3")
+            continue
+        if bound is not None:
+            low, high = axis.get_ylim()
+            low, high = min(low, bound - 0.1 * abs(high - low)), max(high, bound + 0.1 * abs(high - low))
+            axis.axhspan(*((bound, high) if bad == "above" else (low, bound)), color=WARN, alpha=0.12, lw=0)
+            axis.axhline(bound, color=WARN, ls="--", lw=1)
+            axis.set_ylim(low, high)
+        if unit == "epoch":
+            axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    figure.suptitle(f"{version.name}: the checklist's quantities; shaded: broken", x=0.005, ha="left", weight="bold")
+    return figure
+
+
+def offset_sweep(report: Report, split: str) -> Figure:
+    """Gate A: mean cosine of the predictions with the chunks around the target; the model with its interval.
+
+    Each offset over the windows that have it (profile `original`: over those that have all).
+    """
+    figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
+    offsets = OFFSETS if report.profile == "calibrated" else ORIGINAL_OFFSETS
+    for i, name in enumerate(report.predictors):
         frame = report.frames[split, name]
-        sweep = frame[[f"offset {k:+d}" for k in OFFSETS]].dropna()
+        sweep = frame[[f"offset {k:+d}" for k in offsets]]
+        if report.profile == "original":
+            sweep = sweep.dropna()
         points = [over_articles(sweep[c], frame["article"][sweep.index]) for c in sweep]
         mean, low, high = np.array(points).T
-        main = name == "model"
-        axis.plot(
-            OFFSETS,
-            mean,
-            marker="os^vDP"[i % 6],
-            **_look(i),
-            label=name,
+        axis.plot(offsets, mean, marker="os^vDP"[i % 6], ms=4, **_look(i), label=name)
+        if name == "model":
+            axis.fill_between(offsets, low, high, color=INK, alpha=0.2, lw=0, label="95 % over articles")
+            axis.axhline(frame["cosine_article"].mean(), color=GREY, label="model, any chunk of the article")
+    last = -report.horizon  # the last chunk that was read
+    axis.axvspan(last - report.context_length + 0.5, last + 0.5, color="0.90", lw=0, zorder=0, label="the context")
+    if report.horizon > 1:
+        axis.axvspan(
+            last + 0.5, -0.5, facecolor="white", edgecolor="0.75", hatch="///", lw=0, zorder=0, label="skipped"
         )
-        if main:
-            axis.fill_between(OFFSETS, low, high, color=INK, alpha=0.2, lw=0, label="95 % over articles")
-            axis.axhline(
-                frame["cosine_article"][sweep.index].mean(), color=GREY, label="model, any chunk of the article"
-            )
-    axis.axvspan(min(OFFSETS) - 0.5, -horizon + 0.5, color="0.93", lw=0, zorder=0, label="the context")
     axis.axvline(0, color=GREY, lw=0.8, ls=":")
     axis.set(
-        xlim=(min(OFFSETS) - 0.3, max(OFFSETS) + 0.3),
+        xlim=(min(offsets) - 0.3, max(offsets) + 0.3),
+        xticks=list(offsets),
         title=f"Gate A, {split}: which chunk is the prediction nearest to?",
-        xlabel="offset from the target (0), in chunks",
+        xlabel="offset from the target (0), in chunks, in reading direction",
         ylabel="mean cosine",
     )
     axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -344,9 +439,9 @@ def recall_curve(report: Report, split: str) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     k = np.arange(1, 21)
     for axis, prefix, title in zip(
-        axes, ("", "novel "), ("the whole article (as the original)", "the context left out"), strict=True
+        axes, ("novel ", ""), ("the context left out", "the whole article (as the original)"), strict=True
     ):
-        for i, name in enumerate(_predictors(report)):
+        for i, name in enumerate(report.predictors):
             frame = report.frames[split, name]
             axis.plot(
                 k,
@@ -365,71 +460,215 @@ def recall_curve(report: Report, split: str) -> Figure:
     return figure
 
 
-def ablations_and_rollout(report: Report, split: str) -> Figure:
-    """Gates C and D: what each damage to the context changes, and the cosine of each rollout step."""
-    figure, (damage, rollout) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(3, 2))
-    names = _predictors(report)
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        rows = report.rows(split, name).set_index("measure").loc[list(ABLATIONS)]
-        y = np.arange(len(rows)) + (i - (len(names) - 1) / 2) * height
-        error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
-        damage.barh(
-            y,
-            rows["value"],
-            height=height,
-            xerr=np.nan_to_num(error),
-            color=_look(i)["color"],
-            label=name,
-            error_kw={"lw": 0.8},
-            hatch=["", "//", "..", "xx", "--", "++"][i % 6],
-            edgecolor="white",
-        )
-        frame = report.frames[split, name]
-        steps = range(1, STEPS + 1)
-        whole = frame[[f"rollout {h}" for h in steps]].dropna()
-        rollout.plot(
-            steps,
-            whole.mean(),
-            marker="os^vDP"[i % 6],
-            **_look(i),
-            label=name,
-        )
-        if name == "model":
-            rollout.plot(
-                steps,
-                frame.loc[whole.index, [f"rollout chance {h}" for h in steps]].mean(),
-                color=GREY,
-                label="model, any chunk of the article",
+def context_ablations(report: Report, split: str) -> Figure:
+    """Gate C: what each damage to the context changes, in cosine and in novel MRR, with intervals over articles."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained", sharey=True)
+    names = list(ablations(report.context_length))
+    height = 0.8 / len(report.predictors)
+    for axis, after, label in zip(axes, ("", ", novel MRR"), ("cosine at the target", "novel MRR"), strict=True):
+        for i, predictor in enumerate(report.predictors):
+            rows = report.rows(split, predictor).set_index("measure").loc[[n + after for n in names]]
+            y = np.arange(len(rows)) + (i - (len(report.predictors) - 1) / 2) * height
+            error = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
+            axis.barh(
+                y,
+                rows["value"],
+                height=height,
+                xerr=np.nan_to_num(error),
+                color=_look(i)["color"],
+                label=predictor,
+                error_kw={"lw": 0.8},
+                hatch=["", "//", "..", "xx", "--", "++"][i % 6],
+                edgecolor="white",
             )
-    for j, name in enumerate(ABLATIONS):
-        threshold = THRESHOLDS["C", name][1]
-        damage.plot(
-            [threshold, threshold],
-            [j - 0.45, j + 0.45],
-            color=WARN,
-            ls="--",
-            label="gate: must be left of" if j == 0 else None,
-        )
-    damage.axvline(0, color=GREY)
-    damage.set(title=f"Gate C, {split}: damage to the context", xlabel="change of cos(p, y)")
-    damage.set_yticks(range(len(ABLATIONS)), ABLATIONS)
-    damage.invert_yaxis()
-    damage.legend(fontsize="x-small")
-    rollout.axhline(
-        THRESHOLDS["D", "mean cosine"][1 if split == "val" else 2],
-        color=WARN,
-        ls="--",
-        lw=1,
-        label="gate: mean above",
-    )
-    rollout.set(
-        title=f"Gate D, {split}: its own predictions as context",
+        axis.axvline(0, color=GREY)
+        axis.set(title=f"Gate C, {split}: change of the {label}", xlabel=f"change of the {label}")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[1].legend(fontsize="x-small")
+    return figure
+
+
+def rollouts(report: Report, split: str) -> Figure:
+    """Gate D: cosine of each rollout step with the chunk that it foretells; and how alike the steps are."""
+    figure, (cosine, alike) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    steps = range(1, STEPS + 1)
+    for i, name in enumerate(report.predictors):
+        frame = report.frames[split, name]
+        whole = frame[[f"rollout {h}" for h in steps]].dropna()
+        cosine.plot(steps, whole.mean(), marker="os^vDP"[i % 6], ms=5, **_look(i), label=name)
+        similar = frame.loc[whole.index, [f"similarity {h}" for h in steps[1:]]].mean()
+        alike.plot(steps[1:], similar, marker="os^vDP"[i % 6], ms=5, **_look(i), label=name)
+        if name == "model":
+            for row in (
+                report.row(f"cosine at step {h}", split) for h in (steps if report.profile == "calibrated" else ())
+            ):
+                h = int(row["measure"][-1])
+                cosine.plot([h, h], [row["low"], row["high"]], color=INK, lw=1)
+            chance = frame.loc[whole.index, [f"rollout chance {h}" for h in steps]].mean()
+            cosine.plot(steps, chance, color=GREY, label="model, any chunk of the article")
+    title = f"Gate D, {split}: its own predictions as context"
+    cosine.set(title=title, xlabel="rollout step", ylabel="mean cosine with the chunk", xticks=list(steps))
+    alike.axhline(1, color=GREY, label="frozen")
+    alike.set(
+        title="How alike are the steps?",
         xlabel="rollout step",
-        ylabel="mean cosine with the chunk",
-        xticks=list(range(1, STEPS + 1)),
+        ylabel="cosine with the step before",
+        xticks=list(steps[1:]),
     )
-    rollout.legend(fontsize="x-small")
+    cosine.legend(fontsize="x-small")
+    alike.legend(fontsize="x-small")
+    return figure
+
+
+def generalisation(report: Report) -> Figure:
+    """Gate E: cosine at the target by coherence of the context, validation beside OOD; and their difference."""
+    figure, (level, gap) = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
+    for i, (split, marker) in enumerate((("val", "o-"), ("ood", "^--"))):
+        frame = report.frames[split, "model"]
+        edges = np.quantile(frame["coherence"], np.linspace(0, 1, 7))
+        place = np.clip(np.searchsorted(edges, frame["coherence"], side="right") - 1, 0, 5)
+        found = [
+            (
+                frame["coherence"][place == b].mean(),
+                *over_articles(frame["cosine"][place == b], frame["article"][place == b]),
+            )
+            for b in range(6)
+        ]
+        x, mean, low, high = np.array(found).T
+        level.errorbar(
+            x,
+            mean,
+            np.clip([mean - low, high - mean], 0, None),
+            fmt=marker,
+            capsize=3,
+            color=_look(i)["color"],
+            label=split,
+        )
+    level.axvspan(0.45, 0.55, color="0.92", lw=0, zorder=0, label="normal coherence")
+    level.set(
+        title="Gate E: cosine by coherence of the context",
+        xlabel="mean adjacent cosine in the context",
+        ylabel="cos(p, y), sixths of the windows",
+    )
+    level.legend(fontsize="x-small")
+    rows = report.table[(report.table["split"] == "both") & report.table["measure"].str.startswith("difference, ")]
+    bins = list(dict.fromkeys(rows["measure"]))
+    for i, name in enumerate(report.predictors):
+        own = rows[rows["predictor"] == name].set_index("measure").loc[bins]
+        y = np.arange(len(bins)) + (i - (len(report.predictors) - 1) / 2) * 0.12
+        error = np.clip([own["value"] - own["low"], own["high"] - own["value"]], 0, None)
+        gap.errorbar(own["value"], y, xerr=error, fmt="os^vDP"[i % 6], ms=4, lw=1, color=_look(i)["color"], label=name)
+    gap.axvline(0, color=GREY)
+    gap.axvspan(-0.05, 0.05, color="0.92", lw=0, zorder=0)
+    gap.set_yticks(range(len(bins)), [b.removeprefix("difference, ") for b in bins])
+    gap.invert_yaxis()
+    gap.set(title="Validation − OOD (shaded: ± 0.05)", xlabel="difference of cosines, 95 % over articles of both")
+    gap.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def make_up(report: Report, split: str) -> Figure:
+    """Gate G: the weights of the context vectors in the predictions, and the parts that a prediction's square has."""
+    figure, (weight, part) = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
+    places = list(range(-report.context_length, 0))
+    for i, name in enumerate(report.predictors):
+        rows = report.rows(split, name).set_index("measure")
+        own = rows.loc[[f"weight of context[{t}]" for t in places]]
+        weight.plot(places, own["value"], marker="os^vDP"[i % 6], ms=5, **_look(i), label=name)
+        if name == "model":
+            weight.fill_between(places, own["low"].astype(float), own["high"].astype(float), color=INK, alpha=0.2, lw=0)
+    weight.axhline(0, color=GREY)
+    weight.set(
+        title=f"Gate G, {split}: weight of each context vector",
+        xlabel="position in the context",
+        ylabel="least-squares weight",
+        xticks=places,
+    )
+    weight.legend(fontsize="x-small")
+    parts = ("along the mean", "along differences", "outside the context")
+    left = np.zeros(len(report.predictors))
+    for k, name in enumerate(parts):
+        size = np.array([abs(report.value(f"part {name}", split, p)) for p in report.predictors])
+        part.barh(
+            report.predictors,
+            size,
+            left=left,
+            color=["0.35", "0.62", "0.85"][k],
+            hatch=["", "//", ".."][k],
+            edgecolor="white",
+            label=name,
+        )
+        left += size
+    part.invert_yaxis()
+    part.set(
+        title="Where the prediction lies", xlabel="share of its square (along the mean: with either sign)", xlim=(0, 1)
+    )
+    part.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    return figure
+
+
+def arrows(found: dict[str, Arrow]) -> Figure:
+    """Gate F: forward − backward, copy last's own taken off, for each named comparison, with 95 % over articles and
+    seeds; a small point a seed."""
+    figure, axes = plt.subplots(
+        1, len(MEASURES), figsize=(13, 0.8 + 0.42 * max(len(found), 3)), layout="constrained", sharey=True
+    )
+    for axis, (measure, sign) in zip(axes, MEASURES.items(), strict=True):
+        for i, arrow in enumerate(found.values()):
+            row = arrow.table.set_index("measure").loc[measure]
+            axis.plot([row["low"], row["high"]], [i, i], color=INK, lw=2)
+            axis.plot(row["difference"], i, "o", color=INK, ms=7)
+            axis.plot(
+                arrow.differences[measure].mean(1),
+                np.full(len(arrow.differences[measure]), i),
+                "|",
+                color=PULL,
+                ms=11,
+                mew=1.5,
+            )
+        axis.axvline(0, color=GREY)
+        better = "right" if sign == 1 else "left"
+        axis.set(title=f"{measure}: forward is better to the {better}", xlabel="forward − backward − that of copy last")
+    axes[0].set_yticks(range(len(found)), list(found))
+    axes[0].invert_yaxis()
+    return figure
+
+
+def trade_off(runs: pd.DataFrame, curves: pd.DataFrame, x: str, measures: dict[str, str]) -> Figure:
+    """What each margin and the novel MRR cost in cosine: a point a run, a curve an untrained trick over its strength.
+
+    `runs`: columns version, the cosine `x`, and the `measures` (column → label); version empty: a trivial predictor,
+    named in `predictor`. `curves`: columns trick, strength, `x` and the measures.
+    """
+    columns = 3
+    rows = -(-len(measures) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(14, 4.1 * rows), layout="constrained", squeeze=False)
+    for axis, (column, label) in zip(axes.flat, measures.items(), strict=False):
+        for i, (name, curve) in enumerate(curves.groupby("trick", sort=False)):
+            axis.plot(
+                curve[x],
+                curve[column],
+                color="0.35",
+                lw=1.2,
+                ls=("-", "--", ":", "-.")[i % 4],
+                label=f"{name}, untrained",
+            )
+        for i, (name, group) in enumerate(runs[runs["version"] != ""].groupby("version", sort=False)):
+            axis.plot(group[x], group[column], "os^vDPX*h"[i % 9], ms=7, alpha=0.9, color=_look(i)["color"], label=name)
+        for row in runs[runs["version"] == ""].to_dict("records"):
+            axis.plot(row[x], row[column], "x", color="black", ms=7, mew=1.8)
+            axis.annotate(
+                row["predictor"], (row[x], row[column]), xytext=(4, 4), textcoords="offset points", fontsize="xx-small"
+            )
+        if "margin" in label:
+            axis.axhline(0, color=GREY, lw=1)
+        axis.set(xlabel="validation cosine", ylabel=label, title=label)
+    for axis in axes.flat[len(measures) :]:
+        axis.axis("off")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    spare = axes.flat[len(measures)] if len(measures) < rows * columns else axes.flat[0]
+    spare.legend(handles, labels, fontsize="small", loc="center" if len(measures) < rows * columns else "best")
     return figure
 
 
@@ -459,7 +698,3 @@ def _look(i: int) -> dict:
     """Line style of the i-th predictor, the same in every figure; the first is the model."""
     dashes = ["-", "--", ":", "-.", (0, (1, 1)), (0, (6, 2, 1, 2, 1, 2))]
     return {"color": sns.color_palette("colorblind")[i % 10], "ls": dashes[i % 6], "lw": 2.6 if i == 0 else 1.4}
-
-
-def _predictors(report: Report) -> list[str]:
-    return list(report.table["predictor"].unique())

@@ -2,77 +2,106 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from .errors import LVMError
-from .params import flat, known_versions, version
-from .training import NOT_COMPARED, open_run, outputs
+from .fivecat import PROFILES
+from .params import Version, flat, known_versions, version
+from .training import NOT_COMPARED, open_run, outputs, run_folder, train
+from .vectors import Dataset
 
-# column: (split, gate, measure) of the 5CAT table
+# column: (profile, split, gate, measure) of the 5CAT tables
 MEASURES = {
-    "val_cos": ("val", "A", "cosine, all windows"),
-    "ood_cos": ("ood", "A", "cosine, all windows"),
-    "margin": ("val", "A", "margin"),
-    "margin_late": ("val", "A", "margin read late"),
-    "of_six": ("val", "B", "R@5 of six"),
-    "novel_mrr": ("val", "B", "novel MRR"),
-    "novel_mrr_ood": ("ood", "B", "novel MRR"),
+    "val_cos": ("calibrated", "val", "A", "cosine at the target"),
+    "ood_cos": ("calibrated", "ood", "A", "cosine at the target"),
+    "margin": ("original", "val", "A", "margin"),
+    "margin_late": ("original", "val", "A", "margin read late"),
+    "of_six": ("original", "val", "B", "R@5 of six"),
+    "margin_last": ("calibrated", "val", "A", "margin against the last"),
+    "margin_prev": ("calibrated", "val", "A", "margin against context[-2]"),
+    "margin_best": ("calibrated", "val", "A", "margin against the best other"),
+    "novel_margin": ("calibrated", "val", "A", "novel margin"),
+    "novel_mrr": ("calibrated", "val", "B", "novel MRR"),
+    "novel_mrr_ood": ("calibrated", "ood", "B", "novel MRR"),
+    "of_hundred": ("calibrated", "val", "B", "1 of 100"),
+    "margin_bought": ("calibrated", "val", "G", "margin bought"),
 }
 
 
 def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
-    """A row for each finished and judged run under outputs/<dataset>, and for each trivial predictor (version empty).
-
-    Columns: version, predictor (the model's or trivial predictor's name), seed, epochs, precision, MEASURES, gates_val,
-    gates_ood, seconds. Runs whose parameters are not their version's own are left out. Raises LVMError if none is
-    left.
+    """`judged` of every run under outputs/<dataset> whose parameters are its version's own (seed, model, direction and
+    precision may differ). Raises LVMError if there is none.
     """
     root = (root or outputs()) / dataset
-    rows, trivial = [], {}
+    folders = []
     for path in sorted(root.glob("*/*/fivecat.json")):
         record, _, _ = open_run(path.parent)
+        parameters = record["parameters"]
+        own = version(parameters["name"], fast=parameters["fast"])
+        if "finished" in record and ".old-" not in path.parent.name:
+            folders += [path.parent] if _settings(parameters) == _settings(own.to_dict()) else []
+    if not folders:
+        raise LVMError(f"{root}: no finished run with its 5CAT; train one, as by: make train VERSION=v22")
+    return judged(folders)
+
+
+def judged(folders: Sequence[Path]) -> pd.DataFrame:
+    """A row for each of these runs, and for each trivial predictor that was measured beside them (version empty).
+
+    Columns: version, predictor (the model's or trivial predictor's name), seed, direction, epochs, precision, MEASURES,
+    gates_val, gates_ood (of the original), reading (the calibrated label), seconds. Raises LVMError, naming the file,
+    for a run without a readable report.
+    """
+    rows, trivial = [], {}
+    for folder in folders:
+        record, _, _ = open_run(folder)
+        path = Path(folder) / "fivecat.json"
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            table = pd.DataFrame(report["table"]).set_index(["predictor", "split", "gate", "measure"])["value"]
-            figures = {p: {m: table[p, *k] for m, k in MEASURES.items()} for p in table.index.unique("predictor")}
-        except (OSError, ValueError, KeyError) as e:
+            tables = pd.concat({p: pd.DataFrame(report[p]["table"]) for p in PROFILES}, names=["profile"]).reset_index()
+            table = tables.set_index(["predictor", "profile", "split", "gate", "measure"])["value"].sort_index()
+            names = list(dict.fromkeys(tables["predictor"]))
+            figures = {p: {m: float(table[p, *k]) for m, k in MEASURES.items()} for p in names}
+            gates = {s: "".join(g for g, ok in report["original"]["gates"][s].items() if ok) for s in ("val", "ood")}
+            label = report["reading"]["label"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise LVMError(f"{path}: cannot be read as a 5CAT report ({e!r}); run train.ipynb for it again") from e
         parameters = record["parameters"]
-        # Only runs of the version as it stands: seeds, models and precisions may differ, nothing else.
-        own = version(parameters["name"], fast=parameters["fast"])
-        if "finished" not in record or ".old-" in path.parent.name or _settings(parameters) != _settings(own.to_dict()):
-            continue
         rows.append(
             {
                 "version": parameters["name"],
                 "predictor": parameters["model"],
                 "seed": parameters["seed"],
+                "direction": parameters.get("direction", "forward"),
                 "epochs": parameters["epochs"],
                 "precision": record["computed"]["precision"],
                 **figures.pop("model"),
-                "gates_val": "".join(g for g, ok in report["gates"]["val"].items() if ok),
-                "gates_ood": "".join(g for g, ok in report["gates"]["ood"].items() if ok),
+                "gates_val": gates["val"],
+                "gates_ood": gates["ood"],
+                "reading": label,
                 "seconds": record["finished"]["training_seconds"],
             }
         )
         trivial |= {name: {"version": "", "predictor": name, **values} for name, values in figures.items()}
-    if not rows:
-        raise LVMError(f"{root}: no finished run with its 5CAT; train one, as by: make train VERSION=v22")
     return pd.DataFrame([*rows, *trivial.values()])
 
 
 def _settings(parameters: dict) -> dict:
-    free = (*NOT_COMPARED, "seed", "model")
+    free = (*NOT_COMPARED, "seed", "model", "direction")
     return {k: v for k, v in flat(parameters).items() if not k.startswith(free)}
 
 
 def by_version(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows of `runs` drawn together over seeds: for each figure its mean, and ± half the range over the seeds."""
     figures = list(MEASURES)
+    frame = frame[frame["direction"].isin(["forward", np.nan])]
     groups = frame.fillna({"precision": "", "epochs": 0}).groupby(["version", "predictor", "epochs", "precision"])
     mean, half = groups[figures].mean(), (groups[figures].max() - groups[figures].min()) / 2
     out = mean.join(half.add_suffix("_half")).join(groups["seed"].count().rename("seeds"))
@@ -107,3 +136,22 @@ def markdown(summary: pd.DataFrame) -> str:
         model = ", ".join(word for word in (row["predictor"], row["precision"]) if word)
         lines.append(f"| {name} | {model} | {row['seeds'] or '–'} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def directions(own: Version, forward: Dataset, backward: Dataset, seeds: int = 20) -> dict[int, tuple]:
+    """The finished runs of `own` in both directions: seed → (best model forward, best model backward).
+
+    Only seeds below `seeds` that have both in their usual folder, with the parameters of `own`.
+    """
+    found = {}
+    for seed in range(seeds):
+        pair = []
+        for data, direction in ((forward, "forward"), (backward, "backward")):
+            this = replace(own, seed=seed, direction=direction)
+            if (run_folder(this) / "run.yaml").exists():
+                with contextlib.suppress(LVMError):  # one with other parameters is another run
+                    run = train(this, data)
+                    pair += [run.best] if run.finished else []
+        if len(pair) == 2:
+            found[seed] = tuple(pair)
+    return found

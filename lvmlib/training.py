@@ -98,6 +98,7 @@ STEP_COLUMNS = (
     "skip",
     "gradient_norm",
 )
+LATER = ("escape", *PULLS, "rho_gradient", "angle")  # what the first runs did not log
 # Words, figures to compare with, and where it is computed make no other run. The precision that was used does.
 NOT_COMPARED = ("about", "expected", "published", "device", "precision")
 EVALUATION_BATCH = 512
@@ -149,7 +150,10 @@ def train(version: Version, data: Dataset, out: str | os.PathLike | None = None,
 
 
 def open_run(folder: str | os.PathLike) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
-    """run.yaml, epochs.csv and steps.csv of a run's folder. Raises LVMError where one is missing or damaged."""
+    """run.yaml, epochs.csv and steps.csv of a run's folder. Raises LVMError where one is missing or damaged.
+
+    In a run from before a column was logged, that column is empty.
+    """
     folder = Path(folder)
     try:
         record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
@@ -157,8 +161,9 @@ def open_run(folder: str | os.PathLike) -> tuple[dict, pd.DataFrame, pd.DataFram
             raise ValueError("no parameters in run.yaml")
         epochs, steps = (_read_table(folder / name) for name in ("epochs.csv", "steps.csv"))
         for frame, columns, name in ((epochs, EPOCH_COLUMNS, "epochs.csv"), (steps, STEP_COLUMNS, "steps.csv")):
-            if tuple(frame.columns) != columns:
+            if set(columns) - set(frame.columns) - set(LATER) or set(frame.columns) - set(columns):
                 raise ValueError(f"{name} does not have the columns {', '.join(columns)}")
+        epochs, steps = epochs.reindex(columns=EPOCH_COLUMNS), steps.reindex(columns=STEP_COLUMNS)
     except (OSError, ValueError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise LVMError(
             f"{folder}: not the folder of a run that can be read ({e}); train it, or restore the file"
@@ -240,6 +245,7 @@ class Run:
             }
             for r in (self.record, record)
         )
+        theirs.setdefault("direction", "forward")  # the first runs knew no other
         differing = [
             f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
             for k in {**theirs, **ours}

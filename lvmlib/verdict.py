@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .arrow import Arrow
 from .fivecat import Report
 from .params import Version
 from .params import version as load_version
+from .statistics import few
 
 # What the original called healthy and successful.
 RHO_TOLERANCE = 0.05
@@ -172,6 +174,7 @@ def verdict(version: Version, history: pd.DataFrame, report: Report) -> Verdict:
     fixed λ) where the control held λ at less than half of its ceiling in the mean; else **C** (data with a known
     forward bias).
     """
+    report = report.original
     of_six = report.value("R@5 of six", gate="B")
     gates = report.gates()
     baselines = [p for p in report.table["predictor"].unique() if p != "model"]
@@ -228,6 +231,95 @@ def verdict(version: Version, history: pd.DataFrame, report: Report) -> Verdict:
     return Verdict(success, conditions, decision, why, text)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What the calibrated 5CAT says in words: `label` (one of LABELS), `headline`, and the `sentences` behind it."""
+
+    label: str
+    headline: str
+    sentences: list[str]
+
+    @property
+    def text(self) -> str:
+        return " ".join([self.headline, *self.sentences])
+
+
+LABELS = {
+    "collapsed": "the predictions hardly depend on the context",
+    "escape": "the margin is bought by fleeing from the context: escape, not knowledge",
+    "knowledge": "it tells the next chunk from the article's others better than any arithmetic on the context",
+    "below arithmetic": "arithmetic on the context, with no training, does it better",
+    "not told apart": "it cannot be told from arithmetic on the context",
+}
+COLLAPSED = 0.1  # ours: the variance of the predictions, as a share of the targets', below which they are one vector
+
+
+def reading(report: Report, arrow: Arrow | None = None) -> Reading:
+    """The calibrated report's verdict, from its numbers alone, over all of its splits.
+
+    collapsed: the predictions' variance is below a tenth of the targets' on a split; else escape: named so on a split
+    (`health`); else by the novel MRR against the best trivial predictor on the same windows: knowledge where the
+    interval of the difference lies above 0 on every split, below arithmetic where it lies below 0 on one, otherwise not
+    told apart.
+    """
+    facts = {split: report.facts[split, "model"] for split in report.splits}
+    outcome = {}
+    sentences = []
+    for split in report.splits:
+        best = report.best_trivial("novel MRR", split)
+        against = report.paired("novel MRR", split, "model", best)
+        outcome[split] = "above" if against["low"] > 0 else "below" if against["high"] < 0 else "open"
+        mrr, margin = report.row("novel MRR", split), report.row("novel margin", split)
+        caution = few(report.frames[split, "model"]["article"])
+        sentences.append(
+            f"On {split} ({mrr['articles']} articles, {mrr['windows']} windows{'; ' + caution if caution else ''}) the "
+            f"novel MRR is {mrr['value']:.3f} [{mrr['low']:.3f}, {mrr['high']:.3f}], chance {mrr['chance']:.3f}, "
+            f"{against['value']:+.3f} [{against['low']:+.3f}, {against['high']:+.3f}] against {best}; the novel margin "
+            f"is {margin['value']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]."
+        )
+        order = report.row("shuffled, novel MRR", split)
+        used = (
+            "costs"
+            if order["high"] < 0
+            else "gains"
+            if order["low"] > 0
+            else "neither costs nor gains beyond doubt any"
+        )
+        rolled = report.paired(
+            "mean rollout", split, "model", report.best_trivial("mean rollout", split, ["copy last", "mean"])
+        )
+        beats = "above" if rolled["low"] > 0 else "below" if rolled["high"] < 0 else "not told from"
+        sentences.append(
+            f"Shuffling the context {used} novel MRR ({order['value']:+.3f}); its rollout is {beats} the better of "
+            f"copying and averaging ({rolled['value']:+.3f} in mean cosine), its steps "
+            f"{report.value('similarity of steps', split):.2f} alike."
+        )
+        if facts[split]["escape"]:
+            f = facts[split]
+            without = f" with {f['escape band']} leading components left out" if f["escape band"] else ""
+            sentences.append(
+                f"Subtracted context vectors{without} bought {f['margin bought']:+.3f} of margin there, at "
+                f"{f['cosine paid']:+.3f} of cosine and {f['novel MRR paid']:+.3f} of novel MRR."
+            )
+    if any(f["variance"] < COLLAPSED * f["variance of targets"] for f in facts.values()):
+        label = "collapsed"
+    elif any(f["escape"] for f in facts.values()):
+        label = "escape"
+    elif "below" in outcome.values():
+        label = "below arithmetic"
+    else:
+        label = "knowledge" if set(outcome.values()) == {"above"} else "not told apart"
+    if arrow is not None:
+        row = arrow.table.set_index("measure").loc["novel MRR"]
+        said = {"none": "no direction", "forward": "a forward direction", "backward": "a backward direction"}
+        sentences.append(
+            f"Arrow of time, over {row['seeds']} seeds and {row['articles']} articles: {said[arrow.declared]}; forward "
+            f"− backward in novel MRR, copying's own taken off, is {row['difference']:+.3f} [{row['low']:+.3f}, "
+            f"{row['high']:+.3f}]" + (f" ({arrow.caution})." if arrow.caution else ".")
+        )
+    return Reading(label, f"{label[0].upper() + label[1:]}: {LABELS[label]}.", sentences)
+
+
 def _decide(version: Version, history: pd.DataFrame, report: Report, success: bool) -> tuple[str, str]:
     if success:
         return "success", "Next: export the model, extend 5CAT on OOD, benchmark inference."
@@ -272,6 +364,7 @@ def _decide(version: Version, history: pd.DataFrame, report: Report, success: bo
 
 def comparison(version: Version, report: Report) -> pd.DataFrame:
     """This run, the original's published runs and the trivial predictors, by the measures that all of them have."""
+    report = report.original
     measures = {
         "margin, late": "margin read late",
         "R@5 of six": "R@5 of six",

@@ -102,7 +102,9 @@ def test_the_runs_are_drawn_together(outputs, trained):
     run = frame[frame["version"] == "v21"].iloc[0]
     report = json.loads((outputs / "fast/wikipedia/v21/seed0-amn/fivecat.json").read_text(encoding="utf-8"))
     (margin,) = [
-        r["value"] for r in report["table"] if (r["split"], r["predictor"], r["measure"]) == ("val", "model", "margin")
+        r["value"]
+        for r in report["original"]["table"]
+        if (r["split"], r["predictor"], r["measure"]) == ("val", "model", "margin")
     ]
     assert (run["predictor"], run["seed"], run["epochs"], run["margin"]) == ("amn", 0, 2, margin)
     assert set(frame.loc[frame["version"] == "", "predictor"]) == {
@@ -117,7 +119,7 @@ def test_the_runs_are_drawn_together(outputs, trained):
 
 
 def test_seeds_are_drawn_together_with_their_half_range():
-    row = {"version": "v22", "predictor": "transformer", "epochs": 12.0, "precision": "float32", "of_six": 0.75}
+    row = {"version": "v22", "predictor": "transformer", "epochs": 12.0, "precision": "float32", "direction": "forward"}
     frame = pd.DataFrame(
         [{**row, "seed": s, **dict.fromkeys(summary.MEASURES, x)} for s, x in enumerate((0.1, 0.2, 0.6))]
     )
@@ -126,7 +128,9 @@ def test_seeds_are_drawn_together_with_their_half_range():
     assert "+0.300 ± 0.250" in summary.markdown(pd.DataFrame([found]))
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", '{"table": []}', '{"table": [{"predictor": "model"}]}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "{}", '{"original": []}', '{"calibrated": {"table": [{"predictor": "model"}]}}']
+)
 def test_a_damaged_report_is_named(outputs, trained, tmp_path, content):
     source = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
     folder = tmp_path / "wikipedia" / "v21" / "seed0-amn"

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import lvmlib as lvm
-from lvmlib import controller, losses, models, training, vectors
+from lvmlib import controller, losses, models, summary, training, vectors
 from lvmlib.errors import LVMError
 
 DIM = 24
@@ -409,3 +409,69 @@ def test_run_yaml_is_plain(data, tmp_path):
         [5, 0.06],
         [9, 0.07],
     ]
+
+
+def reversed_store(store):
+    """The store with every article written backwards, row for row of the same article."""
+    order = np.concatenate([np.flatnonzero(store.article == a)[::-1] for a in dict.fromkeys(store.article.tolist())])
+    return vectors.make_store("turned", store.vectors[order], store.article[order], store.position, store.articles)
+
+
+def test_backward_is_forward_on_the_articles_written_backwards(data, tmp_path):
+    """The same windows in another order: so the same validation figures of the same weights."""
+    backward = vectors.dataset(data.store, direction="backward")
+    turned = vectors.dataset(reversed_store(data.store))
+    own = version(direction="backward", epochs=1)
+    run = lvm.train(own, backward, out=tmp_path / "run")
+    finish(run)
+    found, wanted = (training.validate(run.best, d.val) for d in (backward, turned))
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert training.run_folder(own).name == "seed0-amn-backward"
+
+
+def test_windows_of_the_other_direction_are_refused(data, tmp_path):
+    with pytest.raises(LVMError, match="reads backward, the dataset's windows do not"):
+        lvm.train(version(direction="backward"), data, out=tmp_path / "run")
+
+
+def test_the_logged_pulls_are_weighted_and_their_share_is_the_gradients(data, tmp_path):
+    run = lvm.train(version("v22", log_every=1), data, out=tmp_path / "v22")
+    finish(run)
+    acting = run.steps[run.steps["skip"] == 0]
+    assert len(acting) and np.allclose(acting["rho_gradient"], acting["pull_directional"] / acting["pull_mse"])
+    assert (acting["pull_orthogonality"] > 0).all() and run.steps["escape"].between(0, 1).all()
+    assert acting["angle"].between(0, 180).all()
+    plain = lvm.train(version("p6", log_every=1), data, out=tmp_path / "p6")
+    finish(plain)
+    assert plain.steps["angle"].isna().all() and (plain.steps[["pull_directional", "rho_gradient"]] == 0).all(axis=None)
+    assert (plain.steps["pull_mse"] > 0).all()
+
+
+def test_a_run_from_before_a_column_was_logged_is_reused(data, tmp_path):
+    folder = tmp_path / "run"
+    finish(lvm.train(version(), data, out=folder))
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    del record["parameters"]["direction"]
+    (folder / "run.yaml").write_text(yaml.safe_dump(record))
+    for name in ("epochs.csv", "steps.csv"):
+        pd.read_csv(folder / name).drop(columns=[*training.PULLS, "rho_gradient", "angle", "escape"]).to_csv(
+            folder / name, index=False
+        )
+    run = lvm.train(version(), data, out=folder)
+    assert run.found == "finished" and run.history["escape"].isna().all() and run.history["val_cos"].notna().all()
+    with pytest.raises(LVMError, match="direction: 'forward' there, 'backward' here"):
+        lvm.train(version(direction="backward"), vectors.dataset(data.store, direction="backward"), out=folder)
+
+
+def test_pairs_of_directions_are_found(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
+    backward = vectors.dataset(data.store, direction="backward")
+    for seed, ways in ((0, ("forward", "backward")), (1, ("forward",)), (2, ("forward", "backward"))):
+        for way in ways:
+            finish(lvm.train(version(direction=way, seed=seed, epochs=1), data if way == "forward" else backward))
+    # What was begun and not finished is no run yet.
+    next(iter(lvm.train(version(direction="backward", seed=1, epochs=1 + 1), backward)))
+    pairs = summary.directions(version(epochs=1), data, backward)
+    assert set(pairs) == {0, 2}
+    best = lvm.train(version(direction="backward", seed=2, epochs=1), backward).best
+    assert same(pairs[2][1].state_dict(), best.state_dict())

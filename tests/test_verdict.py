@@ -1,15 +1,21 @@
 """The checklist line by line, the verdict's conditions on each side of their thresholds, and every decision."""
 
 import dataclasses
+import functools
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from lvmlib import checklist, comparison, known_versions, verdict, version
+from lvmlib import arrow, checklist, comparison, fivecat, known_versions, models, reading, verdict, version, worlds
 from lvmlib.fivecat import Report
+from lvmlib.health import leading_components
+from lvmlib.vectors import dataset
+from lvmlib.verdict import LABELS
 
 EPOCHS, ROWS = 12, 4  # logged steps an epoch
 V22_TARGETS = [0.15, 0.15, 0.25, 0.25, *[0.35] * 8]  # handbook §3, epoch by epoch
@@ -300,7 +306,7 @@ def made_report(gates="ABC", margin=0.03, val_cos=0.50, ood_gates="ABCDE", of_si
         row("both", name, "E", "difference", 0.01, "E" in (gates if name == "model" else ""))
     columns = ["split", "predictor", "gate", "measure", "value", "chance", "threshold", "passed"]
     table = pd.DataFrame(rows, columns=columns).astype({"passed": "boolean"})
-    return Report(table, {})
+    return Report("original", table, {})
 
 
 def judge(report=None, run=None, name="v22"):
@@ -468,3 +474,56 @@ def test_comparison_has_this_run_and_the_trivial_predictors_by_the_same_measures
         assert compared.loc[run, measures].astype(float).tolist() == pytest.approx(values), run
     assert len(compared) == 6
     assert all(compared[m].dtype == float for m in measures)
+
+
+# The calibrated reading, on predictors whose label is known
+
+
+@functools.cache
+def read(name):
+    """The reading of a predictor: of the embedded validation and OOD windows, or of a world with its optimum."""
+    if name == "optimum":
+        law = worlds.law("rotation", dim=48)
+        data = dataset(worlds.world("rotation", dim=48, articles=60, length=30))
+        return reading(fivecat(law.optimal(2), data))
+    data = dataset("wikipedia")
+    data = {s: getattr(data, s).at_most(200) for s in ("val", "ood")}
+    store = data["val"].store
+    components = leading_components(store, torch.from_numpy(store.vectors), 8)
+    simple = {
+        "trick": models.tricks(store.dim, 5, 0.4, components)["mean − a·context[-2]"],
+        "mean": models.untrained(store.dim, 5)["mean"],
+        "constant": models.Constant(store.dim, 5, torch.ones(store.dim)),
+    }
+    return reading(fivecat(simple[name], data))
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("optimum", "knowledge"),
+        ("trick", "escape"),
+        ("mean", "below arithmetic"),
+        ("constant", "collapsed"),
+    ],
+)
+def test_the_reading_names_what_is_known(name, label):
+    found = read(name)
+    assert found.label == label and LABELS[label] in found.headline
+
+
+def test_the_reading_says_its_numbers_and_articles():
+    text = read("trick").text
+    assert re.search(r"On val \(\d+ articles, 200 windows\) the novel MRR is 0\.\d+ \[", text) and "On ood (" in text
+    assert "Subtracted context vectors" in text and "copy last" in text
+
+
+def test_the_reading_tells_of_the_arrow():
+    law = worlds.law("announcing", dim=48, delay=1)
+    store = worlds.world("announcing", dim=48, articles=100, length=30, delay=1)
+    ways = [dataset(store, direction=d).val for d in ("forward", "backward")]
+    found = arrow([law.optimal(2)], [law.reversed().optimal(2)], ways)
+    report = fivecat(law.optimal(2), {"val": ways[0]})
+    assert found.declared == "forward"
+    assert "a forward direction" in reading(report, found).text and "one seed" in reading(report, found).text
+    assert "Arrow" not in reading(report).text
