@@ -49,7 +49,7 @@ def train(arguments: list[str]) -> int:
                 print(error, file=sys.stderr)
         return code
     p = _parameters(json.loads(executed.read_text(encoding="utf-8")))
-    keys = ("data", "model", "epochs", "seed", "device", "precision", "fast")
+    keys = ("data", "model", "epochs", "direction", "seed", "device", "precision", "fast")
     folder = run_folder(version(p["version"], p["overrides"], **{k: p[k] for k in keys}), p["run_name"])
     notebook = folder / "train.ipynb"
     executed.replace(notebook)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .losses import context_weights
-from .models import Predictor
+from .models import Predictor, device_of
 from .retrieval import Articles
 from .statistics import over_articles
 from .vectors import Store, Windows
@@ -43,7 +43,7 @@ def health(model: Predictor, windows: Windows, batch_size: int = 512) -> dict:
 
     Two passes of the model; memory does not grow with N but for a few numbers a window.
     """
-    device = next(t.device for t in (*model.parameters(), *model.buffers()))
+    device = device_of(model)
     training = model.training
     model.eval()
     vectors = torch.from_numpy(windows.store.vectors).to(device)

@@ -41,6 +41,11 @@ class Predictor(nn.Module):
         raise NotImplementedError
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's tensors lie; the CPU for one that has none."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def sinusoidal_positions(length: int, width: int) -> Tensor:
     """(length, width) sines and cosines of falling frequency (Vaswani et al. 2017, §3.5)."""
     position = torch.arange(length)[:, None]

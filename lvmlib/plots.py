@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from .arrow import MEASURES, Arrow
-from .fivecat import GATES, OFFSETS, ORIGINAL_OFFSETS, STEPS, THRESHOLDS, Report, ablations
+from .fivecat import COHERENCE, GATES, GENERALISES, OFFSETS, ORIGINAL_OFFSETS, STEPS, THRESHOLDS, Report, ablations
 from .params import Version
 from .statistics import chance_recall, over_articles
 from .verdict import MARGIN_RISE, RECALL, RHO_TOLERANCE, SPIKE, VAL_COS, Check, Verdict
@@ -165,6 +165,7 @@ def judgement_table(report: Report, split: str) -> Styler:
             "question": frame["question"],
             "value": frame["value"],
             "95 % over articles": [_interval(*r) for r in zip(frame["low"], frame["high"], strict=True)],
+            "articles": frame["articles"].astype(float),
             "wanted": frame["wanted"],
             "": frame["outcome"].replace("failed", "FAILED"),
         }
@@ -435,25 +436,27 @@ def offset_sweep(report: Report, split: str) -> Figure:
 
 
 def recall_curve(report: Report, split: str) -> Figure:
-    """Gate B: share of targets in the first k of their article, context left in and left out, against chance."""
+    """Gate B: share of targets in the first k of their article, up to its length, context left in and left out, against
+    chance; the model with its interval."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    k = np.arange(1, 21)
     for axis, prefix, title in zip(
         axes, ("novel ", ""), ("the context left out", "the whole article (as the original)"), strict=True
     ):
+        n = report.frames[split, "model"][prefix + "candidates"].to_numpy()
+        k = np.unique(np.geomspace(1, n.max(), 40).round().astype(int))
         for i, name in enumerate(report.predictors):
             frame = report.frames[split, name]
-            axis.plot(
-                k,
-                [100 * (frame[prefix + "rank"] <= j).mean() for j in k],
-                **_look(i),
-                label=name,
-            )
-        n = frame[prefix + "candidates"].to_numpy()
+            hits = frame[[prefix + "rank"]].to_numpy() <= k
+            axis.plot(k, 100 * hits.mean(0), **_look(i), label=name)
+            if name == "model":
+                band = np.array([over_articles(h, frame["article"], share=True)[1:] for h in hits.T])
+                axis.fill_between(k, *(100 * band.T), color=INK, alpha=0.2, lw=0, label="95 % over articles")
         axis.plot(k, [100 * chance_recall(n, j).mean() for j in k], color=GREY, label="chance")
-        axis.set(title=f"Candidates: {title}", xlabel="k", xticks=(1, 5, 10, 15, 20))
+        axis.set(title=f"Candidates: {title}", xlabel="k", xscale="log", xticks=[1, 5, 10, 50, 100])
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set_xlim(1, n.max())
     axes[0].set(ylabel="targets ranked ≤ k, %")
-    axes[1].legend(fontsize="x-small")
+    axes[0].legend(fontsize="x-small")
     figure.suptitle(
         f"Gate B, {split}: retrieval of the target among its article's chunks", x=0.01, ha="left", weight="bold"
     )
@@ -500,11 +503,9 @@ def rollouts(report: Report, split: str) -> Figure:
         similar = frame.loc[whole.index, [f"similarity {h}" for h in steps[1:]]].mean()
         alike.plot(steps[1:], similar, marker="os^vDP"[i % 6], ms=5, **_look(i), label=name)
         if name == "model":
-            for row in (
-                report.row(f"cosine at step {h}", split) for h in (steps if report.profile == "calibrated" else ())
-            ):
-                h = int(row["measure"][-1])
-                cosine.plot([h, h], [row["low"], row["high"]], color=INK, lw=1)
+            for h in steps:
+                _, low, high = over_articles(whole[f"rollout {h}"], frame["article"][whole.index])
+                cosine.plot([h, h], [low, high], color=INK, lw=1)
             chance = frame.loc[whole.index, [f"rollout chance {h}" for h in steps]].mean()
             cosine.plot(steps, chance, color=GREY, label="model, any chunk of the article")
     title = f"Gate D, {split}: its own predictions as context"
@@ -545,7 +546,7 @@ def generalisation(report: Report) -> Figure:
             color=_look(i)["color"],
             label=split,
         )
-    level.axvspan(0.45, 0.55, color="0.92", lw=0, zorder=0, label="normal coherence")
+    level.axvspan(*COHERENCE["normal"], color="0.92", lw=0, zorder=0, label="normal coherence")
     level.set(
         title="Gate E: cosine by coherence of the context",
         xlabel="mean adjacent cosine in the context",
@@ -560,10 +561,12 @@ def generalisation(report: Report) -> Figure:
         error = np.clip([own["value"] - own["low"], own["high"] - own["value"]], 0, None)
         gap.errorbar(own["value"], y, xerr=error, fmt="os^vDP"[i % 6], ms=4, lw=1, color=_look(i)["color"], label=name)
     gap.axvline(0, color=GREY)
-    gap.axvspan(-0.05, 0.05, color="0.92", lw=0, zorder=0)
+    gap.axvspan(-GENERALISES, GENERALISES, color="0.92", lw=0, zorder=0)
     gap.set_yticks(range(len(bins)), [b.removeprefix("difference, ") for b in bins])
     gap.invert_yaxis()
-    gap.set(title="Validation − OOD (shaded: ± 0.05)", xlabel="difference of cosines, 95 % over articles of both")
+    gap.set(
+        title=f"Validation − OOD (shaded: ± {GENERALISES})", xlabel="difference of cosines, 95 % over articles of both"
+    )
     gap.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -589,7 +592,7 @@ def make_up(report: Report, split: str) -> Figure:
     parts = ("along the mean", "along differences", "outside the context")
     left = np.zeros(len(report.predictors))
     for k, name in enumerate(parts):
-        size = np.array([abs(report.value(f"part {name}", split, p)) for p in report.predictors])
+        size = np.array([report.frames[split, p][name].abs().mean() for p in report.predictors])
         part.barh(
             report.predictors,
             size,
@@ -630,16 +633,19 @@ def arrows(found: dict[str, Arrow]) -> Figure:
         axis.axvline(0, color=GREY)
         better = "right" if sign == 1 else "left"
         axis.set(title=f"{measure}: forward is better to the {better}", xlabel="forward − backward − that of copy last")
-    axes[0].set_yticks(range(len(found)), list(found))
+    said = [f"{n}\n{a.table['seeds'][0]} seeds, {a.table['articles'][0]} articles" for n, a in found.items()]
+    axes[0].set_yticks(range(len(found)), said, fontsize="x-small")
     axes[0].invert_yaxis()
     return figure
 
 
-def trade_off(runs: pd.DataFrame, curves: pd.DataFrame, x: str, measures: dict[str, str]) -> Figure:
+def trade_off(
+    runs: pd.DataFrame, curves: pd.DataFrame, x: str, measures: dict[str, str], chance: dict[str, float]
+) -> Figure:
     """What each margin and the novel MRR cost in cosine: a point a run, a curve an untrained trick over its strength.
 
     `runs`: columns version, the cosine `x`, and the `measures` (column → label); version empty: a trivial predictor,
-    named in `predictor`. `curves`: columns trick, strength, `x` and the measures.
+    named in `predictor`. `curves`: columns trick, strength, `x` and the measures. `chance`: column → its chance level.
     """
     columns = 3
     rows = -(-len(measures) // columns)
@@ -661,8 +667,8 @@ def trade_off(runs: pd.DataFrame, curves: pd.DataFrame, x: str, measures: dict[s
             axis.annotate(
                 row["predictor"], (row[x], row[column]), xytext=(4, 4), textcoords="offset points", fontsize="xx-small"
             )
-        if "margin" in label:
-            axis.axhline(0, color=GREY, lw=1)
+        if column in chance:
+            axis.axhline(chance[column], color=GREY, lw=1)
         axis.set(xlabel="validation cosine", ylabel=label, title=label)
     for axis in axes.flat[len(measures) :]:
         axis.axis("off")

@@ -106,7 +106,8 @@ def over_articles(values, articles, level: float = 0.95, share: bool = False) ->
     share: the values lie in [0, 1] (hits, reciprocal ranks). The interval is then made on the scale of log-odds,
     logit θ ± t · √V / (θ(1−θ)), and stays inside [0, 1]: a rare hit's plain interval holds the truth too seldom.
     NaN values are left out. With fewer than two articles the interval is NaN; without any spread between the articles
-    it has no width (so a share of 0 of all windows is given as 0 to 0: say the number of articles).
+    it has no width; but a share of 0 or 1 of all windows has Clopper and Pearson's bound for as many trials as there
+    are effective articles.
     """
     return _interval([(1, *_windows(values, articles, 1))], level, share)
 
@@ -245,6 +246,10 @@ def _interval(parts, level: float, share: bool = False) -> tuple[float, float, f
         squares += max(between_seeds - common, 0.0) ** 2 / (seeds - 1)
     if np.isnan(variance):
         return mean, float("nan"), float("nan")
+    if variance == 0 and share and mean in (0.0, 1.0):
+        # Nothing seen is not never: Clopper and Pearson's bound for 0 or n of n, with n the effective articles.
+        bound = ((1 - level) / 2) ** (1 / effective_articles(parts[0][2]))
+        return (mean, 0.0, 1 - bound) if mean == 0 else (mean, bound, 1.0)
     if variance == 0:
         return mean, mean, mean
     reach = stats.t.ppf((1 + level) / 2, variance**2 / squares) * np.sqrt(variance)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .errors import LVMError
-from .fivecat import PROFILES
+from .fivecat import INSTRUMENT, PROFILES
 from .params import Version, flat, known_versions, version
 from .training import NOT_COMPARED, open_run, outputs, run_folder, train
 from .vectors import Dataset
@@ -28,6 +28,7 @@ MEASURES = {
     "margin_prev": ("calibrated", "val", "A", "margin against context[-2]"),
     "margin_best": ("calibrated", "val", "A", "margin against the best other"),
     "novel_margin": ("calibrated", "val", "A", "novel margin"),
+    "novel_ahead": ("calibrated", "val", "A", "novel margin, ahead"),
     "novel_mrr": ("calibrated", "val", "B", "novel MRR"),
     "novel_mrr_ood": ("calibrated", "ood", "B", "novel MRR"),
     "of_hundred": ("calibrated", "val", "B", "1 of 100"),
@@ -52,6 +53,14 @@ def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
     return judged(folders)
 
 
+def is_judged(folder: str | Path) -> bool:
+    """Whether a run's folder holds a report of the present instrument."""
+    try:
+        return json.loads((Path(folder) / "fivecat.json").read_text(encoding="utf-8"))["instrument"] == INSTRUMENT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def judged(folders: Sequence[Path]) -> pd.DataFrame:
     """A row for each of these runs, and for each trivial predictor that was measured beside them (version empty).
 
@@ -71,6 +80,8 @@ def judged(folders: Sequence[Path]) -> pd.DataFrame:
             figures = {p: {m: float(table[p, *k]) for m, k in MEASURES.items()} for p in names}
             gates = {s: "".join(g for g, ok in report["original"]["gates"][s].items() if ok) for s in ("val", "ood")}
             label = report["reading"]["label"]
+            if report["instrument"] != INSTRUMENT:
+                raise ValueError(f"written by instrument {report['instrument']}, this is {INSTRUMENT}")
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise LVMError(f"{path}: cannot be read as a 5CAT report ({e!r}); run train.ipynb for it again") from e
         parameters = record["parameters"]
@@ -89,7 +100,8 @@ def judged(folders: Sequence[Path]) -> pd.DataFrame:
                 "seconds": record["finished"]["training_seconds"],
             }
         )
-        trivial |= {name: {"version": "", "predictor": name, **values} for name, values in figures.items()}
+        if rows[-1]["direction"] == "forward":  # the trivial predictors are shown as they read the text forwards
+            trivial |= {name: {"version": "", "predictor": name, **values} for name, values in figures.items()}
     return pd.DataFrame([*rows, *trivial.values()])
 
 

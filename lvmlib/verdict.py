@@ -255,17 +255,18 @@ COLLAPSED = 0.1  # ours: the variance of the predictions, as a share of the targ
 
 
 def reading(report: Report, arrow: Arrow | None = None) -> Reading:
-    """The calibrated report's verdict, from its numbers alone, over all of its splits.
+    """The calibrated report's verdict, from its numbers alone, over its splits but the training's (if it has others).
 
-    collapsed: the predictions' variance is below a tenth of the targets' on a split; else escape: named so on a split
-    (`health`); else by the novel MRR against the best trivial predictor on the same windows: knowledge where the
-    interval of the difference lies above 0 on every split, below arithmetic where it lies below 0 on one, otherwise not
-    told apart.
+    By the novel MRR against the best of what it is compared with, on the same windows: knowledge where the interval of
+    the difference lies above 0 on every split. Else collapsed: the predictions' variance is below a tenth of the
+    targets' on every split; else escape: named so on a split (`health`); else below arithmetic where the difference
+    lies below 0 on a split, otherwise not told apart.
     """
-    facts = {split: report.facts[split, "model"] for split in report.splits}
+    splits = [s for s in report.splits if s != "train"] or report.splits
+    facts = {split: report.facts[split, "model"] for split in splits}
     outcome = {}
     sentences = []
-    for split in report.splits:
+    for split in splits:
         best = report.best_trivial("novel MRR", split)
         against = report.paired("novel MRR", split, "model", best)
         outcome[split] = "above" if against["low"] > 0 else "below" if against["high"] < 0 else "open"
@@ -301,14 +302,14 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
                 f"Subtracted context vectors{without} bought {f['margin bought']:+.3f} of margin there, at "
                 f"{f['cosine paid']:+.3f} of cosine and {f['novel MRR paid']:+.3f} of novel MRR."
             )
-    if any(f["variance"] < COLLAPSED * f["variance of targets"] for f in facts.values()):
+    if set(outcome.values()) == {"above"}:
+        label = "knowledge"
+    elif all(f["variance"] < COLLAPSED * f["variance of targets"] for f in facts.values()):
         label = "collapsed"
     elif any(f["escape"] for f in facts.values()):
         label = "escape"
-    elif "below" in outcome.values():
-        label = "below arithmetic"
     else:
-        label = "knowledge" if set(outcome.values()) == {"above"} else "not told apart"
+        label = "below arithmetic" if "below" in outcome.values() else "not told apart"
     if arrow is not None:
         row = arrow.table.set_index("measure").loc["novel MRR"]
         said = {"none": "no direction", "forward": "a forward direction", "backward": "a backward direction"}

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib import models
+from lvmlib import models, worlds
 from lvmlib.arrow import MEASURES, Arrow, arrow
 from lvmlib.errors import LVMError
 from lvmlib.statistics import over_seeds, sign_flip
@@ -147,12 +147,33 @@ def test_an_arrow_is_found_where_there_is_one():
     assert back.declared == "backward"
 
 
-@pytest.mark.parametrize("low, high, declared", [(0.1, 0.2, "forward"), (-0.2, -0.1, "backward"), (-0.1, 0.1, "none")])
-def test_what_is_declared_rests_on_the_novel_mrr(low, high, declared):
-    table = pd.DataFrame({"measure": ["cosine", "novel MRR"], "low": [1.0, low], "high": [2.0, high]})
+@pytest.mark.parametrize(
+    "interval, raw, declared",
+    [
+        ((0.1, 0.2), (0.1, 0.2), "forward"),
+        ((-0.2, -0.1), (-0.3, -0.1), "backward"),
+        ((-0.1, 0.1), (0.1, 0.2), "none"),
+        ((0.1, 0.2), (-0.1, 0.1), "none"),  # copying's own arrow, turned round
+        ((0.1, 0.2), (-0.2, -0.1), "none"),
+    ],
+)
+def test_what_is_declared_rests_on_the_novel_mrr(interval, raw, declared):
+    ends = zip(("low", "high", "raw low", "raw high"), (*interval, *raw), strict=True)
+    table = pd.DataFrame({"measure": ["cosine", "novel MRR"], **{k: [1.0, x] for k, x in ends}})
     assert Arrow(table, {}, np.zeros(1)).declared == declared
-    nan = table.assign(low=math.nan, high=math.nan)
+    nan = table.assign(**dict.fromkeys(("low", "high", "raw low", "raw high"), math.nan))
     assert Arrow(nan, {}, np.zeros(1)).declared == "none"
+
+
+@pytest.mark.parametrize("name", ["converging", "diverging"])
+def test_a_constant_has_no_arrow_where_copying_has_one(name):
+    """It reads nothing. Copying's own difference, taken off, would give it the opposite one."""
+    store = worlds.world(name, dim=48, articles=200, length=20)
+    cut = tuple(windows(store, "val", 2, direction=d) for d in ("forward", "backward"))
+    constant = models.Constant(48, T, torch.randn(48, generator=torch.Generator().manual_seed(0)))
+    found = arrow([constant], [constant], cut)
+    row = found.table.set_index("measure").loc["novel MRR"]
+    assert found.declared == "none" and abs(row["copying"]) > 3 * abs(row["forward"] - row["backward"])
 
 
 def test_few_articles_or_seeds_are_said():

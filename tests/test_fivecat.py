@@ -567,10 +567,11 @@ def plain_retrieval(rows, prefix, cuts):
 
 
 def plain_rivals(rows, offsets):
-    """Each row's cosine at the offset that all windows of the *other* articles make the best rival; NaN without it."""
+    """Each row's cosine at the offset that is the best rival on the articles of the other two folds; NaN without it."""
+    fold = {a: i % 3 for i, a in enumerate(sorted({r["article"] for r in rows}))}
     out = []
     for row in rows:
-        others = [r for r in rows if r["article"] != row["article"]]
+        others = [r for r in rows if fold[r["article"]] != fold[row["article"]]]
         margin = {}
         for k in offsets:
             there = [r["cosine"] - r[f"offset {k:+d}"] for r in others if not math.isnan(r[f"offset {k:+d}"])]
@@ -885,7 +886,7 @@ def rotation(dim=64, length=24):
     random = np.random.default_rng(2)
     turn = np.linalg.qr(random.standard_normal((dim, dim)))[0]
     articles = {}
-    for a in range(8):
+    for a in range(12):
         x = [random.standard_normal(dim)]
         while len(x) < length:
             x.append(turn @ x[-1])
@@ -1138,6 +1139,7 @@ def test_an_original_gate_that_was_not_measured_does_not_pass(monkeypatch):
 HARMLESS = {
     "margin bought": 0.0, "margin bought low": 0.0, "margin bought high": 0.0, "escape": False, "effective rank": 3.0,
     "variance": 0.5, "hubness": 1.0, "norm": 1.0, "copying ratio": 1.0,
+    "cosine paid high": 0.0, "novel MRR paid high": 0.0,
 }  # fmt: skip
 
 
@@ -1156,6 +1158,7 @@ def made_calibrated(model=None, ood=None, splits=("val", "ood"), facts=None, wid
     for place, split in enumerate(splits):
         for name in ("model", "copy last", "mean"):
             level = dict.fromkeys(columns, 0.3) | {"hundred": 0.5, "coherence": 0.5, "cosine": 0.6}
+            level["cosine"] = 0.6 if name == "model" else 0.5
             level |= {c: 30.0 for c in columns if "candidates" in c} | {c: 9.0 for c in columns if "rank" in c}
             if name == "model":
                 level |= {f"rollout {h}": 0.5 for h in STEPS} | {"novel rank": 2.0}
@@ -1175,7 +1178,7 @@ def test_a_model_that_is_better_in_all_passes_every_calibrated_gate():
     report = made_calibrated()
     assert report.gates("val") == report.gates("ood") == report.gates() == dict.fromkeys("ABCDEG", "passed")
     asked = report.judgements("val")
-    assert list(asked["gate"]) == list("ABCCDDEG") and (asked["outcome"] == "passed").all()
+    assert list(asked["gate"]) == list("AABCCDDEG") and (asked["outcome"] == "passed").all()
     assert not report.table.duplicated(["split", "predictor", "gate", "measure"]).any()
 
 
@@ -1193,6 +1196,9 @@ OUTCOMES = [  # gate, columns of the model, those without a clear answer, facts,
     ("D", {f"rollout still {h}": 0.5 for h in STEPS}, ("rollout still 3",), {}, "open"),
     ("D", {"rollout 5": math.nan}, (), {}, "not measured"),
     ("G", {}, (), {"escape": True, "margin bought": 0.1}, "failed"),
+    ("G", {}, (), {"margin bought": 0.01, "margin bought low": -0.01, "margin bought high": 0.03}, "open"),
+    ("G", {}, (), {"margin bought": 0.1, "margin bought high": 0.2, "cosine paid high": -0.1}, "passed"),
+    ("G", {}, (), {"margin bought": math.nan, "margin bought low": math.nan}, "not measured"),
 ]
 
 
@@ -1208,9 +1214,9 @@ def test_every_outcome_of_a_calibrated_gate(gate, model, wide, facts, outcome):
     for _, row in asked[asked["gate"] != "G"].iterrows():  # the outcome is what the interval says
         low, high = row["low"], row["high"]
         if row["wanted"] == "above 0":
-            good, bad = low > 0, high < 0
+            good, bad = low > 0, high <= 0
         elif row["wanted"] == "below 0":
-            good, bad = high < 0, low > 0
+            good, bad = high < 0, low >= 0
         else:
             assert row["wanted"] == "within ± 0.05" and row["gate"] == "E"
             good, bad = low >= -0.05 and high <= 0.05, low > 0.05 or high < -0.05
@@ -1266,7 +1272,7 @@ def test_paired_differences_are_those_of_the_same_windows():
         found = report.paired(column, other="mean")
         wanted = over_articles(values, one["article"])
         assert (found["value"], found["low"], found["high"]) == pytest.approx(wanted)
-        assert found["windows"] == values.notna().sum() and found["articles"] == 2
+        assert found["windows"] == values.notna().sum() and found["articles"] == 3
 
 
 # The report
@@ -1382,7 +1388,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         report.to_json(path, thing=object())
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     report.to_json(path)
-    assert set(plain_json(path)) == {"calibrated", "original", "health"} and len(list(tmp_path.iterdir())) == 1
+    assert (
+        set(plain_json(path)) == {"instrument", "calibrated", "original", "health"}
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 # The golden figures of the original tool

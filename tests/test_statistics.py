@@ -198,7 +198,9 @@ def test_no_spread_has_no_width():
     article = [0, 0, 0, 1, 2, 2]
     assert over_articles([0.1] * 6, article) == pytest.approx([0.1] * 3, abs=1e-15)
     assert median_over_articles([0.1] * 6, article) == (0.1, 0.1, 0.1)
-    assert over_articles([True] * 6, article, share=True) == (1, 1, 1)
+    bound = 0.025 ** (1 / effective_articles(article))  # nothing missed is not never missed
+    assert over_articles([True] * 6, article, share=True) == pytest.approx((1, bound, 1))
+    assert over_articles([False] * 6, article, share=True) == pytest.approx((0, 0, 1 - bound))
     assert paired([0.3] * 6, [0.1] * 6, article) == pytest.approx([0.2] * 3)
     assert over_seeds([[0.1] * 6] * 3, article) == pytest.approx([0.1] * 3)
 

@@ -1,0 +1,181 @@
+"""What the controls notebook counts with: samples, brief trainings, figures a window, rates.
+
+Axes: N windows, T context length, D vector dimension.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lvmlib import controls, models, worlds
+from lvmlib.arrow import arrow
+from lvmlib.fivecat import OFFSETS, fivecat, score
+from lvmlib.params import version
+from lvmlib.training import train
+from lvmlib.vectors import Dataset, windows
+
+LENGTHS = {"train": [20, 9, 14, 30, 22], "val": [7, 25, 12, 19], "ood": [18, 16]}
+
+
+@pytest.fixture(scope="module")
+def store():
+    return controls.sample("rotation", LENGTHS, dim=16, seed=3)
+
+
+def test_a_sample_has_the_lengths_and_splits_asked_for_and_the_law_of_its_world(store):
+    sizes = pd.Series(store.article).value_counts(sort=False)
+    assert {s: sizes[store.articles.index[store.articles["split"] == s]].tolist() for s in LENGTHS} == LENGTHS
+    whole = worlds.rotation(11, 30, 16, seed=3, splits=[s for s, n in LENGTHS.items() for _ in n])
+    first = whole.vectors.reshape(11, 30, 16)[1, :9]
+    np.testing.assert_array_equal(store.vectors[store.article == 1], first)  # cut at its end, not elsewhere
+    twice = controls.sample("rotation", {"val": [7, 9]}, copies=2, dim=16)
+    assert np.bincount(twice.article).tolist() == [7, 9, 7, 9]
+
+
+def test_both_ways_are_the_windows_of_either_direction(store):
+    cut = controls.both_ways(store, ("val",), 1)
+    assert cut["forward"]["val"].step == 1 and cut["backward"]["val"].step == -1
+    np.testing.assert_array_equal(cut["forward"]["val"].start, windows(store, "val", 1).start)
+
+
+@pytest.mark.parametrize("name", ["p6", "v1", "v2", "v21", "v22"])
+def test_a_brief_training_is_the_run_s(name, tmp_path, store):
+    """Whole batches of one epoch: the same weights as a run's."""
+    own = version(name, {"optimizer": {"lr": 1e-3}}, model="amn", epochs=1, device="cpu", precision="float32")
+    cut = {s: windows(store, s) for s in LENGTHS}
+    cut["train"] = cut["train"].at_most(2 * own.batch_size)
+    run = train(own, Dataset(store, *cut.values()), out=tmp_path)
+    list(run)
+    context, _ = cut["val"].batch(np.arange(5))
+    ours = controls.brief(own, cut["train"], 2, own.seed, 1e-3)
+    assert not ours.training
+    torch.testing.assert_close(ours(context)[0], run.best(context)[0], rtol=0, atol=1e-5)
+    other = controls.brief(own, cut["train"], 2, own.seed + 1, 1e-3)
+    assert not torch.allclose(other(context)[0], ours(context)[0], atol=1e-3)
+
+
+def test_a_brief_training_goes_through_the_whole_schedule_and_over_the_data_again(store):
+    """More steps than an epoch has; a schedule that ends elsewhere makes another model."""
+    own = version("v22", model="amn", device="cpu", precision="float32", epochs=12)
+    part = windows(store, "train").at_most(40)
+    context, _ = part.batch(np.arange(5))
+    whole, again = (controls.brief(own, part, 12, 0, 1e-3)(context)[0] for _ in range(2))
+    torch.testing.assert_close(whole, again, rtol=0, atol=0)
+    first = version("v22", model="amn", device="cpu", precision="float32", epochs=1)
+    assert not torch.allclose(controls.brief(first, part, 12, 0, 1e-3)(context)[0], whole, atol=1e-6)
+
+
+def test_quick_ridge_is_ridge_regression(store):
+    part = windows(store, "train")
+    context, target = (x.double().numpy() for x in part.batch(np.arange(len(part))))
+    x = context.reshape(len(context), -1)
+    plain = np.linalg.solve(x.T @ x + 10 * np.eye(x.shape[1]), x.T @ target)
+    found = controls.quick_ridge(part, 10.0)
+    np.testing.assert_allclose(found.weights.numpy(), plain, atol=1e-5)
+    assert controls.quick_ridge(part, 10.0, most=10).weights.shape == plain.shape
+
+
+def test_noisy_seeds_differ_and_leave_their_model_alone():
+    best = worlds.law("announcing", dim=16).optimal(2)
+    before = best.weights.clone()
+    one, two, again = (controls.noisy(best, 0.5, s) for s in (1, 2, 1))
+    torch.testing.assert_close(best.weights, before)
+    torch.testing.assert_close(one.weights, again.weights)
+    torch.testing.assert_close(one.bias, best.bias)
+    assert not torch.allclose(one.weights, two.weights)
+    torch.testing.assert_close(controls.noisy(best, 0.0, 1).weights, before)
+
+
+@pytest.mark.parametrize(
+    ("hits", "of", "low", "high"), [(0, 20, 0, 0.16843), (5, 100, 0.01643, 0.11284), (20, 20, 0.83157, 1)]
+)
+def test_a_share_has_the_interval_of_clopper_and_pearson(hits, of, low, high):
+    np.testing.assert_allclose(controls.share(hits, of), (hits / of, low, high), atol=1e-5)
+    assert all(math.isnan(x) for x in controls.share(0, 0))
+
+
+def test_sides_leave_out_target_and_skipped_chunks():
+    found = controls.sides(5, 2)
+    assert found == {"context": [-6, -5, -4, -3, -2], "novel": [-8, -7, 1, 2, 3, 4, 5], "ahead": [1, 2, 3, 4, 5]}
+    next_one = controls.sides(5, 1)
+    assert sorted([*next_one["context"], *next_one["novel"], 0]) == list(OFFSETS)
+
+
+def test_figures_are_those_of_the_report(store):
+    split = windows(store, "train")
+    model = models.untrained(16, 5)["mean"]
+    own = controls.figures(model, split)
+    assert tuple(own.columns) == (*controls.FIGURES, "article")
+    report = fivecat(model, {"train": split})
+    for name in controls.FIGURES:
+        if name == "margin against the best context vector":
+            continue
+        source = report.original if name == "R@5 of six" else report
+        assert own[name].mean() == pytest.approx(source.value(name, "train"), abs=1e-6), name
+    worst = own[["margin against the last", "margin against context[-2]"]].mean().min()
+    assert own["margin against the best context vector"].mean() <= worst + 0.05
+
+
+def test_gain_over_itself_is_nothing(store):
+    split = windows(store, "train")
+    mean, copying = (controls.figures(models.untrained(16, 5)[n], split) for n in ("mean", "copy last"))
+    assert (controls.gain(mean, mean).to_numpy() == 0).all()
+    found = controls.gain(copying, mean).loc["cosine at the target"]
+    assert found["value"] == pytest.approx((copying - mean)["cosine at the target"].mean())
+    assert found["low"] < found["value"] < found["high"]
+
+
+def test_main_figures_are_those_of_the_report(store):
+    model, other = models.untrained(16, 5)["mean"], models.untrained(16, 5)["copy last"]
+    found = controls.main_figures(store, model, other)
+    report = fivecat(model, {"val": windows(store, "val"), "ood": windows(store, "ood")})
+    for gate, name in (("A", "novel margin"), ("B", "novel MRR"), ("D", "rolling on"), ("G", "weight of context[-1]")):
+        row = report.row(name, "val", gate=gate)
+        for end in ("value", "low", "high"):
+            np.testing.assert_allclose(found.loc[(gate, name), end], row[end], atol=1e-6, err_msg=name)
+    both = report.row("difference, all windows", "both")
+    assert found.loc[("E", "difference, all windows"), "low"] == pytest.approx(both["low"], abs=1e-6)
+    for name, column in zip(controls.PAIRED, ("cosine", "novel MRR", "hundred", "mean rollout"), strict=True):
+        pair = report.paired(column, "val", "model", "copy last")
+        assert found.loc[("paired", name), "high"] == pytest.approx(pair["high"], abs=1e-6), name
+    assert found["low"].notna().all()
+
+
+def test_delta_by_hand(store):
+    split = windows(store, "val")
+    context, target = split.batch(np.arange(len(split)))
+    plain = (context[:, -1] * target).sum(1) - (context[:, -1] * context[:, -2]).sum(1)
+    assert controls.delta(split)[0] == pytest.approx(float(plain.mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize(("low", "high", "said"), [(0.1, 0.2, "forward"), (-0.2, -0.1, "backward"), (-1, 1, "none")])
+def test_answers_lie_on_one_side_or_say_none(low, high, said):
+    assert controls.answer(low, high) == said
+    assert controls.answer(0.4, 0.6, 0.5) == "none" and controls.answer(math.nan, math.nan) == "none"
+
+
+def test_lag_cosines_by_hand(store):
+    found = controls.lag_cosines(store, [1, 8])
+    rows = store.vectors[store.article == 1]  # 9 chunks: one pair at lag 8
+    assert found.loc[1, 8] == pytest.approx(float(rows[0] @ rows[8]), abs=1e-6)
+    assert found.loc[1, 1] == pytest.approx(float((rows[:-1] * rows[1:]).sum(1).mean()), abs=1e-6)
+    assert 5 not in found.index  # 7 chunks have no lag 8
+
+
+def test_the_arrow_by_novel_mrr_raises_no_alarm_by_a_better_seed():
+    """Without order, a predictor that is far better in one direction wins in cosine, and not in novel MRR."""
+    good, bad = worlds.exchangeable_law(16).optimal(2), models.untrained(16, 5)["copy last"]
+    declared, cosine = [], []
+    for seed in range(40):
+        made = controls.sample("exchangeable", {"val": [30, 12, 18, 25, 40, 9, 14, 33, 21, 16]}, dim=16, seed=seed)
+        cut = controls.both_ways(made, ("val",))
+        pair = (cut["forward"]["val"], cut["backward"]["val"])
+        found = arrow([good], [bad], pair)
+        declared.append(found.declared)
+        cosine.append(found.table.set_index("measure").loc["cosine", "low"] > 0)
+    assert np.mean(cosine) == 1
+    assert declared.count("none") >= 34  # binomial, 40 at 95 %: fewer in one of 800
+    assert score(good, pair[0])["cosine"].mean() > score(bad, pair[0])["cosine"].mean()
