@@ -56,8 +56,9 @@ def train(arguments: list[str]) -> int:
     subprocess.run(
         [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to=html", "--embed-images", notebook], check=True
     )
-    verdict = json.loads((folder / "fivecat.json").read_text(encoding="utf-8"))["verdict"]["text"]
-    print(f"\nnotebook  {_short(notebook)}\nHTML      {_short(notebook.with_suffix('.html'))}\nverdict   {verdict}")
+    report = json.loads((folder / "fivecat.json").read_text(encoding="utf-8"))
+    print(f"\nnotebook  {_short(notebook)}\nHTML      {_short(notebook.with_suffix('.html'))}")
+    print(f"verdict   {report['verdict']['text']}\nreading   {report['reading']['text']}")
     return 0
 
 

@@ -37,11 +37,12 @@ def trained(outputs):
 def test_make_train_leaves_notebook_html_and_verdict(outputs, trained):
     done = trained
     folder = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
-    lines = done.stdout.strip().splitlines()[-3:]
+    lines = done.stdout.strip().splitlines()[-4:]
     assert lines[0].split() == ["notebook", str(folder / "train.ipynb")]
     assert lines[1].split() == ["HTML", str(folder / "train.html")]
     report = json.loads((folder / "fivecat.json").read_text(encoding="utf-8"))
     assert lines[2].removeprefix("verdict").strip() == report["verdict"]["text"]
+    assert lines[3].removeprefix("reading").strip() == report["reading"]["text"]
     assert "epoch  2/2" in done.stdout + done.stderr  # one line an epoch in the log
     page = (folder / "train.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64") >= 4
@@ -90,6 +91,15 @@ def test_a_refused_run_leaves_the_notebook_that_stands_there(outputs, trained):
     assert done.stderr.strip().splitlines()[-1].startswith("LVMError: ")
     assert "epochs: 2 there, 1 here" in done.stderr.strip().splitlines()[-1]
     assert (folder / "train.ipynb").read_bytes() == before
+
+
+def test_a_backward_run_has_a_folder_of_its_own(outputs, trained):
+    folder = outputs / "fast" / "wikipedia" / "v21"
+    before = (folder / "seed0-amn" / "train.ipynb").read_bytes()
+    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-p", "direction", "backward")
+    assert done.returncode == 0, done.stderr
+    assert "read backward" in (folder / "seed0-amn-backward" / "train.ipynb").read_text(encoding="utf-8")
+    assert "\nreading   " in done.stdout and (folder / "seed0-amn" / "train.ipynb").read_bytes() == before
 
 
 def test_usage(outputs):
