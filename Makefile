@@ -27,9 +27,11 @@ test: .venv/test
 	$(BIN)/python -m pytest && \
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
 
-# Everything that is committed under outputs/showcase/, from nothing: about an hour and a half on 2 cores.
+# Everything that is committed under outputs/showcase/, from nothing: about three hours on 2 cores. What is trained is reused.
+SHOWN := cp outputs/wikipedia
+RUN := $(BIN)/python -m papermill --no-progress-bar
 showcase: .venv/main
-	for seed in 0 1 2; do for version in p6 v1 v21 v22; do \
+	for seed in 0 1 2; do for version in p6 v1 v2 v21 v22; do \
 		$(BIN)/python -m lvmlib train -p version $$version -p seed $$seed || exit 1; done; done
 	for model in gru lstm amn; do $(BIN)/python -m lvmlib train -p version v22 -p model $$model || exit 1; done
 	for seed in 1 2; do $(BIN)/python -m lvmlib train -p version v22 -p model lstm -p seed $$seed || exit 1; done
@@ -37,10 +39,15 @@ showcase: .venv/main
 		-p run_name seed$$seed-lstm-float32 || exit 1; done
 	for version in p6 v22; do for seed in 0 1; do $(BIN)/python -m lvmlib train -p version $$version -p precision float32 \
 		-p seed $$seed -p run_name seed$$seed-transformer-float32 || exit 1; done; done
-	for version in p6 v1 v21 v22; do cp outputs/wikipedia/$$version/seed2/train.ipynb outputs/showcase/train-$$version.ipynb; done
-	for model in gru lstm amn; do cp outputs/wikipedia/v22/seed0-$$model/train.ipynb outputs/showcase/train-v22-$$model.ipynb; done
-	$(BIN)/python -m papermill notebooks/data.ipynb outputs/showcase/data.ipynb
-	$(BIN)/python -m papermill notebooks/diagnostics.ipynb outputs/showcase/diagnostics-v22.ipynb -p version v22 -p seed 2
+	for version in p6 v1 v2 v21 v22; do $(SHOWN)/$$version/seed2/train.ipynb outputs/showcase/train-$$version.ipynb || exit 1; done
+	for model in gru lstm amn; do $(SHOWN)/v22/seed0-$$model/train.ipynb outputs/showcase/train-v22-$$model.ipynb || exit 1; done
+	$(RUN) notebooks/data.ipynb outputs/showcase/data.ipynb
+	$(RUN) notebooks/diagnostics.ipynb outputs/showcase/diagnostics-v22.ipynb -p version v22 -p seed 2
+	$(RUN) notebooks/compare.ipynb outputs/showcase/compare.ipynb -p train True
+	$(RUN) notebooks/compare.ipynb outputs/showcase/compare-amn.ipynb -p train True -p model amn
+	$(RUN) notebooks/fivecat.ipynb outputs/showcase/fivecat-v22.ipynb -p version v22 -p seed 2
+	$(RUN) notebooks/fivecat.ipynb outputs/showcase/fivecat-v22-amn.ipynb -p version v22 -p model amn
+	$(RUN) notebooks/controls.ipynb outputs/showcase/controls.ipynb -p datasets 400 -p repetitions 200
 	$(BIN)/python -m lvmlib table
 
 notebooks: .venv/test
