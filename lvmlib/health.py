@@ -162,7 +162,7 @@ class _Moments:
         spread = torch.linalg.eigvalsh(self.second / self.count - torch.outer(mean, mean)).clamp(min=0)
         share = spread / spread.sum().clamp(min=1e-12)
         rank = float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum())) if spread.sum() > 1e-9 else 1.0
-        return {"effective rank": rank, "variance": float(1 - mean.square().sum())}
+        return {"effective rank": rank, "variance": max(0.0, float(1 - mean.square().sum()))}
 
 
 def _nearest(unit: Tensor, vectors: Tensor, pool: Tensor, k: int, chunk: int = 8192) -> Tensor:
