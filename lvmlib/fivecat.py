@@ -195,21 +195,21 @@ class Report:
 
         ask(
             "A",
-            "novel margin: nearer to the target than to the best chunk beside context and skipped chunk?",
+            "novel margin: against the best chunk beside context and skipped chunk",
             self.row("novel margin", split, predictor),
             "above",
         )
         other = self.best_trivial("novel margin, ahead", split, but=predictor)
         ask(
             "A",
-            f"novel margin, ahead, against the best of what it is compared with ({other})",
+            f"novel margin, ahead, against the best of the others ({other})",
             self.paired("novel margin, ahead", split, predictor, other),
             "above",
         )
         other = self.best_trivial("novel MRR", split, but=predictor)
         ask(
             "B",
-            f"novel MRR against the best of what it is compared with ({other})",
+            f"novel MRR against the best of the others ({other})",
             self.paired("novel MRR", split, predictor, other),
             "above",
         )
@@ -255,11 +255,11 @@ class Report:
         rows.append(
             {
                 "gate": "G",
-                "question": "margin bought by subtracting context vectors (escape)",
+                "question": "margin bought by subtracting context vectors",
                 "value": facts["margin bought"],
                 "low": facts["margin bought low"],
                 "high": facts["margin bought high"],
-                "wanted": f"below {MATERIAL:g}, or paid for in cosine or MRR",
+                "wanted": f"below {MATERIAL:g}, or paid for",
                 "articles": self.row("cosine at the target", split, predictor)["articles"],
                 # One article has no interval, and without one no weight is negative beyond doubt.
                 "outcome": _outcome(harmless, facts["escape"], facts["margin bought low"]),

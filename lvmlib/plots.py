@@ -162,12 +162,12 @@ def judgement_table(report: Report, split: str) -> Styler:
     frame = pd.DataFrame(
         {
             "gate": [f"{g} {GATES[g]}" for g in frame["gate"]],
+            "": frame["outcome"].replace("failed", "FAILED"),
             "question": frame["question"],
             "value": frame["value"],
             "95 % over articles": [_interval(*r) for r in zip(frame["low"], frame["high"], strict=True)],
             "articles": frame["articles"].astype(float),
             "wanted": frame["wanted"],
-            "": frame["outcome"].replace("failed", "FAILED"),
         }
     )
     frame["gate"] = frame["gate"].where(~frame["gate"].duplicated(), "")
