@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -389,15 +389,10 @@ def measure(model: Predictor, windows: Windows, seed: int = 0, batch_size: int =
     Raises LVMError where the model predicts NaN.
     """
     length, device = windows.context_length, device_of(model)
-    training = model.training
-    model.eval()
-    vectors = torch.from_numpy(windows.store.vectors).to(device)
-    articles = Articles(windows, vectors)
+    articles = Articles(windows, torch.from_numpy(windows.store.vectors).to(device))
+    vectors = articles.vectors
     parts = []
-    for first in range(0, len(windows), batch_size):
-        index = np.arange(first, min(first + batch_size, len(windows)))
-        context, target = windows.batch(index, vectors)
-        raw, unit = _predicted(model, context, windows, first)
+    for index, context, target, raw, unit in _predicted(model, articles, batch_size):
         cosine = F.cosine_similarity(unit, target, dim=-1)  # (B,)
         to_context = F.cosine_similarity(unit[:, None], context, dim=-1)  # (B, T)
         rows = torch.from_numpy(windows.target[index])
@@ -450,40 +445,40 @@ def measure(model: Predictor, windows: Windows, seed: int = 0, batch_size: int =
         columns |= {f"weight {t - length}": w for t, w in enumerate(weights.unbind(1))}
         columns |= _split(unit, context)
         parts.append(pd.DataFrame({k: np.asarray(c.cpu()) for k, c in columns.items()}))
-    model.train(training)
     return pd.concat(parts, ignore_index=True)
 
 
-def _predicted(model: Predictor, context: Tensor, windows: Windows, first: int) -> tuple[Tensor, Tensor]:
-    raw, unit = model(context)
-    if not bool(unit.isfinite().all()):
-        raise LVMError(
-            f"the model predicts NaN or infinite values on split {windows.split} (from window {first} on); "
-            "look at its weights and at the context vectors"
-        )
-    return raw, unit
+def _predicted(model: Predictor, articles: Articles, batch_size: int) -> Iterator[tuple]:
+    """Batch by batch: index (B,), context, target, and the model's raw and unit predictions, in eval mode."""
+    windows, training = articles.windows, model.training
+    model.eval()
+    try:
+        for first in range(0, len(windows), batch_size):
+            index = np.arange(first, min(first + batch_size, len(windows)))
+            context, target = windows.batch(index, articles.vectors)
+            raw, unit = model(context)
+            if not bool(unit.isfinite().all()):
+                raise LVMError(
+                    f"the model predicts NaN or infinite values on split {windows.split} (from window {first} on); "
+                    "look at its weights and at the context vectors"
+                )
+            yield index, context, target, raw, unit
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
 def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataFrame:
     """The few columns of `measure` that need one pass of the model: article, target, loss, cosine, novel rank."""
-    device = device_of(model)
-    training = model.training
-    model.eval()
-    vectors = torch.from_numpy(windows.store.vectors).to(device)
-    articles = Articles(windows, vectors)
+    articles = Articles(windows, torch.from_numpy(windows.store.vectors).to(device_of(model)))
     parts = []
-    for first in range(0, len(windows), batch_size):
-        index = np.arange(first, min(first + batch_size, len(windows)))
-        context, target = windows.batch(index, vectors)
-        raw, unit = _predicted(model, context, windows, first)
+    for index, _, target, raw, unit in _predicted(model, articles, batch_size):
         columns = {
             "loss": (raw - target).square().mean(1),
             "cosine": F.cosine_similarity(unit, target, dim=-1),
             "novel rank": articles.ranks(unit[None], index)[1][0],
         }
         parts.append(pd.DataFrame({k: np.asarray(c.cpu(), float) for k, c in columns.items()}))
-    model.train(training)
     frame = pd.concat(parts, ignore_index=True)
     return frame.assign(article=windows.article, target=windows.target)
 
