@@ -17,7 +17,7 @@ import torch
 from scipy import stats
 
 from . import controller, losses, models
-from .fivecat import OFFSETS, STEPS, best_other, bins_delta, measure, summarise
+from .fivecat import OFFSETS, best_other, bins_delta, figure, measure, summarise
 from .models import Linear, Predictor
 from .params import Version
 from .statistics import over_articles, paired
@@ -191,15 +191,6 @@ def main_figures(store: Store, model: Predictor, other: Predictor, horizon: int 
         rows.append({"gate": "paired", "measure": name, **dict(zip(("value", "low", "high"), pair, strict=True))})
     found = pd.DataFrame(rows).set_index(["gate", "measure"])[["value", "low", "high", "articles"]]
     return found[found["low"].notna()]
-
-
-def figure(frame: pd.DataFrame, name: str) -> np.ndarray:
-    """(N,) a column of a `measure` frame, or novel MRR, 1 of 100 or mean rollout."""
-    if name == "novel MRR":
-        return 1 / frame["novel rank"].to_numpy()
-    if name == "mean rollout":  # NaN where a step lies outside the article
-        return frame[[f"rollout {h}" for h in range(1, STEPS + 1)]].mean(axis=1, skipna=False).to_numpy()
-    return frame["hundred" if name == "1 of 100" else name].to_numpy(float)
 
 
 def answer(low: float, high: float, null: float = 0.0, words=("forward", "backward", "none")) -> str:

@@ -160,15 +160,15 @@ class Report:
     def paired(self, column: str, split: str = "val", predictor: str = "model", other: str = "copy last") -> dict:
         """`predictor` minus `other` on the same windows: value, low, high, windows, articles.
 
-        `column` of the frames, or one of `novel MRR`, `novel margin, ahead`, `mean rollout`.
+        `column` of the frames, or one of `novel MRR`, `1 of 100`, `novel margin, ahead`, `mean rollout`.
         """
         one, two = self.frames[split, predictor], self.frames[split, other]
-        return _with_interval(_figure(one, column) - _figure(two, column), one["article"])
+        return _with_interval(figure(one, column) - figure(two, column), one["article"])
 
     def best_trivial(self, column: str, split: str = "val", among=None, but: str = "") -> str:
         """The predictor, the model left out, with the highest mean of `column` on these windows."""
         names = [n for n in among or self.predictors if n not in ("model", but)]
-        return max(names, key=lambda n: pd.Series(_figure(self.frames[split, n], column)).mean())
+        return max(names, key=lambda n: pd.Series(figure(self.frames[split, n], column)).mean())
 
     def judgements(self, split: str, predictor: str = "model") -> pd.DataFrame:
         """Profile `calibrated`: what each gate asks of a predictor and what the interval answers.
@@ -540,8 +540,8 @@ def _with_interval(values, articles, share: bool = False) -> dict:
     return {"value": mean, "low": low, "high": high, **counts}
 
 
-def _figure(frame: pd.DataFrame, column: str) -> np.ndarray:
-    """(N,) a column of a frame, or one of the figures made of several."""
+def figure(frame: pd.DataFrame, column: str) -> np.ndarray:
+    """(N,) a column of a `measure` frame by its name in the report, or one of the figures made of several."""
     if column == "novel MRR":
         return 1 / frame["novel rank"].to_numpy()
     if column == "novel margin, ahead":
@@ -549,7 +549,7 @@ def _figure(frame: pd.DataFrame, column: str) -> np.ndarray:
     if column == "mean rollout":
         rolled = frame[[f"rollout {h}" for h in range(1, STEPS + 1)]]
         return rolled.mean(axis=1).where(rolled.notna().all(axis=1)).to_numpy()
-    return frame[column].to_numpy(float)
+    return frame["hundred" if column == "1 of 100" else column].to_numpy(float)
 
 
 def _row(frame: pd.DataFrame, gate: str, name: str, values, chance: float = float("nan"), share: bool = False) -> dict:
@@ -602,7 +602,7 @@ def _calibrated(frame: pd.DataFrame, horizon: int, length: int) -> list[dict]:
         rows.append(_row(frame, "D", f"cosine at step {h}", step, float(chance[step.notna()].mean())))
     steps = range(1, STEPS + 1)
     chance = frame[[f"rollout chance {h}" for h in steps]].mean(axis=1)
-    whole = pd.Series(_figure(frame, "mean rollout"))
+    whole = pd.Series(figure(frame, "mean rollout"))
     rows.append(_row(frame, "D", "mean rollout", whole, float(chance[whole.notna()].mean())))
     moved = (
         frame[[f"rollout {h}" for h in steps[1:]]].to_numpy()
