@@ -1,5 +1,15 @@
 """The one exception of the project's own: bad input, told so that the reader knows what to do."""
 
+import importlib
+
 
 class LVMError(ValueError):
     """Input that cannot be used. The message says what is wrong, where, and what to do."""
+
+
+def extra(module: str):
+    """The module, of the extra `encode`. Raises LVMError with the command that installs it where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise LVMError(f'the package {e.name or module} is missing; run: pip install -e ".[encode]"') from e

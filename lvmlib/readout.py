@@ -1,6 +1,6 @@
 """Predictions in words: which texts lie nearest to a prediction, and where a rollout wanders.
 
-    texts = encode.texts(data.store)                          # the text of every row, where it is at hand
+    texts = readout.texts(data.store)                         # the text of every row, where it is at hand
     picked = choose(measure(model, data.val))                 # best, quartiles and worst by novel rank
     show(nearest(model, data.val, picked["window"], texts), data.val, picked)
     show(rollout(model, data.val, picked["window"], texts), data.val, picked)
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from IPython.display import HTML
 from torch import Tensor
 
-from .encode import SLICE_SHA256
+from . import wikipedia
 from .errors import LVMError
 from .models import Predictor
 from .retrieval import TIE
@@ -35,6 +35,14 @@ QUANTILES = {0.0: "best", 0.25: "first quartile", 0.5: "median", 0.75: "third qu
 # What HTML, Markdown and MathJax could take for markup. A span of its own keeps $ and \ from opening a formula in a
 # rendered notebook, which an entity would not.
 ESCAPES = {ord(c): f"&#{ord(c)};" for c in "*_`[]|~#"} | {ord(c): f"<span>&#{ord(c)};</span>" for c in "$\\"}
+
+
+def texts(store: Store) -> Sequence[str]:
+    """The text of every row of a store (M): what it kept, or for the embedded dataset what the gensim wheel holds.
+
+    Raises LVMError where there is none.
+    """
+    return wikipedia.texts(store) if store.texts is None else store.texts
 
 
 def choose(frame: pd.DataFrame, count: int = 5) -> pd.DataFrame:
@@ -157,7 +165,7 @@ def _checked(windows: Windows, index, texts: Sequence[str], count: int) -> np.nd
     if len(texts) != len(windows.store.vectors):
         raise LVMError(
             f"{windows.store.name} has {len(windows.store.vectors)} rows, but {len(texts)} texts were given; "
-            "take them from encode.texts(store)"
+            "take them from readout.texts(store)"
         )
     if count < 1:
         raise LVMError(f"at least one text or step is needed, not {count}")
@@ -241,7 +249,7 @@ def show(found: pd.DataFrame, windows: Windows, choice: pd.DataFrame | None = No
     """
     said = {} if choice is None else dict(zip(choice["window"], choice["said"], strict=True))
     page = [_table(part, windows, said.get(window, ""), width) for window, part in found.groupby("window", sort=False)]
-    if windows.store.datasheet.get("source_sha256") == SLICE_SHA256:
+    if windows.store.datasheet.get("source_sha256") == wikipedia.SLICE_SHA256:
         page.append(f"<p><small>{CREDIT}</small></p>")
     return HTML("".join(page))  # no line breaks: an empty line would end the HTML where Markdown is read
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib import encode, models
+from lvmlib import models
 from lvmlib import readout as R
 from lvmlib.errors import LVMError
 from lvmlib.vectors import EMBEDDED, make_store, open_store, windows
@@ -343,7 +343,7 @@ def test_a_model_that_predicts_nan(store, texts, call):
 def test_embedded_data_is_credited():
     pytest.importorskip("gensim", reason='needs the extra "encode": pip install -e ".[encode]"')
     store = open_store(EMBEDDED / "wikipedia")
-    texts, val = encode.texts(store), windows(store, "val")
+    texts, val = R.texts(store), windows(store, "val")
     mean = models.Weighted(store.dim, torch.full((T,), 1 / T))
     chosen = R.choose(measure(mean, val))
     page = "".join(Page(R.show(R.nearest(mean, val, chosen["window"], texts), val, chosen).data).pieces)

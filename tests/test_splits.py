@@ -1,0 +1,125 @@
+"""Splits by article: a planted topic is found, every promise of the rule is counted again, and bad input is told."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from lvmlib import splits
+from lvmlib.errors import LVMError
+from lvmlib.splits import rule, split_articles
+
+
+def topics(seed, sizes):
+    """Articles around two topics far apart; the last 12 are the second topic."""
+    rng = np.random.default_rng(seed)
+    article = np.repeat(np.arange(len(sizes)), sizes)
+    centre = np.zeros((len(sizes), 32))
+    centre[:, 0], centre[-12:, 0], centre[-12:, 1] = 1, -0.2, 1
+    of_article, of_chunk = rng.standard_normal((len(sizes), 32)), rng.standard_normal((len(article), 32))
+    x = centre[article] + 0.2 * of_article[article] + 0.1 * of_chunk
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16), article
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_split_rule_finds_a_planted_topic(seed):
+    vectors, article = topics(seed, [20] * 80)
+    split = split_articles(vectors, article, [f"T{i}" for i in range(80)])
+    assert (split[-12:] == "ood").all() and not (split[:-12] == "ood").any()
+    # 12 % of 80 equal articles: 10; the rest trains.
+    assert (split == "val").sum() == 10 and (split == "train").sum() == 58
+    assert (split == split_articles(vectors, article, [f"T{i}" for i in range(80)])).all()
+
+
+def test_too_few_articles_for_the_split_rule():
+    vectors, article = topics(0, [20] * 14)
+    with pytest.raises(LVMError, match="take more articles"):
+        split_articles(vectors, article, [f"T{i}" for i in range(14)])
+
+
+@pytest.mark.parametrize("articles, at_least", [(80, 10), (40, 5), (24, 3)])
+def test_a_random_split_is_the_draw_that_the_rule_describes(articles, at_least):
+    rng = np.random.default_rng(articles)
+    sizes = rng.integers(7, 12, articles)
+    sizes[:3] = 3  # too short: they stay in train, unused
+    vectors, article = topics(0, sizes)
+    titles = [f"Title {i}" for i in range(articles)]
+    split = split_articles(vectors, article, titles, "random")
+
+    def draw(salt, free):
+        for seed in range(1000):
+            key = {a: hashlib.sha256(f"{salt}{seed}:{titles[a]}".encode()).digest() for a in free}
+            chosen = []
+            for a in sorted(free, key=key.get):
+                if sizes[chosen].sum() >= 0.12 * sizes.sum():
+                    break
+                chosen.append(a)
+            if len(chosen) >= at_least and sizes[chosen].sum() <= 0.15 * sizes.sum():
+                return chosen
+        return None
+
+    ood = draw("ood:", list(range(3, articles)))
+    val = draw("", [a for a in range(3, articles) if a not in ood])
+    assert sorted(np.flatnonzero(split == "ood")) == sorted(ood)
+    assert sorted(np.flatnonzero(split == "val")) == sorted(val)
+    assert (split[:3] == "train").all()
+
+
+def test_ood_by_source():
+    vectors, article = topics(1, [9] * 60)
+    sources = np.repeat(["news", "speech", "film"], [30, 8, 22])
+    titles = [f"T{i}" for i in range(60)]
+    split = split_articles(vectors, article, titles, "source:speech", sources)
+    assert (split[sources == "speech"] == "ood").all() and not (split[sources != "speech"] == "ood").any()
+    both = split_articles(vectors, article, titles, "source: speech, news", sources)
+    assert ((both == "ood") == np.isin(sources, ["speech", "news"])).all() and (both == "val").any()
+    assert "speech" in rule("source:speech") and "news" not in rule("source:speech")
+
+
+def test_more_articles_than_one_tree_holds(monkeypatch):
+    """The others go with their nearest article of the tree: the planted topic stays whole."""
+    monkeypatch.setattr(splits, "TREE", 80)
+    rng = np.random.default_rng(3)
+    topic = rng.random(300) < 0.15
+    centre = np.zeros((300, 32))
+    centre[:, 0], centre[topic, 0], centre[topic, 1] = 1, -0.2, 1
+    article = np.repeat(np.arange(300), 8)
+    x = (centre + 0.2 * rng.standard_normal((300, 32)))[article] + 0.1 * rng.standard_normal((2400, 32))
+    split = split_articles(x / np.linalg.norm(x, axis=1, keepdims=True), article, [f"T{i}" for i in range(300)])
+    assert ((split == "ood") == topic).all()
+
+
+def test_articles_without_a_chunk_change_nothing():
+    vectors, article = topics(0, [20] * 80)
+    titles = [f"T{i}" for i in range(80)]
+    there = split_articles(vectors, article, titles, "random")
+    more = split_articles(vectors, article, [*titles, "empty"], "random")
+    assert (more[:80] == there).all() and more[80] == "train"
+    assert split_articles(vectors, article, [*titles, "empty"])[80] == "train"
+
+
+@pytest.mark.parametrize(
+    "ood, sources, words",
+    [
+        ("topics", None, "did you mean 'topic'"),
+        ("", None, "known: topic, random"),
+        (None, None, "known: topic, random"),
+        ("source", None, "known: topic, random"),
+        ("source:", None, "known: topic, random"),
+        ("random:x", None, "known: topic, random"),
+        ("source:news", None, "has no sources"),
+        ("source:nws", ["news"] * 80, "there are: news"),
+        ("source:news", ["news"] * 80, "take more articles"),
+        ("source:news", ["news"] + ["film"] * 79, "too few usable articles"),
+    ],
+)
+def test_bad_ood(ood, sources, words):
+    vectors, article = topics(0, [20] * 80)
+    with pytest.raises(LVMError, match=words):
+        split_articles(vectors, article, [f"T{i}" for i in range(80)], ood, sources)
+
+
+def test_too_few_usable_articles():
+    vectors, article = topics(0, [6] * 80)
+    with pytest.raises(LVMError, match="only 0 of 80 articles have 7 chunks or more"):
+        split_articles(vectors, article, [f"T{i}" for i in range(80)])
