@@ -6,8 +6,11 @@ A store is a folder:
 
     vectors.npy     (M, D) float16 or float32, unit vectors, memory-mapped
     chunks.npy      (M, 2) int32: article number, position within the article; row by row in reading order
-    articles.csv    article, title, split (train, val, ood, or empty: not used)
-    datasheet.yaml  name, how it was made, and the sha256 of the three files above
+    articles.csv    article, title, split (train, val, ood, or empty: not used), and perhaps source
+    texts.jsonl     if the text was kept: a JSON string a row, in the order of the vectors
+    windows.npy     if the windows were given, as the original's sequence files give them: (N, 2) int64, the number of
+                    the split and the first row; their horizon and context_length stand in the datasheet, windows:
+    datasheet.yaml  name, how it was made, and the sha256 of the files above
 
 A window is a run of T consecutive chunks of one article and the target `horizon` chunks after the last of
 them. It is kept as one number, the row of its first chunk; vectors are gathered a batch at a time.
@@ -15,11 +18,13 @@ them. It is kept as one number, the row of its first chunk; vectors are gathered
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,13 +34,74 @@ import torch
 import yaml
 
 from .errors import LVMError
-from .params import ROOT
+from .params import ROOT, Files, files
 
 SPLITS = ("train", "val", "ood")
 DIRECTIONS = {"forward": 1, "backward": -1}  # how a window is read: the step from one chunk to the next
 EMBEDDED = Path(__file__).resolve().parent / "data"
 STORE_FILES = ("vectors.npy", "chunks.npy", "articles.csv", "datasheet.yaml")
+OPTIONAL_FILES = ("texts.jsonl", "windows.npy")
+BLOCK = 65536  # rows that are read at a time: a store may be larger than memory
 NORM_TOLERANCE = 0.01  # float16 rounds a unit vector's norm by less than 1e-3
+
+
+class Texts(Sequence):
+    """The texts of a store, read from texts.jsonl where they are asked for; only where each line begins is in memory.
+
+    Raises LVMError if the file does not have `count` lines, or where a line is no JSON string.
+    """
+
+    def __init__(self, path: str | os.PathLike, count: int):
+        self.path = Path(path)
+        begins, at = [np.zeros(1, np.int64)], 0
+        with open(self.path, "rb") as file:
+            while block := file.read(1 << 24):
+                begins.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
+                at += len(block)
+        self.begins = np.concatenate(begins)
+        if len(self.begins) != count + 1 or self.begins[-1] != at:
+            raise LVMError(
+                f"{self.path}: has {len(self.begins) - 1} whole lines for {count} vectors; restore the file, or build "
+                "the store anew"
+            )
+
+    def __len__(self) -> int:
+        return len(self.begins) - 1
+
+    def __getitem__(self, row):
+        if isinstance(row, slice):
+            return [self[r] for r in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        row = int(row) % len(self)
+        with open(self.path, "rb") as file:
+            file.seek(self.begins[row])
+            line = file.read(self.begins[row + 1] - self.begins[row])
+        return self._text(line, row)
+
+    def __iter__(self) -> Iterator[str]:
+        with open(self.path, "rb") as file:
+            for row, line in enumerate(file):
+                yield self._text(line, row)
+
+    def _text(self, line: bytes, row: int) -> str:
+        try:
+            text = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise LVMError(f"{self.path}: line {row + 1} is not JSON ({e}); restore the file") from e
+        if not isinstance(text, str):
+            raise LVMError(f"{self.path}: line {row + 1} holds {type(text).__name__}, not a text; restore the file")
+        return text
+
+
+@dataclass(frozen=True, eq=False)
+class GivenWindows:
+    """Windows that came with a store: `split` (N,) number in SPLITS, `start` (N,) first row; all cut alike."""
+
+    split: np.ndarray
+    start: np.ndarray
+    horizon: int
+    context_length: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +109,8 @@ class Store:
     """Vectors of a corpus with their article and position; see the module's head for the files.
 
     `vectors` (M, D); `article`, `position` (M,) int32; `articles`: a frame indexed by article number with
-    columns title and split; `fingerprint`: sha256 over vectors, chunk table and splits.
+    columns title, split and source (may be empty); `fingerprint`: sha256 over vectors, chunk table, splits, and the
+    given windows where there are any; `texts` (M) if they were kept; `given`: the windows, if the store came with them.
     """
 
     name: str
@@ -53,6 +120,8 @@ class Store:
     articles: pd.DataFrame
     datasheet: dict
     fingerprint: str
+    texts: Sequence[str] | None = None
+    given: GivenWindows | None = None
 
     @property
     def dim(self) -> int:
@@ -84,29 +153,49 @@ def write_store(store: Store, folder: str | os.PathLike) -> Path:
 
     Raises LVMError if the folder exists.
     """
+    with writing(folder) as partial:
+        np.save(partial / "vectors.npy", store.vectors)
+        np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
+        if store.texts is not None:
+            with open(partial / "texts.jsonl", "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(text) + "\n" for text in store.texts)
+        datasheet = store.datasheet
+        if store.given is not None:
+            np.save(partial / "windows.npy", np.stack([store.given.split, store.given.start], 1).astype(np.int64))
+            cut = {"horizon": store.given.horizon, "context_length": store.given.context_length}
+            datasheet = {**datasheet, "windows": cut}
+        seal(partial, store.name, store.articles, datasheet)
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def writing(folder: str | os.PathLike) -> Iterator[Path]:
+    """A folder to put a store's files into, beside `folder`; it takes that name when the block ends, and is gone if the
+    block fails. `seal` it before. Raises LVMError if `folder` exists."""
     folder = Path(folder)
     if folder.exists():
         raise LVMError(f"{folder}: is there already; name a new folder, or move the old one aside")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
-        np.save(partial / "vectors.npy", store.vectors)
-        np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
-        store.articles.to_csv(partial / "articles.csv", index_label="article")
-        datasheet = {
-            "name": store.name,
-            **store.datasheet,
-            "sha256": {f: sha256_file(partial / f) for f in STORE_FILES[:3]},
-        }
-        (partial / "datasheet.yaml").write_text(
-            yaml.safe_dump(datasheet, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        yield partial
         partial.chmod(0o755)  # mkdtemp makes it the owner's alone
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return folder
+
+
+def seal(partial: Path, name: str, articles: pd.DataFrame, datasheet: Mapping) -> Store:
+    """Finish a store whose vectors.npy, chunks.npy (and texts.jsonl, windows.npy) stand in `partial`: writes
+    articles.csv and the datasheet with the checksums, and opens it, so that what is wrong is found now."""
+    articles.to_csv(partial / "articles.csv", index_label="article")
+    files = [*STORE_FILES[:3], *(f for f in OPTIONAL_FILES if (partial / f).exists())]
+    content = {"name": name, **datasheet, "sha256": {f: sha256_file(partial / f) for f in files}}
+    (partial / "datasheet.yaml").write_text(
+        yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    return open_store(partial)
 
 
 def open_store(folder: str | os.PathLike) -> Store:
@@ -126,7 +215,10 @@ def open_store(folder: str | os.PathLike) -> Store:
         raise LVMError(
             f"{folder / 'datasheet.yaml'}: cannot be read as a datasheet with checksums ({e!r}); restore the file"
         ) from e
-    for name in STORE_FILES[:3]:
+    optional = [name for name in OPTIONAL_FILES if name in recorded or (folder / name).exists()]
+    for name in [*STORE_FILES[:3], *optional]:
+        if not (folder / name).is_file():
+            raise LVMError(f"{folder / name}: missing, though datasheet.yaml lists it; restore the file")
         if sha256_file(folder / name) != recorded.get(name):
             raise LVMError(
                 f"{folder / name}: its sha256 is not the one in datasheet.yaml; the file is damaged or "
@@ -137,12 +229,14 @@ def open_store(folder: str | os.PathLike) -> Store:
         # Read as text first: an article listed twice must be seen, not merged.
         articles = pd.read_csv(folder / "articles.csv", keep_default_na=False, dtype=str)
         numbers = [np.int32(int(n)) for n in articles["article"]]  # refuses fractions and what int32 cannot hold
-        articles = articles[["title", "split"]].set_index(pd.Index(numbers, dtype=np.int32, name="article"))
+        columns = ["title", "split", *(["source"] if "source" in articles else [])]
+        articles = articles[columns].set_index(pd.Index(numbers, dtype=np.int32, name="article"))
     except (OSError, ValueError, KeyError, OverflowError) as e:
         raise LVMError(f"{folder / 'articles.csv'}: needs columns article (a number), title, split ({e})") from e
     check_vectors(vectors, str(folder / "vectors.npy"))
     chunks = check_chunks(chunks, len(vectors), str(folder / "chunks.npy"))
     check_articles(articles, chunks[:, 0], str(folder / "articles.csv"))
+    given = _given(folder / "windows.npy", datasheet, chunks, articles) if "windows.npy" in optional else None
     return Store(
         str(datasheet.get("name") or folder.name),
         vectors,
@@ -150,8 +244,44 @@ def open_store(folder: str | os.PathLike) -> Store:
         chunks[:, 1],
         articles,
         datasheet,
-        _fingerprint(vectors, chunks, articles),
+        _fingerprint(vectors, chunks, articles, given),
+        Texts(folder / "texts.jsonl", len(vectors)) if "texts.jsonl" in optional else None,
+        given,
     )
+
+
+def _given(path: Path, datasheet: dict, chunks: np.ndarray, articles: pd.DataFrame) -> GivenWindows:
+    table, cut = _load_array(path), datasheet.get("windows")
+    if table.ndim != 2 or table.shape[1] != 2 or table.dtype != np.int64:
+        raise LVMError(f"{path}: has shape {table.shape} and type {table.dtype}; needed is (windows, 2) int64")
+    if not isinstance(cut, dict) or not all(
+        isinstance(cut.get(k), int) and 1 <= cut[k] < 2**31 for k in ("horizon", "context_length")
+    ):
+        raise LVMError(f"{path}: datasheet.yaml has no windows: {{horizon: …, context_length: …}}; restore the file")
+    given = GivenWindows(np.array(table[:, 0]), np.array(table[:, 1]), cut["horizon"], cut["context_length"])
+    check_given(given, chunks, articles, str(path))
+    return given
+
+
+def check_given(given: GivenWindows, chunks: np.ndarray, articles: pd.DataFrame, where: str) -> None:
+    """Raise LVMError unless each given window lies in one article of its split, without a gap in positions."""
+    span = given.context_length - 1 + given.horizon
+    inside = (given.start >= 0) & (given.start < len(chunks) - span) & (given.split >= 0) & (given.split < len(SPLITS))
+    first = np.where(inside, given.start, 0)
+    last = np.minimum(first + span, len(chunks) - 1)
+    split_of = articles["split"].map({s: i for i, s in enumerate(SPLITS)}).reindex(chunks[:, 0]).to_numpy()
+    good = (
+        inside
+        & (chunks[first, 0] == chunks[last, 0])
+        & (chunks[last, 1].astype(np.int64) - chunks[first, 1] == span)
+        & (split_of[first] == given.split)
+    )
+    if not good.all():
+        bad = int(np.flatnonzero(~good)[0])
+        raise LVMError(
+            f"{where}: window {bad} (split {given.split[bad]}, first row {given.start[bad]}) does not lie in one "
+            f"article of its split without a gap ({(~good).sum()} such); import the files anew"
+        )
 
 
 def _load_array(path: Path) -> np.ndarray:
@@ -173,8 +303,8 @@ def check_vectors(vectors: np.ndarray, where: str) -> None:
             f"{where}: has shape {vectors.shape} and type {vectors.dtype}; "
             "needed is (chunks, dimension), float16 or float32, not empty"
         )
-    for first in range(0, len(vectors), 65536):  # in blocks: a store may be larger than memory
-        norms = np.linalg.norm(vectors[first : first + 65536].astype(np.float32), axis=1)
+    for first in range(0, len(vectors), BLOCK):
+        norms = np.linalg.norm(vectors[first : first + BLOCK].astype(np.float32), axis=1)
         bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))  # negated, so that NaN counts as bad
         if len(bad):
             norm = norms[bad[0]]
@@ -249,12 +379,17 @@ def sha256_file(path: str | os.PathLike) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _fingerprint(vectors: np.ndarray, chunks: np.ndarray, articles: pd.DataFrame) -> str:
+def _fingerprint(
+    vectors: np.ndarray, chunks: np.ndarray, articles: pd.DataFrame, given: GivenWindows | None = None
+) -> str:
     digest = hashlib.sha256(repr((vectors.shape, str(vectors.dtype))).encode())
-    for first in range(0, len(vectors), 65536):
-        digest.update(np.ascontiguousarray(vectors[first : first + 65536]).data)
+    for first in range(0, len(vectors), BLOCK):
+        digest.update(np.ascontiguousarray(vectors[first : first + BLOCK]).data)
     digest.update(np.ascontiguousarray(chunks, np.int32).data)
     digest.update("\n".join(f"{a}:{s}" for a, s in articles["split"].items()).encode())
+    if given is not None:
+        digest.update(repr((given.horizon, given.context_length)).encode())
+        digest.update(np.stack([given.split, given.start], 1).astype(np.int64).data)
     return digest.hexdigest()
 
 
@@ -329,7 +464,8 @@ def shared(forward: Windows, backward: Windows) -> tuple[Windows, Windows]:
 def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5, direction: str = "forward") -> Windows:
     """All windows of a split; none crosses an article or a gap in positions. `backward` reads the articles reversed.
 
-    Articles shorter than context_length + horizon give none. Raises LVMError if no article is long enough.
+    A store that came with windows of its own gives those, forwards. Articles shorter than context_length + horizon
+    give none. Raises LVMError if no article is long enough.
     """
     if split not in SPLITS:
         raise LVMError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -337,6 +473,16 @@ def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5,
         raise LVMError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
     if horizon < 1 or context_length < 1:
         raise LVMError(f"horizon {horizon} and context_length {context_length} must each be at least 1")
+    if store.given is not None and (horizon, context_length) != (store.given.horizon, store.given.context_length):
+        raise LVMError(
+            f"{store.name}: came with windows of {store.given.context_length} with horizon {store.given.horizon}, asked"
+            f" for are {context_length} with horizon {horizon}; set `horizon` and `context_length` to what there is"
+        )
+    if store.given is not None and direction == "forward":  # read backwards, there are no given ones: all are cut
+        start = store.given.start[store.given.split == SPLITS.index(split)]
+        if not len(start):
+            raise LVMError(f"{store.name}: came with windows, but with none for split {split}; add a file for it")
+        return Windows(store, split, start, context_length, horizon)
     span = context_length - 1 + horizon
     first = store.rows(split)
     first = first[first + span < len(store.article)]
@@ -364,7 +510,7 @@ class Dataset:
 
 
 def dataset(
-    data: str | Store = "wikipedia",
+    data: str | Files | Mapping | Store = "wikipedia",
     horizon: int = 2,
     context_length: int = 5,
     fast: bool = False,
@@ -372,13 +518,19 @@ def dataset(
 ) -> Dataset:
     """Open a dataset and cut its windows.
 
-    `data`: `wikipedia` (embedded), `world:NAME` (a synthetic world), a store's folder, or a Store.
+    `data`: `wikipedia` (embedded), `world:NAME` (a synthetic world), a store's folder, a Store, or the original's
+    files: one article file, or a mapping as `params.Files` has it (converted once, into outputs/imported/).
     `fast` keeps a few hundred windows of each split, for smoke runs; `direction` as in `windows`. Raises LVMError for
     an unknown name.
     """
-    data = data if isinstance(data, Store) else os.fspath(data)
+    if not isinstance(data, Store):
+        data = files(os.fspath(data) if isinstance(data, os.PathLike) else data)
     if isinstance(data, Store):
         store = data
+    elif isinstance(data, Files) or data.endswith(".npz"):
+        from .importers import opened
+
+        store = opened(data)
     elif data in embedded():
         store = open_store(EMBEDDED / data)
     elif data.startswith("world:"):
@@ -390,7 +542,7 @@ def dataset(
     else:
         raise LVMError(
             f"data {data!r}: neither an embedded dataset ({', '.join(embedded())}), nor world:NAME, "
-            "nor the folder of a store"
+            "nor the folder of a store, nor an .npz file"
         )
     cut = [windows(store, split, horizon, context_length, direction) for split in SPLITS]
     if fast:

@@ -1,6 +1,7 @@
 """The vector store: windows re-derived in plain loops, round trip, and every damaged or hostile file refused."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -256,10 +257,10 @@ def folder(tmp_path):
     return V.write_store(random_store(11, gaps=False), tmp_path / "s")
 
 
-def reseal(folder):
+def reseal(folder, *more):
     """Make the checksums right again, so that the check behind them is what must speak."""
     sheet = yaml.safe_load((folder / "datasheet.yaml").read_text(encoding="utf-8"))
-    sheet["sha256"] = {f: V.sha256_file(folder / f) for f in V.STORE_FILES[:3]}
+    sheet["sha256"] = {f: V.sha256_file(folder / f) for f in (*V.STORE_FILES[:3], *more)}
     (folder / "datasheet.yaml").write_text(yaml.safe_dump(sheet), encoding="utf-8")
 
 
@@ -735,3 +736,108 @@ def test_shared_needs_articles_long_enough_and_one_store():
         V.shared(*cut(12))
     with pytest.raises(LVMError, match="share no target; use one store"):
         V.shared(cut(20)[0], cut(20, seed=2)[1])
+
+
+# --- texts and given windows -----------------------------------------------------------------------------------------
+
+
+def with_extras(seed=5):
+    """A store that kept its texts and came with some of its windows, in an order of their own."""
+    store = random_store(seed, gaps=False)
+    cut = {s: V.windows(store, s, horizon=1, context_length=3).start[::-2] for s in V.SPLITS}
+    split = np.concatenate([np.full(len(start), i) for i, start in enumerate(cut.values())])
+    given = V.GivenWindows(split, np.concatenate(list(cut.values())), 1, 3)
+    texts = [f"row {i}\nof \u2028 many \u00e9 \U0001f600" for i in range(len(store.vectors))]
+    return replace(store, texts=texts, given=given), cut
+
+
+def test_texts_and_given_windows_survive_the_disk(tmp_path):
+    store, cut = with_extras()
+    opened = V.open_store(V.write_store(store, tmp_path / "s"))
+    assert list(opened.texts) == list(store.texts) and opened.texts[3:5] == store.texts[3:5]
+    assert opened.texts[-1] == store.texts[-1] and len(opened.texts) == len(store.texts)
+    with pytest.raises(IndexError):
+        opened.texts[len(store.texts)]
+    for split in V.SPLITS:
+        windows = V.windows(opened, split, horizon=1, context_length=3)
+        assert windows.start.tolist() == cut[split].tolist()
+        backward = V.windows(opened, split, horizon=1, context_length=3, direction="backward")
+        assert len(backward) == len(V.windows(random_store(5, gaps=False), split, horizon=1, context_length=3))
+    assert opened.fingerprint != V.open_store(V.write_store(replace(store, given=None), tmp_path / "t")).fingerprint
+    for horizon, length in ((2, 3), (1, 4)):
+        with pytest.raises(LVMError, match="came with windows of 3 with horizon 1"):
+            V.windows(opened, "val", horizon=horizon, context_length=length)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("a line fewer", "whole lines"),
+        ("a line more", "whole lines"),
+        ("no last newline", "whole lines"),
+        ("not JSON", "line 3 is not JSON"),
+        ("a number", "line 3 holds int"),
+        ("gone", "missing, though datasheet.yaml lists it"),
+        ("changed", "sha256"),
+    ],
+)
+def test_damaged_texts(tmp_path, damage, words):
+    folder = V.write_store(with_extras()[0], tmp_path / "s")
+    path = folder / "texts.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    changed = {
+        "a line fewer": lines[:-1],
+        "a line more": [*lines, lines[0]],
+        "no last newline": [*lines[:-1], lines[-1].rstrip()],
+        "not JSON": [*lines[:2], b'"open\n', *lines[3:]],
+        "a number": [*lines[:2], b"7\n", *lines[3:]],
+        "changed": [lines[1], lines[0], *lines[2:]],
+    }
+    path.unlink() if damage == "gone" else path.write_bytes(b"".join(changed[damage]))
+    if damage not in ("gone", "changed"):
+        reseal(folder, "texts.jsonl", "windows.npy")
+    with pytest.raises(LVMError, match=words):
+        list(V.open_store(folder).texts)
+    if damage in ("not JSON", "a number"):
+        with pytest.raises(LVMError, match=words):
+            V.open_store(folder).texts[2]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.astype(np.int32), "needed is \\(windows, 2\\) int64"),
+        (lambda t: t[:, :1], "needed is \\(windows, 2\\) int64"),
+        (lambda t: t - [0, 10**6], "does not lie in one article"),
+        (lambda t: t + np.array([0, 10**6]), "does not lie in one article"),
+        (lambda t: t + np.array([1, 0]), "does not lie in one article"),
+        (lambda t: t + np.array([7, 0]), "does not lie in one article"),
+        (lambda t: t * [1, 0] + [0, np.iinfo(np.int64).max], "does not lie in one article"),
+    ],
+)
+def test_damaged_windows(tmp_path, change, words):
+    folder = V.write_store(with_extras()[0], tmp_path / "s")
+    np.save(folder / "windows.npy", change(np.load(folder / "windows.npy")))
+    reseal(folder, "texts.jsonl", "windows.npy")
+    with pytest.raises(LVMError, match=words):
+        V.open_store(folder)
+
+
+@pytest.mark.parametrize(
+    "cut", [None, 3, {"horizon": 1}, {"horizon": 0, "context_length": 3}, {"horizon": "1", "context_length": 3}]
+)
+def test_windows_without_their_cut(tmp_path, cut):
+    folder = V.write_store(with_extras()[0], tmp_path / "s")
+    sheet = yaml.safe_load((folder / "datasheet.yaml").read_text(encoding="utf-8"))
+    (folder / "datasheet.yaml").write_text(yaml.safe_dump({**sheet, "windows": cut}), encoding="utf-8")
+    with pytest.raises(LVMError, match="has no windows"):
+        V.open_store(folder)
+
+
+def test_a_writing_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(LVMError, match="is a zero vector"), V.writing(tmp_path / "s") as partial:
+        store = random_store(1, gaps=False)
+        np.save(partial / "vectors.npy", np.zeros_like(store.vectors))
+        np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
+        V.seal(partial, "s", store.articles, {})
+    assert list(tmp_path.iterdir()) == []
