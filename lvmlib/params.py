@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -27,6 +28,16 @@ PARAMS = ROOT / "params"
 OUTPUTS = ROOT / "outputs"
 
 Steps = tuple[tuple[int, float], ...]  # ((first epoch, value), …): a value holds until the next first epoch
+
+
+@dataclass(frozen=True)
+class Files:
+    """The original's .npz files (handbook §1) in place of a dataset's name; `importers` reads them."""
+
+    train: str | None = None  # sequence files: all three, or none
+    val: str | None = None
+    ood: str | None = None
+    articles: str | None = None  # the article file; alone, it is split and all its windows are taken
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ class Version:
     name: str
     about: str  # the file's first comment line: why this version exists
     extends: str  # the parent version, empty for the first
-    data: str  # an embedded dataset, world:NAME, or a store's folder
+    data: str | Files  # an embedded dataset, world:NAME, a store's folder, or the original's .npz files
     horizon: int  # the target is this many chunks after the context
     context_length: int
     direction: Literal["forward", "backward"]  # backward reads the articles reversed: the control of the arrow of time
@@ -140,6 +151,27 @@ class Version:
     def to_dict(self) -> dict:
         """Plain nested dict, as `run.yaml` keeps it."""
         return _plain(dataclasses.asdict(self))
+
+
+def outputs() -> Path:
+    """The folder that runs write to: outputs/ of the checkout, or what LVM_OUTPUTS names."""
+    return Path(os.environ.get("LVM_OUTPUTS") or OUTPUTS)
+
+
+def files(data: str | Files | Mapping) -> str | Files:
+    """`data` as a version holds it: text, or Files of a mapping, checked. Raises LVMError for what is neither."""
+    plain = dataclasses.asdict(data) if isinstance(data, Files) else data
+    built = _value(str | Files, plain, "data", "data")
+    if isinstance(built, Files):
+        _check_files(built, "data")
+    return built
+
+
+def data_name(data: str | Files) -> str:
+    """What a run's folder and the figures call a dataset: the last part of its name, without .npz."""
+    if isinstance(data, Files):
+        data = data.articles or data.train
+    return data.rstrip("/").rsplit("/", 1)[-1].removesuffix(".npz").replace(":", "-")
 
 
 def known_versions() -> list[str]:
@@ -289,7 +321,7 @@ def _build(cls, content: Mapping, where: str, prefix: str = ""):
                 f"{where}: unknown key {prefix + str(key)!r}{_nearest(key, hints)}; known here: {', '.join(hints)}"
             )
     values = {k: _value(hints[k], v, where, prefix + k) for k, v in content.items()}
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in content]
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in content and f.default is dataclasses.MISSING]
     if missing:
         raise LVMError(f"{where}: key {prefix + missing[0]!r} is missing")
     return cls(**values)
@@ -311,8 +343,10 @@ def _value(kind, value, where: str, key: str):
             raise refuse(f"a group of keys: {', '.join(f.name for f in dataclasses.fields(kind))}")
         return _build(kind, value, where, key + ".")
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:  # X | None
+    if origin is types.UnionType and types.NoneType in args:  # X | None
         return None if value is None else _value(args[0], value, where, key)
+    if origin is types.UnionType:  # text, or a group of keys
+        return _value(args[isinstance(value, Mapping)], value, where, key)
     if origin is Literal:
         if value not in args or not isinstance(value, str):
             raise refuse("one of " + ", ".join(args) + (_nearest(value, args) if isinstance(value, str) else ""))
@@ -340,6 +374,8 @@ def _check(v: Version, where: str) -> None:
         if not good:
             raise LVMError(f"{where}: {key} is {value!r}; needed is {needed}")
 
+    if isinstance(v.data, Files):
+        _check_files(v.data, where)
     for key in ("epochs", "batch_size", "horizon", "log_every"):
         need(getattr(v, key) >= 1, key, getattr(v, key), "at least 1")
     need(v.seed >= 0, "seed", v.seed, "0 or more")
@@ -407,6 +443,15 @@ def _check(v: Version, where: str) -> None:
             "schedule.rho_cap",
             cap,
             f"at least rho_target {target} (epoch {epoch})",
+        )
+
+
+def _check_files(data: Files, where: str) -> None:
+    sequences = [name for name in ("train", "val", "ood") if getattr(data, name)]
+    if len(sequences) not in (0, 3) or not (sequences or data.articles):
+        raise LVMError(
+            f"{where}: data names {', '.join(sequences) or 'no file'}; needed are the sequence files train, val and "
+            "ood, all three, or an article file (articles), or both"
         )
 
 

@@ -17,7 +17,7 @@ from pandas.io.formats.style import Styler
 
 from .arrow import MEASURES, Arrow
 from .fivecat import COHERENCE, GATES, GENERALISES, OFFSETS, ORIGINAL_OFFSETS, STEPS, THRESHOLDS, Report, ablations
-from .params import Version
+from .params import Version, data_name
 from .statistics import chance_recall, over_articles
 from .verdict import MARGIN_RISE, RECALL, RHO_TOLERANCE, SPIKE, VAL_COS, Check, Verdict
 
@@ -244,7 +244,10 @@ def training(history: pd.DataFrame, version: Version, baselines: pd.DataFrame | 
         if len(labels) > 1:
             axis.legend(fontsize="x-small")
     figure.suptitle(
-        f"{version.name} on {version.data}: {version.model}, seed {version.seed}", x=0.01, ha="left", weight="bold"
+        f"{version.name} on {data_name(version.data)}: {version.model}, seed {version.seed}",
+        x=0.01,
+        ha="left",
+        weight="bold",
     )
     return figure
 

@@ -13,8 +13,8 @@ import pandas as pd
 
 from .errors import LVMError
 from .fivecat import INSTRUMENT, PROFILES
-from .params import Version, flat, known_versions, version
-from .training import NOT_COMPARED, open_run, outputs, run_folder, train
+from .params import Version, flat, known_versions, outputs, version
+from .training import NOT_COMPARED, open_run, run_folder, train
 from .vectors import Dataset
 
 # column: (profile, split, gate, measure) of the 5CAT tables

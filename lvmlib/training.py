@@ -40,7 +40,7 @@ import yaml
 
 from . import controller, losses, models
 from .errors import LVMError
-from .params import OUTPUTS, ROOT, Version, flat
+from .params import ROOT, Version, data_name, flat, outputs
 from .vectors import DIRECTIONS, Dataset, Windows
 
 PULLS = ("pull_mse", "pull_directional", "pull_floor", "pull_norm", "pull_orthogonality")
@@ -121,13 +121,7 @@ def run_folder(version: Version, run_name: str | None = None) -> Path:
         or name.startswith(".")
     ):
         raise LVMError(f"run_name {name!r}: use letters, digits, '-', '_' and '.', and begin with none of the last")
-    dataset = version.data.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
-    return outputs() / ("fast" if version.fast else "") / dataset / version.name / name
-
-
-def outputs() -> Path:
-    """The folder that runs write to: outputs/ of the checkout, or what LVM_OUTPUTS names."""
-    return Path(os.environ.get("LVM_OUTPUTS") or OUTPUTS)
+    return outputs() / ("fast" if version.fast else "") / data_name(version.data) / version.name / name
 
 
 def train(version: Version, data: Dataset, out: str | os.PathLike | None = None, fresh: bool = False) -> Run:

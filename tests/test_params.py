@@ -628,3 +628,54 @@ def test_an_unknown_injected_name_is_refused(injected, name, near):
 
 def test_names_assigned_after_the_injected_cell_are_no_parameters():
     refused(lambda: check_injected(["", PARAMETERS, "# Parameters\nresult = 3\n", "result = 1"]), "'result'")
+
+
+# --- data: the original's files --------------------------------------------------------------------------------------
+
+NPZ = {"train": "a/t.npz", "val": "a/v.npz", "ood": "a/o.npz"}
+
+
+def test_data_may_name_the_original_files():
+    own = version("v22", {"data": {**NPZ, "articles": "a/all.npz"}})
+    assert own.data == params.Files(**NPZ, articles="a/all.npz")
+    assert own.to_dict()["data"] == {**NPZ, "articles": "a/all.npz"}
+    assert params.files(own.to_dict()["data"]) == own.data == params.files(own.data)
+    assert version("v22", data=NPZ).data == params.Files(**NPZ)
+    assert version("v22", data={"articles": "x.npz"}).data == params.Files(articles="x.npz")
+    assert params.files("wikipedia") == "wikipedia"
+
+
+@pytest.mark.parametrize(
+    "data, name",
+    [
+        (params.Files(**NPZ, articles="a/all.npz"), "all"),
+        (params.Files(**NPZ), "t"),
+        ("../x/english.npz", "english"),
+        ("folder/of/store/", "store"),
+        ("world:copy", "world-copy"),
+        ("wikipedia", "wikipedia"),
+    ],
+)
+def test_the_name_of_a_dataset(data, name):
+    assert params.data_name(data) == name
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ({"train": "t.npz"}, "all three"),
+        ({}, "no file"),
+        ({"train": None, "val": None, "ood": None}, "no file"),
+        ({**NPZ, "artciles": "a.npz"}, "did you mean 'articles'"),
+        ({**NPZ, "val": 3}, "needed is text"),
+        (3, "needed is text"),
+        (None, "needed is text"),
+        (["a.npz"], "needed is text"),
+    ],
+)
+def test_bad_data(data, words):
+    with pytest.raises(LVMError, match=words):
+        params.files(data)
+    if data is not None:
+        with pytest.raises(LVMError, match=words):
+            version("v22", {"data": data})
