@@ -34,7 +34,7 @@ import torch
 import yaml
 
 from .errors import LVMError
-from .params import ROOT, Files, files
+from .params import ROOT, Files, files, outputs
 
 SPLITS = ("train", "val", "ood")
 DIRECTIONS = {"forward": 1, "backward": -1}  # how a window is read: the step from one chunk to the next
@@ -518,8 +518,9 @@ def dataset(
 ) -> Dataset:
     """Open a dataset and cut its windows.
 
-    `data`: `wikipedia` (embedded), `world:NAME` (a synthetic world), a store's folder, a Store, or the original's
-    files: one article file, or a mapping as `params.Files` has it (converted once, into outputs/imported/).
+    `data`: `wikipedia` (embedded), a name under outputs/datasets/ (made by encode.ipynb), `world:NAME` (a synthetic
+    world), a store's folder, a Store, or the original's files: one article file, or a mapping as `params.Files` has it
+    (converted once, into outputs/imported/).
     `fast` keeps a few hundred windows of each split, for smoke runs; `direction` as in `windows`. Raises LVMError for
     an unknown name.
     """
@@ -537,13 +538,18 @@ def dataset(
         from .worlds import world
 
         store = world(data.removeprefix("world:"))
-    elif os.path.isdir(folder := ROOT / os.path.expanduser(data)):  # a relative path starts from the checkout
-        store = open_store(folder)
     else:
-        raise LVMError(
-            f"data {data!r}: neither an embedded dataset ({', '.join(embedded())}), nor world:NAME, "
-            "nor the folder of a store, nor an .npz file"
-        )
+        own = outputs() / "datasets"  # what encode.ipynb makes is known by its name
+        places = [ROOT / os.path.expanduser(data)]  # a relative path starts from the checkout
+        places = places if "/" in data else [own / data, *places]
+        folder = next((p for p in places if p.is_dir()), None)
+        if folder is None:
+            there = [*embedded(), *(sorted(p.parent.name for p in own.glob("*/datasheet.yaml")))]
+            raise LVMError(
+                f"data {data!r}: neither one of {', '.join(there)}, nor world:NAME, nor the folder of a store, nor an "
+                ".npz file; encode.ipynb makes a dataset of your own texts"
+            )
+        store = open_store(folder)
     cut = [windows(store, split, horizon, context_length, direction) for split in SPLITS]
     if fast:
         cut = [w.at_most(n) for w, n in zip(cut, (512, 128, 128), strict=True)]

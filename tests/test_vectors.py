@@ -841,3 +841,14 @@ def test_a_writing_that_fails_leaves_nothing(tmp_path):
         np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
         V.seal(partial, "s", store.articles, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dataset_made_here_is_known_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
+    store = random_store(3, gaps=False)
+    V.write_store(store, tmp_path / "datasets" / "mine")
+    assert V.dataset("mine", horizon=1, context_length=3).store.fingerprint == store.fingerprint
+    with pytest.raises(LVMError, match=r"neither one of wikipedia, mine, nor world:NAME.*encode\.ipynb"):
+        V.dataset("theirs")
+    with pytest.raises(LVMError, match="neither one of"):
+        V.dataset("../datasets/mine")
