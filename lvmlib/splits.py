@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .errors import LVMError
-from .vectors import BLOCK
+from .vectors import blocks
 
 USABLE = 7  # chunks of an article that gives a window: 5 of context, horizon 2
 ARTICLES = (10, 5, 3)  # usable articles that validation and OOD have at least: the first that a corpus can give
@@ -92,9 +92,8 @@ def _kind(ood: str) -> tuple[str, list[str]]:
 def centroids(vectors: np.ndarray, article: np.ndarray, count: int | None = None) -> np.ndarray:
     """(A, D) float64: the mean vector of each article, made unit. `article` (M,): 0 … A − 1. Reads block by block."""
     sums = np.zeros((count or int(article.max()) + 1, vectors.shape[1]))
-    for first in range(0, len(vectors), BLOCK):
-        own = article[first : first + BLOCK]
-        np.add.at(sums, own, vectors[first : first + BLOCK].astype(np.float64))
+    for first, block in blocks(vectors):
+        np.add.at(sums, article[first : first + len(block)], block.astype(np.float64))
     return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
 
 

@@ -41,7 +41,7 @@ DIRECTIONS = {"forward": 1, "backward": -1}  # how a window is read: the step fr
 EMBEDDED = Path(__file__).resolve().parent / "data"
 STORE_FILES = ("vectors.npy", "chunks.npy", "articles.csv", "datasheet.yaml")
 OPTIONAL_FILES = ("texts.jsonl", "windows.npy")
-BLOCK = 65536  # rows that are read at a time: a store may be larger than memory
+BLOCK_VALUES = 1 << 23  # numbers that are read at a time: a store may be larger than memory
 NORM_TOLERANCE = 0.01  # float16 rounds a unit vector's norm by less than 1e-3
 
 
@@ -296,6 +296,13 @@ def _load_array(path: Path) -> np.ndarray:
     return array
 
 
+def blocks(vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of an array (M, D), some megabytes at a time."""
+    rows = max(1, BLOCK_VALUES // vectors.shape[1])
+    for first in range(0, len(vectors), rows):
+        yield first, vectors[first : first + rows]
+
+
 def check_vectors(vectors: np.ndarray, where: str) -> None:
     """Raise LVMError unless `vectors` is a non-empty (M, D) float array of finite unit vectors."""
     if vectors.ndim != 2 or 0 in vectors.shape or vectors.dtype not in (np.float16, np.float32):
@@ -303,8 +310,8 @@ def check_vectors(vectors: np.ndarray, where: str) -> None:
             f"{where}: has shape {vectors.shape} and type {vectors.dtype}; "
             "needed is (chunks, dimension), float16 or float32, not empty"
         )
-    for first in range(0, len(vectors), BLOCK):
-        norms = np.linalg.norm(vectors[first : first + BLOCK].astype(np.float32), axis=1)
+    for first, block in blocks(vectors):
+        norms = np.linalg.norm(block.astype(np.float32), axis=1)
         bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))  # negated, so that NaN counts as bad
         if len(bad):
             norm = norms[bad[0]]
@@ -383,8 +390,8 @@ def _fingerprint(
     vectors: np.ndarray, chunks: np.ndarray, articles: pd.DataFrame, given: GivenWindows | None = None
 ) -> str:
     digest = hashlib.sha256(repr((vectors.shape, str(vectors.dtype))).encode())
-    for first in range(0, len(vectors), BLOCK):
-        digest.update(np.ascontiguousarray(vectors[first : first + BLOCK]).data)
+    for _, block in blocks(vectors):
+        digest.update(np.ascontiguousarray(block).data)
     digest.update(np.ascontiguousarray(chunks, np.int32).data)
     digest.update("\n".join(f"{a}:{s}" for a, s in articles["split"].items()).encode())
     if given is not None:
@@ -542,7 +549,7 @@ def dataset(
         own = outputs() / "datasets"  # what encode.ipynb makes is known by its name
         places = [ROOT / os.path.expanduser(data)]  # a relative path starts from the checkout
         places = places if "/" in data else [own / data, *places]
-        folder = next((p for p in places if p.is_dir()), None)
+        folder = next((p for p in places if os.path.isdir(p)), None)
         if folder is None:
             there = [*embedded(), *(sorted(p.parent.name for p in own.glob("*/datasheet.yaml")))]
             raise LVMError(
