@@ -1,0 +1,402 @@
+"""Mutate small valid files of every kind and convert them: only a good store or a clear LVMError may come out.
+
+    python tests/fuzz_importers.py [FILES] [SEED]
+
+A failure is any other exception, a warning, a folder left over, a file that a pickle's code would have made, more than
+five seconds, or a message without advice. Failing files are kept and named.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import random
+import re
+import resource
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from lvmlib import importers
+from lvmlib import vectors as V
+from lvmlib.errors import LVMError
+
+DIM, LENGTH = 4, 5
+SLOWEST = 5.0  # seconds a file may take
+
+
+class Runs:
+    """Pickles as a call of os.system: what must never be run. `marker`: the file it would make."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        import os
+
+        return os.system, (f"touch {self.marker}",)
+
+
+def world(seed: int = 0, articles: int = 30, dtype=np.float32, dim: int = DIM, longest: int = 10):
+    """(vectors, article, chunk) of articles of 7 chunks to `longest`, each near a place of its own."""
+    rng = np.random.default_rng(seed)
+    size = rng.integers(7, longest + 1, articles)
+    article = np.repeat(np.arange(articles), size)
+    chunk = np.concatenate([np.arange(n) for n in size])
+    x = rng.standard_normal((len(article), dim)) + 2 * rng.standard_normal((articles, dim))[article]
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype), article, chunk
+
+
+def cut(x, article, chunk, chosen, horizon=2):
+    """(contexts, targets, article ids, target indices) of all windows of the `chosen` articles."""
+    span = LENGTH - 1 + horizon
+    first = np.array([r for r in range(len(x) - span) if article[r] == article[r + span] and article[r] in chosen])
+    contexts = x[first[:, None] + np.arange(LENGTH)]
+    return contexts, x[first + span], article[first], chunk[first + span]
+
+
+def dicts(ids, indices, **more):
+    listed = [
+        {"article_index": a, "target_chunk_index": int(t), "kind": "window", **more}
+        for a, t in zip(ids, indices, strict=True)
+    ]
+    out = np.empty(len(listed), object)
+    out[:] = listed
+    return out
+
+
+def packed(arrays: dict, compressed: bool = False) -> bytes:
+    out = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(out, **arrays)
+    return out.getvalue()
+
+
+def seeds() -> list[tuple[str, dict[str, bytes]]]:
+    """(kind, {role: file}) of every form that convert reads."""
+    x, article, chunk = world()
+    parts = {"train": range(20), "val": range(20, 25), "ood": range(25, 30)}
+    windows = {s: cut(x, article, chunk, set(own)) for s, own in parts.items()}
+    base = {"vectors": x, "article_indices": article, "chunk_indices": chunk}
+    texts = np.array([f"text {i}" * (i % 3) for i in range(len(x))])
+    names = np.array([f"source {a % 2}" for a in range(30)])
+    articles = packed(base)
+    shuffled = np.random.default_rng(1).permutation(len(x))
+    keys = ("context_sequences", "target_vectors", "article_ids", "target_indices")
+    plain = {s: dict(zip(keys, w, strict=True)) for s, w in windows.items()}
+    spelt = {
+        s: {"contexts": w[0].astype(np.float16), "targets": w[1], "metadata": dicts(w[2], w[3])}
+        for s, w in windows.items()
+    }
+    numbers = {s: dicts(np.int64(w[2]), w[3], more=[1, (2.5, None)]) for s, w in windows.items()}
+    return [
+        ("articles", {"articles": articles}),
+        ("texts", {"articles": packed({**base, "concept_texts": texts, "article_sources": names}, True)}),
+        (
+            "objects",
+            {
+                "articles": packed(
+                    {
+                        **base,
+                        "concept_texts": texts.astype(object),
+                        "cpe_ids": texts.astype(object),
+                        "article_sources": names.astype(object),
+                    }
+                )
+            },
+        ),
+        ("unsorted", {"articles": packed({k: v[shuffled] for k, v in base.items()} | {"concept_texts": texts})}),
+        (
+            "orders",
+            {
+                "articles": packed(
+                    {**base, "vectors": np.asfortranarray(x * 3), "chunk_indices": chunk.astype(">f8")}, True
+                )
+            },
+        ),
+        ("sequences", {**{s: packed(p) for s, p in plain.items()}, "articles": articles}),
+        ("metadata", {**{s: packed(p, s == "val") for s, p in spelt.items()}, "articles": articles}),
+        (
+            "numpy metadata",
+            {
+                **{s: packed({**{k: plain[s][k] for k in keys[:2]}, "metadata": numbers[s]}) for s in windows},
+                "articles": articles,
+            },
+        ),
+        (
+            "by vectors",
+            {**{s: packed({k: p[k] for k in keys[:3]}) for s, p in plain.items()}, "articles": articles},
+        ),
+        ("rebuilt", {s: packed(p) for s, p in plain.items()}),
+        ("rebuilt metadata", {s: packed(p, True) for s, p in spelt.items()}),
+    ]
+
+
+# --- mutations -------------------------------------------------------------------------------------------------------
+
+
+def flip(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
+    return bytes(out)
+
+
+def flip_tail(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    """The directory of a zip stands at its end."""
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 2, 4))):
+        out[-rng.randrange(1, min(len(out), 500) + 1)] = rng.randrange(256)
+    return bytes(out)
+
+
+def truncate(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    return data[: rng.randrange(len(data))]
+
+
+def splice(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    a, b, n = rng.randrange(len(data)), rng.randrange(len(other)), rng.choice((1, 16, 400, 4000))
+    return data[:a] + other[b : b + n] + data[a + rng.choice((0, n)) :]
+
+
+def delete(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    a, n = rng.randrange(len(data)), rng.choice((1, 4, 64, 1000))
+    return data[:a] + data[a + n :]
+
+
+RAW = (flip, flip, flip_tail, flip_tail, truncate, splice, delete)
+DESCRIPTIONS = ("<f4", "<f2", "<f8", ">f4", "|O", "|V4", "<c8", "<i4", "<i8", "<u1", "|u1", "|b1", "<U1", "<U9", "|S4")
+DESCRIPTIONS += ("<M8[s]", "<f16", "|O8", "<U99999999", "<U0")
+NUMBERS = (0, 1, -1, 5, 2**15, 2**31 - 1, 2**31, 2**32, 2**63 - 1, -(2**63), 10**6)
+FLOATS = (0.0, float("nan"), float("inf"), -float("inf"), 1e-38, 1e-42, 1e38, 1e4, -1.0, 3.0)
+
+
+def header(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    """Another type, shape or order, with a header of the same length where that goes."""
+    end = data.index(b"\n") + 1 if b"\n" in data[:400] else 64
+    text = data[10:end].decode("latin1")
+    choice = rng.randrange(6)
+    if choice == 0 and re.search("'descr': '[^']*'", text):
+        a = text.index("'descr': '") + 10
+        text = text[:a] + rng.choice(DESCRIPTIONS) + text[text.index("'", a) :]
+    elif choice == 1:
+        text = text.replace("False", "True")
+    elif choice in (2, 3) and "(" in text and ")" in text[text.index("(") :]:
+        a, b = text.index("("), text.index(")", text.index("("))
+        sizes = [s for s in text[a + 1 : b].split(",") if s.strip()]
+        how = rng.randrange(4)
+        if how == 0 and sizes:
+            sizes[rng.randrange(len(sizes))] = str(rng.choice(NUMBERS))
+        elif how == 1:
+            sizes.append(str(rng.choice((0, 1, 2, 10**9))))
+        elif how == 2:
+            sizes = sizes[:-1]
+        else:
+            sizes = sizes[::-1]
+        text = text[: a + 1] + ",".join(sizes) + ("," if len(sizes) == 1 else "") + text[b:]
+    elif choice == 4:
+        a = rng.randrange(len(text))
+        text = text[:a] + rng.choice("()[]{}'\",:0L\\x00\n") + text[a + 1 :]
+    else:
+        return data[:6] + bytes([rng.randrange(5), 0]) + struct.pack("<H", rng.randrange(300)) + data[10:]
+    text = text.rstrip().ljust(end - 11) + "\n"
+    return data[:8] + struct.pack("<H", len(text)) + text.encode("latin1") + data[end:]
+
+
+def content(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    """Other numbers among those of the array."""
+    if len(data) < 140:
+        return data
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 3))):
+        form = rng.choice("fdqieQ")
+        value = rng.choice(FLOATS) if form in "fde" else rng.choice(NUMBERS)
+        try:
+            written = struct.pack("<" + form, value)
+        except (struct.error, OverflowError):
+            continue
+        at = 128 + rng.randrange(max(1, (len(out) - 128) // len(written))) * len(written)
+        out[at : at + len(written)] = written
+    return bytes(out[: len(data)])
+
+
+# fmt: off
+PIECES = (
+    b"cos\nsystem\n", b"\x8c\x02os\x8c\x06system\x93", b"(S'touch MARKER'\nios\nsystem\n", b"cbuiltins\neval\n", b"R",
+    b"b", b"\x81", b"o", b"\x92", b"Q", b"Pid\n", b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00", b"0", b"1",
+    b"2", b"(", b"t", b"]", b"}", b"e", b"a", b"s", b"u", b".", b")", b"N", b"\x8f", b"\x90", b"\x91", b"h\x00",
+    b"h\x12", b"j\x01\x00\x00\x00", b"q\x00", b"r\xff\xff\xff\x7f", b"\x94", b"\x85", b"\x86", b"\x87",
+    b"\x8a\xff" + b"\1" * 255, b"\x8b\xff\xff\xff\x7f", b"\x8d\xff\xff\xff\xff\xff\xff\xff\xff",
+    b"\x8e\xff\xff\xff\xff\xff\xff\xff\xff", b"X\xff\xff\xff\xff", b"B\xff\xff\xff\xff",
+    b"\x96\xff\xff\xff\xff\xff\xff\xff\xff", b"\x97", b"\x98", b"J\xff\xff\xff\xff", b"K\x00",
+    b"G\x7f\xf8\x00\x00\x00\x00\x00\x00", b"I" + b"9" * 5000 + b"\n", b"L99L\n", b"F1e999\n", b"Vx\n", b"g0\n",
+    b"\x95\xff\xff\xff\xff\xff\xff\xff\xff", b"]\x94" * 400, b"(" * 300, b"}" * 5000, b"\x85" * 3000,
+)
+# fmt: on
+
+
+def opcodes(data: bytes, rng: random.Random, other: bytes) -> bytes:
+    """Edits of a pickle: opcodes inserted, replaced, taken out, and hostile pieces."""
+    if len(data) < 140:
+        return data
+    at = rng.choice((128, len(data) - 1, rng.randrange(128, len(data)), rng.randrange(128, min(len(data), 420))))
+    piece = rng.choice(PIECES)
+    if rng.random() < 0.3:
+        return data[:at] + piece + data[at + len(piece) :]
+    if rng.random() < 0.3:
+        return data[:at] + data[at + rng.choice((1, 2, 5)) :]
+    return data[:at] + piece + data[at:]
+
+
+MEMBER = (header, header, content, content, content, content, opcodes, flip, truncate, splice, delete)
+
+
+def fitted(data: bytes) -> bytes:
+    """As many bytes as the header promises, so that what it says is believed."""
+    try:
+        file = io.BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format._read_array_header(file, version)
+        size = math.prod(shape) * dtype.itemsize
+    except Exception:
+        return data
+    body = data[file.tell() :]
+    return (
+        data if dtype.hasobject or not 0 <= size < 1 << 20 else data[: file.tell()] + body[:size].ljust(size, b"\x3c")
+    )
+
+
+def mutated(data: bytes, rng: random.Random, other: bytes, marker: Path) -> bytes:
+    """One file changed: its bytes, or those of a member, packed again so that the change gets past the checksum."""
+    if rng.random() < 0.25:
+        return rng.choice(RAW)(data, rng, other)
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        members = [(i.filename, file.read(i)) for i in file.infolist()]
+    how, at = rng.random(), rng.randrange(len(members))
+    name, held = members[at]
+    if how < 0.04:
+        members.pop(at)
+    elif how < 0.07:
+        members.append(members[at])
+    elif how < 0.10:
+        members[at] = (rng.choice(("../../x.npy", "/x.npy", "x", "a/b.npy", name.upper(), "contexts.npy")), held)
+    elif how < 0.14:
+        members[at] = (name, rng.choice(members)[1])
+    elif how < 0.18:
+        array = np.array([Runs(marker)] * rng.choice((1, 270)), object)
+        out = io.BytesIO()
+        np.save(out, array, allow_pickle=True)
+        members[at] = (name, out.getvalue())
+    elif how < 0.20:
+        body = pickle.dumps(Runs(marker), rng.choice((0, 1, 2, 3, 4, 5)))
+        members[at] = (name, held[:128] + body)
+    else:
+        pickled = b"'|O'" in held[:128]
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            if held:
+                held = rng.choice((opcodes, opcodes, opcodes, *MEMBER) if pickled else MEMBER)(held, rng, other)
+        members[at] = (name, fitted(held) if rng.random() < 0.7 else held)
+    out = io.BytesIO()
+    method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(out, "w", method) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name given twice
+        for name, held in members:
+            file.writestr(name, held)
+    return out.getvalue()
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def outcome(files: dict[str, bytes], folder: Path, marker: Path, **options) -> str:
+    """What comes of converting `files`, in an empty `folder`: store, refused, or what went wrong."""
+    folder.mkdir()
+    inputs, out = folder / "in", folder / "out"
+    inputs.mkdir()
+    paths = {role: inputs / f"{role}.npz" for role in files}
+    for role, data in files.items():
+        paths[role].write_bytes(data)
+    begin, wrong = time.process_time(), ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            importers.convert(paths, out, **options)
+            result = "store"
+        except LVMError as e:
+            result, message = "refused", str(e)
+            if type(e) is not LVMError or not any(f"{role}.npz" in message for role in files):
+                wrong = f"a message that names no file: {message}"
+            elif len(message) > 1500 or (";" not in message and "," not in message):
+                wrong = f"a message that is too long or has no advice: {message[:300]}"
+        except BaseException as e:
+            result, wrong = "crash", f"{type(e).__name__}: {e}"
+        if result == "store":
+            try:
+                store = V.open_store(out)
+                if store.texts is not None:
+                    assert len(list(store.texts)) == len(store.vectors)
+            except BaseException as e:
+                wrong = f"a store that does not open: {type(e).__name__}: {e}"
+    took = time.process_time() - begin
+    left = sorted(p.name for p in folder.iterdir() if p.name not in ("in", "out"))
+    if result != "store" and out.exists():
+        wrong = wrong or "left the folder of a store"
+    if left or (out / "scratch").exists():
+        wrong = wrong or f"left {left or 'scratch'}"
+    if marker.exists():
+        wrong = "RAN THE CODE OF A FILE"
+        marker.unlink()
+    if took > SLOWEST:
+        wrong = wrong or f"took {took:.1f} s"
+    return f"FAILED: {wrong}" if wrong else result
+
+
+def main(files: int = 10_000, seed: int = 0) -> Counter:
+    """Convert `files` mutated files; gives the outcomes by kind. Raises AssertionError naming the first failures."""
+    rng, listed, counts, failures = random.Random(seed), seeds(), Counter(), []
+    pool = [data for _, kinds in listed for data in kinds.values()]
+    with tempfile.TemporaryDirectory() as temporary:
+        top = Path(temporary)
+        marker = top / "MARKER"
+        for kind, own in listed:  # as they are, all must be read
+            result = outcome(own, top / "run", marker)
+            assert result == "store", f"{kind}, not mutated: {result}"
+            shutil.rmtree(top / "run")
+        for number in range(files):
+            kind, own = listed[number % len(listed)]
+            changed = dict(own)
+            for role in rng.sample(sorted(own), rng.choice((1, 1, 1, min(2, len(own))))):
+                changed[role] = mutated(own[role], rng, rng.choice(pool), marker) or b"\x00"
+            result = outcome(changed, top / "run", marker, drop_bad=rng.random() < 0.3)
+            if result.startswith("FAILED"):
+                kept = Path(tempfile.mkdtemp(prefix="fuzz-")) / f"{seed}-{number}"
+                shutil.copytree(top / "run", kept)
+                failures.append(f"{kind}, file {number}: {result} ({kept})")
+                print(failures[-1], flush=True)
+            counts[kind, result.split(":")[0]] += 1
+            shutil.rmtree(top / "run")
+            if len(failures) >= 20:
+                break
+    assert not failures, "\n".join(failures)
+    return counts
+
+
+if __name__ == "__main__":
+    arguments = [int(a) for a in sys.argv[1:]]
+    start = time.perf_counter()
+    found = main(*arguments)
+    for (kind, result), count in sorted(found.items()):
+        print(f"{kind:20} {result:10} {count}")
+    total = sum(found.values())
+    stores = sum(n for (_, result), n in found.items() if result == "store")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{total} files, {stores} gave a good store, {total - stores} were refused")
+    print(f"{time.perf_counter() - start:.0f} s, {most:.0f} MB of memory at most")
