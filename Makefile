@@ -1,21 +1,33 @@
 # `make train VERSION=v22 ARGS="-p epochs 3 -p seed 1"`, `make test`, `make lab`. Needs Python >= 3.11, nothing else.
+# Your own text: `make encode SOURCE=texts OUT=mine`, `make data DATA=mine`, `make train DATA=mine`.
 
 PYTHON ?= python3
 VERSION ?= v22
+DATA ?=
+SOURCE ?= wikipedia
+OUT ?= mine
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: train test lab notebooks showcase help
+.PHONY: train encode data test lab notebooks showcase help
 
 help:
 	@echo 'make train VERSION=v22 [ARGS="-p epochs 3"]   train a version and judge it: notebook, HTML, verdict'
+	@echo 'make encode SOURCE=texts OUT=mine [ARGS=...]   your texts to vectors: a folder, a table, a hub dataset'
+	@echo 'make data DATA=mine                          the pre-flight: what is there to learn? (train takes DATA, too)'
 	@echo 'make test                                    linters, pytest, nbval over every notebook'
 	@echo 'make lab                                     open JupyterLab'
 	@echo 'make showcase                                all that is committed under outputs/showcase/, from nothing'
 	@echo 'make notebooks                               run the notebooks in fast mode and store what nbval compares'
 
 train: .venv/main
-	@$(BIN)/python -m lvmlib train -p version $(VERSION) $(ARGS)
+	@$(BIN)/python -m lvmlib train -p version $(VERSION) $(if $(DATA),-r data "$(DATA)") $(ARGS)
+
+encode: .venv/encode
+	@$(BIN)/python -m lvmlib encode -r source "$(SOURCE)" -r out "$(OUT)" $(ARGS)
+
+data: .venv/main
+	@$(BIN)/python -m lvmlib data $(if $(DATA),-r data "$(DATA)") $(ARGS)
 
 lab: .venv/main
 	$(BIN)/jupyter lab notebooks/train.ipynb
@@ -62,6 +74,10 @@ notebooks: .venv/test
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
+.venv/encode: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[encode]'
+	@touch .venv/main $@
+
 .venv/test: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[encode,test]'
-	@touch .venv/main $@
+	@touch .venv/main .venv/encode $@

@@ -2,6 +2,8 @@
 
 `python -m lvmlib train -p version v22 …` executes notebooks/train.ipynb through papermill with all of papermill's
 options, puts the executed notebook and its HTML copy into the run's folder, and prints where they are and the verdict.
+`python -m lvmlib encode -p source FOLDER -p out NAME` and `python -m lvmlib data -p data NAME` do the same with
+notebooks/encode.ipynb and notebooks/data.ipynb; their notebooks lie in outputs/NAME/.
 `python -m lvmlib table` draws the runs under outputs/ together into outputs/showcase/versions.csv and .png.
 """
 
@@ -15,16 +17,19 @@ import sys
 from pathlib import Path
 
 from .errors import LVMError
-from .params import ROOT, version
-from .training import outputs, run_folder, write_whole
+from .params import ROOT, data_name, files, outputs, version
+from .training import run_folder, write_whole
 
 USAGE = """usage: python -m lvmlib train [papermill options, such as -p version v22 -p seed 1]
+       python -m lvmlib encode -p source FOLDER -p out NAME [papermill options, such as -p unit sentence]
+       python -m lvmlib data -p data NAME [papermill options]
        python -m lvmlib table"""
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["train"]:
-        return train(arguments[1:])
+    commands = {"train": train, "encode": encode, "data": preflight}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
     if arguments == ["table"]:
         return table()
     print(USAGE, file=sys.stderr)
@@ -32,13 +37,44 @@ def main(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
+    executed, p = _execute("train", arguments)
+    if executed is None:
+        return p
+    keys = ("data", "model", "epochs", "direction", "seed", "device", "precision", "fast")
+    folder = run_folder(version(p["version"], p["overrides"], **{k: p[k] for k in keys}), p["run_name"])
+    _keep(executed, folder / "train.ipynb")
+    report = json.loads((folder / "fivecat.json").read_text(encoding="utf-8"))
+    print(f"verdict   {report['verdict']['text']}\nreading   {report['reading']['text']}")
+    return 0
+
+
+def encode(arguments: list[str]) -> int:
+    executed, p = _execute("encode", arguments)
+    if executed is None:
+        return p
+    _keep(executed, _kept(p) / data_name(str(p["out"] or "datasets")) / "encode.ipynb")
+    if p["out"]:
+        print(f"next      make data DATA={p['out']}; make train DATA={p['out']}")
+    return 0
+
+
+def preflight(arguments: list[str]) -> int:
+    executed, p = _execute("data", arguments)
+    if executed is None:
+        return p
+    _keep(executed, _kept(p) / data_name(files(p["data"])) / "data.ipynb")
+    return 0
+
+
+def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None, int]:
+    """Execute notebooks/NAME.ipynb by papermill: the executed notebook and its parameters, or None and exit code."""
     outputs().mkdir(parents=True, exist_ok=True)
     # Executed aside: a refused run must not overwrite the notebook of the run that stands there. Paths start from the
     # checkout, so that the notebook's metadata names no machine.
-    executed = outputs() / f"train.{os.getpid()}.ipynb"
+    executed = outputs() / f"{name}.{os.getpid()}.ipynb"
     # Whoever calls, a person does not watch this kernel: one line an epoch.
     environment = {k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"}
-    options = ["--log-output", "--no-progress-bar", "notebooks/train.ipynb", _short(executed, ROOT)]
+    options = ["--log-output", "--no-progress-bar", f"notebooks/{name}.ipynb", _short(executed, ROOT)]
     code = subprocess.run(
         [sys.executable, "-m", "papermill", *options, *arguments], check=False, cwd=ROOT, env=environment
     ).returncode
@@ -47,19 +83,22 @@ def train(arguments: list[str]) -> int:
             print(f"\nFailed; the notebook as far as it came: {_short(executed)}", file=sys.stderr)
             for error in _errors(json.loads(executed.read_text(encoding="utf-8"))):
                 print(error, file=sys.stderr)
-        return code
-    p = _parameters(json.loads(executed.read_text(encoding="utf-8")))
-    keys = ("data", "model", "epochs", "direction", "seed", "device", "precision", "fast")
-    folder = run_folder(version(p["version"], p["overrides"], **{k: p[k] for k in keys}), p["run_name"])
-    notebook = folder / "train.ipynb"
+        return None, code
+    return executed, _parameters(json.loads(executed.read_text(encoding="utf-8")))
+
+
+def _keep(executed: Path, notebook: Path) -> None:
+    """Move an executed notebook to its place, with an HTML copy, and say where they are."""
+    notebook.parent.mkdir(parents=True, exist_ok=True)
     executed.replace(notebook)
     subprocess.run(
         [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to=html", "--embed-images", notebook], check=True
     )
-    report = json.loads((folder / "fivecat.json").read_text(encoding="utf-8"))
     print(f"\nnotebook  {_short(notebook)}\nHTML      {_short(notebook.with_suffix('.html'))}")
-    print(f"verdict   {report['verdict']['text']}\nreading   {report['reading']['text']}")
-    return 0
+
+
+def _kept(p: dict) -> Path:
+    return outputs() / "fast" if p["fast"] else outputs()
 
 
 def table() -> int:

@@ -14,9 +14,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def requirements():
+def requirements(extras=("test",)):
     project = PYPROJECT["project"]
-    listed = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    listed = [*project["dependencies"], *(r for extra in extras for r in project["optional-dependencies"][extra])]
     return dict(re.fullmatch(r"([\w-]+)(.*)", r).groups() for r in listed)
 
 
@@ -41,7 +41,7 @@ def test_torch_is_pinned_in_one_place():
     assert pins == ["pyproject.toml"]
 
 
-@pytest.mark.parametrize("name", requirements())
+@pytest.mark.parametrize("name", requirements(PYPROJECT["project"]["optional-dependencies"]))
 def test_readme_gives_a_reason_for_every_dependency(name):
     assert re.search(rf"^\| `{name}`.*\|.{{15,}}\|", README, re.MULTILINE)
 
