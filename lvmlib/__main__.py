@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .encode import store_folder
 from .errors import LVMError
 from .params import ROOT, data_name, files, outputs, version
 from .training import run_folder, write_whole
@@ -52,9 +53,9 @@ def encode(arguments: list[str]) -> int:
     executed, p = _execute("encode", arguments)
     if executed is None:
         return p
-    _keep(executed, _kept(p) / data_name(str(p["out"] or "datasets")) / "encode.ipynb")
-    if p["out"]:
-        print(f"next      make data DATA={p['out']}; make train DATA={p['out']}")
+    store = store_folder(p["source"], p["unit"], p["out"], p["vectors"] is not None, bool(p["fast"]))
+    _keep(executed, _kept(p) / store.name / "encode.ipynb")
+    print(f"store     {_short(store)}\nnext      make data DATA={store.name}; make train VERSION=v22 DATA={store.name}")
     return 0
 
 

@@ -965,14 +965,14 @@ def _of_direction(found: Found, g: dict) -> Iterator[Finding]:
         yield Finding(
             "The vectors tell their order" + (", but no arrow is seen in prediction" if found.arrows else ""),
             "The order probe is above chance beyond doubt"
-            + (", ridge fitted both ways is not told apart" if found.arrows else "")
+            + (f"; {_not_an_arrow(found)}" if found.arrows else "")
             + f". {missed}.",
             "See whether a trained model reads in order (gate C, shuffled), look at the probe by lag (a slow drift is "
             f"easier to see at larger ones, and says nothing of the next chunk), and take {more}.",
         )
     elif way == "none":
         seen = ["A small classifier cannot tell which of two chunks comes first."] if found.order else []
-        seen += ["Ridge is not told apart fitted forwards and backwards."] if found.arrows else []
+        seen += [f"{_not_an_arrow(found).capitalize()}."] if found.arrows else []
         yield Finding(
             f"No order that {total} articles could show",
             f"{' '.join(seen)} {missed}.",
@@ -985,6 +985,17 @@ def _of_direction(found: Found, g: dict) -> Iterator[Finding]:
             f"{total} articles with windows are too few to fit on some and to judge on others.",
             "Take more articles: some tens at the least.",
         )
+
+
+def _not_an_arrow(found: Found) -> str:
+    row = found.arrows["ridge"].table.set_index("measure").loc["novel MRR"]
+    sides = [int(low > 0) - int(high < 0) for low, high in (row[["low", "high"]], row[["raw low", "raw high"]])]
+    if not any(sides):
+        return "ridge fitted forwards and backwards is not told apart"
+    return (
+        "ridge fitted forwards and backwards differs, but not to one side with what copying gains by the direction "
+        "taken off and with it left in, as uneven ends of the articles make it"
+    )
 
 
 def _of_gain(found: Found, g: dict) -> Iterator[Finding]:

@@ -504,6 +504,8 @@ def test_coherence_that_changes_is_no_arrow(name):
     """Averaging feels it; ridge may differ with copying taken off, but not with it left in."""
     found = world(name)
     assert preflight.direction(found) not in ("forward", "backward")
+    assert "as uneven ends of the articles make it" in next(f.why for f in preflight.verdict(found) if "rder" in f.what)
+    assert "is not told apart" in next(f.why for f in preflight.verdict(world("exchangeable")) if "No order" in f.what)
 
 
 def test_what_only_averaging_feels_is_no_arrow():

