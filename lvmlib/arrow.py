@@ -73,14 +73,19 @@ def arrow(
         raise LVMError("windows: needed are those of a split cut forward, and then backward")
     ahead, back = shared(*windows)
     simple = compare or untrained(ahead.store.dim, ahead.context_length)["copy last"]
-    runs = [(_figures(f, ahead), _figures(b, back)) for f, b in zip(forward, backward, strict=True)]
-    copied = _figures(simple, ahead), _figures(simple, back)
+    runs = [(figures(f, ahead), figures(b, back)) for f, b in zip(forward, backward, strict=True)]
+    return compared(runs, (figures(simple, ahead), figures(simple, back)), ahead.article)
+
+
+def compared(runs: Sequence[Sequence[Mapping]], copied: Sequence[Mapping], article: np.ndarray) -> Arrow:
+    """`arrow` from `figures` by window: `runs` has (forwards, backwards) for each seed, `copied` the same of what is
+    taken off; all on the same targets, whose articles are `article` (N,)."""
     rows, differences = [], {}
     for name in MEASURES:
         taken = copied[0][name] - copied[1][name]  # (N,)
         differences[name] = difference = np.stack([f[name] - b[name] - taken for f, b in runs])  # (S, N)
-        value, low, high = over_seeds(difference, ahead.article)
-        _, raw_low, raw_high = over_seeds(difference + taken, ahead.article)
+        value, low, high = over_seeds(difference, article)
+        _, raw_low, raw_high = over_seeds(difference + taken, article)
         rows.append(
             {
                 "measure": name,
@@ -92,16 +97,17 @@ def arrow(
                 "high": high,
                 "raw low": raw_low,
                 "raw high": raw_high,
-                "p": sign_flip(difference.mean(0), ahead.article),
+                "p": sign_flip(difference.mean(0), article),
                 "seeds": len(runs),
-                "articles": len(np.unique(ahead.article)),
-                "windows": len(ahead),
+                "articles": len(np.unique(article)),
+                "windows": len(article),
             }
         )
-    return Arrow(pd.DataFrame(rows), differences, ahead.article)
+    return Arrow(pd.DataFrame(rows), differences, article)
 
 
-def _figures(model: Predictor, windows: Windows) -> Mapping[str, np.ndarray]:
+def figures(model: Predictor, windows: Windows) -> Mapping[str, np.ndarray]:
+    """What `compared` takes of one predictor on `windows`: each of MEASURES by window, (N,)."""
     frame = score(model, windows)
     return {
         "novel MRR": 1 / frame["novel rank"].to_numpy(),

@@ -20,21 +20,19 @@ import torch
 from scipy import optimize, special, stats
 
 from . import models
-from .arrow import MEASURES, Arrow, _figures
+from .arrow import MEASURES, Arrow, compared, figures
 from .errors import LVMError
 from .fivecat import Report, fivecat, score
 from .models import Linear, Predictor, Weighted
 from .probe import OrderProbe
 from .retrieval import Articles
 from .statistics import (
-    _jackknife,
-    _windows,
     chance_reciprocal_rank,
+    checked,
     effective_articles,
     few,
+    jackknife,
     over_articles,
-    over_seeds,
-    sign_flip,
 )
 from .vectors import SPLITS, Dataset, GivenWindows, Store, Windows, make_store, shared
 
@@ -483,19 +481,19 @@ def crossed_arrows(forward: Dataset, backward: Dataset, folds: int = 5) -> dict[
         )
     fits = [_fold_fits(w, used, folds) for w in whole]
     copy_last = models.untrained(forward.store.dim, forward.train.context_length)["copy last"]
-    figures, articles = [], []  # a fold: predictor → (forward, backward)
+    folded, articles = [], []  # a fold: predictor → (forward, backward)
     for fold in range(folds):
         inside = np.isin(ways[0].article, used[fold::folds])
         test = [replace(w, start=w.start[inside]) for w in ways]
         both = [{"copy last": copy_last, **fit[fold]} for fit in fits]
-        figures.append({n: [_figures(b[n], w) for b, w in zip(both, test, strict=True)] for n in both[0]})
+        folded.append({n: [figures(b[n], w) for b, w in zip(both, test, strict=True)] for n in both[0]})
         articles.append(test[0].article)
 
     def of(name: str) -> list[dict]:
-        return [{m: np.concatenate([f[name][way][m] for f in figures]) for m in MEASURES} for way in (0, 1)]
+        return [{m: np.concatenate([f[name][way][m] for f in folded]) for m in MEASURES} for way in (0, 1)]
 
     article = np.concatenate(articles)
-    return {name: _compared(of(name), of("copy last"), article) for name in fits[0][0]}
+    return {name: compared([of(name)], of("copy last"), article) for name in fits[0][0]}
 
 
 def _fold_fits(windows: Windows, used: np.ndarray, folds: int) -> list[dict[str, Predictor]]:
@@ -536,34 +534,6 @@ def _fold_fits(windows: Windows, used: np.ndarray, folds: int) -> list[dict[str,
     return fits
 
 
-def _compared(run: Sequence[Mapping], copied: Sequence[Mapping], article: np.ndarray) -> Arrow:
-    """`arrow` from the figures of one predictor and of copy last, forwards and backwards, on the same targets."""
-    rows, differences = [], {}
-    for name in MEASURES:
-        taken = copied[0][name] - copied[1][name]
-        differences[name] = difference = (run[0][name] - run[1][name] - taken)[None]
-        value, low, high = over_seeds(difference, article)
-        _, raw_low, raw_high = over_seeds(difference + taken, article)
-        rows.append(
-            {
-                "measure": name,
-                "forward": float(run[0][name].mean()),
-                "backward": float(run[1][name].mean()),
-                "copying": float(taken.mean()),
-                "difference": value,
-                "low": low,
-                "high": high,
-                "raw low": raw_low,
-                "raw high": raw_high,
-                "p": sign_flip(difference[0], article),
-                "seeds": 1,
-                "articles": len(np.unique(article)),
-                "windows": len(article),
-            }
-        )
-    return Arrow(pd.DataFrame(rows), differences, article)
-
-
 # Power
 
 
@@ -584,8 +554,8 @@ def smallest_difference(
     `power`: what is stated from one sample of articles holds, in the mean, for the next. With A′ instead of A articles
     V becomes V·A/A′ and df + 1 becomes (df + 1)·A′/A, while s is as before.
     """
-    values, article = _windows(values, article, 1)
-    _, (variance,), df = _jackknife(values, article)
+    values, article = checked(values, article, 1)
+    _, (variance,), df = jackknife(values, article)
     own = len(np.unique(article))
     scale = 1.0 if articles is None else articles / max(own, 1)
     if np.isnan(variance) or own * scale < 2:

@@ -109,7 +109,7 @@ def over_articles(values, articles, level: float = 0.95, share: bool = False) ->
     it has no width; but a share of 0 or 1 of all windows has Clopper and Pearson's bound for as many trials as there
     are effective articles.
     """
-    return _interval([(1, *_windows(values, articles, 1))], level, share)
+    return _interval([(1, *checked(values, articles, 1))], level, share)
 
 
 def median_over_articles(values, articles, level: float = 0.95) -> tuple[float, float, float]:
@@ -119,11 +119,11 @@ def median_over_articles(values, articles, level: float = 0.95) -> tuple[float, 
     scale of log-odds); the values at the two ends of that interval are the ends. They are values that occur: with
     tied ranks the interval is a little too wide, never too narrow by the ties. NaN as in `over_articles`.
     """
-    values, articles = _windows(values, articles, 1)
+    values, articles = checked(values, articles, 1)
     if not values.shape[1]:
         return float("nan"), float("nan"), float("nan")
     median = float(np.median(values))
-    _, variance, df = _jackknife((values <= median).astype(float), articles)
+    _, variance, df = jackknife((values <= median).astype(float), articles)
     if np.isnan(variance[0]):
         return median, float("nan"), float("nan")
     reach = stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance[0]) * 4  # d logit / dp = 4 at p = 1/2
@@ -158,7 +158,7 @@ def between(values_1, articles_1, values_2, articles_2, level: float = 0.95) -> 
     if shapes[0][:-1] != shapes[1][:-1]:
         raise ValueError(f"between: values of shapes {shapes[0]} and {shapes[1]}; both must be of the same seeds")
     axes = len(shapes[0])
-    return _interval([(1, *_windows(values_1, articles_1, axes)), (-1, *_windows(values_2, articles_2, axes))], level)
+    return _interval([(1, *checked(values_1, articles_1, axes)), (-1, *checked(values_2, articles_2, axes))], level)
 
 
 def over_seeds(values, articles, level: float = 0.95, share: bool = False) -> tuple[float, float, float]:
@@ -171,7 +171,7 @@ def over_seeds(values, articles, level: float = 0.95, share: bool = False) -> tu
     88-91 % of the time where seeds differ more than articles do: `few(articles, seeds=S)` says both. For two versions
     with a run per seed, pass the difference (S, N). `share` as in `over_articles`.
     """
-    return _interval([(1, *_windows(values, articles, 2))], level, share)
+    return _interval([(1, *checked(values, articles, 2))], level, share)
 
 
 def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> float:
@@ -181,7 +181,7 @@ def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> floa
     possible p is then 2^(1−A)), else `permutations` drawn ones and the one found. For differences that a null makes
     exchangeable (forward − backward, a − b of equal models); NaN values are left out. NaN for no window.
     """
-    values, articles = _windows(values, articles, 1)
+    values, articles = checked(values, articles, 1)
     sums = _sums(values, articles)[0][0]  # (A,)
     if not len(sums):
         return float("nan")
@@ -196,7 +196,7 @@ def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> floa
     return float((reached.sum() + extra) / (len(reached) + extra))
 
 
-def _windows(values, articles, axes: int) -> tuple[np.ndarray, np.ndarray]:
+def checked(values, articles, axes: int) -> tuple[np.ndarray, np.ndarray]:
     """Values as (S, N) floats without the windows where one is NaN, and the articles' numbers 0 … A−1 (N,)."""
     values, articles = np.asarray(values, float), np.asarray(articles)
     if values.ndim != axes or articles.shape != values.shape[-1:]:
@@ -213,7 +213,7 @@ def _sums(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.stack([np.bincount(articles, row, len(sizes)) for row in values]), sizes
 
 
-def _jackknife(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def jackknife(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Means (S,), their variances (S,) by leaving out an article at a time, df. NaN variance below two articles."""
     sums, sizes = _sums(values, articles)
     n, number = sizes.sum(), len(sizes)
@@ -233,12 +233,12 @@ def _interval(parts, level: float, share: bool = False) -> tuple[float, float, f
     seeds = len(parts[0][1])
     per_seed, own, squares, common = np.zeros(seeds), 0.0, 0.0, 0.0
     for sign, values, articles in parts:
-        per_seed = per_seed + sign * _jackknife(values, articles)[0]
+        per_seed = per_seed + sign * jackknife(values, articles)[0]
         centre = values.mean(0, keepdims=True)
-        _, (variance,), df = _jackknife(centre, articles)
+        _, (variance,), df = jackknife(centre, articles)
         own, squares = own + variance, squares + variance**2 / df
         if seeds > 1:  # the deviations have (S − 1)/S of the interaction's variance; the seeds' mean has 1/S of it
-            common += _jackknife(values - centre, articles)[1].sum() / (seeds - 1) / seeds
+            common += jackknife(values - centre, articles)[1].sum() / (seeds - 1) / seeds
     mean, variance = float(per_seed.mean()), own
     if seeds > 1:
         between_seeds = per_seed.var(ddof=1) / seeds
