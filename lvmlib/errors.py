@@ -13,3 +13,8 @@ def extra(module: str):
         return importlib.import_module(module)
     except ImportError as e:
         raise LVMError(f'the package {e.name or module} is missing; run: pip install -e ".[encode]"') from e
+
+
+def said(e: BaseException) -> str:
+    """What an exception says, on one line."""
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"

