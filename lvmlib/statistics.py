@@ -18,7 +18,7 @@ the effective number is Kish's, Survey Sampling (1965).
 from __future__ import annotations
 
 import numpy as np
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 FEW = 5.0  # effective articles: 4 equal ones were held 90-95 % of the time, three or fewer unequal ones up to 99.7 %
 EXACT = 2**14  # sign patterns that are enumerated rather than drawn: up to 15 articles
@@ -109,7 +109,7 @@ def over_articles(values, articles, level: float = 0.95, share: bool = False) ->
     it has no width; but a share of 0 or 1 of all windows has Clopper and Pearson's bound for as many trials as there
     are effective articles.
     """
-    return _interval([(1, *checked(values, articles, 1))], level, share)
+    return _interval([(1, *_checked(values, articles, 1))], level, share)
 
 
 def median_over_articles(values, articles, level: float = 0.95) -> tuple[float, float, float]:
@@ -119,11 +119,11 @@ def median_over_articles(values, articles, level: float = 0.95) -> tuple[float, 
     scale of log-odds); the values at the two ends of that interval are the ends. They are values that occur: with
     tied ranks the interval is a little too wide, never too narrow by the ties. NaN as in `over_articles`.
     """
-    values, articles = checked(values, articles, 1)
+    values, articles = _checked(values, articles, 1)
     if not values.shape[1]:
         return float("nan"), float("nan"), float("nan")
     median = float(np.median(values))
-    _, variance, df = jackknife((values <= median).astype(float), articles)
+    _, variance, df = _jackknife((values <= median).astype(float), articles)
     if np.isnan(variance[0]):
         return median, float("nan"), float("nan")
     reach = stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance[0]) * 4  # d logit / dp = 4 at p = 1/2
@@ -158,7 +158,7 @@ def between(values_1, articles_1, values_2, articles_2, level: float = 0.95) -> 
     if shapes[0][:-1] != shapes[1][:-1]:
         raise ValueError(f"between: values of shapes {shapes[0]} and {shapes[1]}; both must be of the same seeds")
     axes = len(shapes[0])
-    return _interval([(1, *checked(values_1, articles_1, axes)), (-1, *checked(values_2, articles_2, axes))], level)
+    return _interval([(1, *_checked(values_1, articles_1, axes)), (-1, *_checked(values_2, articles_2, axes))], level)
 
 
 def over_seeds(values, articles, level: float = 0.95, share: bool = False) -> tuple[float, float, float]:
@@ -171,7 +171,7 @@ def over_seeds(values, articles, level: float = 0.95, share: bool = False) -> tu
     88-91 % of the time where seeds differ more than articles do: `few(articles, seeds=S)` says both. For two versions
     with a run per seed, pass the difference (S, N). `share` as in `over_articles`.
     """
-    return _interval([(1, *checked(values, articles, 2))], level, share)
+    return _interval([(1, *_checked(values, articles, 2))], level, share)
 
 
 def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> float:
@@ -181,7 +181,7 @@ def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> floa
     possible p is then 2^(1−A)), else `permutations` drawn ones and the one found. For differences that a null makes
     exchangeable (forward − backward, a − b of equal models); NaN values are left out. NaN for no window.
     """
-    values, articles = checked(values, articles, 1)
+    values, articles = _checked(values, articles, 1)
     sums = _sums(values, articles)[0][0]  # (A,)
     if not len(sums):
         return float("nan")
@@ -196,7 +196,71 @@ def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> floa
     return float((reached.sum() + extra) / (len(reached) + extra))
 
 
-def checked(values, articles, axes: int) -> tuple[np.ndarray, np.ndarray]:
+def smallest_difference(
+    values, article, power: float = 0.8, level: float = 0.95, articles: float | None = None
+) -> float:
+    """The least mean difference that an interval over articles separates from 0 with probability `power`.
+
+    `values` (N,): paired differences window by window, such as 1/rank of one predictor less that of another, and
+    `article` (N,) where each stands: how unlike they are from article to article is what counts, not their mean.
+    `articles`: as if there were so many, as unequal as these. NaN for fewer than two; 0 where `values` have no spread.
+
+    The interval of `over_articles` is θ̂ ± t_c √V̂ with V̂ the jackknife variance over articles, df the
+    effective articles less one and t_c the (1 + level)/2 quantile of t_df. It lies above 0 just if θ̂/√V̂ > t_c. With a
+    true difference δ, θ̂ normal about δ with variance V, and V̂ independent of it, as V·χ²_df/df, that ratio has a
+    noncentral t distribution of noncentrality δ/√V. But V is known from `values` alone, as V̂ = V·s² with s² as χ²_df/df
+    again: a difference of λ√V̂ has the noncentrality λs. So λ is chosen for the mean of P(T_df(λs) > t_c) over s to be
+    `power`: what is stated from one sample of articles holds, in the mean, for the next. With A′ instead of A articles
+    V becomes V·A/A′ and df + 1 becomes (df + 1)·A′/A, while s is as before.
+    """
+    values, article = _checked(values, article, 1)
+    _, (variance,), df = _jackknife(values, article)
+    own = len(np.unique(article))
+    scale = 1.0 if articles is None else articles / max(own, 1)
+    if np.isnan(variance) or own * scale < 2:
+        return float("nan")
+    spread = np.sqrt(stats.chi2.ppf((np.arange(64) + 0.5) / 64, df) / df)  # s, at even steps of its distribution
+    return float(_noncentrality(max((df + 1) * scale - 1, 1.0), power, level, spread) * np.sqrt(variance / scale))
+
+
+def _noncentrality(df: float, power: float, level: float, spread: np.ndarray) -> float:
+    """λ at which the mean of P(T_df(λs) > t_c) over `spread` s is `power`."""
+    beyond = stats.t.ppf((1 + level) / 2, df)
+
+    def short(x: float) -> float:
+        seen = stats.norm.sf(beyond - x * spread) if df > 1e4 else 1 - special.nctdtr(df, x * spread, beyond)
+        return seen.mean() - power
+
+    most = beyond + 3.0
+    while short(most) < 0:
+        most *= 2
+    return float(optimize.brentq(short, 0, most))
+
+
+def articles_needed(values, article, difference: float, power: float = 0.8, level: float = 0.95) -> float:
+    """How many articles, as unequal and as long as these, let a difference of so much be seen with `power`.
+
+    The least number whose `smallest_difference` is at most `difference`; NaN for fewer than two articles, infinite
+    beyond 10⁹.
+    """
+    if np.isnan(smallest_difference(values, article, power, level)):
+        return float("nan")
+
+    def enough(n: int) -> bool:
+        return smallest_difference(values, article, power, level, n) <= difference
+
+    low, high = 1, 2
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > 10**9:
+            return float("inf")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return float(high)
+
+
+def _checked(values, articles, axes: int) -> tuple[np.ndarray, np.ndarray]:
     """Values as (S, N) floats without the windows where one is NaN, and the articles' numbers 0 … A−1 (N,)."""
     values, articles = np.asarray(values, float), np.asarray(articles)
     if values.ndim != axes or articles.shape != values.shape[-1:]:
@@ -213,7 +277,7 @@ def _sums(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.stack([np.bincount(articles, row, len(sizes)) for row in values]), sizes
 
 
-def jackknife(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def _jackknife(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Means (S,), their variances (S,) by leaving out an article at a time, df. NaN variance below two articles."""
     sums, sizes = _sums(values, articles)
     n, number = sizes.sum(), len(sizes)
@@ -233,12 +297,12 @@ def _interval(parts, level: float, share: bool = False) -> tuple[float, float, f
     seeds = len(parts[0][1])
     per_seed, own, squares, common = np.zeros(seeds), 0.0, 0.0, 0.0
     for sign, values, articles in parts:
-        per_seed = per_seed + sign * jackknife(values, articles)[0]
+        per_seed = per_seed + sign * _jackknife(values, articles)[0]
         centre = values.mean(0, keepdims=True)
-        _, (variance,), df = jackknife(centre, articles)
+        _, (variance,), df = _jackknife(centre, articles)
         own, squares = own + variance, squares + variance**2 / df
         if seeds > 1:  # the deviations have (S − 1)/S of the interaction's variance; the seeds' mean has 1/S of it
-            common += jackknife(values - centre, articles)[1].sum() / (seeds - 1) / seeds
+            common += _jackknife(values - centre, articles)[1].sum() / (seeds - 1) / seeds
     mean, variance = float(per_seed.mean()), own
     if seeds > 1:
         between_seeds = per_seed.var(ddof=1) / seeds

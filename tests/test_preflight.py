@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib import models, preflight, worlds
+from lvmlib import advice, leaks, models, preflight, worlds
+from lvmlib.advice import Found
 from lvmlib.arrow import arrow
 from lvmlib.errors import LVMError
 from lvmlib.fivecat import fivecat, score
-from lvmlib.preflight import Found, Leak, smallest_difference
+from lvmlib.leaks import Leak
 from lvmlib.probe import crossed_order_probe
-from lvmlib.statistics import over_articles
+from lvmlib.statistics import articles_needed, over_articles, smallest_difference
 from lvmlib.vectors import Dataset, GivenWindows, dataset, make_store, windows
 
 D, LENGTHS = 12, (9, 25, 7, 30, 14, 3, 22, 17, 19, 28)
@@ -217,15 +218,15 @@ def planted(copies=(1.0, 0.9905, 0.9895), dim=48, seed=1):
 
 def test_leaks_are_those_of_all_pairs(rows_at_a_time):
     store = planted()
-    found = {(leak.split, leak.other): leak for leak in preflight.leaks(store, sampled=7)}
+    found = {(leak.split, leak.other): leak for leak in leaks.leaks(store, sampled=7)}
     assert set(found) == {("val", "train"), ("ood", "train"), ("ood", "val")}
     for (split, other), leak in found.items():
         own, others = store.rows(split), store.rows(other)
         cosine = store.vectors[own].astype(float) @ store.vectors[others].astype(float).T
         best = cosine.max(1)
         np.testing.assert_array_equal(leak.rows, own)
-        np.testing.assert_array_equal(leak.match >= 0, best >= preflight.NEAR)
-        near = best >= preflight.NEAR
+        np.testing.assert_array_equal(leak.match >= 0, best >= leaks.NEAR)
+        near = best >= leaks.NEAR
         np.testing.assert_array_equal(leak.match[near], others[cosine.argmax(1)[near]])
         np.testing.assert_allclose(leak.cosine[near], best[near], atol=1e-5)
         assert len(leak.nearest) == 7 and np.abs(leak.nearest[:, None] - best).min(1).max() < 1e-5
@@ -238,14 +239,14 @@ def test_leaks_of_float16_vectors_and_of_whole_articles():
     store = planted(copies=(1.0,) * 15)
     x = np.array(store.vectors)
     x[store.article == 3] = x[store.article == 1]  # article 3 is val, 1 is train
-    leak = preflight.leaks(make_store("copied", x.astype(np.float16), store.article, store.position, store.articles))[0]
+    leak = leaks.leaks(make_store("copied", x.astype(np.float16), store.article, store.position, store.articles))[0]
     assert (leak.split, leak.other) == ("val", "train") and leak.same >= 15
     assert leak.articles(store) == 1
 
 
 def test_leaks_look_at_a_sample_where_pairs_are_too_many():
     store = planted()
-    leak = preflight.leaks(store, compared=3 * 10 * len(store.rows("train")))[0]
+    leak = leaks.leaks(store, compared=3 * 10 * len(store.rows("train")))[0]
     assert (
         len(leak.rows) == 10 and leak.chunks == len(store.rows("val")) and np.isin(leak.rows, store.rows("val")).all()
     )
@@ -256,7 +257,7 @@ def test_leaks_where_all_vectors_are_one_and_where_a_split_is_empty():
     x = np.tile(np.eye(1, 6, dtype=np.float32), (40, 1))
     article = np.repeat(np.arange(4), 10)
     store = make_store("one vector", x, article, np.tile(np.arange(10), 4), table(["train", "train", "val", ""]))
-    (leak,) = preflight.leaks(store)
+    (leak,) = leaks.leaks(store)
     assert leak.share == 1 and leak.same == 10
 
 
@@ -267,14 +268,14 @@ def test_copied_targets():
     x[own.target[2]] = x[own.start[2] + 1]  # within the context
     x[own.target[0]] = x[own.start[0] + 5]  # the skipped chunk is not
     changed = make_store("changed", x, store.article, store.position, store.articles)
-    assert np.flatnonzero(preflight.copied(windows(changed, "val"))).tolist() == [2]
+    assert np.flatnonzero(leaks.copied(windows(changed, "val"))).tolist() == [2]
 
 
 def test_titles_that_are_all_but_equal():
     titles = ["The Who", "the  who!", "Other", "other", "", ""]
     store = make_store("t", np.eye(6, dtype=np.float32), range(6), [0] * 6,
                        table(["train", "val", "train", "train", "val", "ood"], titles))  # fmt: skip
-    assert preflight.shared_titles(store) == [["The Who (train)", "the  who! (val)"]]
+    assert leaks.shared_titles(store) == [["The Who (train)", "the  who! (val)"]]
 
 
 # Trivial predictors
@@ -407,7 +408,7 @@ def test_more_articles_show_less_and_the_number_needed_does_it():
     assert sizes == sorted(sizes, reverse=True) and sizes[1] == smallest_difference(values, ARTICLE)
     assert sizes[3] / sizes[4] == pytest.approx(5, rel=0.05)  # the square root of 25
     for wanted in (0.05, 0.01):
-        needed = preflight.articles_needed(values, ARTICLE, wanted)
+        needed = articles_needed(values, ARTICLE, wanted)
         at, below = (smallest_difference(values, ARTICLE, articles=needed - i) for i in (0, 1))
         assert at <= wanted < below
     assert smallest_difference(values + 3, ARTICLE) == pytest.approx(sizes[1])  # whatever the mean
@@ -415,13 +416,11 @@ def test_more_articles_show_less_and_the_number_needed_does_it():
 
 def test_power_where_there_is_nothing_to_go_by():
     one = np.zeros(9, int)
-    assert np.isnan(smallest_difference(np.arange(9.0), one)) and np.isnan(
-        preflight.articles_needed(np.arange(9.0), one, 0.01)
-    )
+    assert np.isnan(smallest_difference(np.arange(9.0), one)) and np.isnan(articles_needed(np.arange(9.0), one, 0.01))
     assert smallest_difference(np.ones(len(ARTICLE)), ARTICLE) == 0
-    assert preflight.articles_needed(np.ones(len(ARTICLE)), ARTICLE, 0.01) == 2
+    assert articles_needed(np.ones(len(ARTICLE)), ARTICLE, 0.01) == 2
     assert np.isnan(smallest_difference(differences(np.random.default_rng(0)), ARTICLE, articles=1))
-    assert preflight.articles_needed(1e6 * differences(np.random.default_rng(0)), ARTICLE, 1e-6) == np.inf
+    assert articles_needed(1e6 * differences(np.random.default_rng(0)), ARTICLE, 1e-6) == np.inf
 
 
 # The verdict
@@ -442,11 +441,11 @@ def examine(store, horizon=2, trained=False):
         preflight.scores(data, trivial),
         order,
         arrows,
-        preflight.leaks(store),
+        leaks.leaks(store),
         preflight.nearest_training(store),
         preflight.vector_facts(store),
         preflight.strangers(store),
-        {s: float(preflight.copied(getattr(data, s)).mean()) for s in ("train", "val", "ood")},
+        {s: float(leaks.copied(getattr(data, s)).mean()) for s in ("train", "val", "ood")},
         peeked,
         score(models.untrained(store.dim, 5)["mean"], data.val) if trained else None,
     )
@@ -459,7 +458,7 @@ def world(name):
 
 
 def whats(found):
-    return [f.what for f in preflight.verdict(found)]
+    return [f.what for f in advice.verdict(found)]
 
 
 def said(found, words):
@@ -468,44 +467,44 @@ def said(found, words):
 
 def test_no_order_in_an_exchangeable_world():
     found = world("exchangeable")
-    assert preflight.direction(found) == "none" and said(found, "No order that 100 articles")
+    assert advice.direction(found) == "none" and said(found, "No order that 100 articles")
     assert said(found, "hardly says which chunk") and not said(found, "arrow of time")
-    signal, gained = preflight.answers(found)
+    signal, gained = advice.answers(found)
     assert signal.startswith("**None that 100 articles show.**") and "no gain is seen there" in gained
 
 
 def test_false_alarms_are_rare():
-    ways = [preflight.direction(examine(worlds.exchangeable(30, 14, 16, seed=s))) for s in range(12)]
+    ways = [advice.direction(examine(worlds.exchangeable(30, 14, 16, seed=s))) for s in range(12)]
     assert ways.count("none") >= 10
 
 
 def test_a_rotation_tells_its_order_but_is_as_easy_backwards():
     found = world("rotation")
-    assert preflight.direction(found) == "order"
+    assert advice.direction(found) == "order"
     assert said(found, "tell their order, but no arrow") and said(found, "linear map foretells more")
 
 
 def test_order_without_a_measured_arrow_does_not_speak_of_one():
     found = replace(world("rotation"), arrows={})
-    assert preflight.direction(found) == "order" and "The vectors tell their order" in whats(found)
-    assert preflight.answers(found)[0].startswith("**Order; an arrow was not measured.**")
+    assert advice.direction(found) == "order" and "The vectors tell their order" in whats(found)
+    assert advice.answers(found)[0].startswith("**Order; an arrow was not measured.**")
 
 
 @pytest.mark.parametrize(("name", "way"), [("announcing", "forward"), ("reversed_announcing", "backward")])
 def test_what_announces_the_next_chunk_is_an_arrow(name, way):
     found = world(name)
-    assert preflight.direction(found) == way and said(found, f"easier to continue {way}s")
-    assert f"easier to continue {way}s" in preflight.answers(found)[0]
-    assert f"easier to continue {way}s" in preflight.conclusion(found)
+    assert advice.direction(found) == way and said(found, f"easier to continue {way}s")
+    assert f"easier to continue {way}s" in advice.answers(found)[0]
+    assert f"easier to continue {way}s" in advice.conclusion(found)
 
 
 @pytest.mark.parametrize("name", ["converging", "diverging"])
 def test_coherence_that_changes_is_no_arrow(name):
     """Averaging feels it; ridge may differ with copying taken off, but not with it left in."""
     found = world(name)
-    assert preflight.direction(found) not in ("forward", "backward")
-    assert "as uneven ends of the articles make it" in next(f.why for f in preflight.verdict(found) if "rder" in f.what)
-    assert "is not told apart" in next(f.why for f in preflight.verdict(world("exchangeable")) if "No order" in f.what)
+    assert advice.direction(found) not in ("forward", "backward")
+    assert "as uneven ends of the articles make it" in next(f.why for f in advice.verdict(found) if "rder" in f.what)
+    assert "is not told apart" in next(f.why for f in advice.verdict(world("exchangeable")) if "No order" in f.what)
 
 
 def test_what_only_averaging_feels_is_no_arrow():
@@ -513,30 +512,30 @@ def test_what_only_averaging_feels_is_no_arrow():
     converging = world("converging")
     felt = converging.arrows["weighted mean"]
     assert felt.declared == "backward"
-    assert preflight.direction(replace(converging, trained_arrow=felt)) != "backward"
+    assert advice.direction(replace(converging, trained_arrow=felt)) != "backward"
     exchangeable, seen = world("exchangeable"), world("announcing").arrows["ridge"]
-    assert preflight.direction(replace(exchangeable, trained_arrow=seen)) == "forward"
+    assert advice.direction(replace(exchangeable, trained_arrow=seen)) == "forward"
 
 
 def test_copying_wins_where_chunks_hardly_differ():
     found = world("copy")
     assert whats(found)[0].startswith("Copying wins") and found.copied["val"] > 0.05
-    assert "copying wins" in preflight.conclusion(found)
+    assert "copying wins" in advice.conclusion(found)
     assert not said(world("exchangeable"), "Copying wins")
 
 
 def test_leaks_come_first():
     store = planted(copies=(1.0,) * 10)
     found = examine(store)
-    first = preflight.verdict(found)[0]
+    first = advice.verdict(found)[0]
     assert "val chunks stand in train, too" in first.what and "10 of 60" in first.why
-    assert "val chunks stand in train" in preflight.conclusion(found)
+    assert "val chunks stand in train" in advice.conclusion(found)
     assert not said(world("exchangeable"), "stand in train")
 
 
 def test_few_articles_are_said_to_be_few():
     found = examine(worlds.rotation(articles=15, length=12, dim=16))
-    few = next(f for f in preflight.verdict(found) if f.what.startswith("Few articles"))
+    few = next(f for f in advice.verdict(found) if f.what.startswith("Few articles"))
     assert "only 3 articles" in few.why and "validation articles to see 0.02" in few.advice
     many = replace(world("exchangeable"), scored=dict(world("exchangeable").scored))
     steady = {k: f.assign(**{"novel MRR": f["chance"]}) for k, f in many.scored.items()}  # no spread at all
@@ -546,11 +545,11 @@ def test_few_articles_are_said_to_be_few():
 @pytest.mark.parametrize("length", [7, 12])
 def test_one_article_a_split_is_told_without_a_crash(length):
     found = examine(worlds.rotation(articles=5, length=length, dim=8, splits=("train", "val", "ood", "", "")))
-    assert preflight.direction(found) == "not measured" and said(found, "Too few articles to judge")
-    signal, gained = preflight.answers(found)
+    assert advice.direction(found) == "not measured" and said(found, "Too few articles to judge")
+    signal, gained = advice.answers(found)
     assert "Not measured" in signal and "single validation article" in gained and "nan" not in signal + gained
-    assert "nan" not in preflight.conclusion(found)
-    assert not any("nan" in f.what + f.why + f.advice for f in preflight.verdict(found))
+    assert "nan" not in advice.conclusion(found)
+    assert not any("nan" in f.what + f.why + f.advice for f in advice.verdict(found))
     assert len(preflight.power_table(found.scored, found.arrows, found.articles))
 
 
@@ -584,7 +583,7 @@ def test_the_rules_on_size_and_vectors():
         said(odd, "of the vectors equal another") and said(odd, "never change") and said(odd, "All vectors are alike")
     )
     short = examine(uneven())
-    assert said(short, "stand in no window") is (preflight.unused(short.data) > preflight.UNUSED)
+    assert said(short, "stand in no window") is (preflight.unused(short.data) > advice.UNUSED)
     heavy = worlds.rotation(
         articles=8, length=40, dim=8, splits=("train", "train", "train", "val", "val", "ood", "ood", "")
     )
@@ -596,7 +595,7 @@ def test_the_rules_on_size_and_vectors():
 def test_a_small_model_that_gains_is_said_to():
     """Here the "trained" model is one that knows more than any trivial predictor: it reads the truth."""
     found = examine(worlds.announcing(articles=60, length=20, dim=48), trained=True)
-    assert "a small model" in preflight.answers(found)[1]
+    assert "a small model" in advice.answers(found)[1]
     knows = replace(found, trained=found.trained.assign(**{"novel rank": 1.0}))
     assert said(knows, "A small model gains")
     assert not said(found, "A small model gains")
@@ -604,7 +603,7 @@ def test_a_small_model_that_gains_is_said_to():
 
 def test_texts_in_the_findings_are_finished_sentences():
     for name in ("exchangeable", "rotation", "announcing", "copy"):
-        for finding in preflight.verdict(world(name)):
+        for finding in advice.verdict(world(name)):
             assert finding.why.endswith(".") and finding.advice.endswith(".") and not finding.what.endswith(".")
             assert "  " not in finding.what + finding.why + finding.advice
 
