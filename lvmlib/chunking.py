@@ -96,7 +96,14 @@ def cut(
     tokenizer=None,
     language: str = "en",
 ) -> Cut:
-    """The arguments of `chunks`, checked. Raises LVMError on anything that cannot be used."""
+    """How `chunks` and `write_chunks` cut, checked. Raises LVMError on anything that cannot be used.
+
+    `shortest`, `longest`: characters of a chunk; default 80 for a paragraph, 30 for a sentence, 0 for tokens, and no
+    longest. A chunk below `shortest` is dropped. A paragraph above `longest` is split at its sentence ends into parts
+    as long as fit; a sentence or window above it is dropped. `tokens`, `overlap`, `tokenizer` (a fast one of Hugging
+    Face): for unit tokens; a window is the text from its first token to its last, as it stands; a last window that
+    would only repeat tokens of the one before is not made. `language`: ISO 639-1, for the sentence ends.
+    """
     if unit not in UNITS:
         near = difflib.get_close_matches(str(unit), UNITS, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -129,29 +136,12 @@ def cut(
     return Cut(unit, shortest, longest, tokens, overlap, tokenizer, language)
 
 
-def chunks(
-    text: str,
-    unit: str = "paragraph",
-    *,
-    shortest: int | None = None,
-    longest: int | None = None,
-    tokens: int = 128,
-    overlap: int = 32,
-    tokenizer=None,
-    language: str = "en",
-    counts: MutableMapping | None = None,
-) -> list[str]:
+def chunks(text: str, unit: str = "paragraph", *, counts: MutableMapping | None = None, **how) -> list[str]:
     """The chunks of one article's `text`, in order; whitespace in them is single spaces (units paragraph, sentence).
 
-    `shortest`, `longest`: characters of a chunk; default 80 for a paragraph, 30 for a sentence, 0 for tokens, and no
-    longest. A chunk below `shortest` is dropped. A paragraph above `longest` is split at its sentence ends into parts
-    as long as fit; a sentence or window above it is dropped. `tokens`, `overlap`, `tokenizer` (a fast one of Hugging
-    Face): for unit tokens; a window is the text from its first token to its last, as it stands; a last window that
-    would only repeat tokens of the one before is not made. `language`: ISO 639-1, for the sentence ends. `counts`
-    takes note of what was dropped. Raises LVMError on a value that cannot be used.
+    `how`: see `cut`. `counts` takes note of what was dropped. Raises LVMError on a value that cannot be used.
     """
-    options = dict(shortest=shortest, longest=longest, tokens=tokens, overlap=overlap, tokenizer=tokenizer)
-    return _chunks(text, cut(unit, **options, language=language), {} if counts is None else counts)
+    return _chunks(text, cut(unit, **how), {} if counts is None else counts)
 
 
 def _chunks(text: str, how: Cut, counts: MutableMapping) -> list[str]:
@@ -329,16 +319,11 @@ def write_chunks(
     folder: str | os.PathLike,
     *,
     unit: str = "paragraph",
-    shortest: int | None = None,
-    longest: int | None = None,
-    tokens: int = 128,
-    overlap: int = 32,
-    tokenizer=None,
-    language: str = "en",
     near_duplicates: float | None = 0.9,
     boilerplate: int = 3,
     counts: MutableMapping | None = None,
     progress: Callable[[int, str], None] | None = None,
+    **how,
 ) -> None:
     """Cut documents into chunks, drop what repeats, and write what remains into `folder`:
 
@@ -351,13 +336,12 @@ def write_chunks(
     `boilerplate` or more articles all go; of other repeats the first stays, always. Of chunks whose sets of word
     triples have a Jaccard similarity of `near_duplicates` or more to one that stays before them, none stays (found by
     MinHash, which misses about 1 pair in 2,000, and settled by the sets themselves). 0 or None switches boilerplate or
-    near-duplicates off. The same documents give the same files. Options of the unit: see `chunks`.
+    near-duplicates off. The same documents give the same files. `how`: see `cut`.
     `progress(done, what)` hears of articles read and chunks compared. Raises LVMError on bad options, if no chunk
     remains, or if the folder cannot be written.
     """
-    options = dict(shortest=shortest, longest=longest, tokens=tokens, overlap=overlap, tokenizer=tokenizer)
-    how = cut(unit, **options, language=language)
-    _check_drops(how, near_duplicates, boilerplate)
+    asked = cut(unit, **how)
+    _check_drops(asked, near_duplicates, boilerplate)
     folder, counts = Path(folder), {} if counts is None else counts
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -370,7 +354,7 @@ def write_chunks(
             for pragma in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", "cache_size=-131072"):
                 database.execute(f"PRAGMA {pragma}")
             database.execute("BEGIN")
-            _read(documents, folder, how, database, counts, progress)
+            _read(documents, folder, asked, database, counts, progress)
             _drop(folder, database, near_duplicates or 0, boilerplate or 0, counts, progress)
         with open(folder / "chunked.part", "w", encoding="utf-8") as file:
             json.dump(dict(counts), file, indent=1, ensure_ascii=False)
