@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VERSION ?= v22
 DATA ?=
-SOURCE ?= wikipedia
+SOURCE ?=
 OUT ?= mine
 ARGS ?=
 BIN := .venv/bin
@@ -24,6 +24,7 @@ train: .venv/main
 	@$(BIN)/python -m lvmlib train -p version $(VERSION) $(if $(DATA),-r data "$(DATA)") $(ARGS)
 
 encode: .venv/encode
+	@test -n "$(SOURCE)" || { echo "SOURCE= is missing: a folder of .txt and .md files, or what README names, as in: make encode SOURCE=texts OUT=mine"; exit 2; }
 	@$(BIN)/python -m lvmlib encode -r source "$(SOURCE)" -r out "$(OUT)" $(ARGS)
 
 data: .venv/main

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from .encode import store_folder
@@ -50,11 +51,17 @@ def train(arguments: list[str]) -> int:
 
 
 def encode(arguments: list[str]) -> int:
+    begun = time.time()
     executed, p = _execute("encode", arguments)
     if executed is None:
         return p
     store = store_folder(p["source"], p["unit"], p["out"], p["vectors"] is not None, bool(p["fast"]))
-    _keep(executed, _kept(p) / store.name / "encode.ipynb")
+    notebook = _kept(p) / store.name / "encode.ipynb"
+    if notebook.exists() and (store / "datasheet.yaml").stat().st_mtime < begun:
+        executed.unlink()  # the store was only opened: the notebook that stands there tells how it was made
+        print(f"\nThe store was there already.\nnotebook  {_short(notebook)}")
+    else:
+        _keep(executed, notebook)
     print(f"store     {_short(store)}\nnext      make data DATA={store.name}; make train VERSION=v22 DATA={store.name}")
     return 0
 
@@ -63,7 +70,10 @@ def preflight(arguments: list[str]) -> int:
     executed, p = _execute("data", arguments)
     if executed is None:
         return p
-    _keep(executed, _kept(p) / data_name(files(p["data"])) / "data.ipynb")
+    name = data_name(files(p["data"]))
+    said = _last_words(json.loads(executed.read_text(encoding="utf-8")))
+    _keep(executed, _kept(p) / name / ("data.ipynb" if p["horizon"] == 2 else f"data-horizon{p['horizon']}.ipynb"))
+    print(f"verdict   {said}")
     return 0
 
 
@@ -75,16 +85,21 @@ def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None,
     executed = outputs() / f"{name}.{os.getpid()}.ipynb"
     # Whoever calls, a person does not watch this kernel: one line an epoch.
     environment = {k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"}
-    options = ["--log-output", "--no-progress-bar", f"notebooks/{name}.ipynb", _short(executed, ROOT)]
-    code = subprocess.run(
-        [sys.executable, "-m", "papermill", *options, *arguments], check=False, cwd=ROOT, env=environment
-    ).returncode
-    if code:
-        if executed.exists():
-            print(f"\nFailed; the notebook as far as it came: {_short(executed)}", file=sys.stderr)
-            for error in _errors(json.loads(executed.read_text(encoding="utf-8"))):
-                print(error, file=sys.stderr)
-        return None, code
+    options = ["--no-progress-bar", "--stdout-file", "-", f"notebooks/{name}.ipynb", _short(executed, ROOT)]
+    done = subprocess.run(  # what the cells print is shown as it comes; papermill's own words only where it fails
+        [sys.executable, "-m", "papermill", *options, *arguments],
+        check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        errors = _errors(json.loads(executed.read_text(encoding="utf-8"))) if executed.exists() else []
+        if errors and errors[-1].startswith("LVMError: "):  # says all there is to say
+            executed.unlink()
+            print(f"\n{errors[-1]}", file=sys.stderr)
+        else:
+            print(done.stderr, file=sys.stderr)
+            if executed.exists():
+                print(f"Failed; the notebook as far as it came: {_short(executed)}", file=sys.stderr)
+        return None, done.returncode
     return executed, _parameters(json.loads(executed.read_text(encoding="utf-8")))
 
 
@@ -129,6 +144,12 @@ def _parameters(notebook: dict) -> dict:
 def _errors(notebook: dict) -> list[str]:
     outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
     return [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+
+
+def _last_words(notebook: dict) -> str:
+    """The conclusion that a notebook ends its verdict with: what the cell tagged so displayed, as plain text."""
+    (cell,) = [c for c in notebook["cells"] if "conclusion" in c["metadata"].get("tags", [])]
+    return " ".join("".join(o["data"]["text/markdown"]) for o in cell["outputs"] if "data" in o).replace("*", "")
 
 
 def _short(path: Path, start: Path | None = None) -> Path:

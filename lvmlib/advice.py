@@ -359,7 +359,7 @@ def _of_gain(found: Found, g: dict) -> Iterator[Finding]:
             "The context hardly says which chunk comes",
             f"The best trivial predictor, {g['best']}, has a novel MRR of {_range(g, 'value')}; chance is "
             f"{g['chance']:.3f}.",
-            "Set `horizon` to 1 if it is not; see that positions are in reading order; cut other chunks.",
+            f"Try horizon 1 {_horizon(1)} if it is not; see that positions are in reading order; cut other chunks.",
         )
     elif low == low:
         yield Finding(
@@ -376,9 +376,10 @@ def _of_nearness(found: Found, g: dict) -> Iterator[Finding]:
         yield Finding(
             "Nearness tells: copying the last chunk beats the mean of the context",
             f"By {signed((value, low, high))} in novel MRR.",
-            "Set `horizon` to 1 to see what nearness gives at most; a model's own part is what it adds to copying."
+            f"Try horizon 1 {_horizon(1)} to see what nearness gives at most; a model's own part is what it adds to "
+            "copying."
             if found.data.val.horizon > 1
-            else "Set `horizon` to 2 to see what is left where the nearest chunk is not read.",
+            else f"Try horizon 2 {_horizon(2)} to see what is left where the nearest chunk is not read.",
         )
     elif high < 0:
         yield Finding(
@@ -462,6 +463,12 @@ def _of_ood(found: Found, g: dict) -> Iterator[Finding]:
             f"{typical['val']:.2f} for validation.",
             "Take OOD for a second validation split, or split anew by topic or source.",
         )
+
+
+def _horizon(value: int) -> str:
+    """How a notebook is told another horizon."""
+    training = f"ARGS=\"-y 'overrides: {{horizon: {value}}}' -p run_name horizon{value}\""
+    return f"(here `-p horizon {value}`; to train, `{training}`)"
 
 
 def _range(row: Mapping, value: str, form: str = ".3f") -> str:

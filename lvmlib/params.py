@@ -244,9 +244,14 @@ def check_injected(cells: list[str]) -> None:
     known = {name for source in cells[: injected[0]] for name in _assigned(source)}
     for name in _assigned(cells[injected[-1]]):
         if name not in known:
+            also = (
+                f", or in `-y 'overrides: {{{name}: …}}'`"
+                if "overrides" in known and name in _merged("base")[0]
+                else ""
+            )
             raise LVMError(
-                f"parameter {name!r} is not one of this notebook's{_nearest(name, known)}; "
-                f"known: {', '.join(sorted(known))}"
+                f"parameter {name!r} is not one of this notebook's{_nearest(name, known) if not also else ''}; "
+                f"known: {', '.join(sorted(known))}{also}"
             )
 
 

@@ -330,7 +330,8 @@ def _decide(version: Version, history: pd.DataFrame, report: Report, success: bo
         if cosine <= constant:
             return "none", (
                 f"Nothing was learned that a constant vector does not know (its cosine is {constant:.3f}): neither "
-                "margin nor R@5 says anything yet, and no option follows. Train longer, or on more data, first."
+                "margin nor R@5 says anything yet, and no option follows. Train longer, on more data, or a smaller "
+                "model (amn) first."
             )
     if version.control.rule == "none":
         return (

@@ -87,10 +87,15 @@ def test_a_refused_run_leaves_the_notebook_that_stands_there(outputs, trained):
     folder = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
     before = (folder / "train.ipynb").read_bytes()
     done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-p", "epochs", "1")
-    assert done.returncode != 0 and "Failed; the notebook as far as it came" in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("LVMError: ")
-    assert "epochs: 2 there, 1 here" in done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0 and done.stderr.strip().startswith("LVMError: ")
+    assert len(done.stderr.strip().splitlines()) == 1 and "epochs: 2 there, 1 here" in done.stderr
     assert (folder / "train.ipynb").read_bytes() == before
+    assert not list(outputs.glob("*.ipynb"))  # nothing is left of what says no more than the error
+
+
+def test_what_breaks_unforeseen_is_shown_whole(outputs, trained):
+    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-k", "nokernel")
+    assert done.returncode != 0 and "No such kernel named nokernel" in done.stderr
 
 
 def test_a_backward_run_has_a_folder_of_its_own(outputs, trained):
@@ -100,6 +105,15 @@ def test_a_backward_run_has_a_folder_of_its_own(outputs, trained):
     assert done.returncode == 0, done.stderr
     assert "read backward" in (folder / "seed0-amn-backward" / "train.ipynb").read_text(encoding="utf-8")
     assert "\nreading   " in done.stdout and (folder / "seed0-amn" / "train.ipynb").read_bytes() == before
+
+
+def test_the_preflight_says_its_verdict_in_the_terminal(outputs):
+    done = call(outputs, "lvmlib", "data", "-p", "fast", "True", "-p", "steps", "0", "-p", "horizon", "1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()[-3:]
+    folder = outputs / "fast" / "wikipedia"
+    assert lines[0].split() == ["notebook", str(folder / "data-horizon1.ipynb")]  # horizons do not overwrite each other
+    assert lines[2].startswith("verdict   ") and "To beat is" in lines[2] and "A fast run" in lines[2]
 
 
 def test_usage(outputs):
