@@ -62,7 +62,8 @@ def encode(arguments: list[str]) -> int:
         print(f"\nThe store was there already.\nnotebook  {_short(notebook)}")
     else:
         _keep(executed, notebook)
-    print(f"store     {_short(store)}\nnext      make data DATA={store.name}; make train VERSION=v22 DATA={store.name}")
+    known = store.name if store.parent == outputs() / "datasets" else store  # such a one is known by its name
+    print(f"store     {_short(store)}\nnext      make data DATA={known}; make train VERSION=v22 DATA={known}")
     return 0
 
 
@@ -85,11 +86,13 @@ def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None,
     executed = outputs() / f"{name}.{os.getpid()}.ipynb"
     # Whoever calls, a person does not watch this kernel: one line an epoch.
     environment = {k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"}
-    options = ["--no-progress-bar", "--stdout-file", "-", f"notebooks/{name}.ipynb", _short(executed, ROOT)]
-    done = subprocess.run(  # what the cells print is shown as it comes; papermill's own words only where it fails
-        [sys.executable, "-m", "papermill", *options, *arguments],
-        check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--stdout-file", "-"]
+    command += [f"notebooks/{name}.ipynb", str(_short(executed, ROOT)), *arguments]
+    try:  # what the cells print is shown as it comes; papermill's own words only where it fails
+        done = subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    except KeyboardInterrupt:
+        executed.unlink(missing_ok=True)
+        raise
     if done.returncode:
         errors = _errors(json.loads(executed.read_text(encoding="utf-8"))) if executed.exists() else []
         if errors and errors[-1].startswith("LVMError: "):  # says all there is to say
@@ -104,8 +107,17 @@ def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None,
 
 
 def _keep(executed: Path, notebook: Path) -> None:
-    """Move an executed notebook to its place, with an HTML copy, and say where they are."""
+    """Move an executed notebook to its place, with an HTML copy, and say where they are.
+
+    One that stands there and was run with other parameters is set aside, as NAME.old-1.ipynb and so on.
+    """
     notebook.parent.mkdir(parents=True, exist_ok=True)
+    if notebook.exists() and _given(notebook) != _given(executed):
+        old = next(p for i in range(1, 10**6) if not (p := notebook.with_suffix(f".old-{i}.ipynb")).exists())
+        for kind in (".ipynb", ".html"):
+            if notebook.with_suffix(kind).exists():
+                notebook.with_suffix(kind).rename(old.with_suffix(kind))
+        print(f"\nset aside  {_short(old)}: it was run with other parameters")
     executed.replace(notebook)
     subprocess.run(
         [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to=html", "--embed-images", notebook], check=True
@@ -141,6 +153,14 @@ def _parameters(notebook: dict) -> dict:
     return values
 
 
+def _given(notebook: Path) -> dict:
+    """What papermill was told to run it with; empty for a notebook that tells nothing."""
+    try:
+        return json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _errors(notebook: dict) -> list[str]:
     outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
     return [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
@@ -162,3 +182,5 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except LVMError as e:
         sys.exit(str(e))
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. What was finished is kept: the same command goes on from there.")

@@ -160,11 +160,16 @@ def outputs() -> Path:
 
 def files(data: str | Files | Mapping) -> str | Files:
     """`data` as a version holds it: text, or Files of a mapping, checked. Raises LVMError for what is neither."""
-    plain = dataclasses.asdict(data) if isinstance(data, Files) else data
+    plain = dataclasses.asdict(data) if isinstance(data, Files) else _named(data)
     built = _value(str | Files, plain, "data", "data")
     if isinstance(built, Files):
         _check_files(built, "data")
     return built
+
+
+def _named(data: Any) -> Any:
+    """`data`, as text where papermill has made a number of a name of digits."""
+    return str(data) if isinstance(data, int) and not isinstance(data, bool) else data
 
 
 def data_name(data: str | Files) -> str:
@@ -197,6 +202,7 @@ def _resolved(name: str, overrides: Mapping = MappingProxyType({}), top: Mapping
     merged, about, extends = _merged(name)
     where = f"params/{name}.yaml" + (" with overrides" if overrides or top else "")
     merged = merge(merge(merged, overrides), top)
+    merged["data"] = _named(merged["data"])
     for key in ("name", "about", "extends"):
         if key in merged:
             raise LVMError(f"{where}: key {key!r} cannot be set")

@@ -354,7 +354,7 @@ def test_a_whole_number_is_needed(key, value):
         ({"epochs": None}, "epochs", "whole number"),
         ({"fast": 1}, "fast", "true or false"),
         ({"fast": "true"}, "fast", "true or false"),
-        ({"data": 3}, "data", "text"),
+        ({"data": 3.5}, "data", "text"),
         ({"device": None}, "device", "text"),
         ({"model": "transfomer"}, "model", "did you mean 'transformer'"),
         ({"model": 3}, "model", "transformer, gru, lstm, amn"),
@@ -668,7 +668,7 @@ def test_the_name_of_a_dataset(data, name):
         ({"train": None, "val": None, "ood": None}, "no file"),
         ({**NPZ, "artciles": "a.npz"}, "did you mean 'articles'"),
         ({**NPZ, "val": 3}, "needed is text"),
-        (3, "needed is text"),
+        (3.5, "needed is text"),
         (None, "needed is text"),
         (["a.npz"], "needed is text"),
     ],
@@ -679,3 +679,10 @@ def test_bad_data(data, words):
     if data is not None:
         with pytest.raises(LVMError, match=words):
             version("v22", {"data": data})
+
+
+def test_a_dataset_named_in_digits_is_a_name():
+    """Papermill's -p makes a number of it."""
+    assert version("v22", data=2024).data == "2024" == params.files(2024)
+    with pytest.raises(LVMError, match="data"):
+        version("v22", data=True)
