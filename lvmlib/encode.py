@@ -50,6 +50,7 @@ from .training import pick_device, watched, write_whole
 from .vectors import Store
 
 RESULT_ONLY = ("name", "ood", "keep_text")  # may change while a build goes on: no chunk and no vector depends on them
+FRESH = 'fresh: in the notebook -p fresh True, with make ARGS="-p fresh True"'
 PACKAGES = {
     "text": ("sentence-transformers", "transformers", "tokenizers", "torch", "sentencex", "datasketch", "numpy"),
     "vectors": ("pyarrow", "numpy"),
@@ -110,6 +111,7 @@ def build(
     does whatever is wrong with source, encoder, disk or parameters.
     """
     asked = SimpleNamespace(**locals())
+    sources.check_limit(articles, "articles")
     _check_numbers(batch_size=batch_size, shard=shard)
     out = Path(os.path.normpath(ROOT / os.path.expanduser(os.fspath(out))))
     work = out.with_name(out.name + ".partial")
@@ -173,6 +175,7 @@ def _recipe(asked: SimpleNamespace, out: Path) -> tuple[dict, set[str]]:
     recipe = {
         "source": asked.source if named else Path(os.path.abspath(ROOT / os.path.expanduser(asked.source))).name,
         "source_fingerprint": sources.fingerprint(asked.source, **where),
+        "source_files": 0 if named else len(sources.locate(asked.source)[1]),
         "text": asked.text or (None if ready else "text"),
         "title": asked.title or (None if ready else "title"),
         **where,
@@ -221,8 +224,13 @@ def _check_numbers(**numbers) -> None:
 
 
 def _differing(theirs: dict, ours: dict, but: Collection[str] = ()) -> str:
+    but = {*but, "source_files"}  # whether it differs, the fingerprint tells
     keys = [k for k in {**theirs, **ours} if k not in but and theirs.get(k) != ours.get(k)]
-    return "; ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys)
+    said = {k: f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in keys}
+    if "source_fingerprint" in said:
+        then, now = (f"{recipe.get('source_files') or '?'} files" for recipe in (theirs, ours))
+        said["source_fingerprint"] = f"the texts changed since ({then} then, {now} now; a new time of change counts)"
+    return "; ".join(said.values())
 
 
 def _reused(out: Path, work: Path, recipe: dict, either: set[str]) -> Store:
@@ -235,7 +243,7 @@ def _reused(out: Path, work: Path, recipe: dict, either: set[str]) -> Store:
     differing = _differing(theirs, recipe, either)
     if differing:
         raise LVMError(
-            f"{out}: is a store of other making ({differing}); name another folder, or set it aside with fresh"
+            f"{out}: is a store of other making ({differing}); name another folder, or set it aside with {FRESH}"
         )
     if (work / "lock").exists():  # killed between the rename and the end
         with contextlib.suppress(LVMError), _locked(work):
@@ -310,7 +318,7 @@ def _begun(work: Path) -> dict:
         if not isinstance(begun["recipe"], dict) or not isinstance(begun["shard"], int) or begun["shard"] < 1:
             raise ValueError("no recipe")
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, RecursionError) as e:
-        raise LVMError(f"{work / 'build.yaml'}: cannot be read ({said(e)}); set the folder aside with fresh") from e
+        raise LVMError(f"{work / 'build.yaml'}: cannot be read ({said(e)}); set the folder aside with {FRESH}") from e
     return begun
 
 
@@ -326,7 +334,7 @@ def _begin(work: Path, recipe: dict, shard: int) -> int:
         elif differing:
             raise LVMError(
                 f"{work}: a build of other making was begun there ({differing}); go on with its parameters, name "
-                "another folder, or set it aside with fresh"
+                f"another folder, or set it aside with {FRESH}"
             )
         shard = begun["shard"] if done else shard
     elif set(os.listdir(work)) - {"lock", "build.yaml.partial"}:
@@ -432,15 +440,12 @@ def _encoded(asked: SimpleNamespace, work: Path, recipe: dict, shard: int, progr
     _cut(asked, work / "chunks", recipe, model, progress)
     chunks, texts, documents, counts = _chunks(work / "chunks")
     titles, origins = documents["title"].tolist(), documents["source"].tolist()
-    size = np.bincount(chunks[:, 0])
-    if recipe["ood"] != "topic" or (size >= splits.USABLE).sum() < 3 * splits.ARTICLES[-1]:
-        # No vector is needed to see that these articles cannot be split.
-        how = "random" if recipe["ood"] == "topic" else recipe["ood"]
-        try:
-            splits.split_articles(None, chunks[:, 0], titles, how, origins)
-        except LVMError:
-            (work / "chunks" / "chunked.json").unlink()  # so that other parameters can take the place of these
-            raise
+    try:
+        splits.check_articles(np.bincount(chunks[:, 0]), recipe["ood"], origins)
+    except LVMError as e:
+        (work / "chunks" / "chunked.json").unlink()  # so that other parameters can take the place of these
+        blank = "; a paragraph ends at a blank line: has the text any?" if recipe["unit"] == "paragraph" else ""
+        raise LVMError(f"{e}{blank}") from e
     progress.say(
         f"{len(chunks):,} chunks of {counts['articles']:,} articles; encoder {model.name} in {model.precision} on "
         f"{model.device}"
@@ -542,6 +547,7 @@ def _grouped(asked: SimpleNamespace, work: Path, recipe: dict, _shard: int, prog
         columns = {key: recipe[key] for key in ("vectors", "article", "position")}
         blocks = ready.vector_rows(asked.source, **_rows(asked, recipe), **columns, counts=counts)
         titles, origins = ready.group_rows(_told(blocks, progress), folder, counts)
+        splits.check_articles(np.bincount(np.load(folder / "chunks.npy")[:, 0]), recipe["ood"], origins)
         _sync(folder)
         content = json.dumps({"counts": counts, "titles": titles, "sources": origins})
         _write(done, lambda p: Path(p).write_text(content, encoding="utf-8"))
@@ -646,7 +652,7 @@ def datasheet(
     sheet["counts"] = made.counts
     if made.lengths:
         sheet["lengths"] = {what: _quartiles(values) for what, values in made.lengths.items() if values.any()}
-    warnings = _warnings(recipe, made, article, texts)
+    warnings = _warnings(recipe, made, article, texts, split)
     if warnings:
         sheet["warnings"] = warnings
     packages = dict.fromkeys((*PACKAGES["vectors" if ready else "text"], *PACKAGES.get(kind, ())))
@@ -678,7 +684,8 @@ def _words(recipe: dict) -> str:
     ]
     return (
         f"A chunk is {_UNITS[recipe['unit']][1].format(**recipe)}; at least {recipe['shortest']} characters{longest}. "
-        f"Left out: {', '.join(d for d in dropped if d)}."
+        f"Left out: {', '.join(d for d in dropped if d)}. What is left out leaves no gap: the chunks before and behind "
+        "it count as neighbours."
     )
 
 
@@ -686,8 +693,20 @@ def _quartiles(values: np.ndarray) -> dict:
     return {what: int(np.quantile(values, share, method="nearest")) for what, share in QUARTILES.items()}
 
 
-def _warnings(recipe: dict, made: _Made, article: np.ndarray, texts) -> list[str]:
-    found, rows = [], []
+def _warnings(recipe: dict, made: _Made, article: np.ndarray, texts, split: np.ndarray) -> list[str]:
+    found, rows = [told] if (told := ready.warn_of_order(made.counts)) else [], []
+    single = made.counts.get("articles of one chunk", 0)
+    if recipe.get("unit") == "paragraph" and single > len(split) / 2:
+        found.append(
+            f"{single:,} of {len(split):,} articles are one chunk: no blank lines? A paragraph ends at a blank line, "
+            "not at the end of a line; put some in, or take the unit sentence"
+        )
+    val, ood = (float((split[article] == name).mean()) for name in ("val", "ood"))
+    if not 0.12 <= val <= 0.15 or (not 0.10 <= ood <= 0.20 and not recipe["ood"].startswith("source")):
+        found.append(
+            f"val holds {val:.0%} and ood {ood:.0%} of the chunks: too few articles, or too unequal ones, for the "
+            "shares of the split rule; the nearest to them were taken, with at least 3 usable articles in each split"
+        )
     if texts is not None:  # 10,000 of them will do
         rows = np.unique(np.linspace(0, len(article) - 1, min(10_000, len(article))).round().astype(int))
     titles = [made.titles[article[row]] for row in rows]
@@ -741,7 +760,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(e, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command keeps finished shards; unfinished cutting begins anew", file=sys.stderr)
         return 130
     counts = ", ".join(f"{len(store.rows(split)):,} {split}" for split in store_format.SPLITS)
     print(f"{asked['out']}: {len(store.vectors):,} vectors (D = {store.dim}; {counts}), {store.fingerprint[:16]}")

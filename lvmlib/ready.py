@@ -29,6 +29,7 @@ ARTICLE_NAMES = ("wiki_id", "article", "article_id", "doc_id", "page_id", "docum
 POSITION_NAMES = ("paragraph_id", "position", "chunk_id", "chunk_index", "paragraph", "index")
 TEXT_NAMES = ("text", "chunk", "content", "passage", "paragraph", "sentence")
 TITLE_NAMES = ("title",)
+IN_PIECES = "articles whose rows do not stand together"  # counted where there is no column of positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -366,6 +367,8 @@ def _grouped(folder, raw, texts, dtype, dimension, article, position, ends, titl
     if position is None:
         order = np.argsort(article, kind="stable")
         place = np.arange(len(order)) - np.searchsorted(article[order], article[order])
+        begins = article[np.append(True, np.diff(article) != 0)]  # of each run of rows, its article
+        counts[IN_PIECES] = int((np.bincount(begins) > 1).sum())
     else:
         order = np.lexsort((position, article))
         place = position[order]
@@ -392,6 +395,19 @@ def _grouped(folder, raw, texts, dtype, dimension, article, position, ends, titl
                 source.seek(begins[row])
                 file.write(source.read(ends[row] - begins[row]))
     return titles, origins
+
+
+def warn_of_order(counts: MutableMapping) -> str | None:
+    """A sentence of warning if the positions in the articles were not given but taken from the order of the rows."""
+    if IN_PIECES not in counts:
+        return None
+    what = "no column of positions: the order of the rows is taken for the order in the article"
+    if not counts[IN_PIECES]:
+        return f"{what}; if the rows were ever shuffled, every result is meaningless: name the column of positions"
+    return (
+        f"THE ORDER IS PROBABLY LOST: {what}, but the rows of {counts[IN_PIECES]:,} of {counts['articles']:,} articles "
+        "do not even stand together; every result would be meaningless: name the column of positions, or sort the table"
+    )
 
 
 # -------------------------------------------------------------------------------------------- titles in embedded text

@@ -131,10 +131,10 @@ def count(counts: MutableMapping, what: str, number: int = 1) -> None:
     counts[what] = counts.get(what, 0) + number
 
 
-def check_limit(limit) -> None:
-    """Raises LVMError unless `limit` is None or a number of articles."""
+def check_limit(limit, name: str = "limit") -> None:
+    """Raises LVMError, naming the parameter, unless `limit` is None or a number of articles."""
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise LVMError(f"limit: {limit!r} is not a number of articles; give a whole number of at least 1, or none")
+        raise LVMError(f"{name}: {limit!r} is not a number of articles; give a whole number of at least 1, or none")
 
 
 # ------------------------------------------------------------------------------------------------- what a source names
@@ -264,16 +264,21 @@ def _stamp(path) -> tuple[int, int]:
 
 
 def _files(paths: list[Path], base: Path, counts: MutableMapping) -> Iterator[tuple]:
-    """Title: the path below `base` without suffix; source: the folder in `base` that the file is in, or `base`."""
+    """Title: the path below `base` without suffix; source: the folder in `base` that the file is in, or `base`.
+
+    From the first file on that cannot be read, the rest are only tried, so that all of these are told at once.
+    """
+    others = len(_walk(str(base))) - len(paths)
+    if others:
+        count(counts, "files of other kinds, passed over", others)
+    bad: list[tuple[Path, LVMError]] = []
     for path in paths:
         try:
-            size = path.stat().st_size
-            raw = path.read_bytes() if size <= LARGEST else None
-        except OSError as e:
-            raise LVMError(f"{path}: cannot be read ({e.strerror}); make it readable, or take it away") from e
-        if raw is None:
-            raise LVMError(f"{path}: {size:,} bytes are no article (at most {LARGEST:,}); part it into one file each")
-        text = _text(raw, str(path))
+            text = _file_text(path)
+        except LVMError as e:
+            bad.append((path, e))
+        if bad:
+            continue
         if not text or text.isspace():
             count(counts, "empty files")
             continue
@@ -281,6 +286,26 @@ def _files(paths: list[Path], base: Path, counts: MutableMapping) -> Iterator[tu
         if path.suffix.lower() == ".md":
             text = prose(text)
         yield inside.with_suffix("").as_posix(), text, inside.parts[0] if len(inside.parts) > 1 else base.name
+    if len(bad) == 1:
+        raise bad[0][1]
+    if bad:
+        named = ", ".join(path.relative_to(base).as_posix() for path, _ in bad[:10])
+        more = f" and {len(bad) - 10:,} more" if len(bad) > 10 else ""
+        raise LVMError(
+            f"{base}: {len(bad):,} of {len(paths):,} files cannot be read as text: {named}{more}. "
+            f"The first: {bad[0][1]}"
+        )
+
+
+def _file_text(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        raw = path.read_bytes() if size <= LARGEST else None
+    except OSError as e:
+        raise LVMError(f"{path}: cannot be read ({e.strerror}); make it readable, or take it away") from e
+    if raw is None:
+        raise LVMError(f"{path}: {size:,} bytes are no article (at most {LARGEST:,}); part it into one file each")
+    return _text(raw, str(path))
 
 
 MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"))
@@ -427,17 +452,17 @@ def _kind(value) -> str:
 
 
 def _fields(record: Mapping, text: str, title: str | None, where: str) -> tuple:
-    """(title or None, text) of a row. Raises LVMError on a missing column or one that is not text."""
+    """(title or None, text) of a row; null is no text. Raises LVMError on a missing column or one of another kind."""
     if text not in record:
         raise LVMError(no_column(text, record, where))
-    if not isinstance(record[text], str):
+    if not isinstance(record[text], str | None):
         raise LVMError(
             f"{where}: column {text!r} holds {_kind(record[text])}, not a text; leave such rows out, or name another "
             "column"
         )
     if title is not None and title != "title" and title not in record:  # the default may be missing
         raise LVMError(no_column(title, record, where))
-    return record.get(title), record[text]
+    return record.get(title), record[text] or ""
 
 
 def no_column(name: str, known: Iterable, where: str) -> str:

@@ -43,34 +43,52 @@ def split_articles(
     """(A,) strings train, val, ood. `vectors` (M, D), may be memory-mapped; `article` (M,): 0 … A − 1; `titles`, and
     `sources` where there are any, (A,). `ood`: topic, random, or source:NAME (several names with commas).
 
-    The rule stands in `rule(ood)`. Raises LVMError if the articles are too few for it, or for an unknown `ood`.
+    The rule stands in `rule(ood)`. Where a corpus is too small or too uneven for its shares, the nearest to them are
+    taken that leave each split 3 usable articles; a topic that is no branch is then an article with those nearest to
+    it. So whatever passes `check_articles` is split; it raises LVMError for what does not, and for an unknown `ood`.
+    """
+    kind, _ = _kind(ood)
+    size = np.bincount(article, minlength=len(titles))
+    usable, outside = size >= USABLE, check_articles(size, ood, sources)
+    centre = centroids(vectors, article, len(size)) if kind == "topic" else None
+    for at_least, loose in (*((a, False) for a in ARTICLES), (ARTICLES[-1], True)):
+        if kind == "topic":
+            outside = _topic(centre, titles, size, at_least, loose)
+        elif kind == "random":
+            drawn = _draw("ood:", titles, np.flatnonzero(usable), size, at_least, 2 * at_least, loose)
+            outside = None if drawn is None else np.isin(np.arange(len(size)), drawn)
+        if outside is None:
+            continue
+        val = _draw("", titles, np.flatnonzero(~outside & usable), size, at_least, at_least, loose)
+        if val is not None:
+            break
+    split = np.where(outside, "ood", "train")
+    split[val] = "val"
+    return split
+
+
+def check_articles(size: np.ndarray, ood: str = "topic", sources: Sequence[str] | None = None) -> np.ndarray | None:
+    """Raises LVMError unless articles of so many chunks, `size` (A,), can be split: needs no vector.
+
+    Gives (A,) whether an article is of the named sources, if `ood` names any.
     """
     kind, names = _kind(ood)
-    size = np.bincount(article, minlength=len(titles))
     usable = size >= USABLE
     if usable.sum() < 3 * ARTICLES[-1]:
         raise LVMError(
             f"only {usable.sum()} of {len(size)} articles have {USABLE} chunks or more; a split into train, val and "
             f"ood needs {3 * ARTICLES[-1]} such: take more or longer articles, or smaller chunks"
         )
-    why = None
-    for at_least in ARTICLES:
-        try:
-            if kind == "topic":
-                outside = _topic(vectors, article, titles, size, at_least)
-            elif kind == "random":
-                outside = np.isin(np.arange(len(size)), _draw("ood:", titles, np.flatnonzero(usable), size, at_least))
-            else:
-                outside = _of_sources(names, sources, usable)
-            split = np.where(outside, "ood", "train")
-            split[_draw("", titles, np.flatnonzero(~outside & usable), size, at_least)] = "val"
-            if (split[usable] == "train").sum() < at_least:
-                raise LVMError("too few articles remain for training; take more articles")
-        except LVMError as e:
-            why = why or e
-        else:
-            return split
-    raise why
+    if kind != "source":
+        return None
+    outside = _of_sources(names, sources, usable)
+    left = (usable & ~outside).sum()
+    if left < 2 * ARTICLES[-1]:
+        raise LVMError(
+            f"ood {ood!r}: leaves {left} articles of {USABLE} chunks or more, and train and val need "
+            f"{2 * ARTICLES[-1]}: name fewer sources, or take more articles"
+        )
+    return outside
 
 
 def rule(ood: str) -> str:
@@ -90,40 +108,56 @@ def _kind(ood: str) -> tuple[str, list[str]]:
 
 
 def centroids(vectors: np.ndarray, article: np.ndarray, count: int | None = None) -> np.ndarray:
-    """(A, D) float64: the mean vector of each article, made unit. `article` (M,): 0 … A − 1. Reads block by block."""
-    sums = np.zeros((count or int(article.max()) + 1, vectors.shape[1]))
+    """(A, D) float32: the mean vector of each article, made unit. `article` (M,): 0 … A − 1.
+
+    Reads block by block; what it gives is in memory whole: 4·A·D bytes, so 1.5 GB for a million articles of D = 384.
+    """
+    sums = np.zeros((count or int(article.max()) + 1, vectors.shape[1]), np.float32)
     for first, block in blocks(vectors):
-        np.add.at(sums, article[first : first + len(block)], block.astype(np.float64))
-    return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+        np.add.at(sums, article[first : first + len(block)], block.astype(np.float32))
+    norms = np.sqrt(np.einsum("ad,ad->a", sums, sums, dtype=np.float64))
+    sums /= np.maximum(norms, 1e-12).astype(np.float32)[:, None]
+    return sums
 
 
-def _topic(vectors, article, titles, size, at_least: int) -> np.ndarray:
-    """(A,) whether an article is of the branch of the topic tree that stands farthest apart."""
+def _topic(centre: np.ndarray, titles, size: np.ndarray, at_least: int, loose: bool) -> np.ndarray | None:
+    """(A,) whether an article is of the branch of the topic tree that stands farthest apart; None without a branch.
+
+    `loose`: without one, an article and those nearest to it, by `centre` (A, D), that stand farthest apart.
+    """
     from scipy.cluster.hierarchy import linkage, to_tree
 
-    centre, inside = centroids(vectors, article, len(size)), np.arange(len(size))
+    inside = np.arange(len(size))
     if len(size) > TREE:
         inside = np.sort(_ordered("tree:", titles, np.flatnonzero(size))[:TREE])
-    of_tree, within = centre[inside], size[inside]
+        if loose and (size[inside] >= USABLE).sum() < 3 * at_least:
+            inside = np.sort(_ordered("tree:", titles, np.flatnonzero(size >= USABLE))[:TREE])
+    of_tree, within = centre[inside].astype(np.float64), size[inside]
+    usable, share = within >= USABLE, within / within.sum()
     cosine = of_tree @ of_tree.T
     branches = []
     for node in to_tree(linkage(of_tree, "ward"), rd=True)[1]:
         if node.count > 0.9 * len(inside):
             continue
         branch = np.isin(np.arange(len(inside)), node.pre_order())
-        if 0.10 <= within[branch].sum() / within.sum() <= 0.20 and (within[branch] >= USABLE).sum() >= at_least:
-            branches.append((np.median(cosine[branch][:, ~branch].max(1)), branch))
+        enough = usable[branch].sum() >= at_least and usable[~branch].sum() >= 2 * at_least
+        if enough and 0.10 <= within[branch].sum() / within.sum() <= 0.20:
+            branches.append((0, np.median(cosine[branch][:, ~branch].max(1)), branch))
+    for article in np.flatnonzero(usable) if loose and not branches else ():
+        near = np.flatnonzero(usable)
+        near = near[np.argsort(-cosine[article, near], kind="stable")]
+        count = np.clip((share[near].cumsum() < 0.12).sum() + 1, at_least, len(near) - 2 * at_least)
+        branch = np.isin(np.arange(len(inside)), near[:count])
+        apart = np.median(cosine[branch][:, near[count:]].max(1))
+        branches.append((max(share[branch].sum(), 0.20), apart, branch))
     if not branches:
-        raise LVMError(
-            f"no branch of the topic tree holds 10 to 20 % of the chunks and {at_least} usable articles; take more "
-            "articles, or split with ood: random"
-        )
-    branch = min(branches, key=lambda b: b[0])[1]
+        return None
+    branch = min(branches, key=lambda b: b[:2])[2]
     outside = np.zeros(len(size), bool)
     outside[inside] = branch
     others = np.setdiff1d(np.arange(len(size)), inside)
     for part in np.array_split(others, max(1, len(others) // 4096)):
-        outside[part] = branch[(centre[part] @ of_tree.T).argmax(1)] if len(part) else []
+        outside[part] = branch[(centre[part] @ centre[inside].T).argmax(1)] if len(part) else []
     return outside
 
 
@@ -135,7 +169,10 @@ def _of_sources(names: list[str], sources, usable: np.ndarray) -> np.ndarray:
             raise LVMError(f"ood: no article has the source {name!r}; there are: {shown}")
     outside = np.isin(np.asarray(sources, dtype=str), names)
     if (outside & usable).sum() < ARTICLES[-1]:
-        raise LVMError(f"ood: the sources {', '.join(names)} hold too few usable articles; name more of them")
+        raise LVMError(
+            f"ood: the sources {', '.join(names)} hold too few usable articles ({(outside & usable).sum()} of "
+            f"{USABLE} chunks or more, and {ARTICLES[-1]} are needed); name more sources"
+        )
     return outside
 
 
@@ -143,12 +180,18 @@ def _ordered(salt: str, titles: Sequence[str], articles: np.ndarray) -> np.ndarr
     return np.array(sorted(articles, key=lambda a: hashlib.sha256(f"{salt}{titles[a]}".encode()).digest()), dtype=int)
 
 
-def _draw(salt: str, titles: Sequence[str], free: np.ndarray, size: np.ndarray, at_least: int) -> np.ndarray:
-    """Of the articles `free`, a random draw that holds 12 to 15 % of the chunks; its numbers."""
+def _draw(salt: str, titles, free: np.ndarray, size: np.ndarray, at_least: int, leave: int, loose: bool):
+    """Of the articles `free`, a random draw that holds 12 to 15 % of the chunks and leaves `leave` articles: its
+    numbers; None if there is none, or, if `loose`, the draw that comes nearest."""
+    nearest = np.inf, None
     for seed in range(1000 if len(size) <= TREE else 20):  # of many articles the first draw will do
         order = _ordered(f"{salt}{seed}:", titles, free)
         share = size[order].cumsum() / size.sum()
         count = int((share < 0.12).sum()) + 1  # the fewest that hold 12 %
-        if at_least <= count <= len(order) and share[count - 1] <= 0.15:
+        if at_least <= count <= len(order) - leave and share[count - 1] <= 0.15:
             return order[:count]
-    raise LVMError(f"no draw of {at_least} usable articles holds 12 to 15 % of the chunks; take more articles")
+        count = min(max(count, at_least), len(order) - leave)
+        if loose and count >= at_least:
+            off = max(0.12 - share[count - 1], share[count - 1] - 0.15)
+            nearest = min(nearest, (off, order[:count]), key=lambda n: n[0])
+    return nearest[1]

@@ -62,7 +62,9 @@ def test_a_folder_of_text_files_in_order_of_their_paths(tmp_path):
         ("news/deep/z", "Z", "news"),
         ("news", "N", tmp_path.name),
     ]
-    assert counts == {"titles that were there before, numbered": 1, "articles read": 5}
+    assert counts == {
+        "files of other kinds, passed over": 1, "titles that were there before, numbered": 1, "articles read": 5,
+    }  # fmt: skip
     assert [d[0] for d in read(tmp_path, limit=2)] == ["a", "a (2)"]
 
 
@@ -73,6 +75,20 @@ def test_empty_files_are_counted_and_passed_over(tmp_path):
     counts = {}
     assert read(tmp_path, counts=counts) == [("d", "Text", tmp_path.name)]
     assert counts == {"empty files": 3, "documents without text": 1, "articles read": 1}
+
+
+def test_a_null_text_is_counted_as_empty(tmp_path):
+    put(tmp_path / "a.jsonl", '{"text": null}\n{"text": ""}\n{"text": "Text."}\n')
+    counts = {}
+    assert [text for _, text, _ in read(tmp_path / "a.jsonl", counts=counts)] == ["Text."]
+    assert counts["documents without text"] == 2
+
+
+def test_all_unreadable_files_are_told_at_once(tmp_path):
+    for number in range(14):
+        put(tmp_path / f"{number:02d}.txt", b"caf\xe9" if number else "Text.")
+    refused(["13 of 14 files", "01.txt, 02.txt", "10.txt and 3 more", "The first", "byte 3 is 0xe9"], tmp_path)
+    assert len(read(tmp_path, limit=1)) == 1
 
 
 def test_a_folder_in_one_folder_keeps_its_names(tmp_path):
@@ -264,7 +280,7 @@ HOSTILE = {
     "broken.jsonl": (b'{"text": "a"}\n{"text": "b"\n', ["line 2", "is not JSON", "mend or remove"]),
     "list.jsonl": (b'{"text": "a"}\n\n["text"]\n', ["line 3", "holds a list"]),
     "number.jsonl": (b"12\n", ["line 1", "holds a number"]),
-    "null-text.jsonl": (b'{"text": null}\n', ["line 1", "'text' holds null"]),
+    "null-text.jsonl": (b'{"text": null}\n', ["no article with text"]),
     "number-text.jsonl": (b'{"text": 12}\n', ["line 1", "'text' holds a number"]),
     "object-text.jsonl": (b'{"text": {"a": 1}}\n', ["holds an object"]),
     "no-column.jsonl": (b'{"texts": "a", "id": 1}\n', ["line 1", "no column 'text'", "did you mean 'texts'"]),
@@ -421,7 +437,7 @@ def test_a_pinned_revision_and_a_subset_reach_the_loader(hub):
         (ConnectionError(""), ["ConnectionError", "network"]),
         (Stream([{"text": "a"}] * 9, fail_at=5), ["line went dead", "network"]),
         (Stream([{"body": "a"}]), ["row 1", "no column 'text'", "body"]),
-        (Stream([{"text": "a"}, {"text": None}]), ["row 2", "holds null"]),
+        (Stream([{"text": "a"}, {"text": 5}]), ["row 2", "holds a number"]),
         (Stream([]), ["no article with text"]),
     ],
 )
@@ -648,6 +664,9 @@ def test_without_positions_the_order_of_the_rows_is_taken_and_said(tmp_path):
     assert chunks.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
     assert texts == ["Text 0.", "Text 2.", "Text 4.", "Text 1.", "Text 3."]
     assert "position: the order of the rows" in counts["columns"] and counts["gaps in positions"] == 0
+    assert "ORDER IS PROBABLY LOST" in R.warn_of_order(counts) and "2 of 2 articles" in R.warn_of_order(counts)
+    together = grouped(put_vectors(tmp_path / "w.parquet", article=["b", "b", "b", "a", "a"]), tmp_path / "t")[-1]
+    assert R.warn_of_order(together).startswith("no column of positions") and R.warn_of_order({}) is None
 
 
 @pytest.mark.parametrize("kind", [pa.list_, pa.large_list, lambda number: pa.list_(number, 4)])

@@ -31,10 +31,36 @@ def test_the_split_rule_finds_a_planted_topic(seed):
     assert (split == split_articles(vectors, article, [f"T{i}" for i in range(80)])).all()
 
 
+@pytest.mark.parametrize("ood", ["topic", "random", "source:x"])
+@pytest.mark.parametrize("seed", range(40))
+def test_nine_usable_articles_are_always_enough(ood, seed, monkeypatch):
+    """Small, uneven and padded with what is too short: each split has three usable articles."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(7, 18, 9 + seed % 20)
+    sizes[0] *= (1, 50)[seed % 2]  # one article that is most of the corpus
+    sizes = np.append(sizes, rng.integers(1, 7, 40 * (seed % 3)))
+    monkeypatch.setattr(splits, "TREE", (5000, 12)[seed % 5 == 0])
+    vectors, article = topics(seed, sizes)
+    titles, sources = [f"T{i}" for i in range(len(sizes))], ["y", "x", "y"] * len(sizes)
+    split = split_articles(vectors, article, titles, ood, sources[: len(sizes)])
+    assert min(np.sum(split[sizes >= 7] == name) for name in ("train", "val", "ood")) >= 3
+    assert (sizes[split == "val"] >= 7).all()
+    assert (split == split_articles(vectors, article, titles, ood, sources[: len(sizes)])).all()
+
+
+def test_a_topic_that_is_no_branch_is_still_a_topic():
+    vectors, article = topics(0, [20] * 12 + [10] * 12)  # the branch of the planted topic holds a third of the chunks
+    split = split_articles(vectors, article, [f"T{i}" for i in range(24)])
+    assert len(set((split == "ood").nonzero()[0] >= 12)) == 1
+    vectors, article = topics(0, [20] * 10)
+    vectors[article < 3] = -vectors[article < 3]
+    assert (split_articles(vectors, article, [f"T{i}" for i in range(10)])[:3] == "ood").all()
+
+
 def test_too_few_articles_for_the_split_rule():
     vectors, article = topics(0, [20] * 14)
-    with pytest.raises(LVMError, match="take more articles"):
-        split_articles(vectors, article, [f"T{i}" for i in range(14)])
+    with pytest.raises(LVMError, match=r"leaves 5 articles .* need 6: name fewer sources"):
+        split_articles(vectors, article, [f"T{i}" for i in range(14)], "source:x", ["x"] * 9 + ["y"] * 5)
 
 
 @pytest.mark.parametrize("articles, at_least", [(80, 10), (40, 5), (24, 3)])
