@@ -13,20 +13,19 @@ import pandas as pd
 
 from .arrow import Arrow
 from .leaks import NEAR, Leak, shared_titles
-from .preflight import ARITHMETIC, best_trivial, unused
+from .preflight import ARITHMETIC, TRAINED, best_trivial, joined, unused
 from .probe import OrderProbe
 from .statistics import articles_needed, effective_articles, few, over_articles, smallest_difference
-from .vectors import SPLITS, Dataset
+from .vectors import SPLITS, Dataset, Windows
 
 LEAK = 0.01  # share of a split's chunks that stand in train, too: MRR may be raised by as much
 COPIES = 0.05  # share of the windows whose target is near-same as a chunk of its context
-ALIKE = 0.5  # mean cosine of chunks of different articles
+ALIKE = 0.5  # mean cosine of chunks of different articles: from here the mean vector alone has √½ = 0.7 to a chunk
 VISIBLE = 0.02  # novel MRR: a smallest difference above this leaves open what matters
-HEAVY = 0.3  # share of a split's windows from one article
-UNUSED = 0.3  # share of the chunks that stand in no window
-EQUAL = 0.05  # share of the vectors that equal another one
-STILL = 0.1  # share of the dimensions that never change
-SMALL = 30_000  # training windows: on 3,144 the transformer hardly begins to learn; the original had 431,895
+HEAVY = 0.3  # share of a split's windows from one article: the split then weighs as 1/0.3² = 11 articles at the most
+UNUSED = 0.5  # share of the chunks that stand in no window: the figures then speak for the lesser part of the text
+EQUAL = 0.05  # share of the vectors that equal another one: as for COPIES
+SMALL = 37_000  # training windows: midway, in powers of ten, from 3,144 (a transformer hardly begins) to 431,895
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,11 @@ class Finding:
 class Found:
     """All that the verdict rests on; what was not measured is empty or None.
 
-    `data`: the whole dataset. `scored`: `scores` of the trivial predictors, on all of it or on a draw. `order`: lag →
-    `crossed_order_probe`. `arrows`: `crossed_arrows`. `leaks`, `nearest`, `facts`: what `leaks`, `nearest_training`,
-    `vector_facts` gave. `strangers`: mean cosine of chunks of different articles. `copied`: split → share of the
-    windows whose target is a near copy. `peeked`: of validation. `trained`: a small model after a few steps, its
-    `score` on the validation windows of `scored`; `trained_arrow`: its `arrow`.
+    `data`: the whole dataset. `scored`: `scores` of the trivial predictors, and of a small model after a few steps if
+    one was TRAINED, on all of it or on a draw. `order`: lag → `crossed_order_probe`. `arrows`: `crossed_arrows`.
+    `leaks`, `nearest`, `facts`: what `leaks`, `nearest_training`, `vector_facts` gave. `strangers`: mean cosine of
+    chunks of different articles. `copied`: split → share of the windows whose target is a near copy. `peeked`: of
+    validation. `trained_arrow`: the small model's `arrow`. `drawn`: what order and arrows are of, if not of `data`.
     """
 
     data: Dataset
@@ -59,18 +58,33 @@ class Found:
     strangers: float
     copied: Mapping[str, float]
     peeked: pd.DataFrame | None = None
-    trained: pd.DataFrame | None = None
     trained_arrow: Arrow | None = None
+    drawn: Dataset | None = None
 
     @property
     def articles(self) -> dict[str, int]:
         """Articles with windows, in the whole dataset."""
         return {s: len(np.unique(getattr(self.data, s).article)) for s in SPLITS}
 
+    @property
+    def draw(self) -> str:
+        """That the figures of validation are of a draw, in a sentence; empty if they are of all of it."""
+        return _draw("These figures are", self.scored["val", "mean"], self.data.val, "validation articles")
+
     def less(self, name: str, other: str, split: str = "val") -> tuple[float, float, float]:
         """Novel MRR of one trivial predictor less that of another, and its interval."""
         one, two = self.scored[split, name], self.scored[split, other]
         return over_articles(one["novel MRR"] - two["novel MRR"], one["article"])
+
+
+def _draw(what: str, part: Windows, whole: Windows, noun: str = "articles") -> str:
+    some, every = (pd.Series(w.article).value_counts() for w in (part, whole))
+    if some.sum() == every.sum():
+        return ""
+    less = ", long ones cut to a stretch; whole articles have more candidates, and so a lower MRR"
+    return (
+        f" {what} of a draw of {len(some):,} {noun} of {len(every):,}{less * bool((some < every[some.index]).any())}."
+    )
 
 
 def probed(order: Mapping[int, OrderProbe]) -> pd.DataFrame:
@@ -85,55 +99,74 @@ def probed(order: Mapping[int, OrderProbe]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype({"order": bool})
 
 
+def beyond(arrows: Mapping[str, Arrow]) -> tuple[float, float, float]:
+    """Ridge's forward less backward, less the weighted mean's, window by window, in novel MRR: value, low, high.
+
+    Five weights know no direction, but gain one way, as averaging does, where chunks grow noisier along every article;
+    and with many articles ridge learns to average.
+    """
+    ridge, averaging = (arrows[n].differences["novel MRR"].mean(0) for n in ("ridge", "weighted mean"))
+    return over_articles(ridge - averaging, arrows["ridge"].article)
+
+
+def declared(arrows: Mapping[str, Arrow]) -> str:
+    """The arrow that `crossed_arrows` show, "forward", "backward" or "none": ridge's, if it is beyond the weighted
+    mean's on the same side, and ridge is above chance that way."""
+    way = arrows["ridge"].declared if arrows else "none"
+    if way == "none":
+        return way
+    _, low, high = beyond(arrows)
+    return way if (low > 0 if way == "forward" else high < 0) and above_chance(arrows, way) else "none"
+
+
+def above_chance(arrows: Mapping[str, Arrow], way: str) -> bool:
+    """Whether ridge, read that way, foretells more than chance on the windows of its arrow."""
+    return bool(arrows["ridge"].table[f"{way} above chance"].iloc[0] > 0)
+
+
 def direction(found: Found) -> str:
     """What is known of the text's direction: "forward" or "backward" (an arrow: it is easier to continue that way),
-    "order" (the vectors tell the order, no arrow is seen), "none" (neither is seen), "not measured".
-
-    An arrow is what ridge shows, or the trained model where the weighted mean does not show the same: five weights know
-    no direction, but feel, as averaging does, where chunks grow noisier along every article.
-    """
-    declared = {name: a.declared for name, a in found.arrows.items()}
-    if declared.get("ridge", "none") != "none":
-        return declared["ridge"]
-    other = found.trained_arrow.declared if found.trained_arrow is not None else "none"
-    if other not in ("none", declared.get("weighted mean")):
-        return other
+    "order" (the vectors tell the order, no arrow is seen), "none" (neither is seen), "not measured". The small model
+    declares nothing: it is of one seed."""
+    if (way := declared(found.arrows)) != "none":
+        return way
     if probed(found.order)["order"].any():
         return "order"
     return "none" if found.order or found.arrows else "not measured"
 
 
 def blind(found: Found) -> tuple[float, float]:
-    """The smallest arrow that ridge would show with 80 %, in novel MRR, and how many articles would show one half as
-    large; NaN where it was not measured."""
-    if "ridge" not in found.arrows:
+    """The smallest arrow that ridge would show with 80 %, plain and beyond the weighted mean, in novel MRR, and how
+    many articles would show one half as large; NaN where it was not measured."""
+    if not found.arrows:
         return float("nan"), float("nan")
-    values, article = found.arrows["ridge"].differences["novel MRR"].mean(0), found.arrows["ridge"].article
-    least = smallest_difference(values, article)
-    return least, articles_needed(values, article, least / 2)
+    ridge, averaging = (found.arrows[n].differences["novel MRR"].mean(0) for n in ("ridge", "weighted mean"))
+    each, article = (ridge, ridge - averaging), found.arrows["ridge"].article
+    least = [smallest_difference(v, article) for v in each]
+    return max(least), max(articles_needed(v, article, max(least) / 2) for v in each)
 
 
 def gain(found: Found) -> dict:
-    """How much a model could gain on validation, in novel MRR: best (name of the best trivial predictor), its value,
-    low, high; chance; plain (the best that only weighs its context); other (ridge, or plain where ridge is the best);
-    smallest (the difference seen with 80 %, from how other − best varies), needed 0.02, needed 0.01 (articles); both
-    sides, beside (`peeked`: the chunks on both sides, and best on the same candidates), room (their difference, with
-    its interval, as a tuple); NaN if not measured."""
+    """What there is to beat on validation, in novel MRR: best (name of the best trivial predictor), its value, low,
+    high; chance; plain (the best that only weighs its context); other (the small model if one was trained, else ridge,
+    or plain where ridge is the best); smallest (the difference seen with 80 %, from how other − best varies), needed
+    0.02, needed 0.01 (articles); range (of `smallest` over all that read their context, less best, in words);
+    both sides, beside (`peeked`: the chunks on both sides, and best on the same candidates); NaN if not measured."""
     best = best_trivial(found.scored)
-    frame = found.scored["val", best]
+    frame, total = found.scored["val", best], found.articles["val"]
     value, low, high = over_articles(frame["novel MRR"], frame["article"], share=True)
     plain = max(ARITHMETIC, key=lambda n: found.scored["val", n]["novel MRR"].mean())
-    other = plain if best == "ridge" else "ridge"
-    values = found.scored["val", other]["novel MRR"] - frame["novel MRR"]
+    names = [n for s, n in found.scored if s == "val" and n not in (best, "constant")]
+    other = TRAINED if TRAINED in names else plain if best == "ridge" else "ridge"
+    less = {n: found.scored["val", n]["novel MRR"] - frame["novel MRR"] for n in names}
+    smallest = {n: smallest_difference(v, frame["article"], articles=total) for n, v in less.items()}
     facts = {"best": best, "value": value, "low": low, "high": high, "plain": plain, "other": other}
     facts |= {"chance": float(frame["chance"].mean()), "both sides": float("nan"), "beside": float("nan")}
-    facts["room"] = (float("nan"),) * 3
-    facts["smallest"] = smallest_difference(values, frame["article"], articles=found.articles["val"])
-    facts |= {f"needed {w:g}": articles_needed(values, frame["article"], w) for w in (0.02, 0.01)}
+    facts |= {"smallest": smallest[other], "range": f"{min(smallest.values()):.3f} to {max(smallest.values()):.3f}"}
+    facts |= {f"needed {w:g}": articles_needed(less[other], frame["article"], w) for w in (0.02, 0.01)}
     if found.peeked is not None:
         p = found.peeked
         facts |= {"both sides": float(p["both sides"].mean()), "beside": float(p[best].mean())}
-        facts["room"] = over_articles(p["both sides"] - p[best], p["article"])
     return facts
 
 
@@ -145,7 +178,7 @@ def answers(found: Found) -> tuple[str, str]:
         "forward": "**Yes, forwards.** The text is easier to continue forwards than backwards.",
         "backward": "**Yes, but backwards.** The text is easier to continue backwards than forwards.",
         "order": "**Order, but no arrow that was seen.** The order of the chunks can be told from their vectors; "
-        "nothing here continues the text better one way than the other.",
+        "that it is easier to continue one way is not shown.",
         "none": f"**None that {total} articles show.**",
         "not measured": f"**Not measured.** {total} articles with windows are too few.",
     }[way]
@@ -157,36 +190,36 @@ def answers(found: Found) -> tuple[str, str]:
             f" A small classifier tells which of two chunks {row['lag']} apart comes first in "
             f"{_range(row, 'accuracy', '.1%')} of pairs, over {row['articles']} articles; chance is 50 %."
         )
-    if "ridge" in found.arrows:
+    if found.arrows:
         signal += f" {_ridge_both_ways(found)}"
+    if found.drawn is not None:
+        signal += _draw("Order and ridge's arrow are", joined(found.drawn), joined(found.data))
+    if found.trained_arrow is not None:
+        signal += f" {trained_both_ways(found.trained_arrow)}"
     room = (
         f"The best trivial predictor is **{g['best']}**: its novel MRR is {_range(g, 'value')}, where chance gives "
         f"{g['chance']:.3f}."
     )
     beside = [] if g["best"] == "ridge" else [f"ridge, fitted to train, {signed(found.less('ridge', g['best']))}"]
-    if found.trained is not None:
-        beside.append(f"a small model after a few steps {signed(_trained_less(found, g['best']))}")
+    if g["other"] == TRAINED:
+        beside.append(f"the {TRAINED}, after a few steps, {signed(found.less(TRAINED, g['best']))}")
     if g["best"] == "ridge":
         room += f" It is {signed(found.less('ridge', g['plain']))} from {g['plain']}, which only weighs its context."
     if beside:
         room += f" Less {g['best']}: {', '.join(beside)}."
     if g["both sides"] == g["both sides"]:
         room += (
-            " What the best possible predictor would have is not known, but 1.0 is not it. A mark from above: the mean "
-            "of the chunks on both sides of the target, one of which no predictor may see, has "
-            f"{g['both sides']:.3f}, where {g['best']} has {g['beside']:.3f} on the same candidates; "
+            " What the best possible predictor would have is not known, but 1.0 is not it. A mark, no ceiling: both "
+            f"neighbours of the target together, one of which no predictor may see, have {g['both sides']:.3f}, where "
+            f"{g['best']} has {g['beside']:.3f} on the same candidates."
         )
-        room += (
-            f"that leaves {signed(g['room'])} to gain."
-            if not g["room"][1] <= 0
-            else "no gain is seen there."
-            if g["room"][2] > 0
-            else "so it marks nothing here."
-        )
+        if _overlap(found)[1]:
+            room += " Here they share tokens with the target, so that the mark is too high."
+    room += found.draw
     room += (
         f" On {found.articles['val']} validation articles a difference of {g['smallest']:.3f} is seen four times in "
-        f"five, a smaller one less often; 0.02 takes {_count(g['needed 0.02'])} such articles, 0.01 "
-        f"{_count(g['needed 0.01'])}."
+        f"five (by {g['other']} less {g['best']}; {g['range']} over all comparisons), a smaller one less often; "
+        f"0.02 takes {_count(g['needed 0.02'])} such articles, 0.01 {_count(g['needed 0.01'])}."
         if g["smallest"] == g["smallest"]
         else " With a single validation article no difference can be told from chance."
     )
@@ -206,47 +239,49 @@ def conclusion(found: Found) -> str:
         "not measured": "Whether there is a direction to learn could not be measured.",
     }[way]
     said += f" To beat is {g['best']}, with a novel MRR of {g['value']:.3f} (chance {g['chance']:.3f})"
-    said += f", with room for about {g['room'][0]:.2f} more" if g["room"][1] > 0 else ""
     said += (
         f"; on {found.articles['val']} validation articles a gain of {g['smallest']:.3f} would be seen four times in "
-        "five."
+        f"five, if it varies as {g['other']} less {g['best']} does."
         if g["smallest"] == g["smallest"]
         else "; no gain could be told from chance."
     )
-    spoils = [*_of_leaks(found, g), *_of_copies(found, g)]
+    said += found.draw
+    spoils = [finding for rule in SPOILS for finding in rule(found, g)]
     if spoils:
         return f"{said} Before anything else: {spoils[0].what[0].lower()}{spoils[0].what[1:]}. {spoils[0].advice}"
     return f"{said} To try first: {verdict(found)[0].advice}"
 
 
-def _ridge_both_ways(found: Found) -> str:
-    a = found.arrows["ridge"]
+def both_ways(a: Arrow) -> str:
+    """Forward less backward in novel MRR, with copying taken off and left in, in words."""
     row = a.table.set_index("measure").loc["novel MRR"]
-    left_in = {"value": row["forward"] - row["backward"], "low": row["raw low"], "high": row["raw high"]}
-    said = (
-        f"Forward less backward, ridge has {_range(row, 'difference', '+.3f')} in novel MRR over "
-        f"{int(row['articles'])} articles with what copying gains by the direction taken off, and "
-        f"{_range(left_in, 'value', '+.3f')} with it left in"
-    )
-    if a.declared != "none" or np.isnan(row["low"]):
-        return said + "."
+    left_in = row["forward"] - row["backward"], row["raw low"], row["raw high"]
     return (
-        f"{said}; an arrow needs both on one side of 0. One of {blind(found)[0]:.3f} would be seen four times in five."
+        f"{_range(row, 'difference', '+.3f')} in novel MRR over {int(row['articles'])} articles with what copying "
+        f"gains by the direction taken off, {signed(left_in)} with it left in"
     )
 
 
-def _trained_less(found: Found, name: str) -> tuple[float, float, float]:
-    """Novel MRR of the small trained model less that of a trivial predictor on validation, and its interval."""
-    frame = found.scored["val", name]
-    return over_articles(1 / found.trained["novel rank"] - frame["novel MRR"], frame["article"])
+def _ridge_both_ways(found: Found) -> str:
+    said = f"Forward less backward, ridge has {both_ways(found.arrows['ridge'])}, and {signed(beyond(found.arrows))}"
+    said += " beyond the weighted mean; an arrow needs all three on one side of 0, and ridge above chance that way."
+    if declared(found.arrows) != "none" or np.isnan(least := blind(found)[0]):
+        return said
+    return f"{said} One of {least:.3f} would be seen four times in five."
+
+
+def trained_both_ways(a: Arrow) -> str:
+    """The small model's arrow in a sentence, with what makes its interval less than it seems."""
+    said = "; ".join(filter(None, (both_ways(a), a.caution, "it declares nothing")))
+    return f"The {TRAINED}, trained both ways, has {said}."
 
 
 def verdict(found: Found) -> list[Finding]:
     """What speaks for an experiment on this dataset and what stands in its way, by fixed rules on figures and their
     intervals; the bounds are the constants at the file's head. What would spoil every figure comes first."""
     g = gain(found)
-    rules = (_of_leaks, _of_copies, _of_direction, _of_gain, _of_nearness, _of_power, _of_size, _of_vectors, _of_ood)
-    return [finding for rule in rules for finding in rule(found, g)]
+    rules = (_of_direction, _of_warnings, _of_gain, _of_nearness, _of_power, _of_size, _of_vectors, _of_ood)
+    return [finding for rule in (*SPOILS, *rules) for finding in rule(found, g)]
 
 
 def _of_leaks(found: Found, g: dict) -> Iterator[Finding]:
@@ -281,6 +316,33 @@ def _of_copies(found: Found, g: dict) -> Iterator[Finding]:
         )
 
 
+def _overlap(found: Found) -> tuple[int, int]:
+    """Tokens of a chunk, and how many of them the next one shares, by the datasheet; 0, 0 if it does not say."""
+    build = found.data.store.datasheet.get("build") or {}
+    return (build["tokens"], build["overlap"]) if build.get("unit") == "tokens" else (0, 0)
+
+
+def _of_overlap(found: Found, g: dict) -> Iterator[Finding]:
+    (tokens, overlap), horizon = _overlap(found), found.data.val.horizon
+    shared = tokens - horizon * (tokens - overlap)  # chunks begin tokens − overlap apart
+    if shared > 0:
+        free = -(-tokens // (tokens - overlap))
+        yield Finding(
+            "Chunks overlap: the target holds words of its context",
+            f"By construction it shares {shared} of its {tokens} tokens ({shared / tokens:.0%}) with the last chunk of "
+            "the context, so that copying looks better than it is, and every model that copies.",
+            f"Encode with overlap 0, or take horizon {free} {_horizon(free)}, from which nothing is shared.",
+        )
+
+
+def _of_warnings(found: Found, g: dict) -> Iterator[Finding]:
+    for warning in found.data.store.datasheet.get("warnings") or ():
+        yield Finding("The datasheet warns", f"{warning.rstrip('.')}.", "Read every figure with this in mind.")
+
+
+SPOILS = (_of_leaks, _of_copies, _of_overlap)  # what would spoil every figure comes first
+
+
 def _of_direction(found: Found, g: dict) -> Iterator[Finding]:
     way, (least, needed), total = direction(found), blind(found), sum(found.articles.values())
     missed = (
@@ -292,8 +354,8 @@ def _of_direction(found: Found, g: dict) -> Iterator[Finding]:
     if way in ("forward", "backward"):
         yield Finding(
             f"An arrow of time: the text is easier to continue {way}s",
-            "Predictors fitted both ways differ beyond doubt, with what copying gains by the direction taken off and "
-            "with it left in.",
+            "Ridge fitted both ways differs beyond doubt, with what copying gains by the direction taken off and left "
+            "in, and beyond the weighted mean.",
             "Train a version both ways (`-p direction backward`) with several seeds; gate F in `compare.ipynb` says "
             "whether a trained model sees it, too.",
         )
@@ -328,6 +390,10 @@ def _not_an_arrow(found: Found) -> str:
     sides = [int(low > 0) - int(high < 0) for low, high in (row[["low", "high"]], row[["raw low", "raw high"]])]
     if not any(sides):
         return "ridge fitted forwards and backwards is not told apart"
+    if (way := found.arrows["ridge"].declared) != "none":
+        if not above_chance(found.arrows, way):
+            return f"ridge does better {way}s, but there, too, it is not above chance"
+        return "ridge fitted forwards and backwards differs, but not beyond the weighted mean, which knows no direction"
     return (
         "ridge fitted forwards and backwards differs, but not to one side with what copying gains by the direction "
         "taken off and with it left in, as uneven ends of the articles make it"
@@ -337,11 +403,8 @@ def _not_an_arrow(found: Found) -> str:
 def _of_gain(found: Found, g: dict) -> Iterator[Finding]:
     value, low, high = found.less("ridge", g["plain"])
     said = f"Ridge less {g['plain']}: {signed((value, low, high))} in novel MRR on validation"
-    trained = (float("nan"),) * 3 if found.trained is None else _trained_less(found, g["best"])
-    said += "." if found.trained is None else f"; a small model less {g['best']}: {signed(trained)}."
-    sides = (
-        f" The chunks on both sides of the target would give {signed(g['room'])}." if found.peeked is not None else ""
-    )
+    trained = found.less(TRAINED, g["best"]) if g["other"] == TRAINED else (float("nan"),) * 3
+    said += f"; the {TRAINED} less {g['best']}: {signed(trained)}." if g["other"] == TRAINED else "."
     if low > 0:
         yield Finding(
             "A linear map foretells more than nearness and topic do",
@@ -350,7 +413,7 @@ def _of_gain(found: Found, g: dict) -> Iterator[Finding]:
         )
     elif trained[1] > 0:
         yield Finding(
-            f"A small model gains over {g['best']} within a few steps",
+            f"A small AMN gains over {g['best']} within a few steps",
             said,
             "Train `p6` in full; what a directional loss adds has to show against that.",
         )
@@ -364,7 +427,7 @@ def _of_gain(found: Found, g: dict) -> Iterator[Finding]:
     elif low == low:
         yield Finding(
             f"No fitted predictor beats {g['plain']}",
-            said + sides,
+            said,
             f"Judge every model by its novel MRR less that of {g['plain']}, paired; margins and R@5 of six say nothing "
             "here. What there is to gain lies beyond a linear map, or takes more windows.",
         )
@@ -393,12 +456,14 @@ def _of_power(found: Found, g: dict) -> Iterator[Finding]:
     caution = few(found.data.val.article)
     if caution or not g["smallest"] <= VISIBLE:
         known = g["smallest"] == g["smallest"]
-        spread = f"By how much {g['other']} less {g['best']} varies over {found.articles['val']} validation articles"
+        spread = f"Going by how {g['other']} less {g['best']} varies over {found.articles['val']} validation articles"
         yield Finding(
             f"Few articles: below {g['smallest']:.3f} in novel MRR little is seen"
             if known
             else "Too few articles to judge",
-            f"{spread}{'; ' * bool(caution)}{caution}." if known else f"Validation has {caution}.",
+            f"{spread}; over all comparisons it is {g['range']}{'; ' * bool(caution)}{caution}."
+            if known
+            else f"Validation has {caution}.",
             f"Have {_count(g['needed 0.02'])} validation articles to see 0.02, {_count(g['needed 0.01'])} to see 0.01; "
             "do not choose between versions by less, however many seeds."
             if known
@@ -420,7 +485,8 @@ def _of_size(found: Found, g: dict) -> Iterator[Finding]:
     if len(found.data.train) < SMALL:
         yield Finding(
             f"{len(found.data.train):,} training windows are few for a transformer",
-            "On the 3,144 of the embedded data it hardly begins to learn; the original trained on 431,895.",
+            "On the 3,144 of the embedded data it hardly begins to learn; the original trained on 431,895; where "
+            "between the two it begins to pay was not measured.",
             "Begin with `-p model amn` or `-p model lstm`, which get further on little.",
         )
     if idle > UNUSED:
@@ -428,12 +494,12 @@ def _of_size(found: Found, g: dict) -> Iterator[Finding]:
             f"{idle:.0%} of the chunks stand in no window",
             f"A window takes {found.data.train.context_length + found.data.train.horizon} chunks on end; articles are "
             "shorter, or positions have gaps.",
-            "Cut smaller chunks, or keep those that were dropped in between.",
+            "Cut smaller chunks; where ready vectors came with gaps, take in those that are missing.",
         )
 
 
 def _of_vectors(found: Found, g: dict) -> Iterator[Finding]:
-    facts, dim = found.facts, found.data.store.dim
+    facts = found.facts
     if facts["equal"] > EQUAL * facts["chunks"]:
         yield Finding(
             f"{facts['equal'] / facts['chunks']:.0%} of the vectors equal another one",
@@ -445,12 +511,6 @@ def _of_vectors(found: Found, g: dict) -> Iterator[Finding]:
             f"All vectors are alike: chunks of different articles have cosine {found.strangers:.2f}",
             "A direction common to all makes every cosine high, that of a constant vector, too.",
             "Read ranks and differences, not cosines; another encoder may spread the texts more.",
-        )
-    if facts["still"] > STILL * dim:
-        yield Finding(
-            f"{facts['still']} of {dim} dimensions never change",
-            "They say nothing of any text.",
-            "See whether the encoder's output was padded.",
         )
 
 

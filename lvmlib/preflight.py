@@ -31,6 +31,7 @@ ROWS = 8192  # rows of a store that are float32 at one time
 STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of the ridge, as models.fit_ridge
 ARITHMETIC = ("copy last", "mean", "weighted mean")  # a weight for each place in the context at most
 TRIVIAL = ("constant", *ARITHMETIC, "ridge")
+TRAINED = "small AMN"  # what a small model after a few steps is called among them
 
 
 # Articles
@@ -305,7 +306,8 @@ def peeked(windows: Windows, predictors: Mapping[str, Predictor]) -> pd.DataFram
 
 def crossed_arrows(forward: Dataset, backward: Dataset, folds: int = 5) -> dict[str, Arrow]:
     """`arrow` for the weighted mean and ridge, with every article of all splits judged once, by predictors that were
-    fitted, forwards and backwards, to the articles of the other folds.
+    fitted, forwards and backwards, to the articles of the other folds. To the tables are added `forward above chance`
+    and `backward above chance`: the lower end (95 %) of novel MRR less its chance level.
 
     `forward`, `backward`: one store, cut in both directions. Article number i of those with a shared target is in fold
     i modulo `folds`. Raises LVMError where there are too few articles.
@@ -320,19 +322,28 @@ def crossed_arrows(forward: Dataset, backward: Dataset, folds: int = 5) -> dict[
         )
     fits = [_fold_fits(w, used, folds) for w in whole]
     copy_last = models.untrained(forward.store.dim, forward.train.context_length)["copy last"]
-    folded, articles = [], []  # a fold: predictor → (forward, backward)
+    folded, articles, candidates = [], [], []  # a fold: predictor → (forward, backward)
     for fold in range(folds):
         inside = np.isin(ways[0].article, used[fold::folds])
         test = [replace(w, start=w.start[inside]) for w in ways]
         both = [{"copy last": copy_last, **fit[fold]} for fit in fits]
         folded.append({n: [figures(b[n], w) for b, w in zip(both, test, strict=True)] for n in both[0]})
         articles.append(test[0].article)
+        candidates.append(_candidates(test[0]))
 
     def of(name: str) -> list[dict]:
         return [{m: np.concatenate([f[name][way][m] for f in folded]) for m in MEASURES} for way in (0, 1)]
 
-    article = np.concatenate(articles)
-    return {name: compared([of(name)], of("copy last"), article) for name in fits[0][0]}
+    article, chance = np.concatenate(articles), chance_reciprocal_rank(np.concatenate(candidates))
+
+    def judged(name: str) -> Arrow:
+        ways = of(name)
+        found = compared([ways], of("copy last"), article)
+        above = [over_articles(way["novel MRR"] - chance, article)[1] for way in ways]
+        columns = dict(zip(("forward above chance", "backward above chance"), above, strict=True))
+        return replace(found, table=found.table.assign(**columns))
+
+    return {name: judged(name) for name in fits[0][0]}
 
 
 def _fold_fits(windows: Windows, used: np.ndarray, folds: int) -> list[dict[str, Predictor]]:
@@ -412,8 +423,8 @@ def power_table(
     predictor that reads its context, on each split; and for each arrow.
 
     `scored`: from `scores`; `articles`: how many with windows the whole splits have, if that was of a draw: the
-    statement is for those. Columns comparison, split, articles, difference, low, high, smallest 80 %, smallest 95 %,
-    needed {wanted}: articles that show so much, with 80 %.
+    statement is for those. A TRAINED model may be among the scored. Columns comparison, split, articles, difference,
+    low, high, smallest 80 %, smallest 95 %, needed {wanted}: articles that show so much, with 80 %.
     """
     rows = []
     for split in dict.fromkeys(s for s, _ in scored):
