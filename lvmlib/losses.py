@@ -75,23 +75,38 @@ def orthogonality(unit: Tensor, prev: Tensor) -> Tensor:
     return cosine(unit, prev).square().mean()
 
 
+def listwise(unit: Tensor, rivals: Tensor, there: Tensor, scale: Tensor) -> Tensor:
+    """L_list: mean −log softmax(scale · cos(p, ·))[0] over `rivals` (B, C, D), unit vectors with the target first.
+
+    `there` (B, C): which of them count; `scale`: 1 / temperature. InfoNCE with the target's own article for negatives
+    (van den Oord et al. 2018, eq. 4): it asks for the rank that the novel MRR measures, and for no norm or cosine.
+    """
+    logits = scale * torch.einsum("bd,bcd->bc", unit, rivals)
+    # Left out after the product with the scale, whose gradient would be 0 · ∞.
+    return -logits.masked_fill(~there, float("-inf")).log_softmax(1)[:, 0].mean()
+
+
 class Terms(NamedTuple):
-    """Every term of a batch by name; scalar tensors. `directional` is 0 for a version without one."""
+    """Every term of a batch by name; scalar tensors. `directional`, `listwise`: 0 for a version without one."""
 
     mse: Tensor
     directional: Tensor
     floor: Tensor
     norm: Tensor
     orthogonality: Tensor
+    listwise: Tensor
 
     def total(self, weights: Losses, lambda_eff: float) -> Tensor:
-        """L = L_mse + λ_eff·L_dir + β·L_floor + η·L_norm + κ·L_orth; a term of weight 0 costs no gradient."""
-        total = self.mse
+        """L = μ·L_mse + λ_eff·L_dir + β·L_floor + η·L_norm + κ·L_orth + ω·L_list; a term of weight 0 costs no
+        gradient. μ is 1 in all of the original's versions."""
+        total = torch.zeros_like(self.mse)
         for weight, term in (
+            (weights.mean_square, self.mse),
             (lambda_eff, self.directional),
             (weights.floor.weight, self.floor),
             (weights.norm, self.norm),
             (weights.orthogonality, self.orthogonality),
+            (weights.listwise.weight, self.listwise),
         ):
             if weight:
                 total = total + weight * term
@@ -107,8 +122,17 @@ def directional(unit: Tensor, target: Tensor, prev: Tensor, margin: float, d: Di
     return unit.new_zeros(())
 
 
-def terms(raw: Tensor, unit: Tensor, context: Tensor, target: Tensor, margin: float, weights: Losses) -> Terms:
-    """All terms of a batch. `context` (B, T, D); `margin` is the schedule's m_gap of the epoch."""
+def terms(
+    raw: Tensor,
+    unit: Tensor,
+    context: Tensor,
+    target: Tensor,
+    margin: float,
+    weights: Losses,
+    rivals: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Terms:
+    """All terms of a batch. `context` (B, T, D); `margin` is the schedule's m_gap of the epoch; `rivals`: what
+    `listwise` takes, for a version that has it."""
     prev = context[:, weights.directional.prev]
     return Terms(
         mse(raw, target),
@@ -116,6 +140,7 @@ def terms(raw: Tensor, unit: Tensor, context: Tensor, target: Tensor, margin: fl
         floor(unit, target, weights.floor.tau),
         norm(raw),
         orthogonality(unit, prev),
+        unit.new_zeros(()) if rivals is None else listwise(unit, *rivals),
     )
 
 

@@ -130,7 +130,27 @@ class AMN(Predictor):
         return baseline + self.residual(torch.cat([baseline, self.attended(mixed)], -1))
 
 
-ARCHITECTURES = {"transformer": Transformer, "gru": GRU, "lstm": LSTM, "amn": AMN}
+class Bilinear(Predictor):
+    """Copying, corrected: raw = Σ_t w_t·context_t + A·Σ_t v_t·context_t. At the start w, v copy the last, A is near 0.
+
+    Ranked by cosine, a chunk c scores c·(w + A v): A is a metric between a chunk and what comes next, all that may be
+    learned of pairs of chunks by a product. Dropout on A's input keeps it from the training articles' own words.
+    """
+
+    def __init__(self, dim: int, context_length: int):
+        super().__init__(dim, context_length)
+        last = torch.zeros(context_length)
+        last[-1] = 1.0
+        self.weights, self.mixture = nn.Parameter(last), nn.Parameter(last.clone())
+        self.drop, self.metric = nn.Dropout(0.5), nn.Linear(dim, dim, bias=False)
+        nn.init.normal_(self.metric.weight, std=0.02 / math.sqrt(dim))
+
+    def raw(self, context: Tensor) -> Tensor:
+        copied, mixed = (torch.einsum("t,btd->bd", w, context) for w in (self.weights, self.mixture))
+        return copied + self.metric(self.drop(mixed))
+
+
+ARCHITECTURES = {"transformer": Transformer, "gru": GRU, "lstm": LSTM, "amn": AMN, "bilinear": Bilinear}
 
 
 def build(name: str, dim: int, context_length: int = 5) -> Predictor:

@@ -44,6 +44,7 @@ class Files:
 class Optimizer:
     lr: float  # AdamW
     weight_decay: float
+    decay: Literal["all", "matrices"]  # what weight_decay shrinks
     clip_norm: float  # gradients are clipped to this total norm
     plateau_factor: float  # ReduceLROnPlateau on the validation loss
     plateau_patience: int
@@ -67,7 +68,18 @@ class Floor:
 
 
 @dataclass(frozen=True)
+class Listwise:
+    """Cross-entropy of the target among the chunks of its article outside the context."""
+
+    weight: float
+    temperature: float  # at the start; it is learned
+    candidates: int  # at most so many, the target among them, drawn anew each step
+
+
+@dataclass(frozen=True)
 class Losses:
+    mean_square: float  # the weight of L_mse
+    listwise: Listwise
     directional: Directional
     floor: Floor
     norm: float  # η
@@ -133,8 +145,9 @@ class Version:
     horizon: int  # the target is this many chunks after the context
     context_length: int
     direction: Literal["forward", "backward"]  # backward reads the articles reversed: the control of the arrow of time
-    model: Literal["transformer", "gru", "lstm", "amn"]
+    model: Literal["transformer", "gru", "lstm", "amn", "bilinear"]
     epochs: int
+    select: Literal["val_loss", "novel_mrr"]  # what the best checkpoint is best in, on validation
     batch_size: int
     seed: int
     device: str
@@ -397,7 +410,14 @@ def _check(v: Version, where: str) -> None:
     need(0 <= d.alpha <= 1, "losses.directional.alpha", d.alpha, "0 to 1")
     need(-1 <= d.margin_ratio <= 1, "losses.directional.margin_ratio", d.margin_ratio, "-1 to 1")
     need(-1 <= v.losses.floor.tau <= 1, "losses.floor.tau", v.losses.floor.tau, "a cosine, -1 to 1")
+    listwise = v.losses.listwise
+    need(listwise.temperature > 0, "losses.listwise.temperature", listwise.temperature, "above 0")
+    need(listwise.candidates >= 2, "losses.listwise.candidates", listwise.candidates, "at least 2")
+    total = v.losses.mean_square + listwise.weight
+    need(total > 0, "losses.mean_square", v.losses.mean_square, "above 0 where losses.listwise.weight is 0")
     for key, weight in (
+        ("mean_square", v.losses.mean_square),
+        ("listwise.weight", listwise.weight),
         ("floor.weight", v.losses.floor.weight),
         ("norm", v.losses.norm),
         ("orthogonality", v.losses.orthogonality),

@@ -77,7 +77,7 @@ def table(frame: pd.DataFrame, caption: str = "", digits: int = 3, formats: dict
 def history_table(history: pd.DataFrame) -> Styler:
     """A run's epochs as a table."""
     formats = dict.fromkeys(("train_loss", "val_loss"), "{:.5f}") | {"lambda_eff": "{:.4f}", "learning_rate": "{:.1e}"}
-    terms = ["mse", "directional", "floor", "norm", "orthogonality"]
+    terms = ["mse", "directional", "floor", "norm", "orthogonality", "listwise"]
     return table(history.drop(columns=terms).dropna(axis=1, how="all"), formats=formats | {"seconds": "{:.1f}"})
 
 
@@ -314,11 +314,12 @@ def step_health(steps: pd.DataFrame, version: Version) -> Figure:
     gradient.axhline(version.optimizer.clip_norm, color=GREY, ls=":", label="clipped to")
     gradient.set(title="Gradient norm of the weights", ylabel="norm", yscale="log")
     weights = {
-        "mse": 1.0,
+        "mse": version.losses.mean_square,
         "directional": steps["lambda_eff"],
         "floor": version.losses.floor.weight,
         "norm": version.losses.norm,
         "orthogonality": version.losses.orthogonality,
+        "listwise": version.losses.listwise.weight,
     }
     _terms(terms, x, {name: steps[name] * weight for name, weight in weights.items()})
     terms.set(title="Weighted terms of the loss", ylabel="weighted term")
@@ -338,7 +339,7 @@ def pulls(rows: pd.DataFrame, version: Version, x: str) -> Figure:
     """
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.3), layout="constrained")
     norms, share, angle, escape = axes
-    names = ("mse", "directional", "floor", "norm", "orthogonality")
+    names = ("mse", "directional", "floor", "norm", "orthogonality", "listwise")
     _terms(norms, rows[x], {name: rows[f"pull_{name}"] for name in names})
     norms.set(title="Gradient of each weighted term", ylabel="norm at the prediction")
     share.plot(rows[x], rows["rho"], "o-", color=INK, label="ρ in value")

@@ -61,6 +61,22 @@ class Articles:
             novel[:, mine] = 1 + (above & outside).sum(2) + ((equal & outside).sum(2) - 1).double() / 2
         return whole, novel
 
+    def rivals(self, index: np.ndarray, most: int, rank: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (B, C) of chunks of each window's article outside its context, the target first, and (B, C) whether a
+        chunk is there: all of them, or `most`, those of the least `rank` (B, ≥ the longest article), numbers in [0, 1).
+        """
+        low, high = self.low[index], self.high[index]
+        rows = low[:, None] + np.arange((high - low).max())  # (B, C)
+        context = self.windows.context_rows(index)
+        inside = (rows >= context.min(1)[:, None]) & (rows <= context.max(1)[:, None])
+        there = (rows < high[:, None]) & ~inside
+        key = np.where(there, rank[:, : rows.shape[1]], 2.0)
+        key[np.arange(len(index)), self.windows.target[index] - low] = -1.0
+        order = np.argsort(key, 1)[:, :most]
+        order = order[:, : max(1, int(np.take_along_axis(there, order, 1).sum(1).max()))]
+        rows, there = (np.take_along_axis(a, order, 1) for a in (rows, there))
+        return np.where(there, rows, self.windows.target[index][:, None]), there
+
     def mean_cosine(self, unit: Tensor, index: np.ndarray) -> Tensor:
         """(B,) mean cosine of `unit` (B, D) with the article's chunks outside the context: what knowing the article
         alone gives."""

@@ -41,9 +41,10 @@ import yaml
 from . import controller, losses, models
 from .errors import LVMError
 from .params import ROOT, Version, data_name, flat, outputs
+from .retrieval import Articles
 from .vectors import DIRECTIONS, Dataset, Windows
 
-PULLS = ("pull_mse", "pull_directional", "pull_floor", "pull_norm", "pull_orthogonality")
+PULLS = ("pull_mse", "pull_directional", "pull_floor", "pull_norm", "pull_orthogonality", "pull_listwise")
 EPOCH_COLUMNS = (
     "epoch",
     "train_loss",
@@ -53,9 +54,11 @@ EPOCH_COLUMNS = (
     "floor",
     "norm",
     "orthogonality",
+    "listwise",
     "val_cos",
     "margin",
     "recall_at_5",
+    "novel_mrr",
     "rho",
     "rho_target",
     "rho_cap",
@@ -69,6 +72,7 @@ EPOCH_COLUMNS = (
     "rho_gradient",
     "angle",
     "skips",
+    "temperature",
     "learning_rate",
     "seconds",
 )
@@ -81,6 +85,7 @@ STEP_COLUMNS = (
     "floor",
     "norm",
     "orthogonality",
+    "listwise",
     "lambda_eff",
     "rho",
     "rho_target",
@@ -98,7 +103,10 @@ STEP_COLUMNS = (
     "skip",
     "gradient_norm",
 )
-LATER = ("escape", *PULLS, "rho_gradient", "angle")  # what the first runs did not log
+# What the first runs did not log, or did not have as a parameter, with the value that they ran with.
+LATER = ("escape", *PULLS, "rho_gradient", "angle", "listwise", "novel_mrr", "temperature")
+EARLIER = {"direction": "forward", "select": "val_loss", "optimizer.decay": "all", "losses.mean_square": 1.0}
+EARLIER |= {"losses.listwise.weight": 0.0, "losses.listwise.temperature": 0.1, "losses.listwise.candidates": 128}
 # Words, figures to compare with, and where it is computed make no other run. The precision that was used does.
 NOT_COMPARED = ("about", "expected", "published", "device", "precision")
 EVALUATION_BATCH = 512
@@ -239,7 +247,7 @@ class Run:
             }
             for r in (self.record, record)
         )
-        theirs.setdefault("direction", "forward")  # the first runs knew no other
+        theirs = EARLIER | theirs
         differing = [
             f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
             for k in {**theirs, **ours}
@@ -269,9 +277,12 @@ class Run:
         fused = device.type in ("cpu", "cuda")
         with seeded(v.seed, 0):
             model = models.build(v.model, self.data.store.dim, v.context_length).to(device)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=v.optimizer.lr, weight_decay=v.optimizer.weight_decay, fused=fused
-        )
+        ranks = v.losses.listwise.weight > 0
+        scale = torch.nn.Parameter(torch.tensor(-math.log(v.losses.listwise.temperature), device=device))
+        groups = self._groups(model)
+        if ranks:
+            groups.append({"params": [scale], "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(groups, lr=v.optimizer.lr, weight_decay=v.optimizer.weight_decay, fused=fused)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=v.optimizer.plateau_factor, patience=v.optimizer.plateau_patience
         )
@@ -281,21 +292,25 @@ class Run:
             optimizer.load_state_dict(self._state["optimizer"])
             plateau.load_state_dict(self._state["plateau"])
             best = self._state["best"]
+            if ranks:
+                scale.data.copy_(self._state["scale"])
             self._state = None
         else:
             (self.folder / "last").mkdir(parents=True, exist_ok=True)
             self._write_tables()
         vectors = torch.from_numpy(self.data.store.vectors).to(device)
+        articles = {s: Articles(getattr(self.data, s), vectors) for s in ("train", "val")}
         history, steps = self.history.to_dict("records"), self.steps.to_dict("records")
         for epoch in range(len(history) + 1, v.epochs + 1):
             started = time.perf_counter()
             learning_rate = optimizer.param_groups[0]["lr"]
             with seeded(v.seed, epoch):
-                means, logged = self._epoch(epoch, model, optimizer, vectors)
-            val = validate(model, self.data.val, vectors)
-            plateau.step(val["val_loss"])
-            if val["val_loss"] < best:
-                best = val["val_loss"]
+                means, logged = self._epoch(epoch, model, optimizer, articles["train"], scale if ranks else None)
+            val = validate(model, self.data.val, vectors, articles["val"])
+            score = val["val_loss"] if v.select == "val_loss" else -val["novel_mrr"]
+            plateau.step(score)
+            if score < best:
+                best = score
                 write_whole(
                     self.folder / "best.safetensors",
                     lambda p: safetensors.torch.save_file(
@@ -307,6 +322,7 @@ class Run:
                 **means,
                 **val,
                 "epoch": epoch,
+                "temperature": math.exp(-float(scale.detach())) if ranks else math.nan,
                 "learning_rate": learning_rate,
                 "seconds": time.perf_counter() - started,
             }
@@ -314,6 +330,7 @@ class Run:
             steps += logged
             state = {
                 "best": best,
+                "scale": scale.detach(),
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "plateau": plateau.state_dict(),
@@ -340,9 +357,20 @@ class Run:
             ),
         )
 
-    def _epoch(self, epoch: int, model, optimizer, vectors) -> tuple[dict, list[dict]]:
-        """One pass over the training windows: means over the epoch's windows, and the rows to log."""
-        v, windows = self.version, self.data.train
+    def _groups(self, model) -> list[dict]:
+        """The model's parameters as AdamW takes them: which of them decay."""
+        if self.version.optimizer.decay == "all":
+            return [{"params": list(model.parameters())}]
+        matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
+        return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+
+    def _epoch(self, epoch: int, model, optimizer, articles: Articles, scale) -> tuple[dict, list[dict]]:
+        """One pass over the training windows: means over the epoch's windows, and the rows to log.
+
+        `scale`: the logarithm of 1 / temperature, for a version that has the listwise loss; else None.
+        """
+        v, windows, vectors = self.version, self.data.train, articles.vectors
+        longest = int(articles.candidates.max())
         now = controller.phase(v.schedule, epoch)
         # What λ aims at: ρ_target, or for the older rules the fraction.
         target = now.fraction if math.isnan(now.rho_target) else now.rho_target
@@ -358,7 +386,15 @@ class Run:
             context, y = windows.batch(index, vectors)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 raw, unit = model(context)
-            terms = losses.terms(raw, unit, context, y, now.margin if v.control.rule != "none" else 0.0, v.losses)
+            rivals = None
+            if scale is not None:
+                rows, there = articles.rivals(
+                    index, v.losses.listwise.candidates, torch.rand(len(index), longest).numpy()
+                )
+                chunks = torch.nn.functional.normalize(vectors[torch.from_numpy(rows).to(self.device)].float(), dim=-1)
+                rivals = chunks, torch.from_numpy(there).to(self.device), scale.exp()
+            margin = now.margin if v.control.rule != "none" else 0.0
+            terms = losses.terms(raw, unit, context, y, margin, v.losses, rivals)
             watched = losses.health(unit, y, context, v.losses.directional.prev) | losses.pulls(terms, raw)
             names = [*terms._fields, *watched]
             # One transfer a step from the device, for everything the controller and the log need.
@@ -380,10 +416,12 @@ class Run:
                 )
             optimizer.step()
             weights = {
+                "mse": v.losses.mean_square,
                 "directional": decision.lambda_eff,
                 "floor": v.losses.floor.weight,
                 "norm": v.losses.norm,
                 "orthogonality": v.losses.orthogonality,
+                "listwise": v.losses.listwise.weight,
             }
             # Weighted, as they act; a term of weight 0 pulls at nothing, whatever its gradient.
             values |= {f"pull_{k}": w * values[f"pull_{k}"] if w else 0.0 for k, w in weights.items()}
@@ -431,8 +469,10 @@ class Run:
 
 
 @torch.no_grad()
-def validate(model: models.Predictor, windows: Windows, vectors: torch.Tensor | None = None) -> dict[str, float]:
-    """Validation loss (L_mse), cosine, and the mini-5CAT of handbook §4, in float32.
+def validate(
+    model: models.Predictor, windows: Windows, vectors: torch.Tensor | None = None, articles: Articles | None = None
+) -> dict[str, float]:
+    """Validation loss (L_mse), cosine, the mini-5CAT of handbook §4, and the novel MRR of 5CAT, in float32.
 
     margin = mean [cos(p, y) − cos(p, context[-1])]; recall_at_5 = share of windows whose target is among the five
     best of {context vectors, target}: chance 5/6 at T = 5, and copying the last vector does better than chance.
@@ -441,8 +481,11 @@ def validate(model: models.Predictor, windows: Windows, vectors: torch.Tensor | 
     model.eval()
     device = next(t.device for t in (*model.parameters(), *model.buffers()))
     vectors = torch.from_numpy(windows.store.vectors).to(device) if vectors is None else vectors
-    sums = torch.zeros(4, dtype=torch.float64)
-    for context, y in windows.batches(EVALUATION_BATCH, vectors):
+    articles = Articles(windows, vectors) if articles is None else articles
+    sums = torch.zeros(5, dtype=torch.float64)
+    for first in range(0, len(windows), EVALUATION_BATCH):
+        index = np.arange(first, min(first + EVALUATION_BATCH, len(windows)))
+        context, y = windows.batch(index, vectors)
         raw, unit = model(context)
         to_target = losses.cosine(unit, y)
         to_context = torch.nn.functional.cosine_similarity(unit[:, None], context, dim=-1)  # (B, T)
@@ -454,13 +497,16 @@ def validate(model: models.Predictor, windows: Windows, vectors: torch.Tensor | 
                     to_target.sum(),
                     (to_target - to_context[:, -1]).sum(),
                     (rank <= 5).sum(),
+                    (1 / articles.ranks(unit[None], index)[1][0]).sum(),
                 ]
             )
             .cpu()
             .double()
         )
     model.train(training)
-    return dict(zip(("val_loss", "val_cos", "margin", "recall_at_5"), (sums / len(windows)).tolist(), strict=True))
+    return dict(
+        zip(("val_loss", "val_cos", "margin", "recall_at_5", "novel_mrr"), (sums / len(windows)).tolist(), strict=True)
+    )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from lvmlib.errors import LVMError
 from lvmlib.vectors import make_store, windows
 
 T, H = 5, 512
-NAMES = ("transformer", "gru", "lstm", "amn")
+NAMES = ("transformer", "gru", "lstm", "amn", "bilinear")
 
 
 @functools.cache
@@ -109,7 +109,7 @@ def test_a_wrong_shape_is_refused(small, shape):
 
 @pytest.mark.parametrize("name", ["transfomer", "", None, "Transformer"])
 def test_an_unknown_model_lists_the_known(name):
-    with pytest.raises(LVMError, match=f"unknown model {name!r}; known: transformer, gru, lstm, amn"):
+    with pytest.raises(LVMError, match=f"unknown model {name!r}; known: transformer, gru, lstm, amn, bilinear"):
         models.build(name, 24)
 
 
@@ -225,7 +225,18 @@ def plain_amn(w, context):
     return baseline + linear(w, "residual.6", x)
 
 
-PLAIN = {"transformer": plain_transformer, "gru": plain_gru, "lstm": plain_lstm, "amn": plain_amn}
+def plain_bilinear(w, context):
+    copied, mixed = (sum(w[name][t] * context[:, t] for t in range(T)) for name in ("weights", "mixture"))
+    return copied + torch.stack([w["metric.weight"] @ x for x in mixed])
+
+
+PLAIN = {
+    "transformer": plain_transformer,
+    "gru": plain_gru,
+    "lstm": plain_lstm,
+    "amn": plain_amn,
+    "bilinear": plain_bilinear,
+}
 
 
 def doubled(name, sharpen=1.0):
@@ -280,6 +291,13 @@ def test_order_matters_but_to_amn(small):
 
 
 # Training and keeping
+
+
+def test_bilinear_begins_as_copying():
+    x = contexts(384, size=50)
+    with torch.no_grad():
+        unit = build("bilinear", 384)(x)[1]
+    assert torch.nn.functional.cosine_similarity(unit, x[:, -1]).min() > 0.999
 
 
 def test_gradients_reach_every_parameter(small):

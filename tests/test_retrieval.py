@@ -242,3 +242,27 @@ def test_an_only_article_has_no_negatives():
     x = np.eye(16, dtype=np.float32)
     store = make_store("one", x, [0] * 8 + [1] * 8, [*range(8)] * 2, frame)
     assert (negatives(windows(store, "val", 1, T), np.arange(3), 0, 4)[1] == -1).all()
+
+
+@pytest.mark.parametrize("direction, horizon", CUTS)
+def test_rivals_are_the_article_without_the_context(direction, horizon):
+    w = cut(direction, horizon)
+    index = np.arange(len(w))[::-1]
+    rows, there = prepared(w).rivals(index, 100, torch.rand(len(w), 40))
+    for i, window in enumerate(index):
+        context, target = set(w.context_rows([window])[0].tolist()), int(w.target[window])
+        article = np.flatnonzero(w.store.article == w.store.article[target])
+        assert rows[i, 0] == target and there[i, 0]
+        assert sorted(rows[i][there[i]]) == sorted(set(article.tolist()) - context)
+
+
+def test_rivals_beyond_the_most_are_drawn_evenly():
+    w, draws = cut(), 4000
+    index = np.zeros(draws, int)
+    whole, _ = prepared(w).rivals(index[:1], 100, torch.rand(1, 40))
+    rows, there = prepared(w).rivals(index, 3, torch.rand(draws, 40, generator=torch.Generator().manual_seed(0)))
+    assert rows.shape == (draws, 3) and there.all() and (rows[:, 0] == w.target[0]).all()
+    others, counts = np.unique(rows[:, 1:], return_counts=True)
+    assert set(others) == set(whole[0, 1:]) and (rows[:, 1] != rows[:, 2]).all()
+    expected = 2 * draws / len(others)
+    assert stats.chisquare(counts, [expected] * len(others)).pvalue > 1e-4
