@@ -363,7 +363,7 @@ def pulls(rows: pd.DataFrame, version: Version, x: str) -> Figure:
 
 def _terms(axis, x: pd.Series, parts: dict[str, pd.Series]) -> None:
     """A line a term, on a logarithmic scale; what is never above 0 is left out."""
-    for (name, part), style in zip(parts.items(), ("o-", "s--", "^:", "v-.", "x-"), strict=True):
+    for (name, part), style in zip(parts.items(), ("o-", "s--", "^:", "v-.", "x-", "D:"), strict=True):
         if (part > 0).any():
             axis.plot(x, part.where(part > 0), style, ms=4, label=name)
     axis.set(yscale="log")

@@ -336,7 +336,9 @@ def _decide(version: Version, history: pd.DataFrame, report: Report, success: bo
     if version.control.rule == "none":
         return (
             "none",
-            "This version has no directional loss: it is what the others are compared with, and no option follows.",
+            "This version has no directional loss"
+            + (": it is what the others are compared with, and" if version.name == "p6" else ", and")
+            + " no option follows.",
         )
     held_back = 1 - float(history["lambda_eff"].mean()) / version.control.lambda_max
     rise = float(history["margin"].iloc[-1] - history["margin"].iloc[0])

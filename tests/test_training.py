@@ -16,6 +16,7 @@ import yaml
 import lvmlib as lvm
 from lvmlib import controller, losses, models, summary, training, vectors
 from lvmlib.errors import LVMError
+from lvmlib.fivecat import score
 
 DIM = 24
 
@@ -139,6 +140,29 @@ def test_the_best_checkpoint_is_of_the_lowest_validation_loss(data, tmp_path):
     assert training.validate(run.best, data.val)["val_loss"] == pytest.approx(run.history["val_loss"].min(), rel=1e-5)
 
 
+def test_the_best_checkpoint_is_of_the_highest_novel_mrr_where_so_selected(data, tmp_path):
+    """With the listwise loss; the novel MRR of the history is 5CAT's own."""
+    v = version("rank", model="bilinear", epochs=5, overrides={"optimizer": {"lr": 0.03}})
+    run = finish(lvm.train(v, data, tmp_path / "run"))
+    assert run.history["novel_mrr"].nunique() > 1 and run.history["novel_mrr"].idxmax() != run.history.index[-1]
+    ranks = score(run.best, data.val)["novel rank"]
+    assert (1 / ranks).mean() == pytest.approx(run.history["novel_mrr"].max(), abs=1e-9)
+    assert run.history["temperature"].between(0.01, 1).all() and run.history["temperature"].nunique() == 5
+    assert (run.history["pull_mse"] == 0).all() and (run.history["pull_listwise"] > 0).all()
+
+
+def test_only_matrices_decay_where_so_asked(data, tmp_path):
+    def left(decay):
+        v = version("p6", model="bilinear", epochs=1, overrides={"optimizer": {"lr": 1e-12, "weight_decay": 1e11,
+                                                                                "decay": decay}})  # fmt: skip
+        return finish(lvm.train(v, data, tmp_path / decay)).best
+
+    every, matrices = left("all"), left("matrices")
+    left_over = 0.9 ** math.ceil(len(data.train) / 32)
+    assert every.weights[-1].item() == pytest.approx(left_over, abs=1e-3) and matrices.weights[-1].item() == 1.0
+    torch.testing.assert_close(every.metric.weight, matrices.metric.weight)
+
+
 def test_learning_rate_falls_on_a_plateau(data, tmp_path):
     v = version("p6", epochs=6, overrides={"optimizer": {"lr": 1.0, "plateau_patience": 0}})
     rates = finish(lvm.train(v, data, tmp_path / "run")).history["learning_rate"]
@@ -195,10 +219,11 @@ def test_a_seed_decides_everything_and_leaves_the_stream_alone(data, tmp_path):
         ("lstm", 4, 2, "float32"),
         ("transformer", 2, 1, "float32"),
         ("transformer", 2, 1, "bfloat16"),
+        ("bilinear", 4, 2, "float32"),  # by the listwise loss: the temperature and the rivals' stream, too
     ],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(data, tmp_path, stop, model, epochs, precision):
-    v = version(model=model, epochs=epochs, precision=precision)
+    v = version("rank" if model == "bilinear" else "v22", model=model, epochs=epochs, precision=precision)
     whole = finish(lvm.train(v, data, tmp_path / "whole"))
     part = iter(lvm.train(v, data, tmp_path / "part"))
     for _ in range(stop):
@@ -451,10 +476,15 @@ def test_a_run_from_before_a_column_was_logged_is_reused(data, tmp_path):
     folder = tmp_path / "run"
     finish(lvm.train(version(), data, out=folder))
     record = yaml.safe_load((folder / "run.yaml").read_text())
-    del record["parameters"]["direction"]
+    for key in training.EARLIER:  # nor did the first runs have these parameters
+        *inside, last = key.split(".")
+        of = record["parameters"]
+        for name in inside:
+            of = of[name]
+        del of[last]
     (folder / "run.yaml").write_text(yaml.safe_dump(record))
     for name in ("epochs.csv", "steps.csv"):
-        pd.read_csv(folder / name).drop(columns=[*training.PULLS, "rho_gradient", "angle", "escape"]).to_csv(
+        pd.read_csv(folder / name).drop(columns=list(training.LATER), errors="ignore").to_csv(
             folder / name, index=False
         )
     run = lvm.train(version(), data, out=folder)
