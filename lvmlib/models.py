@@ -1,4 +1,4 @@
-"""The four architectures of handbook §2, and the trivial predictors, behind one call.
+"""The four architectures of handbook §2, one of ours, and the trivial predictors, behind one call.
 
 Axes: B batch, T context length, D vector dimension, H hidden width.
 
