@@ -31,7 +31,7 @@ from .errors import LVMError
 from .health import MATERIAL, health
 from .losses import context_weights
 from .models import Predictor, device_of, untrained
-from .retrieval import TIE, Articles, negatives
+from .retrieval import TIE, Articles, among_context, negatives
 from .statistics import (
     adjusted,
     between,
@@ -385,14 +385,15 @@ def measure(model: Predictor, windows: Windows, seed: int = 0, batch_size: int =
 
     A rollout step takes the last prediction for the newest chunk, so step h foretells the chunk (h − 1)·horizon after
     the target. `late` compares it with the chunk h after the target, as the original did; `still` compares the first
-    prediction with step h's chunk. Equal cosines share their mean rank. Everything is in reading direction.
+    prediction with step h's chunk. Equal cosines share their mean rank. Everything is in reading direction. Ranks are
+    those of the head that ranks (`Predictor.heads`), all else is of the point.
     Raises LVMError where the model predicts NaN.
     """
     length, device = windows.context_length, device_of(model)
     articles = Articles(windows, torch.from_numpy(windows.store.vectors).to(device))
     vectors = articles.vectors
     parts = []
-    for index, context, target, raw, unit in _predicted(model, articles, batch_size):
+    for index, context, target, raw, unit, ranker in _predicted(model, articles, batch_size):
         cosine = F.cosine_similarity(unit, target, dim=-1)  # (B,)
         to_context = F.cosine_similarity(unit[:, None], context, dim=-1)  # (B, T)
         rows = torch.from_numpy(windows.target[index])
@@ -404,21 +405,22 @@ def measure(model: Predictor, windows: Windows, seed: int = 0, batch_size: int =
             "cosine_article": articles.mean_cosine(unit, index),
             "margin last": cosine - to_context[:, -1],
             "margin prev": cosine - to_context[:, -2],
-            "six rank": 1 + (to_context > cosine[:, None]).sum(1),
+            "six rank": among_context(ranker, context, target),
         }
         sweep = articles.cosines_at(unit, index, OFFSETS).unbind(1)
         columns |= {f"offset {k:+d}": c for k, c in zip(OFFSETS, sweep, strict=True)}
 
         order, others = negatives(windows, index, seed, NEGATIVES)
         variants = ablated(context, torch.from_numpy(order).to(device), vectors, others)
-        units = torch.stack([unit, *(model(v)[1] for v in variants.values())])  # (V, B, D)
-        rank, novel = articles.ranks(units, index)
+        heads = [(unit, ranker), *(model.heads(v)[1:] for v in variants.values())]
+        units, rankers = (torch.stack(of) for of in zip(*heads, strict=True))  # (V, B, D)
+        rank, novel = articles.ranks(rankers, index)
         columns |= {"rank": rank[0], "candidates": torch.from_numpy(articles.candidates[index]).double()}
         columns |= {
             "novel rank": novel[0],
             "novel candidates": torch.from_numpy(articles.novel_candidates[index]).double(),
         }
-        columns |= _hundred(unit, cosine, others, vectors)
+        columns |= _hundred(ranker, target, others, vectors)
         changed = F.cosine_similarity(units, target, dim=-1) - cosine  # (V, B)
         for i, name in enumerate(variants, start=1):
             columns |= {name: changed[i], f"{name}, novel MRR": 1 / novel[i] - 1 / novel[0]}
@@ -449,20 +451,20 @@ def measure(model: Predictor, windows: Windows, seed: int = 0, batch_size: int =
 
 
 def _predicted(model: Predictor, articles: Articles, batch_size: int) -> Iterator[tuple]:
-    """Batch by batch: index (B,), context, target, and the model's raw and unit predictions, in eval mode."""
+    """Batch by batch: index (B,), context, target, and the model's raw, unit and ranking predictions, in eval mode."""
     windows, training = articles.windows, model.training
     model.eval()
     try:
         for first in range(0, len(windows), batch_size):
             index = np.arange(first, min(first + batch_size, len(windows)))
             context, target = windows.batch(index, articles.vectors)
-            raw, unit = model(context)
-            if not bool(unit.isfinite().all()):
+            raw, unit, ranker = model.heads(context)
+            if not bool(unit.isfinite().all() and ranker.isfinite().all()):
                 raise LVMError(
                     f"the model predicts NaN or infinite values on split {windows.split} (from window {first} on); "
                     "look at its weights and at the context vectors"
                 )
-            yield index, context, target, raw, unit
+            yield index, context, target, raw, unit, ranker
     finally:
         model.train(training)
 
@@ -472,11 +474,11 @@ def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataF
     """The few columns of `measure` that need one pass of the model: article, target, loss, cosine, novel rank."""
     articles = Articles(windows, torch.from_numpy(windows.store.vectors).to(device_of(model)))
     parts = []
-    for index, _, target, raw, unit in _predicted(model, articles, batch_size):
+    for index, _, target, raw, unit, ranker in _predicted(model, articles, batch_size):
         columns = {
             "loss": (raw - target).square().mean(1),
             "cosine": F.cosine_similarity(unit, target, dim=-1),
-            "novel rank": articles.ranks(unit[None], index)[1][0],
+            "novel rank": articles.ranks(ranker[None], index)[1][0],
         }
         parts.append(pd.DataFrame({k: np.asarray(c.cpu(), float) for k, c in columns.items()}))
     frame = pd.concat(parts, ignore_index=True)
@@ -502,12 +504,12 @@ def ablated(context: Tensor, order: Tensor, vectors: Tensor, others: np.ndarray)
     return variants
 
 
-def _hundred(unit: Tensor, cosine: Tensor, others: np.ndarray, vectors: Tensor) -> dict[str, Tensor]:
+def _hundred(ranker: Tensor, target: Tensor, others: np.ndarray, vectors: Tensor) -> dict[str, Tensor]:
     """1 of 100 for each window: whether its target is nearer than every chunk of `others` (B, R; −1: none there)."""
     there = torch.from_numpy(others >= 0)
     chunks = vectors[torch.from_numpy(np.maximum(others, 0)).to(vectors.device)].float()  # (B, R, D)
-    rivals = F.cosine_similarity(unit[:, None], chunks, dim=-1).cpu().masked_fill(~there, -2.0)
-    own = cosine.cpu()[:, None]
+    rivals = F.cosine_similarity(ranker[:, None], chunks, dim=-1).cpu().masked_fill(~there, -2.0)
+    own = F.cosine_similarity(ranker, target, dim=-1).cpu()[:, None]
     equal = ((rivals - own).abs() <= TIE).sum(1)
     won = (rivals <= own + TIE).all(1).double() / (1 + equal)
     count = there.sum(1).double()

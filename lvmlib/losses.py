@@ -129,10 +129,10 @@ def terms(
     target: Tensor,
     margin: float,
     weights: Losses,
-    rivals: tuple[Tensor, Tensor, Tensor] | None = None,
+    rivals: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Terms:
     """All terms of a batch. `context` (B, T, D); `margin` is the schedule's m_gap of the epoch; `rivals`: what
-    `listwise` takes, for a version that has it."""
+    `listwise` takes, the ranking prediction first, for a version that has it."""
     prev = context[:, weights.directional.prev]
     return Terms(
         mse(raw, target),
@@ -140,7 +140,7 @@ def terms(
         floor(unit, target, weights.floor.tau),
         norm(raw),
         orthogonality(unit, prev),
-        unit.new_zeros(()) if rivals is None else listwise(unit, *rivals),
+        unit.new_zeros(()) if rivals is None else listwise(*rivals),
     )
 
 
@@ -172,14 +172,14 @@ def context_weights(unit: Tensor, context: Tensor) -> Tensor:
 def pulls(terms: Terms, raw: Tensor) -> dict[str, Tensor]:
     """How hard each term pulls at the prediction: ‖∂L_term/∂raw‖ over the batch, unweighted, as `pull_<term>`; and
     `angle`, in degrees, between the mean-square and the directional gradient. NaN for a term
-    that has no gradient, and for an angle with a gradient of 0.
+    that has no gradient (or acts on another head), and for an angle with a gradient of 0.
 
     ρ compares the terms' values; these tell what each does to the weights (handbook §4.1 point 7). An angle above 90
     means that the two undo each other.
     """
     nan = raw.new_full((), float("nan"))
     gradients = {
-        name: torch.autograd.grad(term, raw, retain_graph=True)[0] if term.requires_grad else None
+        name: torch.autograd.grad(term, raw, retain_graph=True, allow_unused=True)[0] if term.requires_grad else None
         for name, term in terms._asdict().items()
     }
     out = {f"pull_{name}": nan if g is None else g.norm() for name, g in gradients.items()}

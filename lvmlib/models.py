@@ -33,7 +33,15 @@ class Predictor(nn.Module):
             raise LVMError(
                 f"context has shape {tuple(context.shape)}; needed is (batch, {self.context_length}, {self.dim})"
             )
-        raw = self.raw(context)  # (B, D)
+        return self._with_unit(self.raw(context))
+
+    def heads(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """raw, unit, and the unit vector (B, D) that ranks chunks: the same one, but for a model with a head for it."""
+        raw, unit = self(context)
+        return raw, unit, unit
+
+    @staticmethod
+    def _with_unit(raw: Tensor) -> tuple[Tensor, Tensor]:
         raw = raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw  # losses need float32 under autocast
         return raw, F.normalize(raw, dim=-1)
 
@@ -131,17 +139,19 @@ class AMN(Predictor):
 
 
 class Bilinear(Predictor):
-    """Copying, corrected: raw = Σ_t w_t·context_t + A·Σ_t v_t·context_t. At the start w, v copy the last, A is near 0.
+    """Copying, corrected: raw = Σ_t w_t·context_t + A·Σ_t v_t·context_t. At the start v copies the last vector, w too
+    (or averages: `averaging`), and A is near 0.
 
     Ranked by cosine, a chunk c scores c·(w + A v): A is a metric between a chunk and what comes next, all that may be
     learned of pairs of chunks by a product. Dropout on A's input keeps it from the training articles' own words.
     """
 
-    def __init__(self, dim: int, context_length: int):
+    def __init__(self, dim: int, context_length: int, averaging: bool = False):
         super().__init__(dim, context_length)
         last = torch.zeros(context_length)
         last[-1] = 1.0
-        self.weights, self.mixture = nn.Parameter(last), nn.Parameter(last.clone())
+        start = torch.full((context_length,), 1 / context_length) if averaging else last.clone()
+        self.weights, self.mixture = nn.Parameter(start), nn.Parameter(last)
         self.drop, self.metric = nn.Dropout(0.5), nn.Linear(dim, dim, bias=False)
         nn.init.normal_(self.metric.weight, std=0.02 / math.sqrt(dim))
 
@@ -150,7 +160,26 @@ class Bilinear(Predictor):
         return copied + self.metric(self.drop(mixed))
 
 
+class TwoHeads(Predictor):
+    """Two bilinear heads on one context: `point`, judged by its distance to the target, and `ranker`, by ranks alone.
+
+    One vector cannot do both: the best point averages the context (noise cancels), and an average ranks chunks badly.
+    The heads share no parameter, so neither pays for the other.
+    """
+
+    def __init__(self, dim: int, context_length: int):
+        super().__init__(dim, context_length)
+        self.point, self.ranker = Bilinear(dim, context_length, averaging=True), Bilinear(dim, context_length)
+
+    def raw(self, context: Tensor) -> Tensor:
+        return self.point.raw(context)
+
+    def heads(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *self(context), self.ranker(context)[1]
+
+
 ARCHITECTURES = {"transformer": Transformer, "gru": GRU, "lstm": LSTM, "amn": AMN, "bilinear": Bilinear}
+ARCHITECTURES |= {"two_heads": TwoHeads}
 
 
 def build(name: str, dim: int, context_length: int = 5) -> Predictor:

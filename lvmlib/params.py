@@ -145,7 +145,7 @@ class Version:
     horizon: int  # the target is this many chunks after the context
     context_length: int
     direction: Literal["forward", "backward"]  # backward reads the articles reversed: the control of the arrow of time
-    model: Literal["transformer", "gru", "lstm", "amn", "bilinear"]
+    model: Literal["transformer", "gru", "lstm", "amn", "bilinear", "two_heads"]
     epochs: int
     select: Literal["val_loss", "novel_mrr"]  # what the best checkpoint is best in, on validation
     batch_size: int

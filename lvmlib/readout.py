@@ -78,7 +78,7 @@ def nearest(model: Predictor, windows: Windows, index, texts: Sequence[str], k: 
 
         window, role    context (as read), truth, nearest in article, nearest in split
         row, article, position, offset    where it stands; offset: chunks after the target as read, empty in others
-        cosine          with the prediction
+        cosine          with the prediction, of two heads the one that ranks
         rank, candidates    by cosine among the article's chunks, the context left out; the model is told the article
         rank in split, candidates in split    the same among all chunks of the split: it is not told
         true            whether this is the target
@@ -89,7 +89,7 @@ def nearest(model: Predictor, windows: Windows, index, texts: Sequence[str], k: 
     """
     index = _checked(windows, index, texts, k)
     store, everywhere = windows.store, windows.store.rows(windows.split)
-    cosines = _cosines(_predict(model, windows.batch(index)[0], windows), everywhere, store)  # (B, R)
+    cosines = _cosines(_predict(model, windows.batch(index)[0], windows)[1], everywhere, store)  # (B, R)
     found = []
     contexts, targets = windows.context_rows(index), windows.target[index]
     for window, context, target, values in zip(index, contexts, targets, cosines, strict=True):
@@ -131,7 +131,7 @@ def rollout(model: Predictor, windows: Windows, index, texts: Sequence[str], ste
     context = windows.batch(index)[0]
     found: list[list[dict]] = [[] for _ in index]
     for step in range(1, steps + 1):
-        unit = _predict(model, context, windows)
+        unit = _predict(model, context, windows)[0]
         context = torch.cat([context[:, 1:], unit[:, None]], 1)
         for i, (window, read, target) in enumerate(
             zip(index, windows.context_rows(index), windows.target[index], strict=True)
@@ -173,15 +173,15 @@ def _checked(windows: Windows, index, texts: Sequence[str], count: int) -> np.nd
 
 
 @torch.no_grad()
-def _predict(model: Predictor, context: Tensor, windows: Windows) -> Tensor:
-    """Unit predictions (B, D) on the CPU. Raises LVMError where they are not finite."""
+def _predict(model: Predictor, context: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Unit predictions and ranking predictions (B, D) on the CPU. Raises LVMError where they are not finite."""
     device = next(t.device for t in (*model.parameters(), *model.buffers()))
     training = model.training
-    unit = model.eval()(context.to(device))[1].cpu()
+    unit, ranker = (head.cpu() for head in model.eval().heads(context.to(device))[1:])
     model.train(training)
-    if not bool(unit.isfinite().all()):
+    if not bool(unit.isfinite().all() and ranker.isfinite().all()):
         raise LVMError(f"the model predicts NaN or infinite values on split {windows.split}; look at its weights")
-    return unit
+    return unit, ranker
 
 
 def _cosines(unit: Tensor, rows: np.ndarray, store: Store) -> np.ndarray:

@@ -93,6 +93,12 @@ class Articles:
             yield mine, int(begin), F.normalize(self.vectors[begin : self.high[index[mine[0]]]].float(), dim=-1)
 
 
+def among_context(ranker: Tensor, context: Tensor, target: Tensor) -> Tensor:
+    """(B,) rank of the target, from 1, among itself and the context vectors: that of the original's mini-5CAT."""
+    cosines = F.cosine_similarity(ranker[:, None], torch.cat([context, target[:, None]], 1), dim=-1)  # (B, T + 1)
+    return 1 + (cosines[:, :-1] > cosines[:, -1:]).sum(1)
+
+
 def negatives(windows: Windows, index: np.ndarray, rng_seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """For each window of `index`: a random order of its context (B, T), and rows (B, count) of random chunks of the
     split's other articles, without repeats; −1 where there are too few.

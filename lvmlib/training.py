@@ -41,7 +41,7 @@ import yaml
 from . import controller, losses, models
 from .errors import LVMError
 from .params import ROOT, Version, data_name, flat, outputs
-from .retrieval import Articles
+from .retrieval import Articles, among_context
 from .vectors import DIRECTIONS, Dataset, Windows
 
 PULLS = ("pull_mse", "pull_directional", "pull_floor", "pull_norm", "pull_orthogonality", "pull_listwise")
@@ -385,14 +385,14 @@ class Run:
             index = order[i * v.batch_size : (i + 1) * v.batch_size]
             context, y = windows.batch(index, vectors)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                raw, unit = model(context)
+                raw, unit, ranker = model.heads(context)
             rivals = None
             if scale is not None:
                 rows, there = articles.rivals(
                     index, v.losses.listwise.candidates, torch.rand(len(index), longest).numpy()
                 )
                 chunks = torch.nn.functional.normalize(vectors[torch.from_numpy(rows).to(self.device)].float(), dim=-1)
-                rivals = chunks, torch.from_numpy(there).to(self.device), scale.exp()
+                rivals = ranker, chunks, torch.from_numpy(there).to(self.device), scale.exp()
             margin = now.margin if v.control.rule != "none" else 0.0
             terms = losses.terms(raw, unit, context, y, margin, v.losses, rivals)
             watched = losses.health(unit, y, context, v.losses.directional.prev) | losses.pulls(terms, raw)
@@ -475,7 +475,8 @@ def validate(
     """Validation loss (L_mse), cosine, the mini-5CAT of handbook §4, and the novel MRR of 5CAT, in float32.
 
     margin = mean [cos(p, y) − cos(p, context[-1])]; recall_at_5 = share of windows whose target is among the five
-    best of {context vectors, target}: chance 5/6 at T = 5, and copying the last vector does better than chance.
+    best of {context vectors, target}, by the ranking head where there is one: chance 5/6 at T = 5, and copying the last
+    vector does better than chance.
     """
     training = model.training
     model.eval()
@@ -486,18 +487,16 @@ def validate(
     for first in range(0, len(windows), EVALUATION_BATCH):
         index = np.arange(first, min(first + EVALUATION_BATCH, len(windows)))
         context, y = windows.batch(index, vectors)
-        raw, unit = model(context)
+        raw, unit, ranker = model.heads(context)
         to_target = losses.cosine(unit, y)
-        to_context = torch.nn.functional.cosine_similarity(unit[:, None], context, dim=-1)  # (B, T)
-        rank = 1 + (to_context > to_target[:, None]).sum(1)
         sums += (
             torch.stack(
                 [
                     (raw - y).square().mean(-1).sum(),
                     to_target.sum(),
-                    (to_target - to_context[:, -1]).sum(),
-                    (rank <= 5).sum(),
-                    (1 / articles.ranks(unit[None], index)[1][0]).sum(),
+                    (to_target - losses.cosine(unit, context[:, -1])).sum(),
+                    (among_context(ranker, context, y) <= 5).sum(),
+                    (1 / articles.ranks(ranker[None], index)[1][0]).sum(),
                 ]
             )
             .cpu()

@@ -22,6 +22,7 @@ from lvmlib.errors import LVMError
 from lvmlib.params import ROOT
 from lvmlib.retrieval import negatives
 from lvmlib.statistics import between, median_over_articles, over_articles
+from lvmlib.training import validate
 from lvmlib.vectors import Windows, dataset, make_store, windows
 
 # By name, since the package's attribute `fivecat` is the function.
@@ -357,6 +358,40 @@ def test_score_is_a_few_columns_of_measure():
     assert set(frame) == {"article", "target", "loss", "cosine", "novel rank"}
     for column in frame:
         np.testing.assert_allclose(frame[column], wanted[column], rtol=0, atol=1e-6, err_msg=column)
+
+
+class Heads(models.Predictor):
+    """The point of one predictor and the ranks of another."""
+
+    def __init__(self, point, ranker):
+        super().__init__(point.dim, point.context_length)
+        self.point, self.ranker = point, ranker
+
+    def raw(self, context):
+        return self.point.raw(context)
+
+    def heads(self, context):
+        return *self(context), self.ranker(context)[1]
+
+
+def test_of_two_heads_one_is_ranked_and_the_other_is_measured():
+    data = small_windows("val", 2)
+    point, ranker = copy_last(data.store.dim), random_linear(data.store.dim)
+    model = Heads(point, ranker)
+    both, of_point, of_ranker = (measure(m, data) for m in (model, point, ranker))
+    ranks = ["six rank", "rank", "novel rank", "hundred", *(c for c in both if c.endswith(", novel MRR"))]
+    pd.testing.assert_frame_equal(both[ranks], of_ranker[ranks])
+    pd.testing.assert_frame_equal(both.drop(columns=ranks), of_point.drop(columns=ranks))
+    assert not both["novel rank"].equals(of_point["novel rank"]) and not both["cosine"].equals(of_ranker["cosine"])
+    pd.testing.assert_series_equal(score(model, data)["novel rank"], both["novel rank"])
+    wanted = {
+        "novel_mrr": (1 / of_ranker["novel rank"]).mean(),
+        "recall_at_5": (of_ranker["six rank"] <= 5).mean(),
+        "val_cos": of_point["cosine"].mean(),
+        "margin": of_point["margin last"].mean(),
+        "val_loss": of_point["loss"].mean(),
+    }
+    assert validate(model, data) == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7])

@@ -493,11 +493,28 @@ def test_mean_square_and_listwise_by_their_weights():
     rivals, there = rivals_of(y)
     unit, scale = F.normalize(raw, dim=-1), torch.tensor(7.0, dtype=torch.float64)
     w = params.Losses(0.3, params.Listwise(2.0, 0.1, 128), make_directional(), Floor(0.0, 0.0), 0.0, 0.0)
-    found = losses.terms(raw, unit, context, y, 0.0, w, (rivals, there, scale)).total(w, 0.0)
+    found = losses.terms(raw, unit, context, y, 0.0, w, (unit, rivals, there, scale)).total(w, 0.0)
     assert float(found) == pytest.approx(
         0.3 * plain_mse(raw.tolist(), y.tolist())
         + 2.0 * plain_listwise(raw.tolist(), rivals.tolist(), there.tolist(), 7.0)
     )
+
+
+def test_the_head_that_ranks_takes_the_listwise_loss_and_the_point_none_of_it():
+    raw, context, y = full_batch(4)
+    rivals, there = rivals_of(y)
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    ranker = torch.randn(raw.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    raw.requires_grad_(), ranker.requires_grad_()
+    w = params.Losses(0.3, params.Listwise(2.0, 0.1, 128), make_directional("none"), Floor(0.0, 0.0), 0.0, 0.0)
+    ranking = F.normalize(ranker, dim=-1), rivals, there, scale
+    terms = losses.terms(raw, F.normalize(raw, dim=-1), context, y, 0.0, w, ranking)
+    found = torch.autograd.grad(terms.total(w, 0.0), (raw, ranker), retain_graph=True)
+    alone = losses.listwise(F.normalize(ranker, dim=-1), rivals, there, scale)
+    wanted = *torch.autograd.grad(0.3 * losses.mse(raw, y), raw), *torch.autograd.grad(2.0 * alone, ranker)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert math.isnan(losses.pulls(terms, raw)["pull_listwise"])  # it pulls at the other head
 
 
 def test_lambda_zero_leaves_the_gradient_of_the_rest():

@@ -17,7 +17,7 @@ from lvmlib.errors import LVMError
 from lvmlib.vectors import make_store, windows
 
 T, H = 5, 512
-NAMES = ("transformer", "gru", "lstm", "amn", "bilinear")
+NAMES = ("transformer", "gru", "lstm", "amn", "bilinear", "two_heads")
 
 
 @functools.cache
@@ -109,7 +109,9 @@ def test_a_wrong_shape_is_refused(small, shape):
 
 @pytest.mark.parametrize("name", ["transfomer", "", None, "Transformer"])
 def test_an_unknown_model_lists_the_known(name):
-    with pytest.raises(LVMError, match=f"unknown model {name!r}; known: transformer, gru, lstm, amn, bilinear"):
+    with pytest.raises(
+        LVMError, match=f"unknown model {name!r}; known: transformer, gru, lstm, amn, bilinear, two_heads"
+    ):
         models.build(name, 24)
 
 
@@ -230,7 +232,14 @@ def plain_bilinear(w, context):
     return copied + torch.stack([w["metric.weight"] @ x for x in mixed])
 
 
+def plain_two_heads(w, context):
+    return plain_bilinear(
+        {name.removeprefix("point."): x for name, x in w.items() if name.startswith("point.")}, context
+    )
+
+
 PLAIN = {
+    "two_heads": plain_two_heads,
     "transformer": plain_transformer,
     "gru": plain_gru,
     "lstm": plain_lstm,
@@ -300,10 +309,27 @@ def test_bilinear_begins_as_copying():
     assert torch.nn.functional.cosine_similarity(unit, x[:, -1]).min() > 0.999
 
 
+def test_two_heads_are_two_bilinear_models_on_one_context():
+    x, model = contexts(384, size=50), build("two_heads", 384)
+    with torch.no_grad():
+        raw, unit, ranker = model.heads(x)
+        assert torch.equal(raw, model.point(x)[0]) and torch.equal(ranker, model.ranker(x)[1])
+    assert torch.equal(unit, model(x)[1])
+    assert torch.nn.functional.cosine_similarity(unit, x.mean(1)).min() > 0.99  # the point begins as the mean
+    assert torch.nn.functional.cosine_similarity(ranker, x[:, -1]).min() > 0.999  # and the ranker as copying
+
+
+@pytest.mark.parametrize("name", ["amn", "bilinear"])
+def test_one_head_ranks_by_its_point(name):
+    with torch.no_grad():
+        _, unit, ranker = build(name, 384).heads(contexts(384, size=5))
+    assert ranker is unit
+
+
 def test_gradients_reach_every_parameter(small):
     name, model = small
-    unit = model(contexts(size=8))[1]
-    gradients = torch.autograd.grad((unit * contexts(size=8, seed=5)[:, 0]).sum(), list(model.parameters()))
+    _, unit, ranker = model.heads(contexts(size=8))
+    gradients = torch.autograd.grad(((unit + ranker) * contexts(size=8, seed=5)[:, 0]).sum(), list(model.parameters()))
     largest = {key: g.abs().max() for (key, _), g in zip(model.named_parameters(), gradients, strict=True)}
     assert all(torch.isfinite(g) for g in largest.values())
     # A bias of amn's keys adds the same to every score: softmax does not see it.

@@ -34,7 +34,7 @@ COMMON = {
     "losses.listwise.candidates": 128,
     "losses.directional.prev": -2,
 }
-OURS = {"rank"}  # after the handbook's
+OURS = {"rank", "two_heads"}  # after the handbook's
 
 
 def row(
