@@ -160,7 +160,8 @@ class Report:
     def paired(self, column: str, split: str = "val", predictor: str = "model", other: str = "copy last") -> dict:
         """`predictor` minus `other` on the same windows: value, low, high, windows, articles.
 
-        `column` of the frames, or one of `novel MRR`, `1 of 100`, `novel margin, ahead`, `mean rollout`.
+        `column` of the frames, or one of `novel MRR`, `possible MRR`, `1 of 100`, `novel margin, ahead` and
+        `mean rollout`.
         """
         one, two = self.frames[split, predictor], self.frames[split, other]
         return _with_interval(figure(one, column) - figure(two, column), one["article"])
@@ -169,6 +170,14 @@ class Report:
         """The predictor, the model left out, with the highest mean of `column` on these windows."""
         names = [n for n in among or self.predictors if n not in ("model", but)]
         return max(names, key=lambda n: pd.Series(figure(self.frames[split, n], column)).mean())
+
+    def escapes(self, split: str = "val", predictor: str = "model") -> bool:
+        """Whether it flees from the context: its margin was bought (`health`), and it ranks no better than copying or
+        averaging do. Subtracting buys no such rank; who has it knows something besides, whatever it subtracts."""
+        if not self.facts[split, predictor]["escape"]:
+            return False
+        other = self.best_trivial("possible MRR", split, [n for n in ("copy last", "mean") if n != predictor])
+        return not self.paired("possible MRR", split, predictor, other)["low"] > 0
 
     def judgements(self, split: str, predictor: str = "model") -> pd.DataFrame:
         """Profile `calibrated`: what each gate asks of a predictor and what the interval answers.
@@ -262,7 +271,7 @@ class Report:
                 "wanted": f"below {MATERIAL:g}, or paid for",
                 "articles": self.row("cosine at the target", split, predictor)["articles"],
                 # One article has no interval, and without one no weight is negative beyond doubt.
-                "outcome": _outcome(harmless, facts["escape"], facts["margin bought low"]),
+                "outcome": _outcome(harmless, self.escapes(split, predictor), facts["margin bought low"]),
             }
         )
         return pd.DataFrame(rows)
@@ -376,9 +385,10 @@ def measure(model: Predictor, windows: Windows, seed: int = 0, batch_size: int =
     article's chunks outside the context: what knowing the article alone gives), margin last and margin prev (against
     context[-1] and [-2]), six rank (the mini-5CAT's: among target and context), offset k (cosine k chunks from the
     target; NaN outside the article), rank and candidates (among the article's chunks), novel rank and novel candidates
-    (context left out), hundred (1 if the target is nearest among it and `hundred candidates` − 1 random chunks of other
-    articles; shared where cosines are equal), one column an ablation (change of the cosine at the target) and one with
-    `, novel MRR` after its name (change of 1 / novel rank), rollout h, rollout late h and rollout still h (NaN
+    (context left out), possible rank and possible candidates (of these, those that are the target of some window: not
+    the article's first ones), hundred (1 if the target is nearest among it and `hundred candidates` − 1 random chunks
+    of other articles; shared where cosines are equal), one column an ablation (change of the cosine at the target) and
+    one with `, novel MRR` after its name (change of 1 / novel rank), rollout h, rollout late h and rollout still h (NaN
     outside the article), rollout chance h, similarity h (of step h to the one before), coherence of the context,
     weight t (of context vector t in the prediction by least squares), and the split of the prediction's square: along
     the context's mean (with its sign), along the differences within the context, and the rest; the sizes add up to 1.
@@ -414,11 +424,13 @@ def measure(model: Predictor, windows: Windows, seed: int = 0, batch_size: int =
         variants = ablated(context, torch.from_numpy(order).to(device), vectors, others)
         heads = [(unit, ranker), *(model.heads(v)[1:] for v in variants.values())]
         units, rankers = (torch.stack(of) for of in zip(*heads, strict=True))  # (V, B, D)
-        rank, novel = articles.ranks(rankers, index)
+        rank, novel, possible = articles.ranks(rankers, index)
         columns |= {"rank": rank[0], "candidates": torch.from_numpy(articles.candidates[index]).double()}
         columns |= {
             "novel rank": novel[0],
             "novel candidates": torch.from_numpy(articles.novel_candidates[index]).double(),
+            "possible rank": possible[0],
+            "possible candidates": torch.from_numpy(articles.possible_candidates[index]).double(),
         }
         columns |= _hundred(ranker, target, others, vectors)
         changed = F.cosine_similarity(units, target, dim=-1) - cosine  # (V, B)
@@ -471,14 +483,17 @@ def _predicted(model: Predictor, articles: Articles, batch_size: int) -> Iterato
 
 @torch.no_grad()
 def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataFrame:
-    """The few columns of `measure` that need one pass of the model: article, target, loss, cosine, novel rank."""
+    """The few columns of `measure` that need one pass of the model: article, target, loss, cosine, novel and possible
+    rank."""
     articles = Articles(windows, torch.from_numpy(windows.store.vectors).to(device_of(model)))
     parts = []
     for index, _, target, raw, unit, ranker in _predicted(model, articles, batch_size):
+        _, novel, possible = articles.ranks(ranker[None], index)
         columns = {
             "loss": (raw - target).square().mean(1),
             "cosine": F.cosine_similarity(unit, target, dim=-1),
-            "novel rank": articles.ranks(ranker[None], index)[1][0],
+            "novel rank": novel[0],
+            "possible rank": possible[0],
         }
         parts.append(pd.DataFrame({k: np.asarray(c.cpu(), float) for k, c in columns.items()}))
     frame = pd.concat(parts, ignore_index=True)
@@ -544,8 +559,8 @@ def _with_interval(values, articles, share: bool = False) -> dict:
 
 def figure(frame: pd.DataFrame, column: str) -> np.ndarray:
     """(N,) a column of a `measure` frame by its name in the report, or one of the figures made of several."""
-    if column == "novel MRR":
-        return 1 / frame["novel rank"].to_numpy()
+    if column in ("novel MRR", "possible MRR"):
+        return 1 / frame[column.replace("MRR", "rank")].to_numpy()
     if column == "novel margin, ahead":
         return frame["cosine"].to_numpy(float) - best_other(frame, [k for k in OFFSETS if k > 0])
     if column == "mean rollout":
@@ -586,7 +601,7 @@ def _calibrated(frame: pd.DataFrame, horizon: int, length: int) -> list[dict]:
         rival = best_other(frame, offsets)
         rows.append(_row(frame, "A", name, frame["cosine"] - rival, float((known - rival).mean())))
 
-    for prefix in ("novel ", ""):
+    for prefix in ("novel ", "possible ", ""):
         rows += _retrieval_rows(frame, prefix)
         rank, n = frame[prefix + "rank"], frame[prefix + "candidates"].astype(int)
         value, low, high = median_over_articles(rank, articles)

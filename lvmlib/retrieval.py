@@ -19,7 +19,8 @@ class Articles:
     """The articles of a split's windows, ready for comparing predictions with their chunks.
 
     `vectors` (M, D): the store's vectors on the device of the predictions. `low`, `high` (N,): each window's article
-    is rows low … high − 1.
+    is rows low … high − 1. `possible` (M,): the rows that are the target of some window. An article's first chunks are
+    none (they have no whole context), so that a predictor may gain rank by knowing what an opening looks like.
     """
 
     def __init__(self, windows: Windows, vectors: Tensor):
@@ -30,6 +31,15 @@ class Articles:
         self.low, self.high = begins[run], np.append(begins[1:], len(article))[run]
         self.candidates = self.high - self.low  # (N,) with the context left in
         self.novel_candidates = self.candidates - windows.context_length
+        reach = windows.step * (windows.context_length - 1 + windows.horizon)
+        first = np.arange(len(article)) - reach
+        there = (first >= 0) & (first < len(article))
+        first = np.where(there, first, 0)
+        same = (article[first] == article) & (windows.store.position - windows.store.position[first] == reach)
+        self.possible = there & same
+        up_to = np.append(0, np.cumsum(self.possible))
+        inside = self.possible[windows.context_rows(np.arange(len(windows)))].sum(1)
+        self.possible_candidates = up_to[self.high] - up_to[self.low] - inside  # (N,) with the context left out
 
     def cosines_at(self, unit: Tensor, index: np.ndarray, offsets) -> Tensor:
         """(B, K) cosines of `unit` (B, D) with the chunks `offsets` after the target, in reading direction; NaN
@@ -43,13 +53,14 @@ class Articles:
         cosines = F.cosine_similarity(unit[:, None], chunks, dim=-1)
         return cosines.masked_fill(~torch.from_numpy(inside).to(self.device), float("nan"))
 
-    def ranks(self, units: Tensor, index: np.ndarray) -> tuple[Tensor, Tensor]:
+    def ranks(self, units: Tensor, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Rank of each window's target among its article's chunks for `units` (V, B, D): with the context among the
-        candidates and with it left out, (V, B) float64 each, from 1. Equal cosines share their mean rank.
+        candidates, with it left out, and of the latter among the `possible` targets alone; (V, B) float64 each, from 1.
+        Equal cosines share their mean rank.
 
         One product an article. The target is never in the context.
         """
-        whole, novel = (torch.empty(units.shape[:2], dtype=torch.float64) for _ in range(2))
+        whole, novel, possible = (torch.empty(units.shape[:2], dtype=torch.float64) for _ in range(3))
         for mine, begin, chunks in self._grouped(index):
             cosines = (units[:, mine] @ chunks.T).cpu()  # (V, windows, chunks)
             own = torch.from_numpy(self.windows.target[index[mine]] - begin)
@@ -59,7 +70,9 @@ class Articles:
             outside.scatter_(1, torch.from_numpy(self.windows.context_rows(index[mine]) - begin), False)
             whole[:, mine] = 1 + above.sum(2) + (equal.sum(2) - 1).double() / 2
             novel[:, mine] = 1 + (above & outside).sum(2) + ((equal & outside).sum(2) - 1).double() / 2
-        return whole, novel
+            outside &= torch.from_numpy(self.possible[begin : begin + len(chunks)])
+            possible[:, mine] = 1 + (above & outside).sum(2) + ((equal & outside).sum(2) - 1).double() / 2
+        return whole, novel, possible
 
     def rivals(self, index: np.ndarray, most: int, rank: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Rows (B, C) of chunks of each window's article outside its context, the target first, and (B, C) whether a

@@ -258,9 +258,10 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
     """The calibrated report's verdict, from its numbers alone, over its splits but the training's (if it has others).
 
     By the novel MRR against the best of what it is compared with, on the same windows: knowledge where the interval of
-    the difference lies above 0 on every split. Else collapsed: the predictions' variance is below a tenth of the
-    targets' on every split; else escape: named so on a split (`health`); else below arithmetic where the difference
-    lies below 0 on a split, otherwise not told apart.
+    the difference lies above 0 on every split, and that among possible targets alone, too (else it may only know what
+    an article's opening looks like: no target). Else collapsed: the predictions' variance is below a tenth of the
+    targets' on every split; else escape: named so on a split (`Report.escapes`); else below arithmetic where the
+    difference lies below 0 on a split, otherwise not told apart.
     """
     splits = [s for s in report.splits if s != "train"] or report.splits
     facts = {split: report.facts[split, "model"] for split in splits}
@@ -270,13 +271,19 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
         best = report.best_trivial("novel MRR", split)
         against = report.paired("novel MRR", split, "model", best)
         outcome[split] = "above" if against["low"] > 0 else "below" if against["high"] < 0 else "open"
+        rival = report.best_trivial("possible MRR", split)
+        possible = report.paired("possible MRR", split, "model", rival)
+        if outcome[split] == "above" and not possible["low"] > 0:
+            outcome[split] = "openings"
         mrr, margin = report.row("novel MRR", split), report.row("novel margin", split)
         caution = few(report.frames[split, "model"]["article"])
         sentences.append(
             f"On {split} ({mrr['articles']} articles, {mrr['windows']} windows{'; ' + caution if caution else ''}) the "
             f"novel MRR is {mrr['value']:.3f} [{mrr['low']:.3f}, {mrr['high']:.3f}], chance {mrr['chance']:.3f}, "
-            f"{against['value']:+.3f} [{against['low']:+.3f}, {against['high']:+.3f}] against {best}; the novel margin "
-            f"is {margin['value']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]."
+            f"{against['value']:+.3f} [{against['low']:+.3f}, {against['high']:+.3f}] against {best} (among possible "
+            f"targets alone {possible['value']:+.3f} [{possible['low']:+.3f}, {possible['high']:+.3f}] against {rival}"
+            f"{'; the rest is telling openings, which are no target' if outcome[split] == 'openings' else ''}); the "
+            f"novel margin is {margin['value']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]."
         )
         order = report.row("shuffled, novel MRR", split)
         used = (
@@ -306,7 +313,7 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
         label = "knowledge"
     elif all(f["variance"] < COLLAPSED * f["variance of targets"] for f in facts.values()):
         label = "collapsed"
-    elif any(f["escape"] for f in facts.values()):
+    elif any(report.escapes(split) for split in splits):
         label = "escape"
     else:
         label = "below arithmetic" if "below" in outcome.values() else "not told apart"

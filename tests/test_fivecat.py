@@ -24,6 +24,7 @@ from lvmlib.retrieval import negatives
 from lvmlib.statistics import between, median_over_articles, over_articles
 from lvmlib.training import validate
 from lvmlib.vectors import Windows, dataset, make_store, windows
+from lvmlib.verdict import reading
 
 # By name, since the package's attribute `fivecat` is the function.
 module = importlib.import_module("lvmlib.fivecat")
@@ -213,6 +214,8 @@ class Reference:
         row |= {f"offset {k:+d}": at_offset(p, k) for k in OFFSETS}
         row |= {"rank": rank(p, own, "rank"), "candidates": len(own)}
         row |= {"novel rank": rank(p, outside, "novel rank"), "novel candidates": len(outside)}
+        possible = [c for c in outside if self.around(c, 1 - T - horizon) is not None]
+        row |= {"possible rank": rank(p, possible, "possible rank"), "possible candidates": len(possible)}
         rivals = [cos(p, self.vectors[c]) for c in others]
         won = all(r <= base + TIE for r in rivals) / (1 + sum(abs(r - base) <= TIE for r in rivals))
         row |= {"hundred": won if others else math.nan, "hundred candidates": len(others) + 1}
@@ -278,6 +281,7 @@ class Reference:
 
 
 EXACT = ("article", "target", "six rank", "rank", "candidates", "novel rank", "novel candidates", "hundred candidates")
+EXACT += ("possible rank", "possible candidates")
 
 
 def assert_same(frame, wanted, tolerance=TOLERANCE, unclear=()):
@@ -355,7 +359,7 @@ def test_float16_vectors_are_measured_as_they_are():
 def test_score_is_a_few_columns_of_measure():
     cut = small_windows("val", 2, "backward")
     frame, wanted = score(Scan(cut.store.dim), cut, batch_size=7), measured("scan", "val", 2, "backward")
-    assert set(frame) == {"article", "target", "loss", "cosine", "novel rank"}
+    assert set(frame) == {"article", "target", "loss", "cosine", "novel rank", "possible rank"}
     for column in frame:
         np.testing.assert_allclose(frame[column], wanted[column], rtol=0, atol=1e-6, err_msg=column)
 
@@ -374,12 +378,36 @@ class Heads(models.Predictor):
         return *self(context), self.ranker(context)[1]
 
 
+def test_telling_openings_from_the_rest_gains_no_rank_among_possible_targets():
+    """Openings are marked, all else is noise: who avoids the mark ranks above chance among all, at chance among those
+    that may be a target; and the reading says so."""
+    random = np.random.default_rng(5)
+    x = random.standard_normal((60, 20, 32)) * np.append(0.0, np.ones(31))
+    x[:, :6, 0] = 4.0  # of context 5 and horizon 2, the first six are never a target
+    split = ["val", "ood"]
+    store = store_of({a: (split[a % 2], np.arange(20), x[a]) for a in range(60)})
+    avoiding = models.Constant(32, T, -torch.eye(32)[0] + 1e-3 * torch.ones(32))
+    report = fivecat(avoiding, {s: windows(store, s, 2, T) for s in split})
+    novel, possible = report.row("novel MRR"), report.row("possible MRR")
+    assert novel["low"] > novel["chance"] and possible["low"] < possible["chance"] < possible["high"]
+    assert report.paired("novel MRR")["low"] > 0
+    said = reading(report)
+    assert said.label != "knowledge" and "telling openings" in said.text
+
+
 def test_of_two_heads_one_is_ranked_and_the_other_is_measured():
     data = small_windows("val", 2)
     point, ranker = copy_last(data.store.dim), random_linear(data.store.dim)
     model = Heads(point, ranker)
     both, of_point, of_ranker = (measure(m, data) for m in (model, point, ranker))
-    ranks = ["six rank", "rank", "novel rank", "hundred", *(c for c in both if c.endswith(", novel MRR"))]
+    ranks = [
+        "six rank",
+        "rank",
+        "novel rank",
+        "possible rank",
+        "hundred",
+        *(c for c in both if c.endswith(", novel MRR")),
+    ]
     pd.testing.assert_frame_equal(both[ranks], of_ranker[ranks])
     pd.testing.assert_frame_equal(both.drop(columns=ranks), of_point.drop(columns=ranks))
     assert not both["novel rank"].equals(of_point["novel rank"]) and not both["cosine"].equals(of_ranker["cosine"])
@@ -640,7 +668,7 @@ def plain_calibrated(rows, horizon):
         rivals = [(r, rival) for r, rival in zip(rows, plain_rivals(rows, offsets), strict=True) if rival == rival]
         chance = np.mean([r["cosine_article"] - rival for r, rival in rivals])
         out["A", name] = [r["cosine"] - rival for r, rival in rivals], chance
-    for prefix in ("novel ", ""):
+    for prefix in ("novel ", "possible ", ""):
         out |= plain_retrieval(rows, prefix, (1, 5, 10))
     drawn = [r for r in rows if r["hundred candidates"] > 1]
     out["B", "1 of 100"] = [r["hundred"] for r in drawn], mean(lambda r: 1 / r["hundred candidates"], drawn)
@@ -703,7 +731,7 @@ def test_every_summary_is_that_of_the_plain_derivation(profile, name, horizon):
     frame = measured(name, "val", horizon)
     table = summary(frame, profile, horizon)
     wanted = plain_calibrated(rows, horizon) if profile == "calibrated" else plain_original(rows)
-    medians = {("B", f"{prefix}median rank") for prefix in ("", "novel ") if profile == "calibrated"}
+    medians = {("B", f"{prefix}median rank") for prefix in ("", "novel ", "possible ") if profile == "calibrated"}
     assert set(wanted) | medians == set(table.index) and table.index.is_unique
     for key, (values, chance) in wanted.items():
         row, close = table.loc[key], WEIGHTS if "weight" in key[1] else 2 * TOLERANCE  # margins: differences again
@@ -720,7 +748,7 @@ def test_every_summary_is_that_of_the_plain_derivation(profile, name, horizon):
 @pytest.mark.parametrize("name", ["linear", "scan"])
 def test_median_ranks_are_those_of_the_plain_derivation(name):
     rows, table = reference(name, "val", 2).rows, summary(measured(name, "val", 2), horizon=2)
-    for prefix in ("", "novel "):
+    for prefix in ("", "novel ", "possible "):
         row, ranks = table.loc[("B", f"{prefix}median rank")], sorted(r[f"{prefix}rank"] for r in rows)
         assert row["value"] == (ranks[(len(ranks) - 1) // 2] + ranks[len(ranks) // 2]) / 2
         # At random, rank r or better has probability mean(min(r, n) / n): the first r that has a half.
@@ -1046,7 +1074,7 @@ def test_a_random_predictor_on_independent_vectors_is_at_every_chance_level(hori
     table = summary(frame, horizon=horizon)
     assert len(frame) > 500
     articles = frame["article"]
-    for prefix in ("", "novel "):
+    for prefix in ("", "novel ", "possible "):
         rank, n = frame[f"{prefix}rank"], frame[f"{prefix}candidates"]
         for name, values, chance in (
             ("R@1", rank <= 1, 1 / n),

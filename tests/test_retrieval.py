@@ -127,13 +127,16 @@ def plain_rank(unit, w, i, rows):
 def test_ranks_with_the_context_in_and_out(direction, horizon):
     w = cut(direction, horizon)
     units = random_units(2, 3, len(w))
-    whole, novel = prepared(w).ranks(units, np.arange(len(w)))
+    whole, novel, possible = prepared(w).ranks(units, np.arange(len(w)))
     assert whole.shape == novel.shape == (3, len(w)) and whole.dtype == novel.dtype == torch.float64
     for i, v in itertools.product(range(len(w)), range(3)):
         rows = own_rows(w, i)
         outside = [r for r in rows if r not in w.context_rows([i])[0]]
         assert float(whole[v, i]) == plain_rank(units[v, i], w, i, rows)
         assert float(novel[v, i]) == plain_rank(units[v, i], w, i, outside)
+        targets = [r for r in outside if r in w.target]  # w holds all windows of its split
+        assert float(possible[v, i]) == plain_rank(units[v, i], w, i, targets)
+        assert prepared(w).possible_candidates[i] == len(targets) <= len(outside)
         assert prepared(w).candidates[i] == len(rows) and prepared(w).novel_candidates[i] == len(rows) - T
 
 
@@ -144,7 +147,7 @@ def test_equal_chunks_share_their_mean_rank():
     for position, novel_rank in ((9, 1.0), (13, 1.5)):  # contexts 4 … 8, with the other in it, and 8 … 12
         (i,) = np.flatnonzero((w.store.article[w.target] == 3) & (w.store.position[w.target] == position))
         exact = torch.from_numpy(w.store.vectors[w.target[i]])[None, None]
-        whole, novel = prepared(w).ranks(exact, np.array([i]))
+        whole, novel, _ = prepared(w).ranks(exact, np.array([i]))
         assert (float(whole), float(novel)) == (1.5, novel_rank)
 
 
@@ -155,7 +158,7 @@ def test_a_prediction_that_tells_nothing_ranks_in_the_middle():
     store = make_store("eye", eye[:11], np.zeros(11, int), np.arange(11), frame)
     w = windows(store, "val", 1, T)
     unit = torch.from_numpy(eye[15]).expand(1, len(w), 16)
-    whole, novel = prepared(w).ranks(unit, np.arange(len(w)))
+    whole, novel, _ = prepared(w).ranks(unit, np.arange(len(w)))
     assert (whole == 6.0).all() and (novel == 3.5).all()
 
 
@@ -168,7 +171,7 @@ def test_nearly_equal_is_equal_and_a_little_more_is_not():
         x[np.arange(7), np.arange(1, 8)] = np.sqrt(1 - np.square(cosines))
         store = make_store("near", x.astype(np.float32), np.zeros(7, int), np.arange(7), frame)
         w = windows(store, "val", 1, T)
-        whole, novel = prepared(w).ranks(torch.eye(9)[:1][None], np.array([0]))
+        whole, novel, _ = prepared(w).ranks(torch.eye(9)[:1][None], np.array([0]))
         assert float(whole) == float(novel) == wanted
 
 
@@ -176,13 +179,14 @@ def test_nearly_equal_is_equal_and_a_little_more_is_not():
 def test_any_batch_in_any_order_gives_the_same(size):
     w = cut("backward", 2)
     units, articles = random_units(3, 2, len(w)), prepared(w)
-    whole, novel = articles.ranks(units, np.arange(len(w)))
+    whole, novel, possible = articles.ranks(units, np.arange(len(w)))
     mean = articles.mean_cosine(units[0], np.arange(len(w)))
     order = np.random.default_rng(0).permutation(len(w))
     for first in range(0, len(w), size):
         index = order[first : first + size]
-        some, without = articles.ranks(units[:, index], index)
+        some, without, left = articles.ranks(units[:, index], index)
         assert torch.equal(some, whole[:, index]) and torch.equal(without, novel[:, index])
+        assert torch.equal(left, possible[:, index])
         torch.testing.assert_close(articles.mean_cosine(units[0, index], index), mean[index], rtol=0, atol=1e-6)
 
 
