@@ -9,7 +9,8 @@ The folder, `outputs/<dataset>/<version>/seed<k>/`:
     run.yaml            parameters, dataset fingerprint, library versions, commit; when finished: time and memory
     steps.csv           a row every `log_every` steps, the first and the last
     epochs.csv          a row an epoch
-    best.safetensors    weights of the epoch with the lowest validation loss
+    best.safetensors    weights of the best epoch on validation, by what `select` names; of a constrained version
+                        before all else one that keeps its bound in training
     last/state.pt       all that resuming needs
     fivecat.json        written by the notebook
 
@@ -40,7 +41,7 @@ import yaml
 
 from . import controller, losses, models
 from .errors import LVMError
-from .params import ROOT, Version, data_name, flat, outputs
+from .params import ROOT, Control, Version, data_name, flat, outputs
 from .retrieval import Articles
 from .vectors import DIRECTIONS, Dataset, Windows
 
@@ -107,9 +108,12 @@ STEP_COLUMNS = (
 LATER = ("escape", *PULLS, "rho_gradient", "angle", "listwise", "novel_mrr", "temperature")
 EARLIER = {"direction": "forward", "select": "val_loss", "optimizer.decay": "all", "losses.mean_square": 1.0}
 EARLIER |= {"losses.listwise.weight": 0.0, "losses.listwise.temperature": 0.1, "losses.listwise.candidates": 128}
+EARLIER |= {"control.smoothing": 0.99, "control.measure": "value", "control.kp": 0.0, "control.ki": 0.1}
+EARLIER |= {"control.constraint": None}
 # Words, figures to compare with, and where it is computed make no other run. The precision that was used does.
 NOT_COMPARED = ("about", "expected", "published", "device", "precision")
 EVALUATION_BATCH = 512
+FEASIBLE = 0.01  # a bound missed by so little in an epoch's mean counts as kept: batches scatter about it
 
 
 def run_folder(version: Version, run_name: str | None = None) -> Path:
@@ -286,12 +290,13 @@ class Run:
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=v.optimizer.plateau_factor, patience=v.optimizer.plateau_patience
         )
-        best = math.inf
+        best, short, memory = math.inf, math.inf, controller.START
         if self._state:
             model.load_state_dict(self._state["model"])
             optimizer.load_state_dict(self._state["optimizer"])
             plateau.load_state_dict(self._state["plateau"])
-            best = self._state["best"]
+            best, short = self._state["best"], self._state.get("short", 0.0)
+            memory = controller.State(*self._state.get("controller", ()))
             if ranks:
                 scale.data.copy_(self._state["scale"])
             self._state = None
@@ -305,12 +310,16 @@ class Run:
             started = time.perf_counter()
             learning_rate = optimizer.param_groups[0]["lr"]
             with seeded(v.seed, epoch):
-                means, logged = self._epoch(epoch, model, optimizer, articles["train"], scale if ranks else None)
+                means, logged, memory = self._epoch(
+                    epoch, model, optimizer, articles["train"], scale if ranks else None, v.control, memory
+                )
             val = validate(model, self.data.val, vectors, articles["val"])
             score = val["val_loss"] if v.select == "val_loss" else -val["novel_mrr"]
             plateau.step(score)
-            if score < best:
-                best = score
+            # Of a constrained run, what keeps the bound in training beats what does not (Deb 2000, §3).
+            missed = max(0.0, means["directional"] - FEASIBLE) if v.control.constraint else 0.0
+            if (missed, score) < (short, best):
+                best, short = score, missed
                 write_whole(
                     self.folder / "best.safetensors",
                     lambda p: safetensors.torch.save_file(
@@ -330,7 +339,9 @@ class Run:
             steps += logged
             state = {
                 "best": best,
+                "short": short,
                 "scale": scale.detach(),
+                "controller": list(memory),
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "plateau": plateau.state_dict(),
@@ -364,10 +375,13 @@ class Run:
         matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
         return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
-    def _epoch(self, epoch: int, model, optimizer, articles: Articles, scale) -> tuple[dict, list[dict]]:
-        """One pass over the training windows: means over the epoch's windows, and the rows to log.
+    def _epoch(
+        self, epoch: int, model, optimizer, articles: Articles, scale, control: Control, memory: controller.State
+    ) -> tuple[dict, list[dict], controller.State]:
+        """One pass over the training windows: means over the epoch's windows, the rows to log, the controller's state.
 
-        `scale`: the logarithm of 1 / temperature, for a version that has the listwise loss; else None.
+        `scale`: the logarithm of 1 / temperature, for a version that has the listwise loss; else None. `control`: the
+        version's; `memory`: the controller's state before the first batch.
         """
         v, windows, vectors = self.version, self.data.train, articles.vectors
         longest = int(articles.candidates.max())
@@ -394,14 +408,22 @@ class Run:
                 chunks = torch.nn.functional.normalize(vectors[torch.from_numpy(rows).to(self.device)].float(), dim=-1)
                 rivals = chunks, torch.from_numpy(there).to(self.device), scale.exp()
             margin = now.margin if v.control.rule != "none" else 0.0
-            terms = losses.terms(raw, unit, context, y, margin, v.losses, rivals)
+            terms = losses.terms(raw, unit, context, y, margin, v.losses, rivals, v.control.constraint)
             watched = losses.health(unit, y, context, v.losses.directional.prev) | losses.pulls(terms, raw)
             names = [*terms._fields, *watched]
             # One transfer a step from the device, for everything the controller and the log need.
             values = dict(zip(names, torch.stack([*terms, *watched.values()]).detach().tolist(), strict=True))
             decision = controller.decide(
-                v.control, now, values["mse"], values["directional"], values["pos"], values["neg"]
+                control,
+                now,
+                values["mse"],
+                values["directional"],
+                values["pos"],
+                values["neg"],
+                memory,
+                (v.losses.mean_square * values["pull_mse"], values["pull_directional"]),
             )
+            memory = decision.state
             total = terms.total(v.losses, decision.lambda_eff)
             optimizer.zero_grad(set_to_none=True)
             total.backward()
@@ -430,6 +452,8 @@ class Run:
                 "rho": decision.rho,
                 "rho_gradient": values["pull_directional"] / max(values["pull_mse"], controller.TINY),
             }
+            if not v.losses.mean_square and decision.lambda_eff:
+                shares["rho_gradient"] = math.nan  # a share of nothing
             row = {**values, "loss": loss, **shares}
             acts = len(index) * (v.control.rule != "none" and not decision.skip)
             for key, value in row.items():
@@ -452,13 +476,17 @@ class Run:
         skips = sums.pop("skips")
         # λ and both ρ are means over the windows where the directional term acted: skips are counted apart.
         means = {k: s / max(acted, 1) if k in shares else s / seen for k, s in sums.items()}
-        return {
-            **means,
-            "train_loss": means["loss"],
-            "skips": skips,
-            "rho_target": target,
-            "rho_cap": now.rho_cap,
-        }, logged
+        return (
+            {
+                **means,
+                "train_loss": means["loss"],
+                "skips": skips,
+                "rho_target": target,
+                "rho_cap": now.rho_cap,
+            },
+            logged,
+            memory,
+        )
 
     def _load_state(self) -> dict:
         path = self.folder / "last" / "state.pt"
