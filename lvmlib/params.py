@@ -117,6 +117,16 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Rewind:
+    """The escape guard, at an epoch's end: back to the best epoch, slower, where a run goes wrong."""
+
+    fall: float  # wrong: the validation novel MRR is below its best by more than this share of it
+    escape: float  # or the epoch's escape share (`losses.health`) has risen above this
+    cool: float  # then the learning rate and control.lambda_max are multiplied by this
+    most: int  # so many rewinds; where one more is due, the run ends
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Piecewise constant over epochs, which count from 1."""
 
@@ -171,6 +181,7 @@ class Version:
     losses: Losses
     control: Control
     schedule: Schedule
+    rewind: Rewind | None
     expected: tuple[Expected, ...]
     published: Published
 
@@ -458,6 +469,8 @@ def _check(v: Version, where: str) -> None:
         f"{'none or constrained' if d.kind == 'none' else 'a rule'}, as losses.directional.kind is {d.kind!r}",
     )
     _check_control(v, need)
+    if v.rewind is not None:
+        _check_rewind(v.rewind, need)
     needs = {
         "none": (),
         "gradient_share": ("margin", "rho_target"),
@@ -492,6 +505,13 @@ def _check(v: Version, where: str) -> None:
             cap,
             f"at least rho_target {target} (epoch {epoch})",
         )
+
+
+def _check_rewind(r: Rewind, need) -> None:
+    need(0 < r.fall < 1, "rewind.fall", r.fall, "a share of the best novel MRR, between 0 and 1")
+    need(0 < r.escape <= 1, "rewind.escape", r.escape, "above 0 and at most 1, which is never exceeded")
+    need(0 < r.cool < 1, "rewind.cool", r.cool, "between 0 and 1")
+    need(r.most >= 0, "rewind.most", r.most, "0 or more")
 
 
 def _check_control(v: Version, need) -> None:

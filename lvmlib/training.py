@@ -12,7 +12,14 @@ The folder, `outputs/<dataset>/<version>/seed<k>/`:
     best.safetensors    weights of the best epoch on validation, by what `select` names; of a constrained version
                         before all else one that keeps its bound in training
     last/state.pt       all that resuming needs
+    last/good.pt        of a version with `rewind`: the state it goes back to
     fivecat.json        written by the notebook
+
+A version with `rewind` (the escape guard) is looked at after each epoch: where the validation novel MRR has fallen by
+more than a share of its best, or the escape share has risen above a bound, model, optimizer and controller go back to
+the end of the epoch with the best novel MRR of those where nothing was wrong, and go on from there with a lower
+learning rate and ceiling of λ. The epochs count on: the schedule does not go back. Where a rewind too many is due, the
+run ends before its time; it is finished all the same, and `stopped` in run.yaml says why.
 
 A file appears whole or not at all. The epoch's random stream and data order depend on seed and epoch alone,
 so a run resumed at an epoch's end goes on to the same weights, bit for bit on the same machine.
@@ -21,6 +28,7 @@ so a run resumed at an epoch's end goes on to the same weights, bit for bit on t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -74,6 +82,7 @@ EPOCH_COLUMNS = (
     "angle",
     "skips",
     "temperature",
+    "rewound",
     "learning_rate",
     "seconds",
 )
@@ -105,11 +114,11 @@ STEP_COLUMNS = (
     "gradient_norm",
 )
 # What the first runs did not log, or did not have as a parameter, with the value that they ran with.
-LATER = ("escape", *PULLS, "rho_gradient", "angle", "listwise", "novel_mrr", "temperature")
+LATER = ("escape", *PULLS, "rho_gradient", "angle", "listwise", "novel_mrr", "temperature", "rewound")
 EARLIER = {"direction": "forward", "select": "val_loss", "optimizer.decay": "all", "losses.mean_square": 1.0}
 EARLIER |= {"losses.listwise.weight": 0.0, "losses.listwise.temperature": 0.1, "losses.listwise.candidates": 128}
 EARLIER |= {"control.smoothing": 0.99, "control.measure": "value", "control.kp": 0.0, "control.ki": 0.1}
-EARLIER |= {"control.constraint": None}
+EARLIER |= {"control.constraint": None, "rewind": None}
 # Words, figures to compare with, and where it is computed make no other run. The precision that was used does.
 NOT_COMPARED = ("about", "expected", "published", "device", "precision")
 EVALUATION_BATCH = 512
@@ -200,10 +209,11 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return len(self.history) >= self.version.epochs
+        return len(self.history) >= self.version.epochs or "stopped" in self.record
 
     def __len__(self) -> int:
-        return self.version.epochs
+        """The epochs that iterating yields: the version's, or, of a run that was stopped, those that it had."""
+        return len(self.history) if self.finished else self.version.epochs
 
     def __iter__(self) -> Iterator[dict]:
         yield from self.history.to_dict("records")
@@ -271,6 +281,8 @@ class Run:
             self._state = self._load_state()
             self.history = pd.DataFrame(json.loads(self._state["history"]), columns=EPOCH_COLUMNS)
             self.steps = pd.DataFrame(json.loads(self._state["steps"]), columns=STEP_COLUMNS)
+            if self._state.get("stopped"):
+                self.record["stopped"] = self._state["stopped"]
             self._write_tables()
         if self.finished and "finished" not in self.record:
             self._write_tables()  # killed before its last file
@@ -291,12 +303,14 @@ class Run:
             optimizer, factor=v.optimizer.plateau_factor, patience=v.optimizer.plateau_patience
         )
         best, short, memory = math.inf, math.inf, controller.START
+        rewinds, peak = 0, -math.inf  # peak: the novel MRR of the epoch that a rewind goes back to
         if self._state:
             model.load_state_dict(self._state["model"])
             optimizer.load_state_dict(self._state["optimizer"])
             plateau.load_state_dict(self._state["plateau"])
             best, short = self._state["best"], self._state.get("short", 0.0)
             memory = controller.State(*self._state.get("controller", ()))
+            rewinds, peak = self._state.get("rewinds", 0), self._state.get("peak", -math.inf)
             if ranks:
                 scale.data.copy_(self._state["scale"])
             self._state = None
@@ -309,9 +323,10 @@ class Run:
         for epoch in range(len(history) + 1, v.epochs + 1):
             started = time.perf_counter()
             learning_rate = optimizer.param_groups[0]["lr"]
+            control = self._cooled(rewinds)
             with seeded(v.seed, epoch):
                 means, logged, memory = self._epoch(
-                    epoch, model, optimizer, articles["train"], scale if ranks else None, v.control, memory
+                    epoch, model, optimizer, articles["train"], scale if ranks else None, control, memory
                 )
             val = validate(model, self.data.val, vectors, articles["val"])
             score = val["val_loss"] if v.select == "val_loss" else -val["novel_mrr"]
@@ -327,17 +342,33 @@ class Run:
                     ),
                 )
                 (self.folder / "best.safetensors").chmod(0o644)  # safetensors makes it the owner's alone
+            temperature = math.exp(-float(scale.detach())) if ranks else math.nan
+            lowest = min((past["escape"] for past in history), default=math.inf)
+            why = self._wrong(means["escape"], lowest, val["novel_mrr"], peak)
+            rewound = bool(why) and rewinds < v.rewind.most
+            if why and not rewound:
+                self.record["stopped"] = f"epoch {epoch}: {why}, after {rewinds} rewinds"
+            elif rewound:
+                rewinds += 1
+                memory = self._rewind(model, optimizer, plateau, scale)
+            elif v.rewind and val["novel_mrr"] > peak:
+                peak = val["novel_mrr"]
+                self._write_good(model, optimizer, plateau, scale, memory)
             row = {
                 **means,
                 **val,
                 "epoch": epoch,
-                "temperature": math.exp(-float(scale.detach())) if ranks else math.nan,
+                "temperature": temperature,
+                "rewound": float(rewound),
                 "learning_rate": learning_rate,
                 "seconds": time.perf_counter() - started,
             }
             history.append({c: row[c] for c in EPOCH_COLUMNS})
             steps += logged
             state = {
+                "rewinds": rewinds,
+                "peak": peak,
+                "stopped": self.record.get("stopped", ""),
                 "best": best,
                 "short": short,
                 "scale": scale.detach(),
@@ -352,6 +383,53 @@ class Run:
             self.history, self.steps = pd.DataFrame(history), pd.DataFrame(steps)
             self._write_tables()
             yield history[-1]
+            if self.finished:
+                return
+
+    def _wrong(self, escape: float, lowest: float, novel_mrr: float, peak: float) -> str:
+        """What the escape guard finds wrong with an epoch; empty where nothing is, or no guard.
+
+        `lowest`: the least escape share before. A model that knows nothing yet has about one half: only one that has
+        been below the bound can rise above it. `peak`: the best novel MRR so far.
+        """
+        r = self.version.rewind
+        if r and escape > r.escape >= lowest:
+            return f"the escape share is {escape:.3f}, risen above {r.escape:g}"
+        if r and novel_mrr < (1 - r.fall) * peak:
+            return f"the novel MRR is {novel_mrr:.4f}, more than {r.fall:.0%} below its best, {peak:.4f}"
+        return ""
+
+    def _write_good(self, model, optimizer, plateau, scale, memory: controller.State) -> None:
+        # Before state.pt: killed in between, the epoch is trained again, and the file written again as it was.
+        good = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "plateau": plateau.state_dict(),
+            "scale": scale.detach(),
+            "controller": list(memory),
+        }
+        write_whole(self.folder / "last" / "good.pt", lambda p: torch.save(good, p))
+
+    def _rewind(self, model, optimizer, plateau, scale) -> controller.State:
+        """All of these as at the end of the best epoch, but the learning rate that of now, cooled down; the
+        controller's state then."""
+        good = self._load_state("good.pt")
+        rates = [group["lr"] * self.version.rewind.cool for group in optimizer.param_groups]
+        model.load_state_dict(good["model"])
+        optimizer.load_state_dict(good["optimizer"])
+        plateau.load_state_dict(good["plateau"])
+        scale.data.copy_(good["scale"])
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return controller.State(*good["controller"])
+
+    def _cooled(self, rewinds: int) -> Control:
+        """The version's control with the ceiling of λ that holds after so many rewinds; never below lambda_min."""
+        control = self.version.control
+        if not rewinds:
+            return control
+        ceiling = max(control.lambda_max * self.version.rewind.cool**rewinds, control.lambda_min)
+        return dataclasses.replace(control, lambda_max=ceiling)
 
     def _write_tables(self) -> None:
         write_whole(self.folder / "epochs.csv", lambda p: self.history.to_csv(p, index=False))
@@ -488,8 +566,8 @@ class Run:
             memory,
         )
 
-    def _load_state(self) -> dict:
-        path = self.folder / "last" / "state.pt"
+    def _load_state(self, name: str = "state.pt") -> dict:
+        path = self.folder / "last" / name
         try:
             return torch.load(path, map_location=self.device, weights_only=True)
         except Exception as e:  # whatever a damaged file makes of torch.load

@@ -38,6 +38,7 @@ COMMON = {
     "control.kp": 0.0,
     "control.ki": 0.1,
     "control.constraint": None,
+    "rewind": None,
 }
 OURS = {"rank", "share", "pi", "bounded", "margin"}  # after the handbook's
 
@@ -744,3 +745,14 @@ def test_our_versions_hold_what_they_say():
     assert (version("bounded").control.constraint.measure, version("bounded").losses.mean_square) == ("cosine", 0)
     assert (version("margin").control.constraint.measure, version("margin").losses.mean_square) == ("margin", 1)
     assert version("margin").losses.directional.prev == -1  # the margin that the tables report
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("fall", 0.0), ("fall", 1.0), ("escape", 0.0), ("escape", 1.1), ("cool", 0.0), ("cool", 1.0), ("most", -1)],
+)
+def test_impossible_rewinds_are_refused(key, value):
+    good = {"fall": 0.1, "escape": 0.3, "cool": 0.5, "most": 2}
+    assert version("v22", {"rewind": good}).rewind == params.Rewind(**good)
+    refused(lambda: version("v22", {"rewind": good | {key: value}}), "params/v22.yaml", f"rewind.{key}", "needed is")
+    refused(lambda: version("v22", {"rewind": {k: v for k, v in good.items() if k != key}}), f"rewind.{key}", "missing")
