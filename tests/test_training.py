@@ -518,7 +518,7 @@ def test_the_gradient_share_of_a_run_is_the_target_and_the_memory_crosses_epochs
     steps = finish(lvm.train(v, data, tmp_path / "run")).steps
     mse, directional = steps["pull_mse"], steps["pull_directional"] / steps["lambda_eff"]
     for t in range(len(steps)):
-        weights = 0.99 ** np.arange(t, -1, -1.0)
+        weights = 0.9 ** np.arange(t, -1, -1.0)
         wanted = 0.15 if steps["epoch"][t] < 3 else 0.25
         wanted *= np.average(mse[: t + 1], weights=weights) / np.average(directional[: t + 1], weights=weights)
         assert steps["lambda_eff"][t] == pytest.approx(wanted, rel=1e-6), t
@@ -562,7 +562,8 @@ def test_a_state_from_before_the_controller_s_is_resumed(data, tmp_path):
     part.close()
     path = tmp_path / "part" / "last" / "state.pt"
     state = torch.load(path, weights_only=True)
-    del state["controller"]
+    for key in ("controller", "short", "rewinds", "peak", "stopped"):
+        del state[key]
     torch.save(state, path)
     resumed = finish(lvm.train(version(), data, tmp_path / "part"))
     assert same(weights(whole.folder), weights(resumed.folder))
