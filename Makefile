@@ -81,5 +81,5 @@ notebooks: .venv/test
 	@touch .venv/main $@
 
 .venv/test: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[encode,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[encode,constrained,test]'
 	@touch .venv/main .venv/encode $@

@@ -1,11 +1,13 @@
 """λ, the weight of the directional loss, batch by batch: numbers in, numbers out (handbook §3).
 
 ρ is the directional share of the loss, λ·L_dir / L_mse. Note that it compares values, not gradients
-(handbook §4.1 point 7).
+(handbook §4.1 point 7). The later rules have a memory, a `State` that is passed in and comes back: `gradient_share`
+holds the share of the gradient, `pi` either share by feedback, `constrained` has a Lagrange multiplier for λ.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from .params import Control, Gate, Schedule, Steps
@@ -80,22 +82,115 @@ def guarded(pos: float, neg: float, guard: str) -> bool:
     return False
 
 
+class State(NamedTuple):
+    """What a rule with a memory carries from batch to batch; plain floats, as `last/state.pt` keeps them."""
+
+    weight: float = 0.0  # of the exponential sums; 0 before the first batch
+    mse: float = 0.0  # gradient_share: exponential sums of the two gradients' norms
+    directional: float = 0.0
+    integral: float = 0.0  # pi: the integral of the error, in ln λ; constrained: the multiplier
+    last: float = 0.0  # pi: ln λ of the last batch; constrained: the smoothed shortfall
+
+
+START = State()  # before the first batch
+
+
+def gradient_share(pulls: tuple[float, float], target: float, c: Control, state: State) -> tuple[float, State]:
+    """λ at which the directional gradient at the prediction has `target` times the norm of the mean square's.
+
+    `pulls`: ‖μ·∂L_mse/∂raw‖ and ‖∂L_dir/∂raw‖ of the batch. Both are drawn into exponential means with the weights
+    `c.smoothing`ᵏ of the batch k ago, divided by the sum of the weights, so that the first batches count in full, as in
+    the loss balancer of EnCodec (Défossez et al. 2022, §3.4).
+    """
+    b = c.smoothing
+    weight, mse, directional = (b * x + (1 - b) * y for x, y in zip(state[:3], (1.0, *pulls), strict=True))
+    lambda_ = fraction(mse / weight, directional / weight, target, c)
+    return lambda_, state._replace(weight=weight, mse=mse, directional=directional)
+
+
+def pi(ratio: float, target: float, c: Control, state: State) -> tuple[float, State]:
+    """A PI controller of the share λ·`ratio`, by value (`ratio` = L_dir / L_mse) or of the gradient.
+
+        e_t = ln target − ln(λ_{t−1}·ratio_t),    I_t = I_{t−1} + ki·e_t,    ln λ_t = I_t + kp·e_t
+
+    In ln λ, because the share is proportional to λ: from ln λ to the logarithm of the share the gain is 1 whatever the
+    losses' sizes, λ stays positive, and one pair of gains serves all versions. At a constant ratio the error follows
+    z² − (1 − ki − kp)·z − kp = 0, which settles for kp < 1 and ki + 2·kp < 2. ki = 1, kp = 0 would solve for the target
+    in every batch, as `fraction` does; a smaller ki averages over about 1/ki batches. It starts on the target.
+
+    Anti-windup: nothing is integrated while λ is at the end of its range that the error pushes to, and the integral
+    stays in the range (conditional integration, as in ControlVAE: Shao et al. 2020).
+    """
+    low, high = math.log(c.lambda_min), math.log(c.lambda_max)
+    wanted = math.log(target / max(ratio, TINY))
+    start = clamp(wanted, low, high)
+    integral, last = (clamp(x, low, high) for x in (state.integral, state.last)) if state.weight else (start, start)
+    error = wanted - last
+    before = integral + c.kp * error
+    if not (before >= high if error > 0 else before <= low):
+        integral = clamp(integral + c.ki * error, low, high)
+    level = clamp(integral + c.kp * error, low, high)
+    return clamp(math.exp(level), c.lambda_min, c.lambda_max), state._replace(weight=1.0, integral=integral, last=level)
+
+
+def constrained(violation: float, c: Control, state: State) -> tuple[float, State]:
+    """The Lagrange multiplier of the constraint `violation` ≤ 0 (`losses.shortfall`): ascent in the dual, by νPI.
+
+        ξ_t = ν·ξ_{t−1} + (1 − ν)·g_t,    λ_t = clamp(λ_{t−1} + ki·g_t + kp·(ξ_t − ξ_{t−1}), 0, λ_max)
+
+    with ν = `c.smoothing` and ξ_{−1} = g_0 (Sohrabi et al. 2024, algorithm 1; kp = 0 is plain gradient ascent). The
+    projection is the anti-windup: a multiplier at a bound takes up no more. It falls to 0, below λ_min, where the
+    constraint does not bind; at λ_max the bound is out of reach.
+    """
+    smoothed = c.smoothing * state.last + (1 - c.smoothing) * violation if state.weight else violation
+    change = smoothed - state.last if state.weight else 0.0
+    multiplier = clamp(state.integral + c.ki * violation + c.kp * change, 0.0, c.lambda_max)
+    return multiplier, state._replace(weight=1.0, integral=multiplier, last=smoothed)
+
+
+def by_gradient(c: Control) -> bool:
+    """Whether the schedule's rho_target is a share of the gradient, `rho_gradient` in the tables, not of the loss."""
+    return c.rule == "gradient_share" or (c.rule == "pi" and c.measure == "gradient")
+
+
 class Decision(NamedTuple):
-    """λ_eff and ρ of a batch (0 where the directional term is out), the gate's factor, whether the guard skipped."""
+    """λ_eff and ρ of a batch (0 where the directional term is out), the gate's factor, whether the guard skipped, and
+    the state for the next batch."""
 
     lambda_eff: float
     rho: float
     gate: float
     skip: bool
+    state: State = START
 
 
-def decide(c: Control, now: Phase, mse: float, directional: float, pos: float, neg: float) -> Decision:
-    """λ_eff for a batch with these detached losses and mean cosines."""
+def decide(
+    c: Control,
+    now: Phase,
+    mse: float,
+    directional: float,
+    pos: float,
+    neg: float,
+    state: State = START,
+    pulls: tuple[float, float] = (math.nan, math.nan),
+) -> Decision:
+    """λ_eff for a batch with these detached losses and mean cosines.
+
+    `state`: that of the last decision. `pulls`: what `gradient_share` takes, needed where `by_gradient`. A batch that
+    the guard skips leaves the state as it is.
+    """
     if c.rule == "none":
-        return Decision(0.0, 0.0, 1.0, False)
+        return Decision(0.0, 0.0, 1.0, False, state)
     if guarded(pos, neg, c.guard):
-        return Decision(0.0, 0.0, 1.0, True)
-    if c.rule == "fraction":
+        return Decision(0.0, 0.0, 1.0, True, state)
+    if c.rule == "gradient_share":
+        lambda_, state = gradient_share(pulls, now.rho_target, c, state)
+    elif c.rule == "pi":
+        of, part = pulls if by_gradient(c) else (mse, directional)
+        lambda_, state = pi(part / max(of, TINY), now.rho_target, c, state)
+    elif c.rule == "constrained":
+        lambda_, state = constrained(directional, c, state)
+    elif c.rule == "fraction":
         lambda_ = fraction(mse, directional, now.fraction, c)
     elif c.rule == "rho_cap":
         lambda_ = rho_cap(mse, directional, now.fraction, now.rho_cap, c)
@@ -105,4 +200,4 @@ def decide(c: Control, now: Phase, mse: float, directional: float, pos: float, n
         lambda_ = c.lambda_max
     gate = confidence(pos, c.gate) if c.gate else 1.0
     lambda_ *= gate
-    return Decision(lambda_, share(lambda_, mse, directional), gate, False)
+    return Decision(lambda_, share(lambda_, mse, directional), gate, False, state)

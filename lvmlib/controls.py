@@ -63,7 +63,7 @@ def brief(version: Version, train: Windows, steps: int, seed: int, learning_rate
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, weight_decay=version.optimizer.weight_decay, fused=True
     )
-    vectors, size = torch.from_numpy(train.store.vectors), version.batch_size
+    vectors, size, state = torch.from_numpy(train.store.vectors), version.batch_size, controller.START
     with seeded(seed, 1):
         rounds = math.ceil(steps * size / len(train))
         order = torch.cat([torch.randperm(len(train)) for _ in range(rounds)]).numpy()
@@ -72,12 +72,19 @@ def brief(version: Version, train: Windows, steps: int, seed: int, learning_rate
             context, target = train.batch(order[i * size : (i + 1) * size], vectors)
             raw, unit = model(context)
             margin = now.margin if version.control.rule != "none" else 0.0
-            terms = losses.terms(raw, unit, context, target, margin, version.losses)
+            terms = losses.terms(
+                raw, unit, context, target, margin, version.losses, constraint=version.control.constraint
+            )
             with torch.no_grad():
                 pos = losses.cosine(unit, target).mean()
                 neg = losses.cosine(unit, context[:, version.losses.directional.prev]).mean()
             values = torch.stack([terms.mse, terms.directional, pos, neg]).tolist()
-            decision = controller.decide(version.control, now, *values)
+            pulls = (math.nan, math.nan)
+            if controller.by_gradient(version.control):
+                pulled = losses.pulls(terms, raw)
+                pulls = version.losses.mean_square * float(pulled["pull_mse"]), float(pulled["pull_directional"])
+            decision = controller.decide(version.control, now, *values, state, pulls)
+            state = decision.state
             optimizer.zero_grad(set_to_none=True)
             terms.total(version.losses, decision.lambda_eff).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), version.optimizer.clip_norm)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .params import Directional, Losses
+from .params import Constraint, Directional, Losses
 
 EPSILON = 1e-6  # keeps the ratio defined where both cosines vanish
 
@@ -86,8 +86,20 @@ def listwise(unit: Tensor, rivals: Tensor, there: Tensor, scale: Tensor) -> Tens
     return -logits.masked_fill(~there, float("-inf")).log_softmax(1)[:, 0].mean()
 
 
+def shortfall(unit: Tensor, target: Tensor, prev: Tensor, constraint: Constraint) -> Tensor:
+    """How far the batch stays below its bound: c − mean cos(p, y), or m − mean [cos(p, y) − cos(p, prev)].
+
+    Above 0 where the constraint is violated; its weight in the loss is the Lagrange multiplier.
+    """
+    reached = cosine(unit, target)
+    if constraint.measure == "margin":
+        reached = gap(reached, cosine(unit, prev))
+    return constraint.at_least - reached.mean()
+
+
 class Terms(NamedTuple):
-    """Every term of a batch by name; scalar tensors. `directional`, `listwise`: 0 for a version without one."""
+    """Every term of a batch by name; scalar tensors. `directional`, `listwise`: 0 for a version without one;
+    `directional` of a constrained version is its `shortfall`."""
 
     mse: Tensor
     directional: Tensor
@@ -130,13 +142,16 @@ def terms(
     margin: float,
     weights: Losses,
     rivals: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    constraint: Constraint | None = None,
 ) -> Terms:
     """All terms of a batch. `context` (B, T, D); `margin` is the schedule's m_gap of the epoch; `rivals`: what
-    `listwise` takes, the ranking prediction first, for a version that has it."""
+    `listwise` takes, the ranking prediction first, for a version that has it; `constraint`: of a constrained version."""
     prev = context[:, weights.directional.prev]
     return Terms(
         mse(raw, target),
-        directional(unit, target, prev, margin, weights.directional),
+        shortfall(unit, target, prev, constraint)
+        if constraint
+        else directional(unit, target, prev, margin, weights.directional),
         floor(unit, target, weights.floor.tau),
         norm(raw),
         orthogonality(unit, prev),

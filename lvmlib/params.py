@@ -95,12 +95,35 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What rule `constrained` keeps the batch mean at: cos(p, y), or cos(p, y) − cos(p, prev), at least so much."""
+
+    measure: Literal["cosine", "margin"]
+    at_least: float
+
+
+@dataclass(frozen=True)
 class Control:
-    rule: Literal["none", "fraction", "rho_cap", "rho_controller", "fixed"]
-    lambda_min: float
+    rule: Literal["none", "fraction", "rho_cap", "rho_controller", "fixed", "gradient_share", "pi", "constrained"]
+    lambda_min: float  # but a multiplier (rule constrained) may vanish
     lambda_max: float  # rule `fixed` stays here
     guard: Literal["none", "v2", "v21"]
     gate: Gate | None
+    smoothing: float = 0.99  # of the exponential means (gradient_share), of the error that kp acts on (constrained)
+    measure: Literal["value", "gradient"] = "value"  # what rule pi holds at rho_target: the share of the loss, or this
+    kp: float = 0.0  # gains per batch: of the error in ln λ (pi), of the shortfall in λ (constrained)
+    ki: float = 0.1
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """The escape guard, at an epoch's end: back to the best epoch, slower, where a run goes wrong."""
+
+    fall: float  # wrong: the validation novel MRR is below its best by more than this share of it
+    escape: float  # or the epoch's escape share (`losses.health`) has risen above this
+    cool: float  # then the learning rate and control.lambda_max are multiplied by this
+    most: int  # so many rewinds; where one more is due, the run ends
 
 
 @dataclass(frozen=True)
@@ -109,7 +132,7 @@ class Schedule:
 
     margin: Steps  # m_gap
     fraction: Steps  # rules fraction and rho_cap
-    rho_target: Steps  # rule rho_controller
+    rho_target: Steps  # rules rho_controller, gradient_share and pi: the share that they hold
     rho_cap: Steps  # rules rho_cap and rho_controller
 
 
@@ -158,6 +181,7 @@ class Version:
     losses: Losses
     control: Control
     schedule: Schedule
+    rewind: Rewind | None
     expected: tuple[Expected, ...]
     published: Published
 
@@ -439,13 +463,19 @@ def _check(v: Version, where: str) -> None:
     )
     need(0 < o.plateau_factor < 1, "optimizer.plateau_factor", o.plateau_factor, "between 0 and 1")
     need(
-        (d.kind == "none") == (c.rule == "none"),
+        (d.kind == "none") == (c.rule in ("none", "constrained")),
         "control.rule",
         c.rule,
-        f"{'none' if d.kind == 'none' else 'a rule'}, as losses.directional.kind is {d.kind!r}",
+        f"{'none or constrained' if d.kind == 'none' else 'a rule'}, as losses.directional.kind is {d.kind!r}",
     )
+    _check_control(v, need)
+    if v.rewind is not None:
+        _check_rewind(v.rewind, need)
     needs = {
         "none": (),
+        "gradient_share": ("margin", "rho_target"),
+        "pi": ("margin", "rho_target"),
+        "constrained": (),
         "fraction": ("margin", "fraction"),
         "rho_cap": ("margin", "fraction", "rho_cap"),
         "rho_controller": ("margin", "rho_target", "rho_cap"),
@@ -474,6 +504,44 @@ def _check(v: Version, where: str) -> None:
             "schedule.rho_cap",
             cap,
             f"at least rho_target {target} (epoch {epoch})",
+        )
+
+
+def _check_rewind(r: Rewind, need) -> None:
+    need(0 < r.fall < 1, "rewind.fall", r.fall, "a share of the best novel MRR, between 0 and 1")
+    need(0 < r.escape <= 1, "rewind.escape", r.escape, "above 0 and at most 1, which is never exceeded")
+    need(0 < r.cool < 1, "rewind.cool", r.cool, "between 0 and 1")
+    need(r.most >= 0, "rewind.most", r.most, "0 or more")
+
+
+def _check_control(v: Version, need) -> None:
+    """The parameters of the rules with a memory."""
+    c = v.control
+    need(0 <= c.smoothing < 1, "control.smoothing", c.smoothing, "at least 0 and below 1")
+    need(c.kp >= 0 and c.ki > 0, "control", (c.kp, c.ki), "kp 0 or more, and ki above 0")
+    if c.rule == "pi":  # the poles of the loop that `controller.pi` describes lie inside the unit circle
+        need(
+            c.kp < 1 and c.ki + 2 * c.kp < 2,
+            "control",
+            (c.kp, c.ki),
+            "kp below 1 and ki + 2·kp below 2, or it never settles",
+        )
+    if c.rule in ("gradient_share", "pi"):
+        need(v.losses.mean_square > 0, "losses.mean_square", v.losses.mean_square, f"above 0 for rule {c.rule}")
+        lowest = min((value for _, value in v.schedule.rho_target), default=1.0)
+        need(lowest > 0, "schedule.rho_target", lowest, f"above 0 for rule {c.rule}")
+    need(
+        (c.rule == "constrained") == (c.constraint is not None),
+        "control.constraint",
+        c.constraint,
+        "{measure: …, at_least: …} for rule constrained, and null for the others",
+    )
+    if c.constraint is not None:
+        most = {"cosine": 1, "margin": 2}[c.constraint.measure]
+        bound = c.constraint.at_least
+        need(-most <= bound <= most, "control.constraint.at_least", bound, f"-{most} to {most}")
+        need(
+            c.guard == "none" and c.gate is None, "control", (c.guard, c.gate), "guard none and gate null: constrained"
         )
 
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from .arrow import MEASURES, Arrow
+from .controller import by_gradient
 from .fivecat import COHERENCE, GATES, GENERALISES, OFFSETS, ORIGINAL_OFFSETS, STEPS, THRESHOLDS, Report, ablations
 from .params import Version, data_name
 from .statistics import chance_recall, over_articles
@@ -203,10 +204,10 @@ def training(history: pd.DataFrame, version: Version, baselines: pd.DataFrame | 
     cosine.plot(epoch, history["neg"], "^--", color=BAND, label="training, cos(p, prev): neg")
     cosine.set(title="Cosines: is the target nearer than prev?", ylabel="cosine")
 
-    share.plot(epoch, history["rho"], "o-", color=INK, label="ρ")
+    share.plot(epoch, history[_held(version)[0]], "o-", color=INK, label="ρ")
     share.step(epoch, history["rho_target"], where="mid", color=PULL, ls="--", label="target")
     share.step(epoch, history["rho_cap"], where="mid", color=WARN, ls=":", label="cap")
-    share.set(title="Directional share of the loss, ρ", ylabel="λ · L_dir / L_mse")
+    share.set(title=_held(version)[1], ylabel=_held(version)[2])
 
     margin.plot(epoch, history["margin"], "o-", color=INK, label="this run")
     margin.plot(epoch, history["gap"], "s:", color=PULL, label="training gap, against prev")
@@ -250,6 +251,13 @@ def training(history: pd.DataFrame, version: Version, baselines: pd.DataFrame | 
         weight="bold",
     )
     return figure
+
+
+def _held(version: Version) -> tuple[str, str, str]:
+    """Of the share that the version holds at rho_target: its column, and what a figure of it is called."""
+    if by_gradient(version.control):
+        return "rho_gradient", "Directional share of the gradient, ρ", "‖λ · ∂L_dir‖ / ‖∂L_mse‖"
+    return "rho", "Directional share of the loss, ρ", "λ · L_dir / L_mse"
 
 
 def _expected(axis, version: Version, column: str, scale: float) -> None:
@@ -302,8 +310,8 @@ def step_health(steps: pd.DataFrame, version: Version) -> Figure:
         x, steps["rho_target"] - 0.05, steps["rho_target"] + 0.05, color=BAND, alpha=0.3, lw=0, label="target ± 0.05"
     )
     share.plot(x, steps["rho_cap"], ":", color=WARN, label="cap")
-    share.plot(x, steps["rho"], "o-", color=INK, label="ρ")
-    share.set(title="Directional share of the loss, ρ", ylabel="λ · L_dir / L_mse")
+    share.plot(x, steps[_held(version)[0]], "o-", color=INK, label="ρ")
+    share.set(title=_held(version)[1], ylabel=_held(version)[2])
     pull.plot(x, steps["lambda_eff"], "o-", color=INK, label="λ_eff")
     skipped = steps[steps["skip"] > 0]
     pull.plot(skipped["step"], skipped["lambda_eff"], "x", color=WARN, ms=9, label="skipped by the guard")
@@ -344,7 +352,8 @@ def pulls(rows: pd.DataFrame, version: Version, x: str) -> Figure:
     norms.set(title="Gradient of each weighted term", ylabel="norm at the prediction")
     share.plot(rows[x], rows["rho"], "o-", color=INK, label="ρ in value")
     share.plot(rows[x], rows["rho_gradient"], "^--", color=PULL, label="ρ in gradient")
-    share.plot(rows[x], rows["rho_target"], ":", color=GREY, label="target (of the value)")
+    aim = "gradient" if by_gradient(version.control) else "value"
+    share.plot(rows[x], rows["rho_target"], ":", color=GREY, label=f"target (of the {aim})")
     share.set(title="The directional share, twice", ylabel="directional / mean square", ylim=(0, None))
     angle.plot(rows[x], rows["angle"], "o-", color=INK)
     angle.axhline(90, color=GREY, label="at right angles")
@@ -373,7 +382,7 @@ def checks(history: pd.DataFrame, steps: pd.DataFrame, version: Version) -> Figu
     """The quantities of the checklist, each with its bound and the zone that it should stay out of shaded."""
     figure, axes = plt.subplots(2, 4, figsize=(15, 5.6), layout="constrained")
     acting = steps[steps["skip"] == 0]
-    miss = (acting["rho"] - acting["rho_target"]).abs()
+    miss = (acting[_held(version)[0]] - acting["rho_target"]).abs()
     panels = [
         ("|ρ − target|", "step", acting["step"], miss, RHO_TOLERANCE, "above"),
         ("batches skipped", "epoch", history["epoch"], history["skips"], 0.5, "above"),

@@ -9,9 +9,17 @@ The folder, `outputs/<dataset>/<version>/seed<k>/`:
     run.yaml            parameters, dataset fingerprint, library versions, commit; when finished: time and memory
     steps.csv           a row every `log_every` steps, the first and the last
     epochs.csv          a row an epoch
-    best.safetensors    weights of the epoch with the lowest validation loss
+    best.safetensors    weights of the best epoch on validation, by what `select` names; of a constrained version
+                        before all else one that keeps its bound in training
     last/state.pt       all that resuming needs
+    last/good.pt        of a version with `rewind`: the state it goes back to
     fivecat.json        written by the notebook
+
+A version with `rewind` (the escape guard) is looked at after each epoch: where the validation novel MRR has fallen by
+more than a share of its best, or the escape share has risen above a bound, model, optimizer and controller go back to
+the end of the epoch with the best novel MRR of those where nothing was wrong, and go on from there with a lower
+learning rate and ceiling of λ. The epochs count on: the schedule does not go back. Where a rewind too many is due, the
+run ends before its time; it is finished all the same, and `stopped` in run.yaml says why.
 
 A file appears whole or not at all. The epoch's random stream and data order depend on seed and epoch alone,
 so a run resumed at an epoch's end goes on to the same weights, bit for bit on the same machine.
@@ -20,6 +28,7 @@ so a run resumed at an epoch's end goes on to the same weights, bit for bit on t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -40,7 +49,7 @@ import yaml
 
 from . import controller, losses, models
 from .errors import LVMError
-from .params import ROOT, Version, data_name, flat, outputs
+from .params import ROOT, Control, Version, data_name, flat, outputs
 from .retrieval import Articles, among_context
 from .vectors import DIRECTIONS, Dataset, Windows
 
@@ -73,6 +82,7 @@ EPOCH_COLUMNS = (
     "angle",
     "skips",
     "temperature",
+    "rewound",
     "learning_rate",
     "seconds",
 )
@@ -104,12 +114,15 @@ STEP_COLUMNS = (
     "gradient_norm",
 )
 # What the first runs did not log, or did not have as a parameter, with the value that they ran with.
-LATER = ("escape", *PULLS, "rho_gradient", "angle", "listwise", "novel_mrr", "temperature")
+LATER = ("escape", *PULLS, "rho_gradient", "angle", "listwise", "novel_mrr", "temperature", "rewound")
 EARLIER = {"direction": "forward", "select": "val_loss", "optimizer.decay": "all", "losses.mean_square": 1.0}
 EARLIER |= {"losses.listwise.weight": 0.0, "losses.listwise.temperature": 0.1, "losses.listwise.candidates": 128}
+EARLIER |= {"control.smoothing": 0.99, "control.measure": "value", "control.kp": 0.0, "control.ki": 0.1}
+EARLIER |= {"control.constraint": None, "rewind": None}
 # Words, figures to compare with, and where it is computed make no other run. The precision that was used does.
 NOT_COMPARED = ("about", "expected", "published", "device", "precision")
 EVALUATION_BATCH = 512
+FEASIBLE = 0.01  # a bound missed by so little in an epoch's mean counts as kept: batches scatter about it
 
 
 def run_folder(version: Version, run_name: str | None = None) -> Path:
@@ -196,10 +209,11 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return len(self.history) >= self.version.epochs
+        return len(self.history) >= self.version.epochs or "stopped" in self.record
 
     def __len__(self) -> int:
-        return self.version.epochs
+        """The epochs that iterating yields: the version's, or, of a run that was stopped, those that it had."""
+        return len(self.history) if self.finished else self.version.epochs
 
     def __iter__(self) -> Iterator[dict]:
         yield from self.history.to_dict("records")
@@ -267,6 +281,8 @@ class Run:
             self._state = self._load_state()
             self.history = pd.DataFrame(json.loads(self._state["history"]), columns=EPOCH_COLUMNS)
             self.steps = pd.DataFrame(json.loads(self._state["steps"]), columns=STEP_COLUMNS)
+            if self._state.get("stopped"):
+                self.record["stopped"] = self._state["stopped"]
             self._write_tables()
         if self.finished and "finished" not in self.record:
             self._write_tables()  # killed before its last file
@@ -286,12 +302,15 @@ class Run:
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=v.optimizer.plateau_factor, patience=v.optimizer.plateau_patience
         )
-        best = math.inf
+        best, short, memory = math.inf, math.inf, controller.START
+        rewinds, peak = 0, -math.inf  # peak: the novel MRR of the epoch that a rewind goes back to
         if self._state:
             model.load_state_dict(self._state["model"])
             optimizer.load_state_dict(self._state["optimizer"])
             plateau.load_state_dict(self._state["plateau"])
-            best = self._state["best"]
+            best, short = self._state["best"], self._state.get("short", 0.0)
+            memory = controller.State(*self._state.get("controller", ()))
+            rewinds, peak = self._state.get("rewinds", 0), self._state.get("peak", -math.inf)
             if ranks:
                 scale.data.copy_(self._state["scale"])
             self._state = None
@@ -304,13 +323,18 @@ class Run:
         for epoch in range(len(history) + 1, v.epochs + 1):
             started = time.perf_counter()
             learning_rate = optimizer.param_groups[0]["lr"]
+            control = self._cooled(rewinds)
             with seeded(v.seed, epoch):
-                means, logged = self._epoch(epoch, model, optimizer, articles["train"], scale if ranks else None)
+                means, logged, memory = self._epoch(
+                    epoch, model, optimizer, articles["train"], scale if ranks else None, control, memory
+                )
             val = validate(model, self.data.val, vectors, articles["val"])
             score = val["val_loss"] if v.select == "val_loss" else -val["novel_mrr"]
             plateau.step(score)
-            if score < best:
-                best = score
+            # Of a constrained run, what keeps the bound in training beats what does not (Deb 2000, §3).
+            missed = max(0.0, means["directional"] - FEASIBLE) if v.control.constraint else 0.0
+            if (missed, score) < (short, best):
+                best, short = score, missed
                 write_whole(
                     self.folder / "best.safetensors",
                     lambda p: safetensors.torch.save_file(
@@ -318,19 +342,37 @@ class Run:
                     ),
                 )
                 (self.folder / "best.safetensors").chmod(0o644)  # safetensors makes it the owner's alone
+            temperature = math.exp(-float(scale.detach())) if ranks else math.nan
+            lowest = min((past["escape"] for past in history), default=math.inf)
+            why = self._wrong(means["escape"], lowest, val["novel_mrr"], peak)
+            rewound = bool(why) and rewinds < v.rewind.most
+            if why and not rewound:
+                self.record["stopped"] = f"epoch {epoch}: {why}, after {rewinds} rewinds"
+            elif rewound:
+                rewinds += 1
+                memory = self._rewind(model, optimizer, plateau, scale)
+            elif v.rewind and val["novel_mrr"] > peak:
+                peak = val["novel_mrr"]
+                self._write_good(model, optimizer, plateau, scale, memory)
             row = {
                 **means,
                 **val,
                 "epoch": epoch,
-                "temperature": math.exp(-float(scale.detach())) if ranks else math.nan,
+                "temperature": temperature,
+                "rewound": float(rewound),
                 "learning_rate": learning_rate,
                 "seconds": time.perf_counter() - started,
             }
             history.append({c: row[c] for c in EPOCH_COLUMNS})
             steps += logged
             state = {
+                "rewinds": rewinds,
+                "peak": peak,
+                "stopped": self.record.get("stopped", ""),
                 "best": best,
+                "short": short,
                 "scale": scale.detach(),
+                "controller": list(memory),
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "plateau": plateau.state_dict(),
@@ -341,6 +383,53 @@ class Run:
             self.history, self.steps = pd.DataFrame(history), pd.DataFrame(steps)
             self._write_tables()
             yield history[-1]
+            if self.finished:
+                return
+
+    def _wrong(self, escape: float, lowest: float, novel_mrr: float, peak: float) -> str:
+        """What the escape guard finds wrong with an epoch; empty where nothing is, or no guard.
+
+        `lowest`: the least escape share before. A model that knows nothing yet has about one half: only one that has
+        been below the bound can rise above it. `peak`: the best novel MRR so far.
+        """
+        r = self.version.rewind
+        if r and escape > r.escape >= lowest:
+            return f"the escape share is {escape:.3f}, risen above {r.escape:g}"
+        if r and novel_mrr < (1 - r.fall) * peak:
+            return f"the novel MRR is {novel_mrr:.4f}, more than {r.fall:.0%} below its best, {peak:.4f}"
+        return ""
+
+    def _write_good(self, model, optimizer, plateau, scale, memory: controller.State) -> None:
+        # Before state.pt: killed in between, the epoch is trained again, and the file written again as it was.
+        good = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "plateau": plateau.state_dict(),
+            "scale": scale.detach(),
+            "controller": list(memory),
+        }
+        write_whole(self.folder / "last" / "good.pt", lambda p: torch.save(good, p))
+
+    def _rewind(self, model, optimizer, plateau, scale) -> controller.State:
+        """All of these as at the end of the best epoch, but the learning rate that of now, cooled down; the
+        controller's state then."""
+        good = self._load_state("good.pt")
+        rates = [group["lr"] * self.version.rewind.cool for group in optimizer.param_groups]
+        model.load_state_dict(good["model"])
+        optimizer.load_state_dict(good["optimizer"])
+        plateau.load_state_dict(good["plateau"])
+        scale.data.copy_(good["scale"])
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return controller.State(*good["controller"])
+
+    def _cooled(self, rewinds: int) -> Control:
+        """The version's control with the ceiling of λ that holds after so many rewinds; never below lambda_min."""
+        control = self.version.control
+        if not rewinds:
+            return control
+        ceiling = max(control.lambda_max * self.version.rewind.cool**rewinds, control.lambda_min)
+        return dataclasses.replace(control, lambda_max=ceiling)
 
     def _write_tables(self) -> None:
         write_whole(self.folder / "epochs.csv", lambda p: self.history.to_csv(p, index=False))
@@ -364,10 +453,13 @@ class Run:
         matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == many] for many in (True, False))
         return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
-    def _epoch(self, epoch: int, model, optimizer, articles: Articles, scale) -> tuple[dict, list[dict]]:
-        """One pass over the training windows: means over the epoch's windows, and the rows to log.
+    def _epoch(
+        self, epoch: int, model, optimizer, articles: Articles, scale, control: Control, memory: controller.State
+    ) -> tuple[dict, list[dict], controller.State]:
+        """One pass over the training windows: means over the epoch's windows, the rows to log, the controller's state.
 
-        `scale`: the logarithm of 1 / temperature, for a version that has the listwise loss; else None.
+        `scale`: the logarithm of 1 / temperature, for a version that has the listwise loss; else None. `control`: the
+        version's; `memory`: the controller's state before the first batch.
         """
         v, windows, vectors = self.version, self.data.train, articles.vectors
         longest = int(articles.candidates.max())
@@ -394,14 +486,22 @@ class Run:
                 chunks = torch.nn.functional.normalize(vectors[torch.from_numpy(rows).to(self.device)].float(), dim=-1)
                 rivals = ranker, chunks, torch.from_numpy(there).to(self.device), scale.exp()
             margin = now.margin if v.control.rule != "none" else 0.0
-            terms = losses.terms(raw, unit, context, y, margin, v.losses, rivals)
+            terms = losses.terms(raw, unit, context, y, margin, v.losses, rivals, v.control.constraint)
             watched = losses.health(unit, y, context, v.losses.directional.prev) | losses.pulls(terms, raw)
             names = [*terms._fields, *watched]
             # One transfer a step from the device, for everything the controller and the log need.
             values = dict(zip(names, torch.stack([*terms, *watched.values()]).detach().tolist(), strict=True))
             decision = controller.decide(
-                v.control, now, values["mse"], values["directional"], values["pos"], values["neg"]
+                control,
+                now,
+                values["mse"],
+                values["directional"],
+                values["pos"],
+                values["neg"],
+                memory,
+                (v.losses.mean_square * values["pull_mse"], values["pull_directional"]),
             )
+            memory = decision.state
             total = terms.total(v.losses, decision.lambda_eff)
             optimizer.zero_grad(set_to_none=True)
             total.backward()
@@ -430,6 +530,8 @@ class Run:
                 "rho": decision.rho,
                 "rho_gradient": values["pull_directional"] / max(values["pull_mse"], controller.TINY),
             }
+            if not v.losses.mean_square and decision.lambda_eff:
+                shares["rho_gradient"] = math.nan  # a share of nothing
             row = {**values, "loss": loss, **shares}
             acts = len(index) * (v.control.rule != "none" and not decision.skip)
             for key, value in row.items():
@@ -452,16 +554,20 @@ class Run:
         skips = sums.pop("skips")
         # λ and both ρ are means over the windows where the directional term acted: skips are counted apart.
         means = {k: s / max(acted, 1) if k in shares else s / seen for k, s in sums.items()}
-        return {
-            **means,
-            "train_loss": means["loss"],
-            "skips": skips,
-            "rho_target": target,
-            "rho_cap": now.rho_cap,
-        }, logged
+        return (
+            {
+                **means,
+                "train_loss": means["loss"],
+                "skips": skips,
+                "rho_target": target,
+                "rho_cap": now.rho_cap,
+            },
+            logged,
+            memory,
+        )
 
-    def _load_state(self) -> dict:
-        path = self.folder / "last" / "state.pt"
+    def _load_state(self, name: str = "state.pt") -> dict:
+        path = self.folder / "last" / name
         try:
             return torch.load(path, map_location=self.device, weights_only=True)
         except Exception as e:  # whatever a damaged file makes of torch.load

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .arrow import Arrow
+from .controller import by_gradient
 from .fivecat import Report
 from .params import Version
 from .params import version as load_version
@@ -60,7 +61,7 @@ def checklist(version: Version, history: pd.DataFrame, steps: pd.DataFrame) -> l
         return Check("epoch", check, wanted, measured, not len(bad), broke)
 
     has_target = directional and version.control.rule != "fixed" and steps["rho_target"].notna().any()
-    miss = (acting["rho"] - acting["rho_target"]).abs()
+    miss = (acting["rho_gradient" if by_gradient(version.control) else "rho"] - acting["rho_target"]).abs()
     last_of_steps = (
         steps["gap"].tail(max(len(steps) // 3, 1)).mean() - steps["gap"].head(max(len(steps) // 3, 1)).mean()
     )
@@ -340,7 +341,7 @@ def _decide(version: Version, history: pd.DataFrame, report: Report, success: bo
                 "margin nor R@5 says anything yet, and no option follows. Train longer, on more data, or a smaller "
                 "model (amn) first."
             )
-    if version.control.rule == "none":
+    if version.control.rule in ("none", "constrained"):
         return (
             "none",
             "This version has no directional loss"

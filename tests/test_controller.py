@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 
 from lvmlib import controller
@@ -250,7 +251,8 @@ def test_decide(name):
             pos, neg = cosines[i] if i < len(cosines) else (r.uniform(-0.2, 0.8), r.uniform(-0.3, 0.8))
             found = controller.decide(v.control, now, mse, dir_, pos, neg)
             lam, rho, gate, skip = decided(name, epoch, mse, dir_, pos, neg)
-            assert found._fields == ("lambda_eff", "rho", "gate", "skip")
+            assert found._fields == ("lambda_eff", "rho", "gate", "skip", "state")
+            assert found.state == controller.START  # these rules have no memory
             assert (found.skip, found.gate) == (skip, pytest.approx(gate)), (epoch, mse, dir_, pos, neg)
             assert same(found.lambda_eff, lam) and same(found.rho, rho), (epoch, mse, dir_, pos, neg)
             if not math.isnan(now.rho_cap):
@@ -279,3 +281,223 @@ def test_a_shut_gate_is_no_skip():
     v = version("v23_confident")
     found = controller.decide(v.control, controller.phase(v.schedule, 1), 0.002, 0.17, 0.2, 0.4)
     assert (found.lambda_eff, found.rho, found.gate, found.skip) == (0.0, 0.0, 0.0, False)
+
+
+# The rules with a memory
+
+
+def control(rule, low=1e-4, high=1.0, **settings):
+    return Control(rule, low, high, "none", None, **settings)
+
+
+def phase(target):
+    return Phase(0.05, NAN, target, NAN)
+
+
+def test_gradient_share_is_the_share_of_two_weighted_means():
+    """The means written out as sums over all batches so far, 0.9ᵏ for the one k ago."""
+    random = np.random.default_rng(0)
+    mse, directional = np.exp(random.normal(-7, 0.5, 40)), np.exp(random.normal(-2, 0.5, 40))
+    c, state = control("gradient_share", smoothing=0.9), controller.START
+    for t in range(40):
+        found = controller.decide(c, phase(0.25), 0.3, 0.2, 0.5, 0.4, state, (mse[t], directional[t]))
+        weights = 0.9 ** np.arange(t, -1, -1.0)
+        wanted = 0.25 * np.average(mse[: t + 1], weights=weights) / np.average(directional[: t + 1], weights=weights)
+        assert same(found.lambda_eff, wanted), t
+        assert same(found.rho, wanted * 0.2 / 0.3)  # ρ stays the share of the value
+        state = found.state
+    assert len(set(mse)) == 40
+
+
+@pytest.mark.parametrize(
+    "pulls, end", [((1.0, 1e-9), 0.03), ((1e-9, 1.0), 1e-4), ((0.0, 0.0), 1e-4), ((1.0, 0.0), 0.03)]
+)
+def test_gradient_share_stays_in_its_range(pulls, end):
+    c = control("gradient_share", high=0.03)
+    assert controller.decide(c, phase(0.25), 0.3, 0.2, 0.5, 0.4, controller.START, pulls).lambda_eff == end
+
+
+def test_a_skipped_batch_leaves_the_state_alone():
+    for rule, settings in (("gradient_share", {}), ("pi", {}), ("pi", {"measure": "gradient"})):
+        c = Control(rule, 1e-4, 1.0, "v21", None, **settings)
+        first = controller.decide(c, phase(0.25), 0.3, 0.2, 0.5, 0.4, controller.START, (0.01, 0.1))
+        skipped = controller.decide(c, phase(0.25), 9.0, 0.2, -0.5, 0.4, first.state, (9.0, 0.1))
+        assert first.state != controller.START and skipped.state == first.state
+        assert (skipped.lambda_eff, skipped.skip) == (0.0, True)
+
+
+class Plant:
+    """A model that gives way: the harder it is pulled, the smaller gets the directional loss, with a lag.
+
+    L_dir and the gradient's norm tend to a / (1 + b·λ), a tenth of the way a batch. With L_mse = 1 the share
+    λ·a / (1 + b·λ) is s at λ = s / (a − b·s).
+    """
+
+    def __init__(self, value=(2.0, 3.0), gradient=(0.5, 0.7), seed=None, noise=0.0):
+        self.value, self.gradient, self.noise = value, gradient, noise
+        self.level = [value[0], gradient[0]]
+        self.random = np.random.default_rng(seed)
+
+    def batch(self):
+        return [x * math.exp(self.noise * self.random.normal()) for x in self.level]
+
+    def answer(self, lambda_):
+        for i, (a, b) in enumerate((self.value, self.gradient)):
+            self.level[i] += 0.1 * (a / (1 + b * lambda_) - self.level[i])
+
+
+def driven(plant, c, target, steps, state=controller.START):
+    """λ, the two shares as they were applied, and the state, over so many batches."""
+    rows = []
+    for _ in range(steps):
+        value, gradient = plant.batch()
+        found = controller.decide(c, phase(target), 1.0, value, 0.5, 0.4, state, (1.0, gradient))
+        state = found.state
+        plant.answer(found.lambda_eff)
+        rows.append((found.lambda_eff, found.lambda_eff * value, found.lambda_eff * gradient))
+    return np.array(rows), state
+
+
+def steady(target, a, b):
+    return target / (a - b * target)
+
+
+@pytest.mark.parametrize("kp, ki", [(0.0, 0.1), (0.1, 0.1), (0.5, 0.3), (0.0, 1.0)])
+def test_pi_settles_where_the_share_is_the_target(kp, ki):
+    """By value at λ = 0.25 / 1.25 = 0.2; of the gradient at 0.25 / 0.325 = 0.769: the value's share is elsewhere."""
+    rows, _ = driven(Plant(), control("pi", kp=kp, ki=ki, measure="value"), 0.25, 400)
+    assert rows[-1, :2] == pytest.approx([steady(0.25, 2.0, 3.0), 0.25], rel=1e-6)
+    rows, _ = driven(Plant(), control("pi", kp=kp, ki=ki, measure="gradient"), 0.25, 400)
+    assert rows[-1, [0, 2]] == pytest.approx([steady(0.25, 0.5, 0.7), 0.25], rel=1e-6)
+    assert rows[-1, 1] == pytest.approx(0.769230769 * 2 / (1 + 3 * 0.769230769), rel=1e-6)
+
+
+def test_pi_reaches_the_gradient_share_that_the_original_s_controller_cannot():
+    """The original's raise looks at the value alone: it never acts, and the gradient's share stays off."""
+    original = Control("rho_controller", 1e-4, 1.0, "none", None)
+    plant, off = Plant(), []
+    for _ in range(400):
+        value, gradient = plant.batch()
+        now = Phase(0.05, NAN, 0.25, 0.5)
+        found = controller.decide(original, now, 1.0, value, 0.5, 0.4)
+        assert by_rho_controller(1.0, value, 0.25, 0.5, 1e-4, 1.0)[1] == "free"
+        plant.answer(found.lambda_eff)
+        off.append(found.lambda_eff * gradient)
+    assert off[-1] == pytest.approx(0.2 * 0.5 / 1.14, rel=1e-6)  # 0.088 of the 0.25 wanted
+    rows, _ = driven(Plant(), control("pi", kp=0.1, measure="gradient"), 0.25, 400)
+    assert rows[-1, 2] == pytest.approx(0.25, rel=1e-6)
+
+
+def test_pi_averages_the_noise_of_batches():
+    """In logarithms λ varies by ki / (2 − ki) of the noise's variance (an exponential mean's); solving for the target
+    in each batch hands it all on. The mean share in ln is on target."""
+    one, _ = driven(
+        Plant(seed=1, noise=0.3, value=(2.0, 0.0), gradient=(0.5, 0.0)), control("pi", ki=0.1), 0.25, 20_000
+    )
+    every, _ = driven(Plant(seed=1, noise=0.3, value=(2.0, 0.0)), control("pi", ki=1.0), 0.25, 20_000)
+    assert np.log(one[1000:, 0]).std() == pytest.approx(0.3 * math.sqrt(0.1 / 1.9), rel=0.1)
+    assert np.log(every[1000:, 0]).std() == pytest.approx(0.3, rel=0.05)
+    assert np.log(one[1000:, 1]).mean() == pytest.approx(math.log(0.25), abs=0.01)
+
+
+def recovery(share):
+    """Batches until `share()`, of one batch more at each call, is within 5 % of 0.25."""
+    return next((t for t in range(2000) if abs(share() / 0.25 - 1) < 0.05), 2000)
+
+
+@pytest.mark.parametrize("drought, saturated", [(1e-4, 0.3), (1e8, 1e-4)])
+def test_pi_does_not_wind_up(drought, saturated):
+    """500 batches out of reach, above or below, then within reach again: an integrator without bounds takes ten times
+    as long."""
+    c = control("pi", low=1e-4, high=0.3, ki=0.1, kp=0.1)
+    state = controller.START
+    for t in range(500):
+        found = controller.decide(c, phase(0.25), 1.0, drought if t else 1.0, 0.5, 0.4, state)
+        state = found.state
+    assert found.lambda_eff == pytest.approx(saturated)
+
+    def ours():
+        nonlocal state
+        found = controller.decide(c, phase(0.25), 1.0, 2.0, 0.5, 0.4, state)
+        state = found.state
+        return found.rho
+
+    naive = {"integral": math.log(0.25), "last": math.log(0.25)}
+
+    def unbounded(ratio):
+        error = math.log(0.25 / ratio) - naive["last"]
+        naive["integral"] += 0.1 * error
+        naive["last"] = clamped(naive["integral"] + 0.1 * error, math.log(1e-4), math.log(0.3))
+        return math.exp(naive["last"]) * ratio
+
+    for _ in range(500):
+        unbounded(drought)
+    quick, slow = recovery(ours), recovery(lambda: unbounded(2.0))
+    way = abs(math.log(0.125 / saturated))  # a tenth of it is gone at each batch
+    assert quick <= 1.1 * math.log(way / 0.05) / 0.1 and slow > 10 * quick, (quick, slow)
+
+
+def test_pi_takes_a_lowered_ceiling():
+    c = control("pi", high=0.3)
+    state = controller.decide(c, phase(0.25), 1.0, 1e-3, 0.5, 0.4).state
+    lower = control("pi", high=0.1)
+    found = controller.decide(lower, phase(0.25), 1.0, 1e-3, 0.5, 0.4, state)
+    assert found.lambda_eff == pytest.approx(0.1) and found.state.integral == pytest.approx(math.log(0.1))
+
+
+def dual(c, at_least, rate=0.2, steps=4000):
+    """min ½‖x − a‖² subject to b·x ≥ c by descent in x and `decide` in λ; a = (1, 0), b = (1, 2).
+
+    Its Karush-Kuhn-Tucker point: λ = max(0, (c − b·a) / ‖b‖²) = max(0, (c − 1) / 5), x = a + λ·b.
+    """
+    a, b = np.array([1.0, 0.0]), np.array([1.0, 2.0])
+    x, state = np.zeros(2), controller.START
+    for _ in range(steps):
+        found = controller.decide(c, phase(NAN), 1.0, float(at_least - b @ x), 0.5, 0.4, state)
+        state = found.state
+        x = x - rate * (x - a - found.lambda_eff * b)
+    return found.lambda_eff, x
+
+
+@pytest.mark.parametrize("kp, nu", [(0.0, 0.0), (0.2, 0.0), (0.5, 0.9)])
+@pytest.mark.parametrize("at_least, multiplier", [(3.0, 0.4), (1.5, 0.1), (0.5, 0.0), (-4.0, 0.0)])
+def test_the_multiplier_is_the_one_of_karush_kuhn_and_tucker(at_least, multiplier, kp, nu):
+    c = control("constrained", high=10.0, ki=0.02, kp=kp, smoothing=nu)
+    found, x = dual(c, at_least)
+    assert found == pytest.approx(multiplier, abs=1e-6)
+    assert x == pytest.approx([1 + multiplier, 2 * multiplier], abs=1e-6)
+
+
+def test_a_bound_out_of_reach_leaves_the_multiplier_at_its_ceiling_without_winding_up():
+    c, state = control("constrained", high=2.0, ki=0.1, smoothing=0.0), controller.START
+    for _ in range(500):
+        state = controller.decide(c, phase(NAN), 1.0, 1.0, 0.5, 0.4, state).state
+    assert state.integral == 2.0
+    found = controller.decide(c, phase(NAN), 1.0, -1.0, 0.5, 0.4, state)
+    assert found.lambda_eff == pytest.approx(1.9)  # it yields at once
+
+
+@pytest.mark.parametrize("kp, ki, nu", [(0.0, 0.1, 0.0), (0.5, 0.1, 0.0), (2.0, 0.3, 0.9)])
+def test_the_multiplier_goes_as_cooper_s_nupi(kp, ki, nu):
+    """Step by step against the library's own optimizer on the same shortfalls.
+
+    Its ξ is set to the first of them, as its documentation has it: version 1.0.1 itself begins with 0.
+    """
+    cooper = pytest.importorskip("cooper", reason='needs the extra "constrained": pip install -e ".[constrained]"')
+    torch = pytest.importorskip("torch")
+    multiplier = cooper.multipliers.DenseMultiplier(num_constraints=1)
+    multiplier.set_constraint_type(cooper.ConstraintType.INEQUALITY)
+    theirs = cooper.optim.nuPI(multiplier.parameters(), lr=1.0, Kp=kp, Ki=ki, ema_nu=nu, maximize=True)
+    c, state, seen = control("constrained", high=100.0, kp=kp, ki=ki, smoothing=nu), controller.START, []
+    (weight,) = multiplier.parameters()
+    violations = np.random.default_rng(0).normal(0.0, 0.3, 200)
+    theirs.state[weight]["xi"] = torch.full((1,), violations[0], dtype=torch.float32)
+    for violation in violations:
+        theirs.zero_grad()
+        (multiplier() * torch.tensor(violation)).sum().backward()
+        theirs.step()
+        multiplier.post_step_()
+        state = controller.decide(c, phase(NAN), 1.0, float(violation), 0.5, 0.4, state).state
+        assert state.integral == pytest.approx(multiplier().item(), abs=1e-5)
+        seen.append(state.integral)
+    assert min(seen[5:]) == 0 < max(seen)  # the projection, too

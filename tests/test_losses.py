@@ -428,8 +428,23 @@ TERMS = {  # code, plain
     "floor": (lambda r, p, y, v: losses.floor(p, y, 0.4), lambda r, y, v: plain_floor(r, y, 0.4)),
     "norm": (lambda r, p, y, v: losses.norm(r), lambda r, y, v: plain_norm(r)),
     "orthogonality": (lambda r, p, y, v: losses.orthogonality(p, v), lambda r, y, v: plain_orthogonality(r, v)),
+    "short of a cosine": (
+        lambda r, p, y, v: losses.shortfall(p, y, v, params.Constraint("cosine", 0.4)),
+        lambda r, y, v: 0.4 - mean(cos(*row) for row in zip(r, y, strict=True)),
+    ),
+    "short of a margin": (
+        lambda r, p, y, v: losses.shortfall(p, y, v, params.Constraint("margin", 0.1)),
+        lambda r, y, v: 0.1 - mean(plain_gap(*row) for row in zip(r, y, v, strict=True)),
+    ),
 }
-ANGULAR = ("smooth", "scale_aware", "floor", "orthogonality")  # functions of p's direction alone
+ANGULAR = (
+    "smooth",
+    "scale_aware",
+    "floor",
+    "orthogonality",
+    "short of a cosine",
+    "short of a margin",
+)  # functions of p's direction alone
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -565,3 +580,19 @@ def test_directional_falls_as_the_prediction_turns_from_prev_to_target():
     for d in (make_directional("smooth", 8.0), make_directional("scale_aware")):
         values = [losses.directional(math.sin(a) * y + math.cos(a) * prev, y, prev, 0.05, d).item() for a in angles]
         assert values == sorted(set(values), reverse=True)
+
+
+@pytest.mark.parametrize("measure, prev", [("cosine", -1), ("margin", -1), ("margin", -2)])
+def test_the_shortfall_of_a_constraint_takes_the_directional_place(measure, prev):
+    """Its value is the plain one, below 0 where the bound is kept, and its weight in the total is λ."""
+    raw, context, y = full_batch(5)
+    unit, w = F.normalize(raw, dim=-1), make_losses(make_directional(prev=prev))
+    rows = list(zip(raw.tolist(), y.tolist(), context[:, prev].tolist(), strict=True))
+    reached = mean(cos(r, t) - (cos(r, v) if measure == "margin" else 0.0) for r, t, v in rows)
+    for bound in (reached - 0.2, reached + 0.3):
+        found = losses.terms(raw, unit, context, y, 0.0, w, constraint=params.Constraint(measure, bound))
+        assert float(found.directional) == pytest.approx(bound - reached, abs=1e-12)
+        assert float(found.total(w, 2.5)) == pytest.approx(
+            plain_mse(raw.tolist(), y.tolist()) + 2.5 * (bound - reached)
+        )
+    assert float(losses.terms(raw, unit, context, y, 0.0, w).directional) == 0

@@ -33,8 +33,14 @@ COMMON = {
     "losses.listwise.temperature": 0.1,
     "losses.listwise.candidates": 128,
     "losses.directional.prev": -2,
+    "control.smoothing": 0.99,
+    "control.measure": "value",
+    "control.kp": 0.0,
+    "control.ki": 0.1,
+    "control.constraint": None,
+    "rewind": None,
 }
-OURS = {"rank", "two_heads"}  # after the handbook's
+OURS = {"rank", "two_heads", "share", "pi", "bounded", "margin"}  # after the handbook's
 
 
 def row(
@@ -693,3 +699,60 @@ def test_a_dataset_named_in_digits_is_a_name():
     assert version("v22", data=2024).data == "2024" == params.files(2024)
     with pytest.raises(LVMError, match="data"):
         version("v22", data=True)
+
+
+# --- the rules with a memory -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, key, value, words",
+    [
+        ("share", "control.smoothing", 1.0, "below 1"),
+        ("share", "control.smoothing", -0.1, "at least 0"),
+        ("share", "schedule.rho_target", [], "rule gradient_share"),
+        ("share", "schedule.rho_target", [[1, 0.0]], "above 0"),
+        ("pi", "schedule.margin", [], "rule pi"),
+        ("pi", "control.ki", 0.0, "ki above 0"),
+        ("pi", "control.kp", -0.1, "kp 0 or more"),
+        ("pi", "control.kp", 1.0, "never settles"),
+        ("pi", "control.ki", 1.9, "never settles"),  # with kp 0.1
+        ("pi", "control.measure", "loss", "value, gradient"),
+        ("pi", "losses.mean_square", 0.0, "above 0"),
+        ("pi", "control.constraint", {"measure": "cosine", "at_least": 0.4}, "null for the others"),
+        ("bounded", "control.constraint", None, "for rule constrained"),
+        ("bounded", "control.constraint", {"measure": "cosine", "at_least": 1.1}, "-1 to 1"),
+        ("margin", "control.constraint", {"measure": "margin", "at_least": -2.1}, "-2 to 2"),
+        ("bounded", "control.constraint", {"measure": "cosines", "at_least": 0.4}, "did you mean 'cosine'"),
+        ("v22", "control.constraint", {"measure": "cosine"}, "missing"),
+        ("bounded", "control.gate", {"low": 0.3, "width": 0.1}, "gate null"),
+        ("bounded", "control.guard", "v21", "guard none"),
+        ("bounded", "losses.directional.kind", "smooth", "control.rule"),
+        ("v22", "control.rule", "constrained", "losses.directional.kind"),
+    ],
+)
+def test_impossible_settings_of_the_rules_with_a_memory(name, key, value, words):
+    listed = {"schedule": {"rho_cap": []}} if key == "schedule.rho_target" else {}
+    overrides = params.merge(listed, nest(key, value))
+    if key == "losses.mean_square":
+        overrides = params.merge(overrides, {"losses": {"listwise": {"weight": 1.0}}})
+    refused(lambda: version(name, overrides), f"params/{name}.yaml", words)
+
+
+def test_our_versions_hold_what_they_say():
+    v22, share, pi = version("v22"), version("share"), version("pi")
+    assert share.losses == pi.losses == v22.losses and share.schedule.rho_target == v22.schedule.rho_target
+    assert (share.control.rule, pi.control.rule, pi.control.measure) == ("gradient_share", "pi", "gradient")
+    assert (version("bounded").control.constraint.measure, version("bounded").losses.mean_square) == ("cosine", 0)
+    assert (version("margin").control.constraint.measure, version("margin").losses.mean_square) == ("margin", 1)
+    assert version("margin").losses.directional.prev == -1  # the margin that the tables report
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("fall", 0.0), ("fall", 1.0), ("escape", 0.0), ("escape", 1.1), ("cool", 0.0), ("cool", 1.0), ("most", -1)],
+)
+def test_impossible_rewinds_are_refused(key, value):
+    good = {"fall": 0.1, "escape": 0.3, "cool": 0.5, "most": 2}
+    assert version("v22", {"rewind": good}).rewind == params.Rewind(**good)
+    refused(lambda: version("v22", {"rewind": good | {key: value}}), "params/v22.yaml", f"rewind.{key}", "needed is")
+    refused(lambda: version("v22", {"rewind": {k: v for k, v in good.items() if k != key}}), f"rewind.{key}", "missing")

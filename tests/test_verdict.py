@@ -57,6 +57,7 @@ def healthy(epochs=EPOCHS):
             "step": 1 + 100 * np.arange(n),
             "lambda_eff": 0.001 + 0.0002 * np.arange(n),
             "rho": np.repeat(V22_TARGETS[:epochs], ROWS),
+            "rho_gradient": np.repeat(V22_TARGETS[:epochs], ROWS),
             "rho_target": np.repeat(V22_TARGETS[:epochs], ROWS),
             "pos": 0.4,
             "neg": 0.3,
@@ -527,3 +528,17 @@ def test_the_reading_tells_of_the_arrow():
     assert found.declared == "forward"
     assert "a forward direction" in reading(report, found).text and "one seed" in reading(report, found).text
     assert "Arrow" not in reading(report).text
+
+
+def test_a_share_of_the_gradient_is_held_to_its_target_and_that_of_the_value_is_not():
+    history, steps = healthy()
+    steps["rho"] += 0.3
+    assert held(history, steps, "share")["ρ on its target"] is True is held(history, steps, "pi")["ρ on its target"]
+    assert held(history, steps, "v22")["ρ on its target"] is False
+    steps.loc[5, "rho_gradient"] += 0.06
+    assert held(history, steps, "share")["ρ on its target"] is False
+
+
+@pytest.mark.parametrize("name", ["bounded", "margin"])
+def test_no_option_of_the_original_follows_for_a_constrained_version(name):
+    assert failed(name=name).decision == "none"
