@@ -72,7 +72,9 @@ def brief(version: Version, train: Windows, steps: int, seed: int, learning_rate
             context, target = train.batch(order[i * size : (i + 1) * size], vectors)
             raw, unit = model(context)
             margin = now.margin if version.control.rule != "none" else 0.0
-            terms = losses.terms(raw, unit, context, target, margin, version.losses)
+            energy = version.losses.energy
+            samples = model.samples(context, energy.samples) if energy.weight else None
+            terms = losses.terms(raw, unit, context, target, margin, version.losses, samples=samples)
             with torch.no_grad():
                 pos = losses.cosine(unit, target).mean()
                 neg = losses.cosine(unit, context[:, version.losses.directional.prev]).mean()

@@ -1,6 +1,6 @@
-"""The four architectures of handbook §2, one of ours, and the trivial predictors, behind one call.
+"""The four architectures of handbook §2, two of ours, and the trivial predictors, behind one call.
 
-Axes: B batch, T context length, D vector dimension, H hidden width.
+Axes: B batch, T context length, D vector dimension, H hidden width, S samples.
 
     raw, unit = model(context)      # context (B, T, D) → raw (B, D), unit = raw / ‖raw‖
 
@@ -10,7 +10,9 @@ D comes from the data.
 from __future__ import annotations
 
 import math
+import zlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -150,7 +152,73 @@ class Bilinear(Predictor):
         return copied + self.metric(self.drop(mixed))
 
 
-ARCHITECTURES = {"transformer": Transformer, "gru": GRU, "lstm": LSTM, "amn": AMN, "bilinear": Bilinear}
+class Sampler(Predictor):
+    """A distribution over the next vector: a corrected copy of the context, and noise, on the unit sphere.
+
+        x = u / ‖u‖,  u = Σ_t w_t·context_t + A·drop(Σ_t v_t·context_t) + L·z + σ ⊙ z′,   z ~ N(0, I_16), z′ ~ N(0, I_D)
+
+    As `Bilinear`, but w and v begin at the mean, where a point without knowledge is best. The noise has a spread of its
+    own in each dimension and 16 directions in common; the context acts on it by the normalisation, since vectors that
+    agree add up to a longer sum, beside which the same noise is smaller. `raw` is the mean of 32 samples from a table
+    of noise that is kept with the weights, each with its opposite: what is linear in the noise falls out of it.
+    """
+
+    def __init__(self, dim: int, context_length: int):
+        super().__init__(dim, context_length)
+        even = torch.full((context_length,), 1 / context_length)
+        self.weights, self.mixture = nn.Parameter(0.75 * even), nn.Parameter(even.clone())
+        self.drop, self.metric = nn.Dropout(0.8), nn.Linear(dim, dim, bias=False)
+        self.directions, self.sigma = nn.Linear(16, dim, bias=False), nn.Parameter(torch.full((dim,), 0.8 / dim**0.5))
+        nn.init.normal_(self.metric.weight, std=0.02 / math.sqrt(dim))
+        nn.init.normal_(self.directions.weight, std=0.025 / math.sqrt(dim))
+        half = torch.randn(16, 16 + dim, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.register_buffer("table", torch.cat([half, -half]))
+
+    def drawn(self, context: Tensor, noise: Tensor) -> Tensor:
+        """(S, B, D) unit vectors from `noise` (S, B or 1, 16 + D)."""
+        copied, mixed = (torch.einsum("t,btd->bd", w, context) for w in (self.weights, self.mixture))
+        point = copied + self.metric(self.drop(mixed))
+        apart = self.directions(noise[..., :16]) + self.sigma * noise[..., 16:]
+        return F.normalize((point + apart).float(), dim=-1)
+
+    def samples(self, context: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """(S, B, D) `count` independent samples for each context (B, T, D)."""
+        shape = count, len(context), self.table.shape[1]
+        return self.drawn(context, torch.randn(shape, generator=generator, device=context.device))
+
+    def raw(self, context: Tensor) -> Tensor:
+        return self.drawn(context, self.table[:, None]).mean(0)
+
+
+class OneSample(Predictor):
+    """One sample of a model that has `samples`, as a predictor: 5CAT then judges a sample as it judges a point.
+
+    The noise follows from `seed` and the context's vectors alone, not from their order nor from the batch: the same
+    window has the same sample in any batch, and a shuffled or reversed context keeps its noise, so that only the order
+    differs. A context changed in its last bits is another one: so it is from one machine to the next in a rollout.
+    """
+
+    def __init__(self, model: Predictor, seed: int = 0):
+        super().__init__(model.dim, model.context_length)
+        self.model, self.seed = model, seed
+
+    def raw(self, context: Tensor) -> Tensor:
+        drawn = []
+        for window, vectors in zip(context, context.detach().float().cpu().numpy(), strict=True):
+            key = np.random.SeedSequence([self.seed, *sorted(zlib.crc32(v.tobytes()) for v in vectors)])
+            noise = torch.Generator(context.device).manual_seed(int(key.generate_state(1)[0]))
+            drawn.append(self.model.samples(window[None], 1, noise)[0, 0])
+        return torch.stack(drawn)
+
+
+ARCHITECTURES = {
+    "transformer": Transformer,
+    "gru": GRU,
+    "lstm": LSTM,
+    "amn": AMN,
+    "bilinear": Bilinear,
+    "sampler": Sampler,
+}
 
 
 def build(name: str, dim: int, context_length: int = 5) -> Predictor:

@@ -77,7 +77,7 @@ def table(frame: pd.DataFrame, caption: str = "", digits: int = 3, formats: dict
 def history_table(history: pd.DataFrame) -> Styler:
     """A run's epochs as a table."""
     formats = dict.fromkeys(("train_loss", "val_loss"), "{:.5f}") | {"lambda_eff": "{:.4f}", "learning_rate": "{:.1e}"}
-    terms = ["mse", "directional", "floor", "norm", "orthogonality", "listwise"]
+    terms = ["mse", "directional", "floor", "norm", "orthogonality", "listwise", "energy"]
     return table(history.drop(columns=terms).dropna(axis=1, how="all"), formats=formats | {"seconds": "{:.1f}"})
 
 
@@ -320,6 +320,7 @@ def step_health(steps: pd.DataFrame, version: Version) -> Figure:
         "norm": version.losses.norm,
         "orthogonality": version.losses.orthogonality,
         "listwise": version.losses.listwise.weight,
+        "energy": version.losses.energy.weight,
     }
     _terms(terms, x, {name: steps[name] * weight for name, weight in weights.items()})
     terms.set(title="Weighted terms of the loss", ylabel="weighted term")
@@ -339,7 +340,7 @@ def pulls(rows: pd.DataFrame, version: Version, x: str) -> Figure:
     """
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.3), layout="constrained")
     norms, share, angle, escape = axes
-    names = ("mse", "directional", "floor", "norm", "orthogonality", "listwise")
+    names = ("mse", "directional", "floor", "norm", "orthogonality", "listwise", "energy")
     _terms(norms, rows[x], {name: rows[f"pull_{name}"] for name in names})
     norms.set(title="Gradient of each weighted term", ylabel="norm at the prediction")
     share.plot(rows[x], rows["rho"], "o-", color=INK, label="ρ in value")
@@ -363,7 +364,7 @@ def pulls(rows: pd.DataFrame, version: Version, x: str) -> Figure:
 
 def _terms(axis, x: pd.Series, parts: dict[str, pd.Series]) -> None:
     """A line a term, on a logarithmic scale; what is never above 0 is left out."""
-    for (name, part), style in zip(parts.items(), ("o-", "s--", "^:", "v-.", "x-", "D:"), strict=True):
+    for (name, part), style in zip(parts.items(), ("o-", "s--", "^:", "v-.", "x-", "D:", "P--"), strict=True):
         if (part > 0).any():
             axis.plot(x, part.where(part > 0), style, ms=4, label=name)
     axis.set(yscale="log")
