@@ -155,31 +155,34 @@ class Bilinear(Predictor):
 class Sampler(Predictor):
     """A distribution over the next vector: a corrected copy of the context, and noise, on the unit sphere.
 
-        x = u / ‖u‖,  u = Σ_t w_t·context_t + A·drop(Σ_t v_t·context_t) + L·z + σ ⊙ z′,   z ~ N(0, I_16), z′ ~ N(0, I_D)
+        x = u / ‖u‖,  u = Σ_t w_t·context_t + A·drop(Σ_t v_t·context_t) + exp(τ·z₀)·(L·z + σ ⊙ z′),  all z normal
 
-    As `Bilinear`, but w and v begin at the mean, where a point without knowledge is best. The noise has a spread of its
-    own in each dimension and 16 directions in common; the context acts on it by the normalisation, since vectors that
-    agree add up to a longer sum, beside which the same noise is smaller. `raw` is the mean of 32 samples from a table
-    of noise that is kept with the weights, each with its opposite: what is linear in the noise falls out of it.
+    As `Bilinear`, but w and v begin at the mean, where a point without knowledge is best. The noise has a spread σ of
+    its own in each dimension and 16 directions L in common; τ lets some samples lie near and others far, without which
+    all would be equally far in high dimension, as truths are not. The context acts on the noise by the normalisation:
+    vectors that agree add up to a longer sum, beside which the same noise is smaller. `raw` is the mean of 32 samples
+    from a table of noise kept with the weights, each with its opposite: what is linear in the noise falls out of it.
     """
 
     def __init__(self, dim: int, context_length: int):
         super().__init__(dim, context_length)
         even = torch.full((context_length,), 1 / context_length)
         self.weights, self.mixture = nn.Parameter(0.75 * even), nn.Parameter(even.clone())
-        self.drop, self.metric = nn.Dropout(0.8), nn.Linear(dim, dim, bias=False)
+        self.drop, self.metric = nn.Dropout(0.9), nn.Linear(dim, dim, bias=False)
         self.directions, self.sigma = nn.Linear(16, dim, bias=False), nn.Parameter(torch.full((dim,), 0.8 / dim**0.5))
+        self.tau = nn.Parameter(torch.tensor(0.3))
         nn.init.normal_(self.metric.weight, std=0.02 / math.sqrt(dim))
         nn.init.normal_(self.directions.weight, std=0.025 / math.sqrt(dim))
-        half = torch.randn(16, 16 + dim, generator=torch.Generator().manual_seed(0), device="cpu")
-        self.register_buffer("table", torch.cat([half, -half]))
+        half = torch.randn(16, 1 + 16 + dim, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.register_buffer("table", torch.cat([half, torch.cat([half[:, :1], -half[:, 1:]], 1)]))
 
     def drawn(self, context: Tensor, noise: Tensor) -> Tensor:
-        """(S, B, D) unit vectors from `noise` (S, B or 1, 16 + D)."""
+        """(S, B, D) unit vectors from `noise` (S, B or 1, 1 + 16 + D)."""
         copied, mixed = (torch.einsum("t,btd->bd", w, context) for w in (self.weights, self.mixture))
         point = copied + self.metric(self.drop(mixed))
-        apart = self.directions(noise[..., :16]) + self.sigma * noise[..., 16:]
-        return F.normalize((point + apart).float(), dim=-1)
+        apart = self.directions(noise[..., 1:17]) + self.sigma * noise[..., 17:]
+        apart = apart * (self.tau * noise[..., :1]).exp()
+        return F.normalize(point + apart, dim=-1)  # float32 under autocast, as the noise is
 
     def samples(self, context: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
         """(S, B, D) `count` independent samples for each context (B, T, D)."""

@@ -18,6 +18,7 @@ from pandas.io.formats.style import Styler
 from .arrow import MEASURES, Arrow
 from .fivecat import COHERENCE, GATES, GENERALISES, OFFSETS, ORIGINAL_OFFSETS, STEPS, THRESHOLDS, Report, ablations
 from .params import Version, data_name
+from .spread import Spread, histogram
 from .statistics import chance_recall, over_articles
 from .verdict import MARGIN_RISE, RECALL, RHO_TOLERANCE, SPIKE, VAL_COS, Check, Verdict
 
@@ -613,6 +614,32 @@ def make_up(report: Report, split: str) -> Figure:
         title="Where the prediction lies", xlabel="share of its square (along the mean: with either sign)", xlim=(0, 1)
     )
     part.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    return figure
+
+
+def ranks(found: Spread, split: str) -> Figure:
+    """Where the truth stands among the samples, by distance and by direction, and how wide they are beside it."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained", width_ratios=(1, 1, 0.8))
+    frame = found.frames[split, "model"]
+    xlabels = {"distance": "place of the truth: 0 the most central, 1 the farthest", "direction": "place of the truth"}
+    for axis, (name, xlabel) in zip(axes, xlabels.items(), strict=False):
+        bins = histogram(frame, name)
+        reach = np.abs(bins[["low", "high"]].to_numpy().T - bins["share"].to_numpy())
+        axis.bar(bins["middle"], 100 * bins["share"], 0.92 / len(bins), color=INK, alpha=0.75)
+        axis.errorbar(bins["middle"], 100 * bins["share"], 100 * reach, fmt="none", ecolor="0.15", capsize=2, lw=1)
+        axis.axhline(100 / len(bins), color=GREY, ls="--", label="the truth is one more sample")
+        title = "Rank by distance" if name == "distance" else "Rank along a random direction"
+        axis.set(title=title, xlabel=xlabel, ylabel="windows, %", xlim=(0, 1))
+        axis.legend(fontsize="x-small")
+    shown = [found.row("spread ratio", split, name) for name in found.forecasts]
+    for y, row in enumerate(reversed(shown)):
+        colour = INK if row["forecast"] == "model" else GREY
+        reach = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+        axes[2].errorbar(row["value"], y, xerr=reach, fmt="o", color=colour, capsize=3)
+    axes[2].axvline(1, color=GREY, ls="--")
+    axes[2].set(title="Spread ratio", xlabel="E‖x − x′‖ / E‖x − y‖: 1 as wide as the truth", xlim=(-0.05, None))
+    axes[2].set_yticks(range(len(shown)), [row["forecast"] for row in reversed(shown)])
+    figure.suptitle(f"{split}: the truth among the samples (95 % over articles)", x=0.005, ha="left", weight="bold")
     return figure
 
 
