@@ -643,6 +643,27 @@ def ranks(found: Spread, split: str) -> Figure:
     return figure
 
 
+def spread_table(found: Spread) -> Styler:
+    """A row a split and forecast: each figure with its interval over articles, and the model's energy score less it."""
+
+    def text(measure: str, split: str, name: str, signed: bool = False) -> str:
+        row = found.row(measure, split, name)
+        form = "+.4f" if signed else ".3f"
+        return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+
+    measures = ["spread ratio", *(m for m in dict.fromkeys(found.table["measure"]) if m.startswith("covered"))]
+    measures.append("KS of ranks by distance")
+    rows = []
+    for split in found.splits:
+        for name in found.forecasts:
+            less = "" if name == "model" else text(f"energy score less {name}", split, "model", True)
+            rows.append({"split": split, "forecast": name, "energy score": text("energy score", split, name)})
+            rows[-1] |= {"model less it": less, **{m: text(m, split, name) for m in measures}}
+        chance = {m: f"{found.row(m, split)['chance']:.3g}" for m in measures}
+        rows.append({"split": split, "forecast": "if calibrated", "energy score": "", "model less it": "", **chance})
+    return table(pd.DataFrame(rows), caption="Samples against the truth, 95 % over articles")
+
+
 def arrows(found: dict[str, Arrow]) -> Figure:
     """Gate F: forward − backward, copy last's own taken off, for each named comparison, with 95 % over articles and
     seeds; a small point a seed."""

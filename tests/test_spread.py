@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib import models, plots
+from lvmlib import controls, models, plots
 from lvmlib import spread as module
 from lvmlib.errors import LVMError
+from lvmlib.params import version
 from lvmlib.spread import Ensemble, FromContext, histogram, kolmogorov, measure, place, reading, references, spread
 from lvmlib.vectors import make_store, windows
 
@@ -211,3 +212,34 @@ def test_the_figure_is_drawn(draws):
     assert sorted(ratios) == pytest.approx(
         sorted(found.row("spread ratio", "val", n)["value"] for n in found.forecasts)
     )
+
+
+def test_the_table_says_what_the_frame_does(draws):
+    found = spread(OnSphere(0.3), {"val": draws["val"].at_most(200)}, {"right": OnSphere(0.5)})
+    shown = plots.spread_table(found).data.set_index("forecast")
+    assert (
+        list(shown.index) == ["model", "right", "if calibrated"] and shown.loc["if calibrated", "spread ratio"] == "1"
+    )
+    row = found.row("energy score less right")
+    assert shown.loc["right", "model less it"] == f"{row['value']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+    assert shown.loc["model", "spread ratio"].startswith(f"{found.row('spread ratio')['value']:.3f} [")
+
+
+# Training
+
+
+@pytest.mark.parametrize("sigma", [0.2, 2.0])
+def test_the_energy_score_teaches_the_spread_whatever_the_start(monkeypatch, sigma):
+    """Draws about one place: from too narrow and from too wide a start, the samples end as wide as the truth."""
+
+    class Start(models.Sampler):
+        def __init__(self, dim, length):
+            super().__init__(dim, length)
+            self.sigma.data.fill_(sigma / math.sqrt(dim))
+
+    monkeypatch.setitem(models.ARCHITECTURES, "sampler", Start)
+    parts = world(0.4)
+    begun = Start(D, T)
+    learned = controls.brief(version("energy"), parts["train"], steps=300, seed=0, learning_rate=0.01)
+    before, after = (spread(m, {"val": parts["val"]}, {}).row("spread ratio")["value"] for m in (begun, learned))
+    assert abs(before - 1) > 0.1 and abs(after - 1) < 0.05
