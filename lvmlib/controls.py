@@ -72,8 +72,17 @@ def brief(version: Version, train: Windows, steps: int, seed: int, learning_rate
             context, target = train.batch(order[i * size : (i + 1) * size], vectors)
             raw, unit = model(context)
             margin = now.margin if version.control.rule != "none" else 0.0
+            energy = version.losses.energy
+            samples = model.samples(context, energy.samples) if energy.weight else None
             terms = losses.terms(
-                raw, unit, context, target, margin, version.losses, constraint=version.control.constraint
+                raw,
+                unit,
+                context,
+                target,
+                margin,
+                version.losses,
+                constraint=version.control.constraint,
+                samples=samples,
             )
             with torch.no_grad():
                 pos = losses.cosine(unit, target).mean()

@@ -1,7 +1,8 @@
 """The loss terms of handbook §3, one function each, and their named sum.
 
-Axes: B batch, D vector dimension. A loss takes vectors, not a model: `raw` and `unit` predictions, the `target` y and
-`prev`, the context vector that the prediction is to leave behind; each (B, D). Each returns a scalar tensor.
+Axes: B batch, D vector dimension, S samples. A loss takes vectors, not a model: `raw` and `unit` predictions, the
+`target` y and `prev`, the context vector that the prediction is to leave behind; each (B, D). Each returns a scalar
+tensor; `energy` and `distances`, one number a window.
 """
 
 from __future__ import annotations
@@ -97,8 +98,31 @@ def shortfall(unit: Tensor, target: Tensor, prev: Tensor, constraint: Constraint
     return constraint.at_least - reached.mean()
 
 
+def energy(samples: Tensor, target: Tensor) -> Tensor:
+    """(B,) energy score of `samples` (S, B, D) for `target` (B, D); lower is better.
+
+        (1/S) Σ_s ‖x_s − y‖ − 1/(2 S (S−1)) Σ_{s≠s'} ‖x_s − x_s'‖
+
+    Strictly proper: least in the mean where the samples are drawn from the target's own distribution (Gneiting &
+    Raftery, JASA 102, 2007, eq. 22 with β = 1). Its mean does not depend on S where the samples are independent draws;
+    for members that are chosen to differ it is too low. One sample has no second term: the distance of a point.
+    """
+    off, apart = distances(samples, target)
+    return off - apart / 2
+
+
+def distances(samples: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) mean distance of `samples` (S, B, D) from `target` (B, D), and from each other (0 where there is one)."""
+    count = len(samples)
+    off = (samples - target).norm(dim=-1).mean(0)
+    members = samples.transpose(0, 1).contiguous()  # (B, S, D)
+    # By differences, not by products: those round the distance of equal samples away from 0.
+    between = torch.cdist(members, members, compute_mode="donot_use_mm_for_euclid_dist")
+    return off, between.sum((1, 2)) / max(count * (count - 1), 1)
+
+
 class Terms(NamedTuple):
-    """Every term of a batch by name; scalar tensors. `directional`, `listwise`: 0 for a version without one;
+    """Every term of a batch by name; scalar tensors. `directional`, `listwise`, `energy`: 0 for a version without;
     `directional` of a constrained version is its `shortfall`."""
 
     mse: Tensor
@@ -107,10 +131,11 @@ class Terms(NamedTuple):
     norm: Tensor
     orthogonality: Tensor
     listwise: Tensor
+    energy: Tensor
 
     def total(self, weights: Losses, lambda_eff: float) -> Tensor:
-        """L = μ·L_mse + λ_eff·L_dir + β·L_floor + η·L_norm + κ·L_orth + ω·L_list; a term of weight 0 costs no
-        gradient. μ is 1 in all of the original's versions."""
+        """L = μ·L_mse + λ_eff·L_dir + β·L_floor + η·L_norm + κ·L_orth + ω·L_list + ε·L_energy; a term of weight
+        0 costs no gradient. μ is 1 in all of the original's versions."""
         total = torch.zeros_like(self.mse)
         for weight, term in (
             (weights.mean_square, self.mse),
@@ -119,6 +144,7 @@ class Terms(NamedTuple):
             (weights.norm, self.norm),
             (weights.orthogonality, self.orthogonality),
             (weights.listwise.weight, self.listwise),
+            (weights.energy.weight, self.energy),
         ):
             if weight:
                 total = total + weight * term
@@ -143,9 +169,11 @@ def terms(
     weights: Losses,
     rivals: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     constraint: Constraint | None = None,
+    samples: Tensor | None = None,
 ) -> Terms:
     """All terms of a batch. `context` (B, T, D); `margin` is the schedule's m_gap of the epoch; `rivals`: what
-    `listwise` takes, the ranking prediction first, for a version that has it; `constraint`: of a constrained version."""
+    `listwise` takes, the ranking prediction first, and `samples` (S, B, D) what `energy` does, for a version that has
+    it; `constraint`: of a constrained version."""
     prev = context[:, weights.directional.prev]
     return Terms(
         mse(raw, target),
@@ -156,6 +184,7 @@ def terms(
         norm(raw),
         orthogonality(unit, prev),
         unit.new_zeros(()) if rivals is None else listwise(*rivals),
+        unit.new_zeros(()) if samples is None else energy(samples, target).mean(),
     )
 
 
@@ -184,10 +213,12 @@ def context_weights(unit: Tensor, context: Tensor) -> Tensor:
     return torch.linalg.solve(gram + 1e-4 * size * eye, (context @ unit[..., None]))[..., 0]
 
 
-def pulls(terms: Terms, raw: Tensor) -> dict[str, Tensor]:
+def pulls(terms: Terms, raw: Tensor, samples: Tensor | None = None) -> dict[str, Tensor]:
     """How hard each term pulls at the prediction: ‖∂L_term/∂raw‖ over the batch, unweighted, as `pull_<term>`; and
     `angle`, in degrees, between the mean-square and the directional gradient. NaN for a term
-    that has no gradient (or acts on another head), and for an angle with a gradient of 0.
+    that has no gradient (or acts on another head), and for an angle with a gradient of 0. The energy score does not
+    see `raw`: its pull is that at `samples` (S, B, D) when all of a window's move together, for equal samples the pull
+    at their one place.
 
     ρ compares the terms' values; these tell what each does to the weights (handbook §4.1 point 7). An angle above 90
     means that the two undo each other.
@@ -196,7 +227,10 @@ def pulls(terms: Terms, raw: Tensor) -> dict[str, Tensor]:
     gradients = {
         name: torch.autograd.grad(term, raw, retain_graph=True, allow_unused=True)[0] if term.requires_grad else None
         for name, term in terms._asdict().items()
+        if name != "energy"
     }
+    at_samples = None if samples is None else torch.autograd.grad(terms.energy, samples, retain_graph=True)[0]
+    gradients["energy"] = None if at_samples is None else at_samples.sum(0)
     out = {f"pull_{name}": nan if g is None else g.norm() for name, g in gradients.items()}
     out["angle"] = nan
     if gradients["directional"] is not None:

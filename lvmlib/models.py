@@ -1,6 +1,6 @@
-"""The four architectures of handbook §2, one of ours, and the trivial predictors, behind one call.
+"""The four architectures of handbook §2, two of ours, and the trivial predictors, behind one call.
 
-Axes: B batch, T context length, D vector dimension, H hidden width.
+Axes: B batch, T context length, D vector dimension, H hidden width, S samples.
 
     raw, unit = model(context)      # context (B, T, D) → raw (B, D), unit = raw / ‖raw‖
 
@@ -10,7 +10,9 @@ D comes from the data.
 from __future__ import annotations
 
 import math
+import zlib
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -139,20 +141,20 @@ class AMN(Predictor):
 
 
 class Bilinear(Predictor):
-    """Copying, corrected: raw = Σ_t w_t·context_t + A·Σ_t v_t·context_t. At the start v copies the last vector, w too
-    (or averages: `averaging`), and A is near 0.
+    """Copying, corrected: raw = Σ_t w_t·context_t + A·Σ_t v_t·context_t. At the start w and v copy the last vector
+    (or average: `averaging`), and A is near 0.
 
     Ranked by cosine, a chunk c scores c·(w + A v): A is a metric between a chunk and what comes next, all that may be
     learned of pairs of chunks by a product. Dropout on A's input keeps it from the training articles' own words.
     """
 
-    def __init__(self, dim: int, context_length: int, averaging: bool = False):
+    def __init__(self, dim: int, context_length: int, averaging: bool = False, dropout: float = 0.7):
         super().__init__(dim, context_length)
         last = torch.zeros(context_length)
         last[-1] = 1.0
-        start = torch.full((context_length,), 1 / context_length) if averaging else last.clone()
-        self.weights, self.mixture = nn.Parameter(start), nn.Parameter(last)
-        self.drop, self.metric = nn.Dropout(0.5), nn.Linear(dim, dim, bias=False)
+        start = torch.full((context_length,), 1 / context_length) if averaging else last
+        self.weights, self.mixture = nn.Parameter(start), nn.Parameter(start.clone())
+        self.drop, self.metric = nn.Dropout(dropout), nn.Linear(dim, dim, bias=False)
         nn.init.normal_(self.metric.weight, std=0.02 / math.sqrt(dim))
 
     def raw(self, context: Tensor) -> Tensor:
@@ -169,7 +171,8 @@ class TwoHeads(Predictor):
 
     def __init__(self, dim: int, context_length: int):
         super().__init__(dim, context_length)
-        self.point, self.ranker = Bilinear(dim, context_length, averaging=True), Bilinear(dim, context_length)
+        self.point = Bilinear(dim, context_length, averaging=True, dropout=0.9)
+        self.ranker = Bilinear(dim, context_length)
 
     def raw(self, context: Tensor) -> Tensor:
         return self.point.raw(context)
@@ -178,8 +181,77 @@ class TwoHeads(Predictor):
         return *self(context), self.ranker(context)[1]
 
 
-ARCHITECTURES = {"transformer": Transformer, "gru": GRU, "lstm": LSTM, "amn": AMN, "bilinear": Bilinear}
-ARCHITECTURES |= {"two_heads": TwoHeads}
+class Sampler(Predictor):
+    """A distribution over the next vector: a corrected copy of the context, and noise, on the unit sphere.
+
+        x = u / ‖u‖,  u = Σ_t w_t·context_t + A·drop(Σ_t v_t·context_t) + exp(τ·z₀)·(L·z + σ ⊙ z′),  all z normal
+
+    As `Bilinear`, but w and v begin at the mean, where a point without knowledge is best. The noise has a spread σ of
+    its own in each dimension and 16 directions L in common; τ lets some samples lie near and others far, without which
+    all would be equally far in high dimension, as truths are not. The context acts on the noise by the normalisation:
+    vectors that agree add up to a longer sum, beside which the same noise is smaller. `raw` is the mean of 32 samples
+    from a table of noise kept with the weights, each with its opposite: what is linear in the noise falls out of it.
+    """
+
+    def __init__(self, dim: int, context_length: int):
+        super().__init__(dim, context_length)
+        even = torch.full((context_length,), 1 / context_length)
+        self.weights, self.mixture = nn.Parameter(0.75 * even), nn.Parameter(even.clone())
+        self.drop, self.metric = nn.Dropout(0.9), nn.Linear(dim, dim, bias=False)
+        self.directions, self.sigma = nn.Linear(16, dim, bias=False), nn.Parameter(torch.full((dim,), 0.8 / dim**0.5))
+        self.tau = nn.Parameter(torch.tensor(0.3))
+        nn.init.normal_(self.metric.weight, std=0.02 / math.sqrt(dim))
+        nn.init.normal_(self.directions.weight, std=0.025 / math.sqrt(dim))
+        half = torch.randn(16, 1 + 16 + dim, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.register_buffer("table", torch.cat([half, torch.cat([half[:, :1], -half[:, 1:]], 1)]))
+
+    def drawn(self, context: Tensor, noise: Tensor) -> Tensor:
+        """(S, B, D) unit vectors from `noise` (S, B or 1, 1 + 16 + D)."""
+        copied, mixed = (torch.einsum("t,btd->bd", w, context) for w in (self.weights, self.mixture))
+        point = copied + self.metric(self.drop(mixed))
+        apart = self.directions(noise[..., 1:17]) + self.sigma * noise[..., 17:]
+        apart = apart * (self.tau * noise[..., :1]).exp()
+        return F.normalize(point + apart, dim=-1)  # float32 under autocast, as the noise is
+
+    def samples(self, context: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """(S, B, D) `count` independent samples for each context (B, T, D)."""
+        shape = count, len(context), self.table.shape[1]
+        return self.drawn(context, torch.randn(shape, generator=generator, device=context.device))
+
+    def raw(self, context: Tensor) -> Tensor:
+        return self.drawn(context, self.table[:, None]).mean(0)
+
+
+class OneSample(Predictor):
+    """One sample of a model that has `samples`, as a predictor: 5CAT then judges a sample as it judges a point.
+
+    The noise follows from `seed` and the context's vectors alone, not from their order nor from the batch: the same
+    window has the same sample in any batch, and a shuffled or reversed context keeps its noise, so that only the order
+    differs. A context changed in its last bits is another one: so it is from one machine to the next in a rollout.
+    """
+
+    def __init__(self, model: Predictor, seed: int = 0):
+        super().__init__(model.dim, model.context_length)
+        self.model, self.seed = model, seed
+
+    def raw(self, context: Tensor) -> Tensor:
+        drawn = []
+        for window, vectors in zip(context, context.detach().float().cpu().numpy(), strict=True):
+            key = np.random.SeedSequence([self.seed, *sorted(zlib.crc32(v.tobytes()) for v in vectors)])
+            noise = torch.Generator(context.device).manual_seed(int(key.generate_state(1)[0]))
+            drawn.append(self.model.samples(window[None], 1, noise)[0, 0])
+        return torch.stack(drawn)
+
+
+ARCHITECTURES = {
+    "transformer": Transformer,
+    "gru": GRU,
+    "lstm": LSTM,
+    "amn": AMN,
+    "bilinear": Bilinear,
+    "two_heads": TwoHeads,
+    "sampler": Sampler,
+}
 
 
 def build(name: str, dim: int, context_length: int = 5) -> Predictor:

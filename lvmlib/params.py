@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]  # the checkout: paths never start fr
 PARAMS = ROOT / "params"
 OUTPUTS = ROOT / "outputs"
 
+GENERATIVE = ("sampler",)  # the models that have samples
 Steps = tuple[tuple[int, float], ...]  # ((first epoch, value), …): a value holds until the next first epoch
 
 
@@ -77,9 +78,18 @@ class Listwise:
 
 
 @dataclass(frozen=True)
+class Energy:
+    """Energy score of samples, for a model that has them."""
+
+    weight: float
+    samples: int  # drawn for each window in training
+
+
+@dataclass(frozen=True)
 class Losses:
     mean_square: float  # the weight of L_mse
     listwise: Listwise
+    energy: Energy
     directional: Directional
     floor: Floor
     norm: float  # η
@@ -168,9 +178,9 @@ class Version:
     horizon: int  # the target is this many chunks after the context
     context_length: int
     direction: Literal["forward", "backward"]  # backward reads the articles reversed: the control of the arrow of time
-    model: Literal["transformer", "gru", "lstm", "amn", "bilinear", "two_heads"]
+    model: Literal["transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "sampler"]
     epochs: int
-    select: Literal["val_loss", "novel_mrr"]  # what the best checkpoint is best in, on validation
+    select: Literal["val_loss", "novel_mrr", "val_energy"]  # what the best checkpoint is best in, on validation
     batch_size: int
     seed: int
     device: str
@@ -437,16 +447,24 @@ def _check(v: Version, where: str) -> None:
     listwise = v.losses.listwise
     need(listwise.temperature > 0, "losses.listwise.temperature", listwise.temperature, "above 0")
     need(listwise.candidates >= 2, "losses.listwise.candidates", listwise.candidates, "at least 2")
-    total = v.losses.mean_square + listwise.weight
-    need(total > 0, "losses.mean_square", v.losses.mean_square, "above 0 where losses.listwise.weight is 0")
+    energy = v.losses.energy
+    need(energy.samples >= 2, "losses.energy.samples", energy.samples, "at least 2")
+    total = v.losses.mean_square + listwise.weight + energy.weight
+    others = "losses.listwise.weight and losses.energy.weight are"
+    need(total > 0, "losses.mean_square", v.losses.mean_square, f"above 0 where {others} 0")
     for key, weight in (
         ("mean_square", v.losses.mean_square),
         ("listwise.weight", listwise.weight),
+        ("energy.weight", energy.weight),
         ("floor.weight", v.losses.floor.weight),
         ("norm", v.losses.norm),
         ("orthogonality", v.losses.orthogonality),
     ):
         need(weight >= 0, f"losses.{key}", weight, "0 or more")
+    needed = f"one with samples ({', '.join(GENERATIVE)}), for losses.energy"
+    need(not energy.weight or v.model in GENERATIVE, "model", v.model, needed)
+    needed = "val_loss or novel_mrr, as losses.energy.weight is 0"
+    need(v.select != "val_energy" or energy.weight > 0, "select", v.select, needed)
     need(
         0 < c.lambda_min <= c.lambda_max,
         "control.lambda_min",

@@ -19,6 +19,7 @@ from .arrow import MEASURES, Arrow
 from .controller import by_gradient
 from .fivecat import COHERENCE, GATES, GENERALISES, OFFSETS, ORIGINAL_OFFSETS, STEPS, THRESHOLDS, Report, ablations
 from .params import Version, data_name
+from .spread import Spread, histogram
 from .statistics import chance_recall, over_articles
 from .verdict import MARGIN_RISE, RECALL, RHO_TOLERANCE, SPIKE, VAL_COS, Check, Verdict
 
@@ -78,7 +79,7 @@ def table(frame: pd.DataFrame, caption: str = "", digits: int = 3, formats: dict
 def history_table(history: pd.DataFrame) -> Styler:
     """A run's epochs as a table."""
     formats = dict.fromkeys(("train_loss", "val_loss"), "{:.5f}") | {"lambda_eff": "{:.4f}", "learning_rate": "{:.1e}"}
-    terms = ["mse", "directional", "floor", "norm", "orthogonality", "listwise"]
+    terms = ["mse", "directional", "floor", "norm", "orthogonality", "listwise", "energy"]
     return table(history.drop(columns=terms).dropna(axis=1, how="all"), formats=formats | {"seconds": "{:.1f}"})
 
 
@@ -328,6 +329,7 @@ def step_health(steps: pd.DataFrame, version: Version) -> Figure:
         "norm": version.losses.norm,
         "orthogonality": version.losses.orthogonality,
         "listwise": version.losses.listwise.weight,
+        "energy": version.losses.energy.weight,
     }
     _terms(terms, x, {name: steps[name] * weight for name, weight in weights.items()})
     terms.set(title="Weighted terms of the loss", ylabel="weighted term")
@@ -347,7 +349,7 @@ def pulls(rows: pd.DataFrame, version: Version, x: str) -> Figure:
     """
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.3), layout="constrained")
     norms, share, angle, escape = axes
-    names = ("mse", "directional", "floor", "norm", "orthogonality", "listwise")
+    names = ("mse", "directional", "floor", "norm", "orthogonality", "listwise", "energy")
     _terms(norms, rows[x], {name: rows[f"pull_{name}"] for name in names})
     norms.set(title="Gradient of each weighted term", ylabel="norm at the prediction")
     share.plot(rows[x], rows["rho"], "o-", color=INK, label="ρ in value")
@@ -372,7 +374,7 @@ def pulls(rows: pd.DataFrame, version: Version, x: str) -> Figure:
 
 def _terms(axis, x: pd.Series, parts: dict[str, pd.Series]) -> None:
     """A line a term, on a logarithmic scale; what is never above 0 is left out."""
-    for (name, part), style in zip(parts.items(), ("o-", "s--", "^:", "v-.", "x-", "D:"), strict=True):
+    for (name, part), style in zip(parts.items(), ("o-", "s--", "^:", "v-.", "x-", "D:", "P--"), strict=True):
         if (part > 0).any():
             axis.plot(x, part.where(part > 0), style, ms=4, label=name)
     axis.set(yscale="log")
@@ -622,6 +624,53 @@ def make_up(report: Report, split: str) -> Figure:
     )
     part.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     return figure
+
+
+def ranks(found: Spread, split: str) -> Figure:
+    """Where the truth stands among the samples, by distance and by direction, and how wide they are beside it."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained", width_ratios=(1, 1, 0.8))
+    frame = found.frames[split, "model"]
+    xlabels = {"distance": "place of the truth: 0 the most central, 1 the farthest", "direction": "place of the truth"}
+    for axis, (name, xlabel) in zip(axes, xlabels.items(), strict=False):
+        bins = histogram(frame, name)
+        reach = np.abs(bins[["low", "high"]].to_numpy().T - bins["share"].to_numpy())
+        axis.bar(bins["middle"], 100 * bins["share"], 0.92 / len(bins), color=INK, alpha=0.75)
+        axis.errorbar(bins["middle"], 100 * bins["share"], 100 * reach, fmt="none", ecolor="0.15", capsize=2, lw=1)
+        axis.axhline(100 / len(bins), color=GREY, ls="--", label="the truth is one more sample")
+        title = "Rank by distance" if name == "distance" else "Rank along a random direction"
+        axis.set(title=title, xlabel=xlabel, ylabel="windows, %", xlim=(0, 1))
+        axis.legend(fontsize="x-small")
+    shown = [found.row("spread ratio", split, name) for name in found.forecasts]
+    for y, row in enumerate(reversed(shown)):
+        colour = INK if row["forecast"] == "model" else GREY
+        reach = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+        axes[2].errorbar(row["value"], y, xerr=reach, fmt="o", color=colour, capsize=3)
+    axes[2].axvline(1, color=GREY, ls="--")
+    axes[2].set(title="Spread ratio", xlabel="E‖x − x′‖ / E‖x − y‖: 1 as wide as the truth", xlim=(-0.05, None))
+    axes[2].set_yticks(range(len(shown)), [row["forecast"] for row in reversed(shown)])
+    figure.suptitle(f"{split}: the truth among the samples (95 % over articles)", x=0.005, ha="left", weight="bold")
+    return figure
+
+
+def spread_table(found: Spread) -> Styler:
+    """A row a split and forecast: each figure with its interval over articles, and the model's energy score less it."""
+
+    def text(measure: str, split: str, name: str, signed: bool = False) -> str:
+        row = found.row(measure, split, name)
+        form = "+.4f" if signed else ".3f"
+        return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+
+    measures = ["spread ratio", *(m for m in dict.fromkeys(found.table["measure"]) if m.startswith("covered"))]
+    measures.append("KS of ranks by distance")
+    rows = []
+    for split in found.splits:
+        for name in found.forecasts:
+            less = "" if name == "model" else text(f"energy score less {name}", split, "model", True)
+            rows.append({"split": split, "forecast": name, "energy score": text("energy score", split, name)})
+            rows[-1] |= {"model less it": less, **{m: text(m, split, name) for m in measures}}
+        chance = {m: f"{found.row(m, split)['chance']:.3g}" for m in measures}
+        rows.append({"split": split, "forecast": "if calibrated", "energy score": "", "model less it": "", **chance})
+    return table(pd.DataFrame(rows), caption="Samples against the truth, 95 % over articles")
 
 
 def arrows(found: dict[str, Arrow]) -> Figure:

@@ -53,7 +53,15 @@ from .params import ROOT, Control, Version, data_name, flat, outputs
 from .retrieval import Articles, among_context
 from .vectors import DIRECTIONS, Dataset, Windows
 
-PULLS = ("pull_mse", "pull_directional", "pull_floor", "pull_norm", "pull_orthogonality", "pull_listwise")
+PULLS = (
+    "pull_mse",
+    "pull_directional",
+    "pull_floor",
+    "pull_norm",
+    "pull_orthogonality",
+    "pull_listwise",
+    "pull_energy",
+)
 EPOCH_COLUMNS = (
     "epoch",
     "train_loss",
@@ -64,10 +72,12 @@ EPOCH_COLUMNS = (
     "norm",
     "orthogonality",
     "listwise",
+    "energy",
     "val_cos",
     "margin",
     "recall_at_5",
     "novel_mrr",
+    "val_energy",
     "rho",
     "rho_target",
     "rho_cap",
@@ -96,6 +106,7 @@ STEP_COLUMNS = (
     "norm",
     "orthogonality",
     "listwise",
+    "energy",
     "lambda_eff",
     "rho",
     "rho_target",
@@ -115,10 +126,12 @@ STEP_COLUMNS = (
 )
 # What the first runs did not log, or did not have as a parameter, with the value that they ran with.
 LATER = ("escape", *PULLS, "rho_gradient", "angle", "listwise", "novel_mrr", "temperature", "rewound")
+LATER += ("energy", "val_energy")
 EARLIER = {"direction": "forward", "select": "val_loss", "optimizer.decay": "all", "losses.mean_square": 1.0}
 EARLIER |= {"losses.listwise.weight": 0.0, "losses.listwise.temperature": 0.1, "losses.listwise.candidates": 128}
 EARLIER |= {"control.smoothing": 0.99, "control.measure": "value", "control.kp": 0.0, "control.ki": 0.1}
 EARLIER |= {"control.constraint": None, "rewind": None}
+EARLIER |= {"losses.energy.weight": 0.0, "losses.energy.samples": 8}
 # Words, figures to compare with, and where it is computed make no other run. The precision that was used does.
 NOT_COMPARED = ("about", "expected", "published", "device", "precision")
 EVALUATION_BATCH = 512
@@ -329,7 +342,8 @@ class Run:
                     epoch, model, optimizer, articles["train"], scale if ranks else None, control, memory
                 )
             val = validate(model, self.data.val, vectors, articles["val"])
-            score = val["val_loss"] if v.select == "val_loss" else -val["novel_mrr"]
+            val["val_energy"] = energy_score(model, self.data.val, vectors) if v.losses.energy.weight else math.nan
+            score = -val["novel_mrr"] if v.select == "novel_mrr" else val[v.select]
             plateau.step(score)
             # Of a constrained run, what keeps the bound in training beats what does not (Deb 2000, §3).
             missed = max(0.0, means["directional"] - FEASIBLE) if v.control.constraint else 0.0
@@ -478,6 +492,7 @@ class Run:
             context, y = windows.batch(index, vectors)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 raw, unit, ranker = model.heads(context)
+                samples = model.samples(context, v.losses.energy.samples) if v.losses.energy.weight else None
             rivals = None
             if scale is not None:
                 rows, there = articles.rivals(
@@ -486,8 +501,8 @@ class Run:
                 chunks = torch.nn.functional.normalize(vectors[torch.from_numpy(rows).to(self.device)].float(), dim=-1)
                 rivals = ranker, chunks, torch.from_numpy(there).to(self.device), scale.exp()
             margin = now.margin if v.control.rule != "none" else 0.0
-            terms = losses.terms(raw, unit, context, y, margin, v.losses, rivals, v.control.constraint)
-            watched = losses.health(unit, y, context, v.losses.directional.prev) | losses.pulls(terms, raw)
+            terms = losses.terms(raw, unit, context, y, margin, v.losses, rivals, v.control.constraint, samples)
+            watched = losses.health(unit, y, context, v.losses.directional.prev) | losses.pulls(terms, raw, samples)
             names = [*terms._fields, *watched]
             # One transfer a step from the device, for everything the controller and the log need.
             values = dict(zip(names, torch.stack([*terms, *watched.values()]).detach().tolist(), strict=True))
@@ -522,6 +537,7 @@ class Run:
                 "norm": v.losses.norm,
                 "orthogonality": v.losses.orthogonality,
                 "listwise": v.losses.listwise.weight,
+                "energy": v.losses.energy.weight,
             }
             # Weighted, as they act; a term of weight 0 pulls at nothing, whatever its gradient.
             values |= {f"pull_{k}": w * values[f"pull_{k}"] if w else 0.0 for k, w in weights.items()}
@@ -612,6 +628,23 @@ def validate(
     return dict(
         zip(("val_loss", "val_cos", "margin", "recall_at_5", "novel_mrr"), (sums / len(windows)).tolist(), strict=True)
     )
+
+
+@torch.no_grad()
+def energy_score(
+    model: models.Predictor, windows: Windows, vectors: torch.Tensor | None = None, samples: int = 16
+) -> float:
+    """Mean energy score over the windows of `samples` samples each, by the same noise at every call."""
+    training = model.training
+    model.eval()
+    device = models.device_of(model)
+    vectors = torch.from_numpy(windows.store.vectors).to(device) if vectors is None else vectors
+    noise, total = torch.Generator(device).manual_seed(0), 0.0
+    for first in range(0, len(windows), EVALUATION_BATCH):
+        context, y = windows.batch(np.arange(first, min(first + EVALUATION_BATCH, len(windows))), vectors)
+        total += float(losses.energy(model.samples(context, samples, noise), y).sum())
+    model.train(training)
+    return total / len(windows)
 
 
 @contextlib.contextmanager

@@ -345,7 +345,7 @@ def _decide(version: Version, history: pd.DataFrame, report: Report, success: bo
         return (
             "none",
             "This version has no directional loss"
-            + (": it is what the others are compared with, and" if not version.losses.listwise.weight else ", and")
+            + (": it is what the others are compared with, and" if version.losses.mean_square else ", and")
             + " no option follows.",
         )
     held_back = 1 - float(history["lambda_eff"].mean()) / version.control.lambda_max

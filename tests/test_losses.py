@@ -28,7 +28,7 @@ def make_directional(kind="none", gamma=4.0, alpha=0.7, margin_ratio=0.05, prev=
 
 def make_losses(directional=None, floor=None, norm=0.0, orthogonality=0.0):
     rest = directional or make_directional(), floor or Floor(0.0, 0.0), norm, orthogonality
-    return params.Losses(1.0, params.Listwise(0.0, 0.1, 128), *rest)
+    return params.Losses(1.0, params.Listwise(0.0, 0.1, 128), params.Energy(0.0, 8), *rest)
 
 
 def dot(a, b):
@@ -286,8 +286,8 @@ def test_terms_and_total(name, dtype):
         raw, context, y = full_batch(seed, dtype)
         found = losses.terms(raw, F.normalize(raw, dim=-1), context, y, 0.04, weights)
         expected = plain_terms(*plain(raw, context, y), 0.04, weights)
-        assert found._fields == ("mse", "directional", "floor", "norm", "orthogonality", "listwise")
-        for value, number in zip(found, [*expected, 0.0], strict=True):
+        assert found._fields == ("mse", "directional", "floor", "norm", "orthogonality", "listwise", "energy")
+        for value, number in zip(found, [*expected, 0.0, 0.0], strict=True):
             close(value, number, dtype)
         for lambda_eff in (0.0, 1e-4, 0.03, 2.0):
             expected = plain_total(*plain(raw, context, y), 0.04, weights, lambda_eff)
@@ -317,7 +317,7 @@ def test_without_a_directional_loss_the_term_is_zero_without_a_gradient():
 def test_terms_of_weight_zero_cost_nothing_even_where_they_are_not_finite():
     nan = torch.tensor(float("nan"), requires_grad=True)
     mse = torch.tensor(2.0, requires_grad=True)
-    total = losses.Terms(mse, nan, nan, nan, nan, nan).total(make_losses(), 0.0)
+    total = losses.Terms(mse, nan, nan, nan, nan, nan, nan).total(make_losses(), 0.0)
     total.backward()
     assert total.item() == 2.0
     assert mse.grad == 1.0
@@ -377,8 +377,8 @@ def test_pulls_are_the_norms_of_the_finite_differences():
             up, down = (float(getattr(at((raw + s).detach()), name)) for s in (step, -step))
             slope[index] = (up - down) / 2e-6
         gradients[name] = slope.detach().flatten()
-        if name == "listwise":  # not of this version
-            assert math.isnan(found["pull_listwise"])
+        if name in ("listwise", "energy"):  # not of this version
+            assert math.isnan(found[f"pull_{name}"])
             continue
         assert float(found[f"pull_{name}"]) == pytest.approx(float(slope.norm()), rel=1e-4, abs=1e-8)
     a, b = gradients["mse"], gradients["directional"]
@@ -388,7 +388,7 @@ def test_pulls_are_the_norms_of_the_finite_differences():
 
 def test_a_term_without_gradient_has_no_pull():
     raw = torch.randn(4, 8, requires_grad=True)
-    terms = losses.Terms(raw.square().mean(), *(torch.zeros(()) for _ in range(5)))
+    terms = losses.Terms(raw.square().mean(), *(torch.zeros(()) for _ in range(6)))
     found = losses.pulls(terms, raw)
     assert math.isnan(found["pull_directional"]) and math.isnan(found["angle"]) and found["pull_mse"] > 0
 
@@ -507,7 +507,8 @@ def test_mean_square_and_listwise_by_their_weights():
     raw, context, y = full_batch(4)
     rivals, there = rivals_of(y)
     unit, scale = F.normalize(raw, dim=-1), torch.tensor(7.0, dtype=torch.float64)
-    w = params.Losses(0.3, params.Listwise(2.0, 0.1, 128), make_directional(), Floor(0.0, 0.0), 0.0, 0.0)
+    rest = params.Energy(0.0, 8), make_directional(), Floor(0.0, 0.0), 0.0, 0.0
+    w = params.Losses(0.3, params.Listwise(2.0, 0.1, 128), *rest)
     found = losses.terms(raw, unit, context, y, 0.0, w, (unit, rivals, there, scale)).total(w, 0.0)
     assert float(found) == pytest.approx(
         0.3 * plain_mse(raw.tolist(), y.tolist())
@@ -521,7 +522,8 @@ def test_the_head_that_ranks_takes_the_listwise_loss_and_the_point_none_of_it():
     scale = torch.tensor(7.0, dtype=torch.float64)
     ranker = torch.randn(raw.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     raw.requires_grad_(), ranker.requires_grad_()
-    w = params.Losses(0.3, params.Listwise(2.0, 0.1, 128), make_directional("none"), Floor(0.0, 0.0), 0.0, 0.0)
+    rest = params.Energy(0.0, 8), make_directional("none"), Floor(0.0, 0.0), 0.0, 0.0
+    w = params.Losses(0.3, params.Listwise(2.0, 0.1, 128), *rest)
     ranking = F.normalize(ranker, dim=-1), rivals, there, scale
     terms = losses.terms(raw, F.normalize(raw, dim=-1), context, y, 0.0, w, ranking)
     found = torch.autograd.grad(terms.total(w, 0.0), (raw, ranker), retain_graph=True)
@@ -530,6 +532,85 @@ def test_the_head_that_ranks_takes_the_listwise_loss_and_the_point_none_of_it():
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
     assert math.isnan(losses.pulls(terms, raw)["pull_listwise"])  # it pulls at the other head
+
+
+def plain_energy(samples, y):
+    """The mean over the batch, all pairs in a loop; `samples` by sample, then by window."""
+
+    def distance(a, b):
+        return math.sqrt(sum((p - q) ** 2 for p, q in zip(a, b, strict=True)))
+
+    total, count = 0.0, len(samples)
+    for b, truth in enumerate(y):
+        mine = [s[b] for s in samples]
+        total += sum(distance(x, truth) for x in mine) / count
+        pairs = sum(distance(mine[i], mine[j]) for i in range(count) for j in range(count) if i != j)
+        total -= pairs / (2 * count * (count - 1)) if count > 1 else 0.0
+    return total / len(y)
+
+
+def samples_of(count, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(count, B, D, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_energy_and_its_gradient(count):
+    y = random_batch(2)[1]
+    x = samples_of(count).requires_grad_()
+    found = losses.energy(x, y)
+    assert found.shape == (B,) and found.mean().item() == pytest.approx(plain_energy(x.tolist(), y.tolist()), rel=1e-12)
+    (gradient,) = torch.autograd.grad(found.mean(), x)
+    flat, slopes = x.detach().flatten(), torch.zeros(x.numel(), dtype=torch.float64)
+    for i in range(x.numel()):
+        step = torch.zeros_like(flat)
+        step[i] = 1e-6
+        up, down = (plain_energy((flat + s).view_as(x).tolist(), y.tolist()) for s in (step, -step))
+        slopes[i] = (up - down) / 2e-6
+    torch.testing.assert_close(gradient, slopes.view_as(x), rtol=1e-6, atol=1e-8)
+
+
+def test_energy_of_equal_samples_is_their_distance_with_a_finite_gradient():
+    y = random_batch(2)[1]
+    x = samples_of(1).expand(4, B, D).clone().requires_grad_()
+    found = losses.energy(x, y)
+    torch.testing.assert_close(found, (x[0] - y).norm(dim=-1), rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(gradient.sum(0), (x[0] - y) / (x[0] - y).norm(dim=-1, keepdim=True))
+
+
+def test_energy_is_least_for_the_true_distribution_whatever_the_number_of_samples():
+    """Strictly proper: wider, narrower and shifted normals score higher in the mean, and S does not shift the mean."""
+    g = torch.Generator().manual_seed(0)
+    truth, windows = torch.randn(4000, 3, generator=g, dtype=torch.float64), 4000
+
+    def score(width, shift=0.0, count=8):
+        x = width * torch.randn(count, windows, 3, generator=g, dtype=torch.float64) + shift
+        return losses.energy(x, truth).mean().item()
+
+    right = score(1.0)
+    assert min(score(0.6), score(1.5), score(1.0, 0.4)) > right + 0.01
+    # E‖x − y‖/2 of two normal vectors in 3 dimensions: √2 · √(8/π) / 2
+    for count in (2, 8, 30):
+        assert score(1.0, count=count) == pytest.approx(math.sqrt(2) * math.sqrt(8 / math.pi) / 2, abs=0.025)
+
+
+def test_energy_in_the_total_and_its_pull():
+    raw, context, y = full_batch(4)
+    x = samples_of(5).requires_grad_()
+    rest = make_directional(), Floor(0.0, 0.0), 0.0, 0.0
+    w = params.Losses(0.3, params.Listwise(0.0, 0.1, 128), params.Energy(2.0, 5), *rest)
+    raw.requires_grad_()
+    found = losses.terms(raw, F.normalize(raw, dim=-1), context, y, 0.0, w, samples=x)
+    expected = 0.3 * plain_mse(raw.tolist(), y.tolist()) + 2.0 * plain_energy(x.tolist(), y.tolist())
+    assert found.total(w, 0.0).item() == pytest.approx(expected)
+    slope = torch.zeros(B, D, dtype=torch.float64)  # when all samples of a window move together
+    for b, d in itertools.product(range(B), range(D)):
+        step = torch.zeros_like(x)
+        step[:, b, d] = 1e-6
+        up, down = (plain_energy((x.detach() + s).tolist(), y.tolist()) for s in (step, -step))
+        slope[b, d] = (up - down) / 2e-6
+    assert float(losses.pulls(found, raw, x)["pull_energy"]) == pytest.approx(float(slope.norm()), rel=1e-6)
 
 
 def test_lambda_zero_leaves_the_gradient_of_the_rest():

@@ -17,7 +17,7 @@ from lvmlib.errors import LVMError
 from lvmlib.vectors import make_store, windows
 
 T, H = 5, 512
-NAMES = ("transformer", "gru", "lstm", "amn", "bilinear", "two_heads")
+NAMES = ("transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "sampler")
 
 
 @functools.cache
@@ -109,9 +109,7 @@ def test_a_wrong_shape_is_refused(small, shape):
 
 @pytest.mark.parametrize("name", ["transfomer", "", None, "Transformer"])
 def test_an_unknown_model_lists_the_known(name):
-    with pytest.raises(
-        LVMError, match=f"unknown model {name!r}; known: transformer, gru, lstm, amn, bilinear, two_heads"
-    ):
+    with pytest.raises(LVMError, match=f"unknown model {name!r}; known: {', '.join(NAMES)}"):
         models.build(name, 24)
 
 
@@ -238,6 +236,20 @@ def plain_two_heads(w, context):
     )
 
 
+def plain_sample(w, context, noise):
+    """One sample of one window from (1 + 16 + D) numbers."""
+    size = math.exp(w["tau"] * noise[0])
+    pulled = w["directions.weight"] @ noise[1:17]
+    point = plain_bilinear(w, context[None])[0]
+    x = torch.stack([p + size * (a + s * z) for p, a, s, z in zip(point, pulled, w["sigma"], noise[17:], strict=True)])
+    return x / math.sqrt(x @ x)
+
+
+def plain_sampler(w, context):
+    assert torch.equal(w["table"][:16, 1:], -w["table"][16:, 1:])
+    return torch.stack([sum(plain_sample(w, c, noise) for noise in w["table"]) / 32 for c in context])
+
+
 PLAIN = {
     "two_heads": plain_two_heads,
     "transformer": plain_transformer,
@@ -245,6 +257,7 @@ PLAIN = {
     "lstm": plain_lstm,
     "amn": plain_amn,
     "bilinear": plain_bilinear,
+    "sampler": plain_sampler,
 }
 
 
@@ -296,7 +309,44 @@ def test_order_matters_but_to_amn(small):
     x = contexts()
     with torch.no_grad():
         change = (model(x)[0] - model(x.flip(1))[0]).abs().max()
-    assert change < 1e-5 if name == "amn" else change > 1e-3
+    # The sampler and the point of two heads begin with equal weights; they learn the order.
+    assert change < 1e-5 if name in ("amn", "sampler", "two_heads") else change > 1e-3
+
+
+# Samples
+
+
+def test_samples_are_the_formula_and_independent():
+    model, x = doubled("sampler"), contexts(dtype=torch.float64)
+    noise = torch.randn(4, 3, 1 + 16 + 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    w = model.state_dict()
+    expected = torch.stack([torch.stack([plain_sample(w, c, z) for c, z in zip(x, row, strict=True)]) for row in noise])
+    torch.testing.assert_close(model.drawn(x, noise), expected, rtol=0, atol=1e-11)
+    model = build("sampler")
+    x = contexts().expand(3, T, 24)
+    drawn = model.samples(x, 50, torch.Generator().manual_seed(1))
+    assert drawn.shape == (50, 3, 24)
+    torch.testing.assert_close(drawn.norm(dim=-1), torch.ones(50, 3))
+    assert len(torch.unique(drawn.detach().flatten(0, 1), dim=0)) == 150  # none twice
+    assert torch.equal(drawn, model.samples(x, 50, torch.Generator().manual_seed(1)))
+    mean = model.samples(x[:1], 4000, torch.Generator().manual_seed(2)).mean(0)
+    assert torch.nn.functional.cosine_similarity(mean, model.raw(x[:1])).item() > 0.98  # the table stands for all noise
+
+
+def test_one_sample_depends_on_the_window_alone():
+    """Neither on the batch nor on the order in the context; and it is a sample, not the mean."""
+    model, x = models.OneSample(build("sampler")), contexts(size=40)
+    with torch.no_grad():
+        whole = model(x)[0]
+        turned = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(model(x[turned])[0], whole[turned])
+        assert torch.equal(torch.cat([model(x[i : i + 1])[0] for i in range(40)]), whole)
+        # At the start the sampler is all but symmetric in its context: reversed, only the noise could tell.
+        assert (model(x.flip(1))[0] - whole).norm(dim=1).max() < 0.2
+        assert (models.OneSample(build("sampler"), seed=1)(x)[0] - whole).norm(dim=1).min() > 0.3
+        at = (whole - model.model(x)[0]).norm(dim=1)
+        expected = (build("sampler").samples(x, 200, torch.Generator().manual_seed(0)) - model.model(x)[0]).norm(dim=-1)
+    assert at.mean() == pytest.approx(expected.mean().item(), abs=4 * expected.std().item() / math.sqrt(40))
 
 
 # Training and keeping

@@ -32,6 +32,8 @@ COMMON = {
     "losses.listwise.weight": 0.0,
     "losses.listwise.temperature": 0.1,
     "losses.listwise.candidates": 128,
+    "losses.energy.weight": 0.0,
+    "losses.energy.samples": 8,
     "losses.directional.prev": -2,
     "control.smoothing": 0.99,
     "control.measure": "value",
@@ -40,7 +42,7 @@ COMMON = {
     "control.constraint": None,
     "rewind": None,
 }
-OURS = {"rank", "two_heads", "share", "pi", "bounded", "margin"}  # after the handbook's
+OURS = {"rank", "two_heads", "share", "pi", "bounded", "margin", "energy"}  # after the handbook's
 
 
 def row(
@@ -286,6 +288,26 @@ def test_whole_numbers_pass_as_floats():
 
 def test_fast_mode_has_at_most_two_epochs():
     assert [version("v22", fast=True, epochs=e).epochs for e in (1, 2, 12)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("model", ["transformer", "bilinear"])
+def test_energy_needs_a_model_with_samples(model):
+    message = refused(lambda: version("energy", model=model), "params/energy.yaml", f"model is '{model}'", "sampler")
+    assert "losses.energy" in message
+    over = {"losses": {"energy": {"weight": 0.0}, "mean_square": 1.0}, "select": "val_loss"}
+    assert version("energy", over, model=model).model == model
+
+
+def test_a_selection_by_energy_needs_the_energy_score():
+    refused(lambda: version("p6", {"select": "val_energy"}), "params/p6.yaml", "select is 'val_energy'", "novel_mrr")
+    for select in ("val_loss", "novel_mrr", "val_energy"):
+        assert version("energy", {"select": select}).select == select
+
+
+def test_the_models_with_samples_are_those_that_have_them():
+    from lvmlib import models
+
+    assert [name for name, kind in models.ARCHITECTURES.items() if hasattr(kind, "samples")] == list(params.GENERATIVE)
 
 
 @pytest.mark.parametrize("overrides", ["optimizer.lr=1", ["epochs"], 3, [("epochs", 3)], True])

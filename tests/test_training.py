@@ -151,6 +151,17 @@ def test_the_best_checkpoint_is_of_the_highest_novel_mrr_where_so_selected(data,
     assert (run.history["pull_mse"] == 0).all() and (run.history["pull_listwise"] > 0).all()
 
 
+def test_the_best_checkpoint_is_of_the_least_energy_where_so_selected(data, tmp_path):
+    v = version("energy", model="sampler", epochs=5, overrides={"optimizer": {"lr": 0.1}})
+    run = finish(lvm.train(v, data, tmp_path / "run"))
+    assert run.history["val_energy"].nunique() > 1 and run.history["val_energy"].idxmin() != run.history.index[-1]
+    assert training.energy_score(run.best, data.val) == pytest.approx(run.history["val_energy"].min(), rel=1e-5)
+    assert (run.history["pull_mse"] == 0).all() and (run.history["pull_energy"] > 0).all()
+    assert run.history["train_loss"].to_numpy() == pytest.approx(run.history["energy"].to_numpy())
+    other = finish(lvm.train(version(epochs=1), data, tmp_path / "other")).history
+    assert (other["energy"] == 0).all() and other["val_energy"].isna().all() and (other["pull_energy"] == 0).all()
+
+
 def test_only_matrices_decay_where_so_asked(data, tmp_path):
     def left(decay):
         v = version("p6", model="bilinear", epochs=1, overrides={"optimizer": {"lr": 1e-12, "weight_decay": 1e11,
@@ -171,7 +182,11 @@ def test_learning_rate_falls_on_a_plateau(data, tmp_path):
 
 @pytest.mark.parametrize("name", lvm.known_versions())
 def test_every_version_trains(name, data, tmp_path):
-    run = finish(lvm.train(version(name, epochs=2, data="toy"), data, tmp_path / "run"))
+    run = finish(
+        lvm.train(
+            version(name, epochs=2, data="toy", model="sampler" if name == "energy" else "amn"), data, tmp_path / "run"
+        )
+    )
     directional = run.version.control.rule != "none"
     assert np.isfinite(run.history[["train_loss", "val_loss", "val_cos", "rho", "lambda_eff"]].to_numpy(float)).all()
     if run.version.control.rule != "constrained":  # a multiplier may vanish
@@ -222,10 +237,12 @@ def test_a_seed_decides_everything_and_leaves_the_stream_alone(data, tmp_path):
         ("transformer", 2, 1, "float32"),
         ("transformer", 2, 1, "bfloat16"),
         ("bilinear", 4, 2, "float32"),  # by the listwise loss: the temperature and the rivals' stream, too
+        ("sampler", 4, 2, "float32"),  # by the energy score: the samples' stream, too
     ],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(data, tmp_path, stop, model, epochs, precision):
-    v = version("rank" if model == "bilinear" else "v22", model=model, epochs=epochs, precision=precision)
+    name = {"bilinear": "rank", "sampler": "energy"}.get(model, "v22")
+    v = version(name, model=model, epochs=epochs, precision=precision)
     whole = finish(lvm.train(v, data, tmp_path / "whole"))
     part = iter(lvm.train(v, data, tmp_path / "part"))
     for _ in range(stop):
