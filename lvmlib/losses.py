@@ -87,15 +87,17 @@ def listwise(unit: Tensor, rivals: Tensor, there: Tensor, scale: Tensor) -> Tens
     return -logits.masked_fill(~there, float("-inf")).log_softmax(1)[:, 0].mean()
 
 
-def shortfall(unit: Tensor, target: Tensor, prev: Tensor, constraint: Constraint) -> Tensor:
-    """How far the batch stays below its bound: c − mean cos(p, y), or m − mean [cos(p, y) − cos(p, prev)].
+def shortfall(unit: Tensor, target: Tensor, context: Tensor, constraint: Constraint) -> Tensor:
+    """How far the batch stays below its bound: c − mean cos(p, y), or m − min_t mean [cos(p, y) − cos(p, context_t)]
+    over the constraint's places t; `context` (B, T, D).
 
     Above 0 where the constraint is violated; its weight in the loss is the Lagrange multiplier.
     """
-    reached = cosine(unit, target)
+    reached = cosine(unit, target).mean()
     if constraint.measure == "margin":
-        reached = gap(reached, cosine(unit, prev))
-    return constraint.at_least - reached.mean()
+        against = context[:, list(constraint.against)]  # (B, K, D)
+        reached = reached - cosine(unit[:, None], against).mean(0).max()
+    return constraint.at_least - reached
 
 
 def energy(samples: Tensor, target: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def terms(
     prev = context[:, weights.directional.prev]
     return Terms(
         mse(raw, target),
-        shortfall(unit, target, prev, constraint)
+        shortfall(unit, target, context, constraint)
         if constraint
         else directional(unit, target, prev, margin, weights.directional),
         floor(unit, target, weights.floor.tau),

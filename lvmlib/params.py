@@ -106,10 +106,12 @@ class Gate:
 
 @dataclass(frozen=True)
 class Constraint:
-    """What rule `constrained` keeps the batch mean at: cos(p, y), or cos(p, y) − cos(p, prev), at least so much."""
+    """What rule `constrained` keeps the batch mean at: cos(p, y), or the margin against context vectors, at least so
+    much."""
 
     measure: Literal["cosine", "margin"]
     at_least: float
+    against: tuple[int, ...] = (-1,)  # margin: these context vectors, of which the nearest in the mean counts
 
 
 @dataclass(frozen=True)
@@ -558,6 +560,11 @@ def _check_control(v: Version, need) -> None:
         most = {"cosine": 1, "margin": 2}[c.constraint.measure]
         bound = c.constraint.at_least
         need(-most <= bound <= most, "control.constraint.at_least", bound, f"-{most} to {most}")
+        against = c.constraint.against
+        places = bool(against) and all(-v.context_length <= t <= -1 for t in against)
+        need(
+            places, "control.constraint.against", against, f"a list of places in the context, -{v.context_length} to -1"
+        )
         need(
             c.guard == "none" and c.gate is None, "control", (c.guard, c.gate), "guard none and gate null: constrained"
         )

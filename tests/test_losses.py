@@ -4,6 +4,7 @@ The reference knows no torch: its gradients are central differences of the plain
 prediction, so that they pass through the normalisation p = raw / ‖raw‖.
 """
 
+import functools
 import itertools
 import math
 
@@ -429,11 +430,11 @@ TERMS = {  # code, plain
     "norm": (lambda r, p, y, v: losses.norm(r), lambda r, y, v: plain_norm(r)),
     "orthogonality": (lambda r, p, y, v: losses.orthogonality(p, v), lambda r, y, v: plain_orthogonality(r, v)),
     "short of a cosine": (
-        lambda r, p, y, v: losses.shortfall(p, y, v, params.Constraint("cosine", 0.4)),
+        lambda r, p, y, v: losses.shortfall(p, y, v[:, None], params.Constraint("cosine", 0.4)),
         lambda r, y, v: 0.4 - mean(cos(*row) for row in zip(r, y, strict=True)),
     ),
     "short of a margin": (
-        lambda r, p, y, v: losses.shortfall(p, y, v, params.Constraint("margin", 0.1)),
+        lambda r, p, y, v: losses.shortfall(p, y, v[:, None], params.Constraint("margin", 0.1)),
         lambda r, y, v: 0.1 - mean(plain_gap(*row) for row in zip(r, y, v, strict=True)),
     ),
 }
@@ -670,10 +671,24 @@ def test_the_shortfall_of_a_constraint_takes_the_directional_place(measure, prev
     unit, w = F.normalize(raw, dim=-1), make_losses(make_directional(prev=prev))
     rows = list(zip(raw.tolist(), y.tolist(), context[:, prev].tolist(), strict=True))
     reached = mean(cos(r, t) - (cos(r, v) if measure == "margin" else 0.0) for r, t, v in rows)
+    constraint = functools.partial(params.Constraint, measure, against=(prev,))
     for bound in (reached - 0.2, reached + 0.3):
-        found = losses.terms(raw, unit, context, y, 0.0, w, constraint=params.Constraint(measure, bound))
+        found = losses.terms(raw, unit, context, y, 0.0, w, constraint=constraint(bound))
         assert float(found.directional) == pytest.approx(bound - reached, abs=1e-12)
         assert float(found.total(w, 2.5)) == pytest.approx(
             plain_mse(raw.tolist(), y.tolist()) + 2.5 * (bound - reached)
         )
     assert float(losses.terms(raw, unit, context, y, 0.0, w).directional) == 0
+
+
+def test_of_several_places_the_nearest_in_the_mean_binds():
+    raw, context, y = full_batch(5)
+    apart = []
+    for t in (-1, -2, -4):
+        apart.append(
+            mean(
+                cos(r, a) - cos(r, v) for r, a, v in zip(raw.tolist(), y.tolist(), context[:, t].tolist(), strict=True)
+            )
+        )
+    unit, bound = F.normalize(raw, dim=-1), params.Constraint("margin", 0.1, (-1, -2, -4))
+    assert float(losses.shortfall(unit, y, context, bound)) == pytest.approx(0.1 - min(apart), abs=1e-12)
