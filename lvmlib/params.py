@@ -70,11 +70,12 @@ class Floor:
 
 @dataclass(frozen=True)
 class Listwise:
-    """Cross-entropy of the target among the chunks of its article outside the context."""
+    """Cross-entropy of the target among the chunks of its article outside the context, and of other articles."""
 
     weight: float
     temperature: float  # at the start; it is learned
-    candidates: int  # at most so many, the target among them, drawn anew each step
+    candidates: int  # at most so many of its article, the target among them, drawn anew each step
+    elsewhere: int = 0  # so many chunks of other articles beside them, drawn anew for each batch
 
 
 @dataclass(frozen=True)
@@ -448,7 +449,9 @@ def _check(v: Version, where: str) -> None:
     need(-1 <= v.losses.floor.tau <= 1, "losses.floor.tau", v.losses.floor.tau, "a cosine, -1 to 1")
     listwise = v.losses.listwise
     need(listwise.temperature > 0, "losses.listwise.temperature", listwise.temperature, "above 0")
-    need(listwise.candidates >= 2, "losses.listwise.candidates", listwise.candidates, "at least 2")
+    need(listwise.elsewhere >= 0, "losses.listwise.elsewhere", listwise.elsewhere, "0 or more")
+    least = 1 if listwise.elsewhere else 2  # 1: the target alone, among chunks of other articles
+    need(listwise.candidates >= least, "losses.listwise.candidates", listwise.candidates, f"at least {least}")
     energy = v.losses.energy
     need(energy.samples >= 2, "losses.energy.samples", energy.samples, "at least 2")
     total = v.losses.mean_square + listwise.weight + energy.weight

@@ -90,6 +90,14 @@ class Articles:
         rows, there = (np.take_along_axis(a, order, 1) for a in (rows, there))
         return np.where(there, rows, self.windows.target[index][:, None]), there
 
+    def strangers(self, index: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (K,) of `count` chunks of the split, by torch's random stream, and (B, K) whether each is of another
+        article than the window."""
+        pool = self.windows.store.rows(self.windows.split)
+        rows = pool[torch.randint(len(pool), (count,)).numpy()]
+        own = self.windows.store.article[self.windows.target[index]]
+        return rows, self.windows.store.article[rows] != own[:, None]
+
     def mean_cosine(self, unit: Tensor, index: np.ndarray) -> Tensor:
         """(B,) mean cosine of `unit` (B, D) with the article's chunks outside the context: what knowing the article
         alone gives."""

@@ -129,6 +129,7 @@ LATER = ("escape", *PULLS, "rho_gradient", "angle", "listwise", "novel_mrr", "te
 LATER += ("energy", "val_energy")
 EARLIER = {"direction": "forward", "select": "val_loss", "optimizer.decay": "all", "losses.mean_square": 1.0}
 EARLIER |= {"losses.listwise.weight": 0.0, "losses.listwise.temperature": 0.1, "losses.listwise.candidates": 128}
+EARLIER["losses.listwise.elsewhere"] = 0
 EARLIER |= {"control.smoothing": 0.99, "control.measure": "value", "control.kp": 0.0, "control.ki": 0.1}
 EARLIER |= {"control.constraint": None, "rewind": None}
 EARLIER |= {"losses.energy.weight": 0.0, "losses.energy.samples": 8}
@@ -498,6 +499,10 @@ class Run:
                 rows, there = articles.rivals(
                     index, v.losses.listwise.candidates, torch.rand(len(index), longest).numpy()
                 )
+                if v.losses.listwise.elsewhere:
+                    others, apart = articles.strangers(index, v.losses.listwise.elsewhere)
+                    rows = np.concatenate([rows, np.broadcast_to(others, apart.shape)], 1)
+                    there = np.concatenate([there, apart], 1)
                 chunks = torch.nn.functional.normalize(vectors[torch.from_numpy(rows).to(self.device)].float(), dim=-1)
                 rivals = ranker, chunks, torch.from_numpy(there).to(self.device), scale.exp()
             margin = now.margin if v.control.rule != "none" else 0.0

@@ -32,6 +32,7 @@ COMMON = {
     "losses.listwise.weight": 0.0,
     "losses.listwise.temperature": 0.1,
     "losses.listwise.candidates": 128,
+    "losses.listwise.elsewhere": 0,
     "losses.energy.weight": 0.0,
     "losses.energy.samples": 8,
     "losses.directional.prev": -2,
@@ -744,6 +745,11 @@ def test_a_dataset_named_in_digits_is_a_name():
         ("bounded", "control.constraint", None, "for rule constrained"),
         ("bounded", "control.constraint", {"measure": "cosine", "at_least": 1.1}, "-1 to 1"),
         ("margin", "control.constraint", {"measure": "margin", "at_least": -2.1}, "-2 to 2"),
+        ("margin", "control.constraint", {"measure": "margin", "at_least": 0.1, "against": []}, "-5 to -1"),
+        ("margin", "control.constraint", {"measure": "margin", "at_least": 0.1, "against": [-1, -6]}, "-5 to -1"),
+        ("margin", "control.constraint", {"measure": "margin", "at_least": 0.1, "against": [0]}, "-5 to -1"),
+        ("rank", "losses.listwise.elsewhere", -1, "0 or more"),
+        ("rank", "losses.listwise.candidates", 1, "at least 2"),
         ("bounded", "control.constraint", {"measure": "cosines", "at_least": 0.4}, "did you mean 'cosine'"),
         ("v22", "control.constraint", {"measure": "cosine"}, "missing"),
         ("bounded", "control.gate", {"low": 0.3, "width": 0.1}, "gate null"),
@@ -766,7 +772,9 @@ def test_our_versions_hold_what_they_say():
     assert (share.control.rule, pi.control.rule, pi.control.measure) == ("gradient_share", "pi", "gradient")
     assert (version("bounded").control.constraint.measure, version("bounded").losses.mean_square) == ("cosine", 0)
     assert (version("margin").control.constraint.measure, version("margin").losses.mean_square) == ("margin", 1)
-    assert version("margin").losses.directional.prev == -1  # the margin that the tables report
+    assert version("margin").control.constraint.against == (-1, -2)  # the margins that the tables report
+    assert (version("two_heads").model, version("two_heads").losses.mean_square) == ("two_heads", 1)
+    assert (version("rank").model, version("rank").losses.mean_square) == ("bilinear", 0)
 
 
 @pytest.mark.parametrize(

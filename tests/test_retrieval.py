@@ -270,3 +270,16 @@ def test_rivals_beyond_the_most_are_drawn_evenly():
     assert set(others) == set(whole[0, 1:]) and (rows[:, 1] != rows[:, 2]).all()
     expected = 2 * draws / len(others)
     assert stats.chisquare(counts, [expected] * len(others)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_strangers_are_chunks_of_the_split_and_those_of_the_own_article_do_not_count(direction):
+    w = cut(direction)
+    torch.manual_seed(0)
+    rows, apart = prepared(w).strangers(np.arange(len(w))[::-1], 4000)
+    pool = np.flatnonzero(w.store.articles.loc[w.store.article, "split"] == "val")
+    values, counts = np.unique(rows, return_counts=True)
+    assert list(values) == list(pool)
+    assert stats.chisquare(counts, [4000 / len(pool)] * len(pool)).pvalue > 1e-4
+    for i, window in enumerate(np.arange(len(w))[::-1]):
+        np.testing.assert_array_equal(apart[i], w.store.article[rows] != w.article[window])
