@@ -236,7 +236,7 @@ class Run:
 
     @property
     def best(self) -> models.Predictor:
-        """The checkpoint with the lowest validation loss, in eval mode on the run's device."""
+        """The checkpoint that is best by the version's `select`, in eval mode on the run's device."""
         model = models.build(self.version.model, self.data.store.dim, self.version.context_length)
         path = self.folder / "best.safetensors"
         try:
