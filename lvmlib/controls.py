@@ -17,10 +17,11 @@ import torch
 from scipy import stats
 
 from . import controller, losses, models
+from .errors import LVMError
 from .fivecat import OFFSETS, best_other, bins_delta, figure, measure, summarise
 from .models import Linear, Predictor
 from .params import Version
-from .statistics import over_articles, paired
+from .statistics import over_articles, over_seeds, paired
 from .training import seeded
 from .vectors import DIRECTIONS, Store, Windows, make_store, windows
 from .worlds import world
@@ -56,8 +57,13 @@ def brief(version: Version, train: Windows, steps: int, seed: int, learning_rate
     """`version` trained for a few steps by its own losses, schedule and controller, in eval mode.
 
     As `training.Run` does it, in memory and in float32, without checkpoints, logs and validation. The schedule's epochs
-    are spread over the steps.
+    are spread over the steps. Raises LVMError for a version with the listwise loss, which needs an article's chunks.
     """
+    if version.losses.listwise.weight:
+        raise LVMError(
+            f"version {version.name}: its listwise loss (losses.listwise.weight) compares with the chunks of whole "
+            "articles, which a brief training does not have; train it with lvm.train"
+        )
     with seeded(seed, 0):
         model = models.build(version.model, train.store.dim, train.context_length)
     optimizer = torch.optim.AdamW(
@@ -183,6 +189,23 @@ def gain(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
     """Of two `figures` frames of the same windows: each measure's difference, low, high (95 % over articles)."""
     rows = {name: over_articles(ours[name] - theirs[name], ours["article"]) for name in FIGURES}
     return pd.DataFrame(rows, index=["value", "low", "high"]).T
+
+
+def share_of_gain(ours, best, trivial, article) -> tuple[float, float, float]:
+    """Σ(ours − trivial) / Σ(best − trivial): the share of the known gain that S runs have, in the mean, and its
+    interval over seeds and articles (`over_seeds`).
+
+    `ours` (S, N), `best` and `trivial` (N,): one figure of the same windows. The interval is that of the ratio's
+    linearisation, (ours − trivial − share · (best − trivial)) / mean(best − trivial). NaN where the interval of
+    best − trivial is not above 0: of no gain there is no share.
+    """
+    ours, best, trivial = (np.asarray(x, float) for x in (ours, best, trivial))
+    known, low, _ = over_articles(best - trivial, article)
+    if not low > 0:
+        return float("nan"), float("nan"), float("nan")
+    found = float((ours - trivial).mean() / known)
+    low, high = over_seeds((ours - trivial - found * (best - trivial)) / known, article)[1:]
+    return found, found + low, found + high
 
 
 def delta(split: Windows) -> tuple[float, float, float]:

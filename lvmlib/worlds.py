@@ -137,14 +137,39 @@ class Law:
 
         `law.reversed().optimal(h)` is the best one on reversed articles.
         """
-        turned = self.basis.reshape(self.dim, -1, 2).transpose(1, 0, 2)  # (P, D, 2)
-        full = np.stack(
-            [
-                (turned @ k).transpose(1, 0, 2).reshape(self.dim, -1) @ self.basis.T
-                for k in self.weights(horizon, context_length)
-            ]
-        )  # (T, D, D)
+        full = self._dense(self.weights(horizon, context_length))
         bias = self.mean - np.einsum("tde,e->d", full, self.mean)
+        return self._linear(full, bias)
+
+    def ranking(self, horizon: int, context_length: int = 5, elsewhere: int = 20) -> Optimal:
+        """The linear predictor that ranks the article's chunks by the likelihood ratio: the target's law against that
+        of a chunk `elsewhere`, so many steps after the last. By Neyman and Pearson no other test tells the two better.
+
+        Both are Gaussian given the context, with means m₁, m₀ and covariances S₁, S₀. Of the logarithm of their ratio
+        at a chunk c, what depends on c and the context is c·(S₁⁻¹ m₁ − S₀⁻¹ m₀): a product, as in a ranking by cosine
+        (the rest, a square of c, is all but equal for all chunks in high dimension). What all chunks of the article
+        share, its topic, is in both and falls out; `optimal` keeps it, since it is most of a chunk's length. Zero
+        where there is no order.
+        """
+        near, far = (
+            np.linalg.inv(self._residual(h, context_length)) @ self.weights(h, context_length)
+            for h in (horizon, elsewhere)
+        )
+        full = self._dense(near - far)
+        return self._linear(full, -np.einsum("tde,e->d", full, self.mean))
+
+    def _residual(self, horizon: int, context_length: int) -> np.ndarray:
+        """(P, 2, 2) the covariance of the target given the context."""
+        kernel = self.weights(horizon, context_length)
+        across = [self.covariance(context_length - 1 + horizon - j) for j in range(context_length)]
+        return self.covariance(0) - sum(k @ c.mT for k, c in zip(kernel, across, strict=True))
+
+    def _dense(self, kernel: np.ndarray) -> np.ndarray:
+        """(T, D, D) from (T, P, 2, 2) in the planes."""
+        turned = self.basis.reshape(self.dim, -1, 2).transpose(1, 0, 2)  # (P, D, 2)
+        return np.stack([(turned @ k).transpose(1, 0, 2).reshape(self.dim, -1) @ self.basis.T for k in kernel])
+
+    def _linear(self, full: np.ndarray, bias: np.ndarray) -> Optimal:
         weights = full.transpose(0, 2, 1).reshape(-1, self.dim)  # models.Linear multiplies from the right
         return Optimal(self.dim, torch.from_numpy(weights).float(), torch.from_numpy(bias).float())
 
@@ -177,7 +202,7 @@ class Law:
 
 
 class Optimal(Linear):
-    """raw = flatten(context) @ weights + bias: the Gaussian conditional mean."""
+    """raw = flatten(context) @ weights + bias: what follows from a Gaussian law."""
 
     def __init__(self, dim: int, weights: torch.Tensor, bias: torch.Tensor):
         super().__init__(dim, weights)

@@ -12,6 +12,7 @@ import torch
 
 from lvmlib import controls, models, worlds
 from lvmlib.arrow import arrow
+from lvmlib.errors import LVMError
 from lvmlib.fivecat import OFFSETS, fivecat, score
 from lvmlib.params import version
 from lvmlib.training import train
@@ -56,6 +57,12 @@ def test_a_brief_training_is_the_run_s(name, tmp_path, store):
     torch.testing.assert_close(ours(context)[0], run.best(context)[0], rtol=0, atol=1e-5)
     other = controls.brief(own, cut["train"], 2, own.seed + 1, 1e-3)
     assert not torch.allclose(other(context)[0], ours(context)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["rank", "two_heads", "bounded"])
+def test_a_brief_training_refuses_the_listwise_loss(name, store):
+    with pytest.raises(LVMError, match=rf"version {name}: its listwise loss .* train it with lvm\.train"):
+        controls.brief(version(name), windows(store, "train"), 2, 0, 1e-3)
 
 
 def test_a_brief_training_goes_through_the_whole_schedule_and_over_the_data_again(store):
@@ -127,6 +134,25 @@ def test_gain_over_itself_is_nothing(store):
     found = controls.gain(copying, mean).loc["cosine at the target"]
     assert found["value"] == pytest.approx((copying - mean)["cosine at the target"].mean())
     assert found["low"] < found["value"] < found["high"]
+
+
+def test_a_share_of_the_gain_is_the_ratio_of_means_and_its_interval_scatters_as_samples_do():
+    """The interval's half width against the ratio's own scatter over many datasets with a share of 0.7."""
+    found = []
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        article = np.repeat(np.arange(30), 10)
+        trivial = random.random(300)
+        best = trivial + 0.4 + 0.3 * random.standard_normal(30)[article] + 0.3 * random.standard_normal(300)
+        own = 0.7 + 0.1 * random.standard_normal((3, 1))
+        ours = trivial + own * (best - trivial) + 0.2 * random.standard_normal(30)[article]
+        found.append(controls.share_of_gain(ours, best, trivial, article))
+        assert found[-1][0] == pytest.approx((ours.mean() - trivial.mean()) / (best.mean() - trivial.mean()))
+    value, low, high = np.array(found).T
+    assert value.mean() == pytest.approx(0.7, abs=0.03)
+    assert np.mean((low <= 0.7) & (high >= 0.7)) >= 0.9  # binomial, 200 at 95 %: fewer in one of 500
+    nothing = controls.share_of_gain(ours, trivial + random.standard_normal(300) - 0.2, trivial, article)
+    assert all(math.isnan(x) for x in nothing)
 
 
 def test_main_figures_are_those_of_the_report(store):

@@ -9,13 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 import yaml
 
 from lvmlib import worlds
 from lvmlib.errors import LVMError
-from lvmlib.models import baselines
-from lvmlib.vectors import SPLITS, dataset, make_store
+from lvmlib.fivecat import score
+from lvmlib.models import baselines, untrained
+from lvmlib.params import version
+from lvmlib.statistics import over_articles
+from lvmlib.training import train
+from lvmlib.vectors import SPLITS, dataset, make_store, windows
 
 
 def articles_of(store):
@@ -227,6 +232,36 @@ def test_the_optimal_predictor_is_the_gaussian_conditional_mean(name, horizon):
     # Its expected cosine is √(explained share), for an optimum is as long as its product with the target.
     explained = law.common + np.trace(moment @ np.linalg.solve(gram, moment.T))
     assert law.sweep(horizon, t)[0] == pytest.approx(math.sqrt(explained))
+
+
+@pytest.mark.parametrize("name", ["rotation", "announcing", "reversed"])
+def test_the_law_s_ranker_is_the_logarithm_of_the_likelihood_ratio(name):
+    """Against scipy's Gaussian densities of the whole vector given the context, planes unknown: its gradient at c."""
+    law, t, horizon, elsewhere = worlds.law(name, dim=16), 3, 2, 9
+    context = np.random.default_rng(0).standard_normal((4, t, 16))
+    gram = np.block([[dense(law, i - j) for j in range(t)] for i in range(t)])
+    found = law.ranking(horizon, t, elsewhere).raw(torch.from_numpy(context).float()).numpy()
+
+    def conditional(h, window):
+        moment = np.hstack([dense(law, t - 1 + h - j) for j in range(t)])
+        mean = law.mean + moment @ np.linalg.solve(gram, (window - law.mean).ravel())
+        return scipy.stats.multivariate_normal(mean, dense(law, 0) - moment @ np.linalg.solve(gram, moment.T))
+
+    for window, vector in zip(context, found, strict=True):
+        near, far = conditional(horizon, window), conditional(elsewhere, window)
+        ratio = [near.logpdf(c) - far.logpdf(c) for c in (law.mean + np.eye(16), law.mean - np.eye(16))]
+        np.testing.assert_allclose(vector, (ratio[0] - ratio[1]) / 2, atol=1e-4)  # the square of c falls out
+
+
+def test_the_law_s_ranker_ranks_better_than_the_optimum_and_points_worse():
+    fresh = windows(worlds.rotation(30, 40, 48, seed=9, splits=("val",)), "val")
+    law = worlds.law("rotation", dim=48)
+    best, ranker = (score(m, fresh) for m in (law.optimal(2), law.ranking(2)))
+    for rank in ("novel rank", "possible rank"):
+        assert (1 / ranker[rank]).mean() > (1 / best[rank]).mean() + 0.08
+    assert ranker["cosine"].mean() < best["cosine"].mean() - 0.08
+    still = worlds.law("exchangeable", dim=48).ranking(2)
+    torch.testing.assert_close(still.weights, torch.zeros_like(still.weights), rtol=0, atol=1e-5)
 
 
 def swept(store, predict, horizon, offsets):
@@ -449,3 +484,56 @@ def test_other_refusals():
         worlds.exchangeable(articles=5, length=8, dim=16, topic=1.175)
     with pytest.raises(LVMError, match="'converging' has no stationary law"):
         worlds.law("converging")
+
+
+# The versions find what is there, and nothing else. Small worlds have few steps to an epoch: a higher learning rate.
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(world, version) → the scores of a brief run of it on fresh articles; of another name, of that predictor."""
+    made = {}
+
+    def scored(name, of, seed=0):
+        if (name, of, seed) not in made:
+            data = dataset(worlds.world(name, dim=48))
+            fresh = windows(worlds.world(name, articles=40, dim=48, seed=10**6, splits=("val",)), "val")
+            if of in ("rank", "two_heads"):
+                settings = {"optimizer": {"lr": 3.0e-3}}
+                own = version(of, settings, seed=seed, epochs=6, device="cpu", precision="float32")
+                run = train(own, data, out=tmp_path_factory.mktemp("runs") / "run")
+                list(run)
+                model = run.best
+            elif of == "optimum":
+                model = worlds.law(name, dim=48).optimal(2)
+            else:
+                model = (untrained(48, 5) | baselines(data.train))[of]
+            made[name, of, seed] = score(model, fresh)
+        return made[name, of, seed]
+
+    return scored
+
+
+def reciprocal(frame, kind="novel"):
+    return 1 / frame[f"{kind} rank"]
+
+
+def test_rank_has_the_gain_of_the_optimum_on_a_rotation_world(small):
+    for kind in ("novel", "possible"):
+        ours, best, copy = (reciprocal(small("rotation", n), kind).mean() for n in ("rank", "optimum", "copy last"))
+        assert best > copy + 0.15
+        assert (ours - copy) / (best - copy) >= 0.95
+
+
+def test_rank_claims_no_gain_on_an_exchangeable_world(small):
+    ours, copy = small("exchangeable", "rank"), small("exchangeable", "copy last")
+    for kind in ("novel", "possible"):
+        assert over_articles(reciprocal(ours, kind) - reciprocal(copy, kind), ours["article"])[1] <= 0
+
+
+@pytest.mark.parametrize("name", ["rotation", "exchangeable"])
+def test_two_heads_point_as_well_as_the_weighted_mean_and_rank_as_well_as_rank(small, name):
+    """Neither pays for the other, though the gradients are clipped together and the dropout is another draw."""
+    two = small(name, "two_heads")
+    assert two["cosine"].mean() >= small(name, "weighted mean")["cosine"].mean() - 0.005
+    assert abs(reciprocal(two).mean() - reciprocal(small(name, "rank")).mean()) < 0.02
