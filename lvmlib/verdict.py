@@ -261,8 +261,8 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
     By the novel MRR against the best of what it is compared with, on the same windows: knowledge where the interval of
     the difference lies above 0 on every split, and that among possible targets alone, too (else it may only know what
     an article's opening looks like: no target). Else collapsed: the predictions' variance is below a tenth of the
-    targets' on every split; else escape: named so on a split (`Report.escapes`); else below arithmetic where the
-    difference lies below 0 on a split, otherwise not told apart.
+    targets' on every split; else escape: named so on a split (`Report.escapes`) and above arithmetic on none; else
+    below arithmetic where the difference lies below 0 on a split, otherwise not told apart.
     """
     splits = [s for s in report.splits if s != "train"] or report.splits
     facts = {split: report.facts[split, "model"] for split in splits}
@@ -314,7 +314,7 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
         label = "knowledge"
     elif all(f["variance"] < COLLAPSED * f["variance of targets"] for f in facts.values()):
         label = "collapsed"
-    elif any(report.escapes(split) for split in splits):
+    elif "above" not in outcome.values() and any(report.escapes(split) for split in splits):
         label = "escape"
     else:
         label = "below arithmetic" if "below" in outcome.values() else "not told apart"
