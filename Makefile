@@ -57,8 +57,10 @@ showcase: .venv/encode
 	$(RUN) notebooks/encode.ipynb outputs/showcase/encode.ipynb -p benchmark True
 	$(RUN) notebooks/data.ipynb outputs/showcase/data.ipynb
 	$(RUN) notebooks/diagnostics.ipynb outputs/showcase/diagnostics-v22.ipynb -p version v22 -p seed 2
-	$(RUN) notebooks/compare.ipynb outputs/showcase/compare.ipynb -p train True
-	$(RUN) notebooks/compare.ipynb outputs/showcase/compare-amn.ipynb -p train True -p model amn
+	$(RUN) notebooks/compare.ipynb outputs/showcase/compare.ipynb -p train True -p versions "p6 v1 v2 v21 v22"
+	$(RUN) notebooks/compare.ipynb outputs/showcase/compare-amn.ipynb -p train True -p model amn -p versions "p6 v1 v2 v21 v22"
+	$(RUN) notebooks/compare.ipynb outputs/showcase/compare-ours.ipynb -p train True -p model amn -p precision float32 \
+		-p versions "p6 v22 margin bounded rank two_heads energy"
 	$(RUN) notebooks/fivecat.ipynb outputs/showcase/fivecat-v22.ipynb -p version v22 -p seed 2
 	$(RUN) notebooks/fivecat.ipynb outputs/showcase/fivecat-v22-amn.ipynb -p version v22 -p model amn
 	$(RUN) notebooks/controls.ipynb outputs/showcase/controls.ipynb -p datasets 400 -p repetitions 200
