@@ -44,7 +44,7 @@ from .statistics import (
 from .training import write_whole
 from .vectors import Dataset, Windows
 
-INSTRUMENT = 2  # raised whenever a definition changes: reports of different instruments do not compare
+INSTRUMENT = 3  # raised whenever a definition changes: reports of different instruments do not compare
 PROFILES = ("calibrated", "original")
 OFFSETS = tuple(range(-8, 6))  # of the sweep, in chunks around the target, in reading direction
 ORIGINAL_OFFSETS = tuple(range(-3, 4))

@@ -1,4 +1,4 @@
-"""The four architectures of handbook §2, two of ours, and the trivial predictors, behind one call.
+"""The four architectures of handbook §2, three of ours, and the trivial predictors, behind one call.
 
 Axes: B batch, T context length, D vector dimension, H hidden width, S samples.
 
@@ -35,17 +35,14 @@ class Predictor(nn.Module):
             raise LVMError(
                 f"context has shape {tuple(context.shape)}; needed is (batch, {self.context_length}, {self.dim})"
             )
-        return self._with_unit(self.raw(context))
+        raw = self.raw(context)  # (B, D)
+        raw = raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw  # losses need float32 under autocast
+        return raw, F.normalize(raw, dim=-1)
 
     def heads(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """raw, unit, and the unit vector (B, D) that ranks chunks: the same one, but for a model with a head for it."""
         raw, unit = self(context)
         return raw, unit, unit
-
-    @staticmethod
-    def _with_unit(raw: Tensor) -> tuple[Tensor, Tensor]:
-        raw = raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw  # losses need float32 under autocast
-        return raw, F.normalize(raw, dim=-1)
 
     def raw(self, context: Tensor) -> Tensor:
         raise NotImplementedError

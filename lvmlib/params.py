@@ -468,6 +468,11 @@ def _check(v: Version, where: str) -> None:
         need(weight >= 0, f"losses.{key}", weight, "0 or more")
     needed = f"one with samples ({', '.join(GENERATIVE)}), for losses.energy"
     need(not energy.weight or v.model in GENERATIVE, "model", v.model, needed)
+    both = v.losses.mean_square > 0 and listwise.weight > 0
+    needed = (
+        "one with a single head: losses.mean_square or losses.listwise.weight is 0, and a head would stay untrained"
+    )
+    need(v.model != "two_heads" or both, "model", v.model, needed)
     needed = "val_loss or novel_mrr, as losses.energy.weight is 0"
     need(v.select != "val_energy" or energy.weight > 0, "select", v.select, needed)
     need(

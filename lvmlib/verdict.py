@@ -276,6 +276,7 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
         possible = report.paired("possible MRR", split, "model", rival)
         if outcome[split] == "above" and not possible["low"] > 0:
             outcome[split] = "openings"
+        openings = "; it may be no more than telling openings, never a target" if outcome[split] == "openings" else ""
         mrr, margin = report.row("novel MRR", split), report.row("novel margin", split)
         caution = few(report.frames[split, "model"]["article"])
         sentences.append(
@@ -283,8 +284,7 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
             f"novel MRR is {mrr['value']:.3f} [{mrr['low']:.3f}, {mrr['high']:.3f}], chance {mrr['chance']:.3f}, "
             f"{against['value']:+.3f} [{against['low']:+.3f}, {against['high']:+.3f}] against {best} (among possible "
             f"targets alone {possible['value']:+.3f} [{possible['low']:+.3f}, {possible['high']:+.3f}] against {rival}"
-            f"{'; the rest is telling openings, which are no target' if outcome[split] == 'openings' else ''}); the "
-            f"novel margin is {margin['value']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]."
+            f"{openings}); the novel margin is {margin['value']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]."
         )
         order = report.row("shuffled, novel MRR", split)
         used = (
@@ -342,10 +342,12 @@ def _decide(version: Version, history: pd.DataFrame, report: Report, success: bo
                 "model (amn) first."
             )
     if version.control.rule in ("none", "constrained"):
+        w = version.losses
+        reference = version.control.rule == "none" and w.mean_square and not (w.listwise.weight or w.energy.weight)
         return (
             "none",
             "This version has no directional loss"
-            + (": it is what the others are compared with, and" if version.losses.mean_square else ", and")
+            + (": it is what the others are compared with, and" if reference else ", and")
             + " no option follows.",
         )
     held_back = 1 - float(history["lambda_eff"].mean()) / version.control.lambda_max
