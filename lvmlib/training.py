@@ -28,6 +28,7 @@ so a run resumed at an epoch's end goes on to the same weights, bit for bit on t
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -218,6 +219,7 @@ class Run:
         self.record = self._record()
         self._state: dict | None = None  # what resuming needs, where something is to be resumed
         self.found = "new"  # or "interrupted", "finished": what stood in the folder
+        self.rates: list[float] = []  # windows a second of each epoch trained here, without validation and files
         if (folder / "run.yaml").exists():
             self._reopen()
 
@@ -342,6 +344,7 @@ class Run:
                 means, logged, memory = self._epoch(
                     epoch, model, optimizer, articles["train"], scale if ranks else None, control, memory
                 )
+            self.rates.append(len(self.data.train) / (time.perf_counter() - started))
             val = validate(model, self.data.val, vectors, articles["val"])
             val["val_energy"] = energy_score(model, self.data.val, vectors) if v.losses.energy.weight else math.nan
             score = -val["novel_mrr"] if v.select == "novel_mrr" else val[v.select]
@@ -484,16 +487,18 @@ class Run:
         order = torch.randperm(len(windows)).numpy()
         last = math.ceil(len(windows) / v.batch_size)
         done = (epoch - 1) * last
+        lowered = Lowered(model) if self.precision == "bfloat16" else None
+        acting = lowered.model if lowered else model
         sums: dict[str, float] = {}
         seen = acted = 0
         logged = []
-        model.train()
+        acting.train()
         for i in range(last):
             index = order[i * v.batch_size : (i + 1) * v.batch_size]
             context, y = windows.batch(index, vectors)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                raw, unit, ranker = model.heads(context)
-                samples = model.samples(context, v.losses.energy.samples) if v.losses.energy.weight else None
+                raw, unit, ranker = acting.heads(context)
+                samples = acting.samples(context, v.losses.energy.samples) if v.losses.energy.weight else None
             rivals = None
             if scale is not None:
                 rows, there = articles.rivals(
@@ -525,7 +530,9 @@ class Run:
             total = terms.total(v.losses, decision.lambda_eff)
             optimizer.zero_grad(set_to_none=True)
             total.backward()
-            gradient_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), v.optimizer.clip_norm)
+            if lowered:
+                lowered.hand_over()
+            gradient_norm = clip(model, v.optimizer.clip_norm)
             loss = float(total.detach())
             if not math.isfinite(loss):
                 raise LVMError(
@@ -535,6 +542,8 @@ class Run:
                     + "); lower the learning rate, or train in float32"
                 )
             optimizer.step()
+            if lowered:
+                lowered.renew()
             weights = {
                 "mse": v.losses.mean_square,
                 "directional": decision.lambda_eff,
@@ -593,6 +602,48 @@ class Run:
             return torch.load(path, map_location=self.device, weights_only=True)
         except Exception as e:  # whatever a damaged file makes of torch.load
             raise LVMError(f"{path}: cannot be read ({type(e).__name__}); train anew with `fresh`") from e
+
+
+class Lowered:
+    """A model's copy for steps in bfloat16: `model` has the weights of the products in bfloat16 and shares all others.
+
+    Autocast casts each weight at each use and each gradient back, into new memory; here both are done once a step, into
+    memory that stays. The numbers are the same ones.
+    """
+
+    def __init__(self, model: models.Predictor):
+        self.model = copy.deepcopy(model)
+        self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter, torch.Tensor]] = []
+        for ours, theirs in zip(self.model.modules(), model.modules(), strict=True):
+            for name, full in theirs.named_parameters(recurse=False):
+                if full.ndim == 2 and isinstance(theirs, torch.nn.Linear | torch.nn.MultiheadAttention):
+                    half = torch.nn.Parameter(full.detach().bfloat16())
+                    self.pairs.append((full, half, torch.empty_like(full)))
+                setattr(ours, name, half if self.pairs and self.pairs[-1][0] is full else full)
+
+    def hand_over(self) -> None:
+        """Give the gradients to the model itself, in float32."""
+        for full, half, gradient in self.pairs:
+            full.grad, half.grad = None if half.grad is None else gradient.copy_(half.grad), None
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Take over the weights of the model itself."""
+        for full, half, _ in self.pairs:
+            half.copy_(full)
+
+
+def clip(model: torch.nn.Module, most: float) -> torch.Tensor:
+    """The norm of the model's gradient, which is scaled down to `most` where it is larger.
+
+    As `clip_grad_norm_`, which multiplies in any case: that is a pass over all gradients for nothing, where reading
+    the norm costs nothing.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if norm.device.type != "cpu" or not norm <= most:  # also where it is NaN
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), most, norm)
+    return norm
 
 
 @torch.no_grad()

@@ -292,7 +292,7 @@ def test_sinusoidal_positions():
 def test_the_transformer_is_causal():
     """What a decoder layer makes of position t does not change with later positions; it does with earlier ones."""
     model, seen = build("transformer"), []
-    hook = model.layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = model.layers[-2].norm3.register_forward_hook(lambda module, args, output: seen.append(output))
     x = contexts()
     changed = x.clone()
     changed[:, 3] = contexts(seed=1)[:, 3]
@@ -302,6 +302,43 @@ def test_the_transformer_is_causal():
     moved = (seen[0] - seen[1]).abs().amax((0, 2))  # (T,)
     assert (moved[:3] < 1e-5).all() and (moved[3:] > 1e-3).all()
     assert (raw - other).abs().max() > 1e-3
+
+
+def test_the_transformer_is_torchs_decoder_layers():
+    """Without dropout, whatever is computed of it: torch's layers at every position, values and gradients alike."""
+    model = copy.deepcopy(build("transformer")).double()
+    x = contexts(dtype=torch.float64)
+    memory = found = model.project(x) + model.positions
+    for layer in model.layers:
+        found = layer(found, memory, tgt_mask=model.causal, memory_mask=model.causal)
+    expected = model.head(found[:, -1])
+    weights = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    ours = torch.autograd.grad(model.raw(x).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(model.raw(x), expected, rtol=0, atol=1e-5)  # attention is normalised in float32
+    for a, b in zip(ours, weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    x = torch.ones(400_001, requires_grad=True)
+    torch.manual_seed(3)
+    dropped = models.dropout(x, p, True)
+    torch.manual_seed(3)
+    assert torch.equal(dropped, models.dropout(x, p, True))
+    kept = dropped != 0
+    assert abs(float((~kept).double().mean()) - p) < 5 * math.sqrt(p * (1 - p) / len(x))
+    torch.testing.assert_close(dropped[kept], torch.full_like(dropped[kept], 1 / (1 - p)), rtol=2e-4, atol=0)
+    (gradient,) = torch.autograd.grad(dropped.sum(), x)
+    assert torch.equal(gradient, dropped.detach())
+    pairs = kept[:-1].view(-1, 4)  # the four that share a random number are independent
+    both = [float((~pairs[:, i] & ~pairs[:, j]).double().mean()) for i in range(4) for j in range(i)]
+    assert max(abs(b - p * p) for b in both) < 5 * math.sqrt(p * p * (1 - p * p) / len(pairs))
+
+
+def test_no_dropout_in_evaluation():
+    x = torch.ones(9)
+    assert models.dropout(x, 0.5, False) is x and models.dropout(x, 0.0, True) is x
 
 
 def test_order_matters_but_to_amn(small):

@@ -1,5 +1,6 @@
 """The loop: what a run writes, that it can be reused, resumed to the same weights, and refused."""
 
+import copy
 import math
 import os
 import subprocess
@@ -712,3 +713,50 @@ def test_a_guarded_run_killed_at_any_write_ends_as_an_uninterrupted_one(data, tm
         pd.testing.assert_frame_equal(without_times(whole.history), without_times(run.history), check_exact=True)
         pd.testing.assert_frame_equal(whole.steps, run.steps, check_exact=True, check_dtype=False)
         assert lvm.open_run(folder)[0]["stopped"] == whole.record["stopped"]
+
+
+# Steps in bfloat16, clipping
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_lowered_steps_are_those_of_autocast(name, data):
+    """Bit for bit: outputs, gradients and, after an update, outputs again."""
+    torch.manual_seed(0)
+    plain = models.build(name, data.store.dim)
+    full = copy.deepcopy(plain)
+    lowered = training.Lowered(full)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (plain, full)]
+    context, y = data.train.batch(np.arange(16))
+    for step in range(3):
+        found = []
+        for model in (plain, lowered.model):
+            torch.manual_seed(step)
+            with torch.autocast("cpu", torch.bfloat16):
+                raw, _, ranker = model.train().heads(context)
+            (raw - y).square().mean().add((ranker * y).sum(1).mean()).backward()
+            found.append(raw.detach())
+        lowered.hand_over()
+        assert torch.equal(*found)
+        for a, b in zip(plain.parameters(), full.parameters(), strict=True):
+            assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        lowered.renew()
+    moved = [(a - b).abs().max() for a, b in zip(full.parameters(), lowered.model.parameters(), strict=True)]
+    assert max(moved) < 1e-2  # bfloat16's rounding, no more
+
+
+@pytest.mark.parametrize("most", [0.5, 2.0, 1e9])
+def test_clip_is_torchs(most):
+    torch.manual_seed(0)
+    one = torch.nn.Linear(7, 5)
+    one(torch.randn(3, 7)).square().sum().backward()
+    two = copy.deepcopy(one)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        b.grad = a.grad.clone()
+    norm = training.clip(one, most)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(two.parameters(), most))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
+    assert 2.0 < norm < 1e9  # both cases were met
