@@ -14,6 +14,7 @@ must have the names, the type and the shapes that config.json implies before any
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -21,6 +22,7 @@ import logging
 import os
 import re
 import stat
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -133,7 +135,7 @@ def load(where: str | os.PathLike, device: str = "auto", revision: str | None = 
     name = os.fspath(where)
     if name.startswith(HUB):
         snapshot = _fetched(name.removeprefix(HUB), revision)
-        # The cache keeps files apart, and CACHE/models--OWNER--NAME/snapshots/COMMIT/ links to them: so far, no farther.
+        # CACHE/models--OWNER--NAME/snapshots/COMMIT/ holds links to files elsewhere in the cache: so far, no farther.
         return _opened(snapshot, inside=snapshot.parents[2]).to(device)
     folder = Path(where)
     if not folder.is_dir():
@@ -259,7 +261,9 @@ def _dim(name: str, length: int, weights: Mapping[str, Tensor], where: Path) -> 
     sizes = sorted({size for shape in shapes.values() for size in shape if size <= MOST["dim"]})
     dim = next((d for d in sizes if _shapes(name, d, length) == shapes), None)
     if dim is None:
-        raise LVMError(f"{where / 'best.safetensors'}: not the weights of a {name}; restore the file, or train anew")
+        raise LVMError(
+            f"{where / 'best.safetensors'}: not the weights of model {name!r}; restore the file, or train anew"
+        )
     return dim
 
 
@@ -537,17 +541,17 @@ def to_onnx(model: models.Predictor | str | os.PathLike, path: str | os.PathLike
     return worst
 
 
-class _quiet:
-    """Inside, these loggers pass errors alone: the converter reports every operator that it does not have."""
-
-    def __init__(self, *names: str):
-        self.loggers = [logging.getLogger(n) for n in names]
-
-    def __enter__(self):
-        self.levels = [logger.level for logger in self.loggers]
-        for logger in self.loggers:
+@contextlib.contextmanager
+def _quiet(*names: str):
+    """Inside, these loggers pass errors alone, and warnings are dropped: the converter tells its every step."""
+    loggers = [logging.getLogger(n) for n in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
             logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_):
-        for logger, level in zip(self.loggers, self.levels, strict=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
