@@ -165,7 +165,7 @@ def test_an_unfinished_or_damaged_run_leaves_no_folder(run, tmp_path):
     with pytest.raises(LVMError, match="NaN"):
         lvm.export(copy, tmp_path / "out")
     safetensors.torch.save_file({"query.bias": weights["query.bias"]}, copy / "best.safetensors")
-    with pytest.raises(LVMError, match="not the weights of model .amn"):
+    with pytest.raises(LVMError, match="not the weights of model"):
         lvm.export(copy, tmp_path / "out")
     record = yaml.safe_load((copy / "run.yaml").read_text())
     del record["finished"]
