@@ -43,7 +43,7 @@ test: .venv/test
 # What is committed under outputs/showcase/, from nothing (but data-english-sentences, whose vectors are not ours): about three hours on 2 cores. What is trained is reused.
 SHOWN := cp outputs/wikipedia
 RUN := $(BIN)/python -m papermill --no-progress-bar
-showcase: .venv/encode
+showcase: .venv/export
 	for seed in 0 1 2; do for version in p6 v1 v2 v21 v22; do \
 		$(BIN)/python -m lvmlib train -p version $$version -p seed $$seed || exit 1; done; done
 	for model in gru lstm amn; do $(BIN)/python -m lvmlib train -p version v22 -p model $$model || exit 1; done
@@ -63,6 +63,7 @@ showcase: .venv/encode
 		-p versions "p6 v22 margin bounded rank two_heads energy"
 	$(RUN) notebooks/fivecat.ipynb outputs/showcase/fivecat-v22.ipynb -p version v22 -p seed 2
 	$(RUN) notebooks/fivecat.ipynb outputs/showcase/fivecat-v22-amn.ipynb -p version v22 -p model amn
+	$(RUN) notebooks/inference.ipynb outputs/showcase/inference.ipynb -p version v22 -p seed 2
 	$(RUN) notebooks/controls.ipynb outputs/showcase/controls.ipynb -p datasets 400 -p repetitions 200
 	$(BIN)/python -m lvmlib table
 
@@ -82,6 +83,10 @@ notebooks: .venv/test
 	$(BIN)/python -m pip install --quiet --editable '.[encode]'
 	@touch .venv/main $@
 
-.venv/test: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[encode,constrained,test]'
+.venv/export: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[encode,export]'
 	@touch .venv/main .venv/encode $@
+
+.venv/test: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[encode,constrained,export,test]'
+	@touch .venv/main .venv/encode .venv/export $@

@@ -2,6 +2,7 @@
 
 from .arrow import arrow
 from .errors import LVMError
+from .export import export, load
 from .fivecat import fivecat
 from .models import baselines
 from .params import changes, check_injected, known_versions, version
@@ -18,8 +19,10 @@ __all__ = [
     "checklist",
     "comparison",
     "dataset",
+    "export",
     "fivecat",
     "known_versions",
+    "load",
     "open_run",
     "reading",
     "run_folder",

@@ -762,6 +762,27 @@ def versions(runs: pd.DataFrame) -> Figure:
     return figure
 
 
+def latencies(times: pd.DataFrame) -> Figure:
+    """Latency (line p50, band up to p95) and throughput by batch size; `times`: way, batch, p50, p95 in seconds."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for i, (way, rows) in enumerate(times.groupby("way", sort=False)):
+        look = _look(i) | {"lw": 1.8, "marker": "os^vDP"[i % 6], "ms": 5, "label": way}
+        axes[0].plot(rows["batch"], 1000 * rows["p50"], **look)
+        axes[0].fill_between(
+            rows["batch"], 1000 * rows["p50"], 1000 * rows["p95"], color=look["color"], alpha=0.18, lw=0
+        )
+        axes[1].plot(rows["batch"], rows["batch"] / rows["p50"], **look)
+    ticks = sorted(times["batch"].unique())
+    for axis in axes:
+        axis.set(xscale="log", yscale="log", xlabel="batch size, windows")
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.set_xticks([], minor=True)
+    axes[0].set(ylabel="latency of a batch, ms", title="How long an answer takes: p50, band up to p95")
+    axes[1].set(ylabel="windows a second", title="How many windows are answered")
+    axes[0].legend(fontsize="small")
+    return figure
+
+
 def _look(i: int) -> dict:
     """Line style of the i-th predictor, the same in every figure; the first is the model."""
     dashes = ["-", "--", ":", "-.", (0, (1, 1)), (0, (6, 2, 1, 2, 1, 2))]
