@@ -23,7 +23,7 @@ from .vectors import dataset
 # workflow/sweep.yaml says what each of them means.
 DEFAULTS = {"versions": None, "seeds": 1, "datasets": [None], "models": ["transformer"], "epochs": None}
 DEFAULTS |= {"precision": None, "fast": False, "overrides": {}, "threads": 1, "gpus": 0}
-_LOCKS = []
+_LOCKS = []  # held until the process ends
 
 
 class Comparison(NamedTuple):
@@ -98,7 +98,7 @@ def comparing(comparison: Comparison) -> dict[str, Any]:
 def hold() -> None:
     """Make this process the one sweep of the outputs folder until it ends, however it ends. LVMError where one runs."""
     outputs().mkdir(parents=True, exist_ok=True)
-    lock = open(outputs() / "sweep.lock", "w")  # noqa: SIM115  (closed by the process's end; jobs do not inherit it)
+    lock = open(outputs() / "sweep.lock", "w")  # noqa: SIM115  (jobs do not inherit it)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:

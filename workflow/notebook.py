@@ -24,9 +24,10 @@ def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     # A sweep that was killed may have left a job alive (on another machine, say): two must not train in one folder. The
     # lock is on the partial notebook itself, ends with the process, and moves with the file when it gets its name.
-    with open(partial, "a") as lock, tempfile.TemporaryDirectory(prefix="lvm-") as place:
+    with open(partial, "a") as lock, job_folder() as place:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if output.exists():
+            partial.unlink(missing_ok=True)
             print(f"{output}: another job has made it")
             return 0
         held = hold_gpus(gpus)
@@ -48,6 +49,12 @@ def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
         for gpu in held:
             gpu.close()
     return 0
+
+
+def job_folder() -> tempfile.TemporaryDirectory:
+    """A folder of the job's own, with a path that leaves room for the name of a socket (some 100 characters in all)."""
+    near = "/tmp" if len(tempfile.gettempdir()) > 60 else None
+    return tempfile.TemporaryDirectory(prefix="lvm-", dir=near, ignore_cleanup_errors=True)
 
 
 def hold_gpus(wanted: int) -> list:
