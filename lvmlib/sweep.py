@@ -23,6 +23,7 @@ from .vectors import dataset
 # workflow/sweep.yaml says what each of them means.
 DEFAULTS = {"versions": None, "seeds": 1, "datasets": [None], "models": ["transformer"], "epochs": None}
 DEFAULTS |= {"precision": None, "fast": False, "overrides": {}, "threads": 1, "gpus": 0}
+_EXAMPLES = {"versions": ("p6", "v22"), "datasets": ("wikipedia", "world:converging"), "models": ("transformer", "amn")}
 _LOCKS = []  # held until the process ends
 
 
@@ -147,6 +148,3 @@ def _listed(value: Any, key: str) -> list:
     if not isinstance(listed, list) or not listed:
         raise LVMError(f"sweep: {key} is {value!r}; needed is a list, such as [{', '.join(_EXAMPLES[key])}]")
     return listed
-
-
-_EXAMPLES = {"versions": ("p6", "v22"), "datasets": ("wikipedia", "world:converging"), "models": ("transformer", "amn")}
