@@ -9,12 +9,13 @@ OUT ?= mine
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: train encode data test lab notebooks showcase help
+.PHONY: train encode data sweep test lab notebooks showcase help
 
 help:
 	@echo 'make train VERSION=v22 [ARGS="-p epochs 3"]   train a version and judge it: notebook, HTML, verdict'
 	@echo 'make encode SOURCE=texts OUT=mine [ARGS=...]   your texts to vectors: a folder, a table, a hub dataset'
 	@echo 'make data DATA=mine                          the pre-flight: what is there to learn? (train takes DATA, too)'
+	@echo 'make sweep [ARGS="--config fast=true"]       all of workflow/sweep.yaml: versions, seeds, datasets; goes on where it stopped'
 	@echo 'make test                                    linters, pytest, nbval over every notebook'
 	@echo 'make lab                                     open JupyterLab'
 	@echo 'make showcase                                all that is committed under outputs/showcase/, from nothing'
@@ -29,6 +30,11 @@ encode: .venv/encode
 
 data: .venv/main
 	@$(BIN)/python -m lvmlib data $(if $(DATA),-r data "$(DATA)") $(ARGS)
+
+# The runs, then compare over those that have finished, also where some failed; 2: nothing could be started.
+sweep: .venv/sweep
+	@trap 'exit 130' INT; $(BIN)/snakemake $(ARGS); failed=$$?; [ $$failed -ne 2 ] || exit 2; \
+	$(BIN)/snakemake compare $(ARGS) && exit $$failed
 
 lab: .venv/main
 	$(BIN)/jupyter lab notebooks/train.ipynb
@@ -87,6 +93,10 @@ notebooks: .venv/test
 	$(BIN)/python -m pip install --quiet --editable '.[encode,export]'
 	@touch .venv/main .venv/encode $@
 
+.venv/sweep: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[sweep]'
+	@touch .venv/main $@
+
 .venv/test: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[encode,constrained,export,test]'
-	@touch .venv/main .venv/encode .venv/export $@
+	$(BIN)/python -m pip install --quiet --editable '.[encode,constrained,export,sweep,test]'
+	@touch .venv/main .venv/encode .venv/export .venv/sweep $@

@@ -29,7 +29,7 @@ def test_environment_yml_is_equal_to_pyproject():
     assert listed.pop("python") == PYPROJECT["project"]["requires-python"]
     assert listed.pop("pip") == ""
     assert listed == wanted
-    assert pip == ["-e .[encode,export]"]  # brings torch with its pin, and the optional extras
+    assert pip == ["-e .[encode,export,sweep]"]  # brings torch with its pin, and the optional extras
 
 
 def test_torch_is_pinned_in_one_place():

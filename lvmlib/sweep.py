@@ -1,0 +1,150 @@
+"""What a sweep runs: versions × seeds × datasets × models from one configuration, behind workflow/Snakefile.
+
+Which run lies where, and with which parameters, is `run_folder`'s and `version`'s to say, as for a run by hand: a sweep
+takes up what `make train` has finished, and the other way round.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .errors import LVMError
+from .params import Version, _nearest, flat, outputs, version
+from .training import EARLIER, NOT_COMPARED, open_run, run_folder
+from .vectors import dataset
+
+# workflow/sweep.yaml says what each of them means.
+DEFAULTS = {"versions": None, "seeds": 1, "datasets": [None], "models": ["transformer"], "epochs": None}
+DEFAULTS |= {"precision": None, "fast": False, "overrides": {}, "threads": 1, "gpus": 0}
+_EXAMPLES = {"versions": ("p6", "v22"), "datasets": ("wikipedia", "world:converging"), "models": ("transformer", "amn")}
+_LOCKS = []  # held until the process ends
+
+
+class Comparison(NamedTuple):
+    """A page of compare.ipynb."""
+
+    parameters: dict[str, Any]  # but `versions`: those of which a run has finished
+    runs: dict[str, str]  # the folder of each run, and its version
+
+
+class Sweep(NamedTuple):
+    """What is to be run; paths are absolute."""
+
+    runs: dict[str, dict[str, Any]]  # the folder of each run, and its notebooks' parameters
+    comparisons: dict[str, Comparison]  # the path of each executed compare.ipynb
+    threads: int  # of a job
+    gpus: int  # of a job
+
+
+def plan(config: Mapping[str, Any]) -> Sweep:
+    """All runs and comparisons of a configuration, whose keys are those of workflow/sweep.yaml.
+
+    A version that names an architecture of its own keeps it, as in compare.ipynb. Raises LVMError for an unknown key,
+    version, dataset or model, for an impossible value, and for a run that is done, but with other parameters.
+    """
+    for key in config:
+        if key not in DEFAULTS:
+            known = ", ".join(DEFAULTS)
+            raise LVMError(f"sweep: unknown key {key!r}{_nearest(key, DEFAULTS)}; workflow/sweep.yaml has {known}")
+    c = {**DEFAULTS, **_typed(config)}
+    for key, least in (("seeds", 1), ("threads", 1), ("gpus", 0)):
+        if type(c[key]) is not int or c[key] < least:
+            raise LVMError(f"sweep: {key} is {c[key]!r}; needed is a whole number from {least} on")
+    if not isinstance(c["fast"], bool):
+        raise LVMError(f"sweep: fast is {c['fast']!r}; needed is true or false")
+    given = {key: c[key] for key in ("epochs", "precision", "overrides") if c[key] not in (None, {})}
+    if c["fast"] or os.environ.get("LVM_FAST") == "1":
+        given["fast"] = True
+
+    runs: dict[str, dict[str, Any]] = {}
+    comparisons: dict[str, Comparison] = {}
+    for data, model, name in itertools.product(*(_listed(c[key], key) for key in ("datasets", "models", "versions"))):
+        # A version that has another model than base.yaml, as p6 has it, has named it.
+        named = version(name).model != version("p6").model
+        chosen = given | ({} if data is None else {"data": data}) | ({} if named else {"model": model})
+        for seed in range(c["seeds"]):
+            own = version(name, seed=seed, **chosen)
+            if not seed:
+                dataset(own.data, own.horizon, own.context_length, own.fast, own.direction)  # is it there?
+            folder = run_folder(own).absolute()
+            _refuse_another(folder, own)
+            runs[str(folder)] = {"version": name, "seed": seed, **chosen}
+            page = folder.parents[1] / f"compare-{model}.ipynb"
+            about = {"data": own.to_dict()["data"], "model": model, "seeds": c["seeds"], **given}
+            if "epochs" in about:  # compare.ipynb has no parameter of that name
+                about["overrides"] = {**about.get("overrides", {}), "epochs": about.pop("epochs")}
+            comparisons.setdefault(str(page), Comparison(about, {})).runs[str(folder)] = name
+    return Sweep(runs, comparisons, c["threads"], c["gpus"])
+
+
+def finished(comparison: Comparison) -> list[str]:
+    """The executed train.ipynb of each of its runs that has finished."""
+    there = (Path(folder) / "train.ipynb" for folder in comparison.runs)
+    return [str(path) for path in there if path.exists()]
+
+
+def comparing(comparison: Comparison) -> dict[str, Any]:
+    """The parameters of compare.ipynb over what has finished."""
+    names = dict.fromkeys(comparison.runs[str(Path(path).parent)] for path in finished(comparison))
+    return comparison.parameters | {"versions": " ".join(names)}
+
+
+def hold() -> None:
+    """Make this process the one sweep of the outputs folder until it ends, however it ends. LVMError where one runs."""
+    outputs().mkdir(parents=True, exist_ok=True)
+    lock = open(outputs() / "sweep.lock", "w")  # noqa: SIM115  (jobs do not inherit it)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise LVMError(f"{outputs()}: another sweep is running there; wait for it, or stop it") from e
+    _LOCKS.append(lock)
+
+
+def _refuse_another(folder: Path, own: Version) -> None:
+    """Raises LVMError where a finished train.ipynb stands for a run that is not `own`: it would be taken for done."""
+    if not (folder / "train.ipynb").exists():
+        return
+    record = open_run(folder)[0]
+    ours, theirs = flat(own.to_dict()), EARLIER | flat(record["parameters"])
+    if own.precision != "auto":
+        ours["computed.precision"], theirs["computed.precision"] = own.precision, record["computed"]["precision"]
+    differing = [
+        f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
+        for key in {**theirs, **ours}
+        if theirs.get(key) != ours.get(key) and not key.startswith(NOT_COMPARED)
+    ]
+    if differing:
+        raise LVMError(
+            f"sweep: {folder} holds a run with other parameters ({'; '.join(differing)}); move that folder away, or "
+            "name another for all by LVM_OUTPUTS"
+        )
+
+
+def _typed(value: Any) -> Any:
+    """A value as YAML has it: `snakemake --config` leaves true, null and the leaves of what is nested as text."""
+    if isinstance(value, Mapping):
+        return {key: _typed(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_typed(x) for x in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    return value if isinstance(read, (Mapping, list)) else read
+
+
+def _listed(value: Any, key: str) -> list:
+    """A list of the configuration; from the command line it may be names with a space between."""
+    listed = value.split() if isinstance(value, str) else value
+    if not isinstance(listed, list) or not listed:
+        raise LVMError(f"sweep: {key} is {value!r}; needed is a list, such as [{', '.join(_EXAMPLES[key])}]")
+    return listed

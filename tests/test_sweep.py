@@ -1,0 +1,248 @@
+"""A sweep in small, through snakemake: killed and taken up again, with a run that fails, and what it plans."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+import yaml
+
+import lvmlib as lvm
+from lvmlib import sweep
+from lvmlib.errors import LVMError
+from lvmlib.params import ROOT
+
+SMALL = {"fast": True, "models": ["amn"], "seeds": 1, "versions": ["p6", "v22"], "precision": "float32"}
+WORKFLOW = ROOT / "workflow"
+CONFIG = yaml.safe_load((WORKFLOW / "sweep.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.delenv("LVM_FAST", raising=False)
+    return tmp_path / "outputs"
+
+
+# What is planned
+
+
+def test_the_configuration_that_ships_is_the_family_by_three_seeds(outputs):
+    planned = sweep.plan(CONFIG)
+    names = ["p6", "v1", "v2", "v21", "v22", "v23", "v23_unguarded", "v23_forward", "v23_confident"]
+    wanted = {
+        str(lvm.run_folder(lvm.version(name, seed=seed))): {"version": name, "model": "transformer", "seed": seed}
+        for name in names
+        for seed in range(3)
+    }
+    assert planned.runs == wanted and len(wanted) == 27
+    assert set(CONFIG) == set(sweep.DEFAULTS)
+    pages = {path.removeprefix(str(outputs)): page for path, page in planned.comparisons.items()}
+    assert list(pages) == ["/wikipedia/compare-transformer.ipynb", "/world-converging/compare-transformer.ipynb"]
+    assert set(pages["/world-converging/compare-transformer.ipynb"].runs.values()) == {"v23_forward"}
+
+
+def test_datasets_and_models_multiply_and_a_version_with_a_model_of_its_own_keeps_it(outputs):
+    config = {
+        "versions": "p6 rank",
+        "datasets": ["wikipedia", "world:converging"],
+        "models": ["amn", "lstm"],
+        "seeds": 2,
+    }
+    folders = [path.removeprefix(f"{outputs}/") for path in sweep.plan(config).runs]
+    assert sorted(folders) == sorted(
+        f"{data}/{run}{seed}{model}"
+        for data in ("wikipedia", "world-converging")
+        for seed in (0, 1)
+        for run, model in (("p6/seed", "-amn"), ("p6/seed", "-lstm"), ("rank/seed", "-bilinear"))
+    )
+
+
+@pytest.mark.parametrize("notebook", ["train", "diagnostics", "fivecat", "compare"])
+def test_every_parameter_is_one_of_the_notebooks(notebook):
+    overrides = {"optimizer": {"lr": 1.0e-3}}
+    planned = sweep.plan(SMALL | {"datasets": ["wikipedia"], "epochs": 3, "overrides": overrides})
+    cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
+    (cell,) = (c for c in cells if "parameters" in c.metadata.get("tags", []))
+    known = {line.split(" = ")[0] for line in cell.source.splitlines()}
+    given = list(planned.runs.values())
+    if notebook == "compare":
+        given = [sweep.comparing(page) for page in planned.comparisons.values()]
+        assert given[0]["overrides"] == {**overrides, "epochs": 3}  # which the other notebooks have apart
+    for parameters in given:
+        assert not set(parameters) - known
+        json.dumps(parameters)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"verisons": ["p6"]}, "unknown key 'verisons' (did you mean 'versions'?)"),
+        ({"versions": ["p6", "v24"]}, "unknown version 'v24'"),
+        ({"versions": []}, "versions is []; needed is a list"),
+        ({"datasets": ["wikipedai"]}, "data 'wikipedai'"),
+        ({"models": ["transfromer"]}, "transfromer"),
+        ({"seeds": 0}, "seeds is 0; needed is a whole number from 1 on"),
+        ({"seeds": "three"}, "seeds is 'three'"),
+        ({"fast": "perhaps"}, "fast is 'perhaps'"),
+        ({"epochs": 0}, "epochs"),
+        ({"overrides": {"optimizer": {"lrr": 1.0e-3}}}, "unknown key 'optimizer.lrr'"),
+    ],
+)
+def test_a_bad_configuration_is_refused_before_anything_runs(outputs, change, words):
+    with pytest.raises(LVMError) as refused:
+        sweep.plan(SMALL | change)
+    assert words in str(refused.value) and not outputs.exists()
+
+
+def test_what_the_command_line_leaves_as_text_is_read_as_yaml():
+    text = {"fast": "true", "epochs": "null", "datasets": ["null"], "overrides": {"optimizer": {"lr": "1.0e-3"}}}
+    plain = {"fast": True, "epochs": None, "datasets": [None], "overrides": {"optimizer": {"lr": 1.0e-3}}}
+    assert sweep.plan(SMALL | text) == sweep.plan(SMALL | plain)
+
+
+def test_a_finished_run_with_other_parameters_is_not_taken_for_done(outputs):
+    own = lvm.version("p6", model="amn", fast=True, epochs=1)
+    run = lvm.train(own, lvm.dataset(own.data, fast=True))
+    assert len(list(run)) == 1
+    config = SMALL | {"precision": None, "versions": ["p6"]}
+    sweep.plan(config)  # not a sweep's yet: the job itself refuses it
+    (run.folder / "train.ipynb").touch()
+    assert list(sweep.plan(config | {"epochs": 1}).runs) == [str(run.folder)]
+    with pytest.raises(LVMError, match=r"epochs: 1 there, 2 here"):
+        sweep.plan(config)
+    other = "bfloat16" if run.precision == "float32" else "float32"
+    with pytest.raises(LVMError, match=r"computed\.precision"):
+        sweep.plan(config | {"epochs": 1, "precision": other})
+
+
+def test_a_comparison_is_of_the_versions_that_have_finished_a_run(outputs):
+    planned = sweep.plan(SMALL | {"seeds": 2})
+    (page,) = planned.comparisons.values()
+    assert sweep.finished(page) == [] and len(page.runs) == 4
+    for place in ("v22/seed1-amn/train.ipynb", "p6/seed0-amn/train.partial.ipynb"):
+        path = outputs / "fast" / "wikipedia" / place
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert sweep.finished(page) == [str(outputs / "fast" / "wikipedia" / "v22" / "seed1-amn" / "train.ipynb")]
+    assert sweep.comparing(page) == {
+        "data": "wikipedia", "model": "amn", "seeds": 2, "precision": "float32", "fast": True, "versions": "v22"
+    }  # fmt: skip
+
+
+def test_a_job_takes_gpus_that_no_other_holds(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("notebook", WORKFLOW / "notebook.py")
+    notebook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(notebook)
+    monkeypatch.setattr(notebook.tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def taken(shown, wanted):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        locks = notebook.hold_gpus(wanted)
+        return locks, os.environ["CUDA_VISIBLE_DEVICES"]
+
+    first, seen = taken("4,5,6", 1)
+    assert seen == "4"
+    second, seen = taken("4,5,6", 2)
+    assert seen == "5,6"
+    for lock in first:
+        lock.close()
+    third, seen = taken("4,5,6", 1)
+    assert seen == "4" and len(second) == 2 and len(third) == 1
+    assert taken("6", 1) == ([], "6")  # all that a scheduler shows: it is this job's, whoever holds a lock of that name
+    assert taken("4,5,6", 0) == ([], "4,5,6")
+
+
+# What snakemake makes of it
+
+
+@pytest.fixture
+def tree(tmp_path, outputs):
+    """The workflow with notebooks of seconds: of train.ipynb the training alone, which waits after an epoch for as long
+    as the file `hold` is there; of the others what they were asked, as a line in the file `log`."""
+    pytest.importorskip("snakemake", reason='snakemake is missing; run: pip install -e ".[sweep]"')
+    tree = tmp_path / "tree"
+    shutil.copytree(WORKFLOW, tree / "workflow")
+    (tree / "notebooks").mkdir()
+    for name in ("train", "diagnostics", "fivecat", "compare"):
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        if name == "train":
+            (loop,) = (i for i, c in enumerate(notebook.cells) if "in tqdm(run" in c.source)
+            begin = "    if watched:\n        figure"
+            assert begin in notebook.cells[loop].source
+            waits = f"    while os.path.exists({str(tmp_path / 'hold')!r}):\n        pass\n"
+            notebook.cells[loop].source = notebook.cells[loop].source.replace(begin, waits + begin)
+            notebook.cells = notebook.cells[: loop + 1]
+        else:
+            asked = "versions" if name == "compare" else "version"
+            (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+            said = f"with open({str(tmp_path / 'log')!r}, 'a') as f:\n    print('{name}', {asked}, file=f)"
+            notebook.cells = [parameters, nbformat.v4.new_code_cell(said)]
+        nbformat.write(notebook, tree / "notebooks" / f"{name}.ipynb")
+    config = yaml.safe_dump(SMALL)
+    (tree / "workflow" / "sweep.yaml").write_text(config, encoding="utf-8")
+    return tree
+
+
+def snakemake(tree, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
+    return subprocess.Popen(command, cwd=tree, env=environment, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+
+def until(condition, sweeping, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert sweeping.poll() is None, sweeping.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def lines(tmp_path):
+    return sorted((tmp_path / "log").read_text(encoding="utf-8").splitlines())
+
+
+def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, outputs, tree):
+    p6, v22 = (outputs / "fast" / "wikipedia" / name / "seed0-amn" for name in ("p6", "v22"))
+    v22.mkdir(parents=True)
+    (v22 / "run.yaml").write_text("damaged", encoding="utf-8")
+    (tmp_path / "hold").touch()
+
+    killed = snakemake(tree)
+    until(lambda: (p6 / "last" / "state.pt").exists() and (v22 / "train.partial.ipynb").exists(), killed)
+    with pytest.raises(LVMError, match="another sweep is running there"):
+        sweep.hold()
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (p6 / "train.ipynb").exists()
+    (tmp_path / "hold").unlink()
+
+    again = snakemake(tree)
+    said, _ = again.communicate(timeout=300)
+    assert again.returncode == 1 and f"LVMError: {v22}: not the folder of a run that can be read" in said
+    assert "An interrupted run, going on after epoch 1" in (p6 / "train.ipynb").read_text(encoding="utf-8")
+    assert not (p6 / "train.partial.ipynb").exists()
+    partial = nbformat.read(v22 / "train.partial.ipynb", as_version=4)
+    (error,) = (o for c in partial.cells for o in c.get("outputs", []) if o["output_type"] == "error")
+    assert error["ename"] == "LVMError" and len(partial.cells) > 10
+    assert [p.name for p in v22.iterdir() if p.suffix == ".ipynb"] == ["train.partial.ipynb"]
+    assert lines(tmp_path) == ["diagnostics p6", "fivecat p6"]
+
+    compared = snakemake(tree, "compare")
+    said, _ = compared.communicate(timeout=300)
+    assert compared.returncode == 0, said
+    assert lines(tmp_path) == ["compare p6", "diagnostics p6", "fivecat p6"]
+    assert (outputs / "fast" / "wikipedia" / "compare-amn.ipynb").exists()
+
+    shutil.rmtree(v22)
+    mended = snakemake(tree, "--dry-run")
+    said, _ = mended.communicate(timeout=300)
+    left = sorted(line.split()[1] for line in said.splitlines() if line.strip().startswith("output: "))
+    assert left == [str(v22 / f"{name}.ipynb") for name in ("diagnostics", "fivecat", "train")]  # nothing of p6's
