@@ -7,12 +7,12 @@ class LVMError(ValueError):
     """Input that cannot be used. The message says what is wrong, where, and what to do."""
 
 
-def extra(module: str):
-    """The module, of the extra `encode`. Raises LVMError with the command that installs it where it is missing."""
+def extra(module: str, name: str = "encode"):
+    """The module, of the extra `name`. Raises LVMError with the command that installs it where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise LVMError(f'the package {e.name or module} is missing; run: pip install -e ".[encode]"') from e
+        raise LVMError(f'the package {e.name or module} is missing; run: pip install -e ".[{name}]"') from e
 
 
 def said(e: BaseException) -> str:
