@@ -83,5 +83,5 @@ notebooks: .venv/test
 	@touch .venv/main $@
 
 .venv/test: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[encode,constrained,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[encode,constrained,parallel,test]'
 	@touch .venv/main .venv/encode $@

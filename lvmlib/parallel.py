@@ -45,6 +45,8 @@ from . import errors
 from .errors import LVMError
 from .params import ROOT, Version
 
+MODULE = "lvmlib.parallel"  # what the processes run
+ATTACHED = "--attached"  # the word by which they know that a notebook launched them
 STRATEGIES = ("auto", "ddp")
 EPOCH = "lvmlib.parallel: epoch"  # what the first process prints when a row stands in the folder
 FAILED = "lvmlib.parallel: process "  # what a process that fails begins its last line with
@@ -266,7 +268,7 @@ def launch(folder: Path, asked: Group, device: str) -> Iterator[None]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_path("PYTHONPATH")])}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // asked.devices)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={asked.devices}"]
-    command += ["-m", "lvmlib.parallel", str(folder.resolve()), "--attached"]
+    command += ["-m", MODULE, str(folder.resolve()), ATTACHED]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
         text=True, errors="replace", start_new_session=True,
@@ -352,7 +354,7 @@ def main(arguments: list[str]) -> int:
     processes of torchrun or srun."""
     from . import params, training, vectors  # which know this room
 
-    attached = arguments[1:] == ["--attached"]
+    attached = arguments[1:] == [ATTACHED]
     if not arguments or (arguments[1:] and not attached):
         print("usage: torchrun … -m lvmlib.parallel FOLDER", file=sys.stderr)
         return 2
