@@ -1,10 +1,10 @@
 """One run by several processes, a GPU or a part of the CPU each: `Team` inside the loop, `launch` around it.
 
 **Around it.** A notebook's kernel cannot be several processes (and to fork it is unsafe once CUDA or OpenMP has
-started), so it writes the run's folder, starts `torchrun … -m lvmlib.parallel FOLDER`, and reads each epoch's row from
-the folder as it appears: the folder is the interface, and what a finished run is looks the same however it was trained.
+started), so it writes the run's folder, starts `torchrun … -m lvmlib parallel FOLDER`, and reads each epoch's row from
+the folder as it appears: the folder is the interface, and a finished run looks the same however it was trained.
 torchrun, because it ends all processes when one fails; a kernel that dies ends them, too, by their standard input.
-For many hosts the researcher starts the same module, on every host or under srun; the notebook then finds the run
+For many hosts the researcher starts the same command, on every host or under srun; the notebook then finds the run
 finished, and judges it. FOLDER must be seen by all hosts, at the same path; only the first process writes to it.
 
 **Inside.** Every process goes through the same batches and sends its share of each through its copy of the model;
@@ -45,7 +45,7 @@ from . import errors
 from .errors import LVMError
 from .params import ROOT, Version
 
-MODULE = "lvmlib.parallel"  # what the processes run
+PROCESS = ("lvmlib", "parallel")  # what the processes run, after `python -m`
 ATTACHED = "--attached"  # the word by which they know that a notebook launched them
 STRATEGIES = ("auto", "ddp")
 EPOCH = "lvmlib.parallel: epoch"  # what the first process prints when a row stands in the folder
@@ -246,7 +246,7 @@ def group(version: Version, devices: int, nodes: int, strategy: str) -> Group | 
 
 def commands(folder: Path, asked: Group) -> str:
     """What starts a prepared run on several hosts."""
-    run = f"-m lvmlib.parallel {folder.resolve()}"
+    run = f"-m lvmlib parallel {folder.resolve()}"
     return (
         f"on each host, with the first one's name for HOST: torchrun --nnodes {asked.nodes} --nproc-per-node "
         f"{asked.devices} --rdzv-backend c10d --rdzv-endpoint HOST:29400 --rdzv-id lvmlib {run} — or once, under "
@@ -268,7 +268,7 @@ def launch(folder: Path, asked: Group, device: str) -> Iterator[None]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_path("PYTHONPATH")])}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // asked.devices)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={asked.devices}"]
-    command += ["-m", MODULE, str(folder.resolve()), ATTACHED]
+    command += ["-m", *PROCESS, str(folder.resolve()), ATTACHED]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
         text=True, errors="replace", start_new_session=True,
@@ -292,11 +292,21 @@ def launch(folder: Path, asked: Group, device: str) -> Iterator[None]:
                 process.wait()
         process.stdout.close()
     if code:
-        words = [line.removeprefix(FAILED) for line in said if line.startswith(FAILED)]
-        why = f"process {words[0]}" if words else "one ended without a word; the last lines were\n" + "\n".join(said)
         raise LVMError(
-            f"{folder}: the run was ended, {why}\nWhat was finished is kept: the same call goes on from there"
+            f"{folder}: the run was ended. {_why(list(said), asked.size)}\n"
+            "What was finished is kept: the same call goes on from there"
         )
+
+
+def _why(said: list[str], size: int) -> str:
+    """What the first process that failed said, or what torchrun says of its end."""
+    words = [line.removeprefix("lvmlib.parallel: ") for line in said if line.startswith(FAILED)]
+    ended = re.search(r"Root Cause.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", "\n".join(said), re.DOTALL)
+    if not words and ended:
+        code = int(ended[2])
+        how = f"by signal {-code} (9 where memory ran out)" if code < 0 else f"with exit code {code}"
+        words = [f"process {int(ended[1]) + 1} of {size}: ended without a word, {how}"]
+    return words[0] if words else "The last lines were\n" + "\n".join(said)
 
 
 def _path(name: str) -> list[str]:
@@ -350,13 +360,13 @@ def join(device: str) -> Team:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m lvmlib.parallel FOLDER`: train the run that stands prepared or interrupted in FOLDER; one of the
+    """`python -m lvmlib parallel FOLDER`: train the run that stands prepared or interrupted in FOLDER; one of the
     processes of torchrun or srun."""
     from . import params, training, vectors  # which know this room
 
     attached = arguments[1:] == [ATTACHED]
     if not arguments or (arguments[1:] and not attached):
-        print("usage: torchrun … -m lvmlib.parallel FOLDER", file=sys.stderr)
+        print("usage: torchrun … -m lvmlib parallel FOLDER", file=sys.stderr)
         return 2
     if attached:
         threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -383,9 +393,12 @@ def _failed(e: BaseException, team: Team) -> int:
         time.sleep(GRACE)  # the launcher ends this process before
     elif rank:
         time.sleep(1)
+    words = str(e)
     if not isinstance(e, LVMError):
         traceback.print_exception(e)
-    words = re.sub(r"\s+", " ", str(e) if isinstance(e, LVMError) else f"{type(e).__name__}: {e}")
+        place = traceback.extract_tb(e.__traceback__)[-1]
+        words = f"{type(e).__name__}: {e} ({Path(place.filename).name}, line {place.lineno})"
+    words = re.sub(r"\s+", " ", words)
     print(f"{FAILED}{rank + 1} of {os.environ.get('WORLD_SIZE', team.size)}: {words}", file=sys.stderr, flush=True)
     if team is ALONE and rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
         return 1
@@ -396,10 +409,3 @@ def _end_with_parent() -> None:
     while os.read(0, 1024):  # nothing to read when the notebook's kernel is gone, or has closed it
         pass
     os._exit(1)
-
-
-if __name__ == "__main__":
-    # By the package's own copy of this module: that of `-m` is another one, whose exceptions no one else knows.
-    from lvmlib import parallel
-
-    sys.exit(parallel.main(sys.argv[1:]))

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def worker(patch):
-    patch.setattr(parallel, "MODULE", "parallel_worker")
+    patch.setattr(parallel, "PROCESS", ("parallel_worker",))
     patch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
 
@@ -137,7 +137,7 @@ def test_who_stops_looking_ends_the_processes(tmp_path, monkeypatch):
         f"if rank == '0': print('{parallel.EPOCH} 1/9', flush=True)\n"
         "time.sleep(600)\n"
     )
-    monkeypatch.setattr(parallel, "MODULE", "waiting")
+    monkeypatch.setattr(parallel, "PROCESS", ("waiting",))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     rows = parallel.launch(tmp_path, parallel.Group(2, 1), "cpu")
     next(rows)
@@ -164,7 +164,7 @@ def test_many_hosts_are_told_how_and_the_finished_run_is_taken_up(folder, tmp_pa
     own = version_of(folder)
     with pytest.raises(LVMError, match=r"prepared, after 0 epochs, for 3 hosts.*--nnodes 3 --nproc-per-node 4") as e:
         list(lvm.train(own, store, tmp_path / "run", devices=4, nodes=3))
-    assert f"-m lvmlib.parallel {tmp_path / 'run'}" in str(e.value) and "srun --nodes 3" in str(e.value)
+    assert f"-m lvmlib parallel {tmp_path / 'run'}" in str(e.value) and "srun --nodes 3" in str(e.value)
     assert parallel.main([str(tmp_path / "run")]) == 0
     run = lvm.train(own, store, tmp_path / "run", devices=4, nodes=3)
     assert run.found == "finished" and len(list(run)) == 3 and parallel.told(run.record) == ""
@@ -237,6 +237,17 @@ def test_shares_are_the_batch_and_their_gradients_its_gradient(windows, size):
         ((whole * weight).sum() ** 2).backward()
         gradients.append(float(factor.grad))
     assert np.isclose(sum(gradients), float(2 * (batch * weight).sum() ** 2), rtol=1e-5)
+
+
+def test_a_process_that_is_killed_is_told_by_its_number_and_signal(tmp_path, monkeypatch):
+    (tmp_path / "dying.py").write_text(
+        "import os, time\n"
+        "os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(600)\n"
+    )  # fmt: skip
+    monkeypatch.setattr(parallel, "PROCESS", ("dying",))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(LVMError, match="process 2 of 2: ended without a word, by signal 9"):
+        list(parallel.launch(tmp_path, parallel.Group(2, 1), "cpu"))
 
 
 def test_records_tell_by_how_many():
