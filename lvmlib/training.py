@@ -343,6 +343,10 @@ class Run:
             yield from self.history.to_dict("records")[known:]
             known = len(self.history)
         self.record, self.history, self.steps = open_run(self.folder)
+        if not self.finished:
+            raise LVMError(
+                f"{self.folder}: the processes ended after {known} epochs, before the run did; call it again"
+            )
 
     def _train(self) -> Iterator[dict]:
         v, device = self.version, self.device

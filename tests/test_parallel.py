@@ -250,6 +250,15 @@ def test_a_process_that_is_killed_is_told_by_its_number_and_signal(tmp_path, mon
         list(parallel.launch(tmp_path, parallel.Group(2, 1), "cpu"))
 
 
+def test_processes_that_end_too_early_are_no_finished_run(folder, tmp_path, monkeypatch):
+    (tmp_path / "nothing.py").write_text("")
+    monkeypatch.setattr(parallel, "PROCESS", ("nothing",))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run", devices=2)
+    with pytest.raises(LVMError, match="the processes ended after 0 epochs, before the run did"):
+        list(run)
+
+
 def test_records_tell_by_how_many():
     record = {"computed": {"device": "cpu"}}
     assert not parallel.counted(record, 0, 1) and "processes" not in record["computed"]
