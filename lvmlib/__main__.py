@@ -4,6 +4,7 @@
 options, puts the executed notebook and its HTML copy into the run's folder, and prints where they are and the verdict.
 `python -m lvmlib encode -p source FOLDER -p out NAME` and `python -m lvmlib data -p data NAME` do the same with
 notebooks/encode.ipynb and notebooks/data.ipynb; their notebooks lie in outputs/NAME/.
+`torchrun … -m lvmlib parallel FOLDER` is a process of several that train the run prepared in FOLDER (see `parallel`).
 `python -m lvmlib table` draws the runs under outputs/ together into outputs/showcase/versions.csv and .png.
 """
 
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from . import parallel
 from .encode import store_folder
 from .errors import LVMError
 from .params import ROOT, data_name, files, outputs, version
@@ -25,11 +27,12 @@ from .training import run_folder, write_whole
 USAGE = """usage: python -m lvmlib train [papermill options, such as -p version v22 -p seed 1]
        python -m lvmlib encode -p source FOLDER -p out NAME [papermill options, such as -p unit sentence]
        python -m lvmlib data -p data NAME [papermill options]
+       torchrun … -m lvmlib parallel FOLDER
        python -m lvmlib table"""
 
 
 def main(arguments: list[str]) -> int:
-    commands = {"train": train, "encode": encode, "data": preflight}
+    commands = {"train": train, "encode": encode, "data": preflight, "parallel": parallel.main}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     if arguments == ["table"]:

@@ -248,6 +248,13 @@ def version(name: str, overrides: Mapping[str, Any] | None = None, **top: Any) -
     return dataclasses.replace(built, epochs=min(built.epochs, 2)) if built.fast else built
 
 
+def resolved(parameters: Mapping[str, Any], where: str) -> Version:
+    """The version of a run.yaml's `parameters`, checked; `where` is what an LVMError names."""
+    built = _build(Version, parameters, where)
+    _check(built, where)
+    return built
+
+
 def _resolved(name: str, overrides: Mapping = MappingProxyType({}), top: Mapping = MappingProxyType({})) -> Version:
     merged, about, extends = _merged(name)
     where = f"params/{name}.yaml" + (" with overrides" if overrides or top else "")

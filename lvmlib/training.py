@@ -48,7 +48,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from . import controller, losses, models
+from . import controller, losses, models, parallel
 from .errors import LVMError
 from .params import ROOT, Control, Version, data_name, flat, outputs
 from .retrieval import Articles, among_context
@@ -160,12 +160,26 @@ def run_folder(version: Version, run_name: str | None = None) -> Path:
     return outputs() / ("fast" if version.fast else "") / data_name(version.data) / version.name / name
 
 
-def train(version: Version, data: Dataset, out: str | os.PathLike | None = None, fresh: bool = False) -> Run:
+def train(
+    version: Version,
+    data: Dataset,
+    out: str | os.PathLike | None = None,
+    fresh: bool = False,
+    devices: int = 1,
+    nodes: int = 1,
+    strategy: str = "auto",
+    team: parallel.Team = parallel.ALONE,
+) -> Run:
     """The run of `version` on `data` in folder `out` (default: `run_folder`). Iterating over it trains.
 
     A finished run of the same parameters and data is reused, an interrupted one resumed. One with others is
     refused (LVMError names the differing keys). `fresh` moves the old folder aside, to NAME.old-1 and so on.
+
+    `devices` on each of `nodes` hosts share each batch, by processes of their own, which open the data anew by its
+    name in the version (see `parallel`, extra `parallel`); `strategy`: auto or ddp. `team`: this process's place among
+    several, which `parallel` gives.
     """
+    group = parallel.group(version, devices, nodes, strategy)
     if data.train.step != DIRECTIONS[version.direction]:
         raise LVMError(
             f"version {version.name} reads {version.direction}, the dataset's windows do not; "
@@ -176,7 +190,7 @@ def train(version: Version, data: Dataset, out: str | os.PathLike | None = None,
         folder.rename(
             next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
         )
-    return Run(version, data, folder)
+    return Run(version, data, folder, team, group)
 
 
 def open_run(folder: str | os.PathLike) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
@@ -210,9 +224,17 @@ def _read_table(path: Path) -> pd.DataFrame:
 class Run:
     """A run and its folder; see `train`. Iterating yields each epoch's row as a dict with EPOCH_COLUMNS."""
 
-    def __init__(self, version: Version, data: Dataset, folder: Path):
+    def __init__(
+        self,
+        version: Version,
+        data: Dataset,
+        folder: Path,
+        team: parallel.Team = parallel.ALONE,
+        group: parallel.Group | None = None,
+    ):
         self.version, self.data, self.folder = version, data, folder
-        self.device = pick_device(version.device)
+        self.team, self.group = team, group
+        self.device = team.device or pick_device(version.device)
         self.precision = pick_precision(version.precision, self.device)
         self.history = pd.DataFrame(columns=EPOCH_COLUMNS)
         self.steps = pd.DataFrame(columns=STEP_COLUMNS)
@@ -220,8 +242,10 @@ class Run:
         self._state: dict | None = None  # what resuming needs, where something is to be resumed
         self.found = "new"  # or "interrupted", "finished": what stood in the folder
         self.rates: list[float] = []  # windows a second of each epoch trained here, without validation and files
-        if (folder / "run.yaml").exists():
+        if team.first and (folder / "run.yaml").exists():
             self._reopen()
+        found = team.from_first(lambda: (self.record, self.history, self.steps, self._state, self.found))
+        self.record, self.history, self.steps, self._state, self.found = found
 
     @property
     def finished(self) -> bool:
@@ -234,7 +258,7 @@ class Run:
     def __iter__(self) -> Iterator[dict]:
         yield from self.history.to_dict("records")
         if not self.finished:
-            yield from self._train()
+            yield from self._train() if self.group is None else self._launched()
 
     @property
     def best(self) -> models.Predictor:
@@ -304,8 +328,33 @@ class Run:
             self._write_tables()  # killed before its last file
         self.found = "finished" if self.finished else "interrupted"
 
+    def _launched(self) -> Iterator[dict]:
+        """Train in other processes; the rows as they appear in the folder."""
+        self._state, known = None, len(self.history)
+        self.record["parameters"] = self.version.to_dict()  # what they train by
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_tables()
+        if self.group.nodes > 1:
+            raise LVMError(
+                f"{self.folder}: prepared, after {known} epochs, for {self.group.nodes} hosts, which this one cannot "
+                f"start. Start it {parallel.commands(self.folder, self.group)}. Then do this again: it takes up the "
+                "finished run"
+            )
+        for _ in parallel.launch(self.folder, self.group, self.version.device):
+            self.record, self.history, self.steps = open_run(self.folder)
+            yield from self.history.to_dict("records")[known:]
+            known = len(self.history)
+        self.record, self.history, self.steps = open_run(self.folder)
+        if not self.finished:
+            raise LVMError(
+                f"{self.folder}: the processes ended after {known} epochs, before the run did; call it again"
+            )
+
     def _train(self) -> Iterator[dict]:
         v, device = self.version, self.device
+        if self.team.size > 1:  # the record is that of the process that prepared the folder
+            self.record["computed"] |= self._record()["computed"]
+        changed = parallel.counted(self.record, len(self.history), self.team.size)
         fused = device.type in ("cpu", "cuda")
         with seeded(v.seed, 0):
             model = models.build(v.model, self.data.store.dim, v.context_length).to(device)
@@ -331,7 +380,10 @@ class Run:
                 scale.data.copy_(self._state["scale"])
             self._state = None
         else:
-            (self.folder / "last").mkdir(parents=True, exist_ok=True)
+            if self.team.first:
+                (self.folder / "last").mkdir(parents=True, exist_ok=True)
+            changed = True
+        if changed:
             self._write_tables()
         vectors = torch.from_numpy(self.data.store.vectors).to(device)
         articles = {s: Articles(getattr(self.data, s), vectors) for s in ("train", "val")}
@@ -341,25 +393,27 @@ class Run:
             learning_rate = optimizer.param_groups[0]["lr"]
             control = self._cooled(rewinds)
             with seeded(v.seed, epoch):
+                self.team.seed(v.seed, epoch)
                 means, logged, memory = self._epoch(
                     epoch, model, optimizer, articles["train"], scale if ranks else None, control, memory
                 )
             self.rates.append(len(self.data.train) / (time.perf_counter() - started))
-            val = validate(model, self.data.val, vectors, articles["val"])
-            val["val_energy"] = energy_score(model, self.data.val, vectors) if v.losses.energy.weight else math.nan
+            self.team.agree(means["train_loss"], model)
+            val = self.team.from_first(lambda: self._validated(model, vectors, articles["val"]))
             score = -val["novel_mrr"] if v.select == "novel_mrr" else val[v.select]
             plateau.step(score)
             # Of a constrained run, what keeps the bound in training beats what does not (Deb 2000, §3).
             missed = max(0.0, means["directional"] - FEASIBLE) if v.control.constraint else 0.0
             if (missed, score) < (short, best):
                 best, short = score, missed
-                write_whole(
-                    self.folder / "best.safetensors",
+                self._write(
+                    "best.safetensors",
                     lambda p: safetensors.torch.save_file(
                         {k: t.contiguous() for k, t in model.state_dict().items()}, p
                     ),
                 )
-                (self.folder / "best.safetensors").chmod(0o644)  # safetensors makes it the owner's alone
+                if self.team.first:
+                    (self.folder / "best.safetensors").chmod(0o644)  # safetensors makes it the owner's alone
             temperature = math.exp(-float(scale.detach())) if ranks else math.nan
             lowest = min((past["escape"] for past in history), default=math.inf)
             why = self._wrong(means["escape"], lowest, val["novel_mrr"], peak)
@@ -397,12 +451,22 @@ class Run:
                 "history": json.dumps(history),
                 "steps": json.dumps(steps),
             }
-            write_whole(self.folder / "last" / "state.pt", lambda p, s=state: torch.save(s, p))
+            self._write("last/state.pt", lambda p, s=state: torch.save(s, p))
             self.history, self.steps = pd.DataFrame(history), pd.DataFrame(steps)
             self._write_tables()
             yield history[-1]
             if self.finished:
                 return
+
+    def _validated(self, model, vectors: torch.Tensor, articles: Articles) -> dict[str, float]:
+        val = validate(model, self.data.val, vectors, articles)
+        weight = self.version.losses.energy.weight
+        return val | {"val_energy": energy_score(model, self.data.val, vectors) if weight else math.nan}
+
+    def _write(self, name: str, write) -> None:
+        """A file of the folder, whole or not at all; by the first process alone."""
+        if self.team.first:
+            write_whole(self.folder / name, write)
 
     def _wrong(self, escape: float, lowest: float, novel_mrr: float, peak: float) -> str:
         """What the escape guard finds wrong with an epoch; empty where nothing is, or no guard.
@@ -426,12 +490,12 @@ class Run:
             "scale": scale.detach(),
             "controller": list(memory),
         }
-        write_whole(self.folder / "last" / "good.pt", lambda p: torch.save(good, p))
+        self._write("last/good.pt", lambda p: torch.save(good, p))
 
     def _rewind(self, model, optimizer, plateau, scale) -> controller.State:
         """All of these as at the end of the best epoch, but the learning rate that of now, cooled down; the
         controller's state then."""
-        good = self._load_state("good.pt")
+        good = self.team.from_first(lambda: self._load_state("good.pt"))
         rates = [group["lr"] * self.version.rewind.cool for group in optimizer.param_groups]
         model.load_state_dict(good["model"])
         optimizer.load_state_dict(good["optimizer"])
@@ -450,15 +514,15 @@ class Run:
         return dataclasses.replace(control, lambda_max=ceiling)
 
     def _write_tables(self) -> None:
-        write_whole(self.folder / "epochs.csv", lambda p: self.history.to_csv(p, index=False))
-        write_whole(self.folder / "steps.csv", lambda p: self.steps.to_csv(p, index=False))
+        self._write("epochs.csv", lambda p: self.history.to_csv(p, index=False))
+        self._write("steps.csv", lambda p: self.steps.to_csv(p, index=False))
         if self.finished:
             self.record["finished"] = {
                 "training_seconds": round(float(self.history["seconds"].sum()), 1),
                 "peak_memory_mib": round(peak_memory_mib()),
             }
-        write_whole(
-            self.folder / "run.yaml",
+        self._write(
+            "run.yaml",
             lambda p: Path(p).write_text(
                 yaml.safe_dump(self.record, sort_keys=False, allow_unicode=True), encoding="utf-8"
             ),
@@ -497,8 +561,10 @@ class Run:
             index = order[i * v.batch_size : (i + 1) * v.batch_size]
             context, y = windows.batch(index, vectors)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                raw, unit, ranker = acting.heads(context)
-                samples = acting.samples(context, v.losses.energy.samples) if v.losses.energy.weight else None
+                raw, unit, ranker = self.team.heads(acting, context)
+                samples = (
+                    self.team.samples(acting, context, v.losses.energy.samples) if v.losses.energy.weight else None
+                )
             rivals = None
             if scale is not None:
                 rows, there = articles.rivals(
@@ -532,6 +598,7 @@ class Run:
             total.backward()
             if lowered:
                 lowered.hand_over()
+            self.team.add_gradients(model)
             gradient_norm = clip(model, v.optimizer.clip_norm)
             loss = float(total.detach())
             if not math.isfinite(loss):
@@ -599,7 +666,9 @@ class Run:
     def _load_state(self, name: str = "state.pt") -> dict:
         path = self.folder / "last" / name
         try:
-            return torch.load(path, map_location=self.device, weights_only=True)
+            # Of several processes each has another device: to all of them it goes by way of the CPU.
+            where = self.device if self.team.size == 1 else "cpu"
+            return torch.load(path, map_location=where, weights_only=True)
         except Exception as e:  # whatever a damaged file makes of torch.load
             raise LVMError(f"{path}: cannot be read ({type(e).__name__}); train anew with `fresh`") from e
 

@@ -1,0 +1,108 @@
+"""What the processes of test_parallel.py run: `torchrun … -m parallel_worker FOLDER`.
+
+With `--together`: all that two processes are compared with one in, in one start. Else the run in FOLDER is trained as
+`lvmlib.parallel` does, and the second process fails in the middle of the second epoch.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from test_training import make_data, version
+
+import lvmlib as lvm
+from lvmlib import losses, models, parallel, training, vectors
+from lvmlib.params import merge
+
+BATCH = 13  # uneven shares; of the last batch, one window, the second process has no share
+CASES = {  # the version's name: model, epochs, overrides
+    "p6": ("amn", 3, {}),
+    "v22": ("amn", 3, {}),
+    "v21": ("bilinear", 3, {}),
+    "share": ("amn", 3, {}),
+    "pi": ("bilinear", 3, {"control": {"measure": "gradient"}}),
+    "rank": ("amn", 3, {"losses": {"listwise": {"elsewhere": 7, "candidates": 5}}}),
+    "margin": ("two_heads", 3, {}),
+    "energy": ("sampler", 3, {}),
+    "v23_unguarded": ("amn", 5, {"rewind": {"fall": 0.001, "escape": 1.0, "cool": 0.5, "most": 1}}),
+}
+
+
+def case(name, **top):
+    model, epochs, overrides = CASES[name]
+    overrides = merge({"optimizer": {"lr": 0.005}}, overrides)
+    return version(name, **{"model": model, "epochs": epochs, "batch_size": BATCH, "log_every": 1} | top,
+                   overrides=overrides)  # fmt: skip
+
+
+def data():
+    """53 training windows: four batches of 13, and one of 1."""
+    made = make_data()
+    return vectors.Dataset(made.store, made.train.at_most(4 * BATCH + 1), made.val, made.ood)
+
+
+def without_chance(put=setattr):
+    """Dropout and the samples' noise, taken out: what is left is the same in any number of processes."""
+    build = models.build
+
+    def built(*arguments):
+        model = build(*arguments)
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+        return model
+
+    put(models, "build", built)
+    put(models.Sampler, "samples", lambda self, context, count, _=None: self.drawn(context, self.table[:count, None]))
+
+
+class Dropping:
+    """A model whose heads say what dropout kept."""
+
+    def heads(self, context):
+        kept = torch.nn.functional.dropout(torch.ones(len(context), 1000), 0.5)
+        return kept, kept, kept
+
+
+def refused(path, _):
+    raise AssertionError(f"another than the first process writes {path}")
+
+
+def together(folder: Path) -> None:
+    team = parallel.join("cpu")
+    if not team.first:
+        training.write_whole = refused
+    with training.seeded(3, 1):
+        team.seed(3, 1)
+        kept = [team.heads(Dropping(), torch.zeros(4, 5, 24))[0] > 0 for _ in range(2)]
+        common = torch.rand(3)
+    if team.first:
+        torch.save({"kept": torch.stack(kept), "common": common}, folder / "streams.pt")
+    whole = case("v22", data=str(folder / "store"))
+    list(lvm.train(whole, lvm.dataset(whole.data), folder / "whole", team=team))
+    without_chance()
+    for name in CASES:
+        list(lvm.train(case(name), data(), folder / name, team=team))
+    team.leave()
+
+
+def failing(arguments: list[str]) -> int:
+    real, calls = losses.health, 0
+
+    def health(*given):
+        nonlocal calls
+        calls += 1
+        if calls == 10 and os.environ["RANK"] == "1":  # seven steps an epoch
+            raise lvm.LVMError("the second process's own trouble")
+        return real(*given)
+
+    losses.health = health
+    return parallel.main(arguments)
+
+
+if __name__ == "__main__":
+    if sys.argv[2:] == ["--together"]:
+        together(Path(sys.argv[1]))
+    else:
+        sys.exit(failing(sys.argv[1:]))

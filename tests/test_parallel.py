@@ -1,0 +1,277 @@
+"""Several processes: the same run as by one, ended together, taken up again."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from parallel_worker import CASES, case, data, without_chance
+from test_training import make_data, version
+
+import lvmlib as lvm
+from lvmlib import parallel, training, vectors
+from lvmlib.errors import LVMError
+from lvmlib.params import ROOT
+
+EXACT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two processes on the CPU, once: they leave a run of every case, and what their random streams gave."""
+    place = tmp_path_factory.mktemp("together")
+    vectors.write_store(make_data().store, place / "store")
+    with pytest.MonkeyPatch.context() as patch:
+        worker(patch)
+        patch.setattr(parallel, "ATTACHED", "--together")
+        assert list(parallel.launch(place, parallel.Group(2, 1), "cpu")) == []
+    return place
+
+
+def worker(patch):
+    patch.setattr(parallel, "PROCESS", ("parallel_worker",))
+    patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def history(folder):
+    record, epochs, steps = lvm.open_run(folder)
+    return record, epochs.drop(columns="seconds"), steps
+
+
+def weights(folder):
+    return safetensors.torch.load_file(folder / "best.safetensors")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_have_the_losses_of_one(name, folder, tmp_path, monkeypatch):
+    """Every rule of λ and every kind of loss, over uneven shares and one of nothing: to rounding."""
+    without_chance(monkeypatch.setattr)
+    list(lvm.train(case(name), data(), tmp_path / "one"))
+    (_, one, one_steps), (record, two, two_steps) = history(tmp_path / "one"), history(folder / name)
+    assert record["computed"]["processes"] == {1: 2} and len(one_steps) == 5 * len(one)
+    pd.testing.assert_frame_equal(two, one, rtol=EXACT, atol=EXACT)
+    pd.testing.assert_frame_equal(two_steps, one_steps, rtol=10 * EXACT, atol=10 * EXACT)
+    mine, theirs = weights(tmp_path / "one"), weights(folder / name)
+    assert all(torch.allclose(mine[k], theirs[k], rtol=0, atol=10 * EXACT) for k in mine)
+    if name == "v23_unguarded":
+        assert one["rewound"].sum() == 1
+
+
+def test_each_process_drops_out_by_a_stream_of_its_own(folder):
+    """And all else draws from the common one, which does not notice."""
+    streams = torch.load(folder / "streams.pt", weights_only=True)
+    kept = streams["kept"].flatten(0, 1)  # (8, 1000): two calls of four windows, two of each process
+    assert kept.float().mean() == pytest.approx(0.5, abs=0.03)
+    alike = (kept[:, None] == kept).float().mean(2)[~torch.eye(8, dtype=bool)]
+    assert alike.min() > 0.4 and alike.max() < 0.6
+    with training.seeded(3, 1):
+        assert torch.equal(torch.rand(3), streams["common"])
+
+
+@pytest.fixture(scope="module")
+def stopped(folder, tmp_path_factory):
+    """A run of two processes whose second fails in epoch 2, and what was said."""
+    place = tmp_path_factory.mktemp("stopped") / "run"
+    run = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), place, devices=2)
+    with pytest.MonkeyPatch.context() as patch:
+        worker(patch)
+        started = time.monotonic()
+        with pytest.raises(LVMError) as e:
+            list(run)
+        return place, str(e.value), time.monotonic() - started
+
+
+def version_of(folder):
+    return case("v22", data=str(folder / "store"))
+
+
+def test_a_process_that_fails_ends_all_with_its_own_words(stopped):
+    place, said, took = stopped
+    assert "process 2 of 2: the second process's own trouble" in said and str(place) in said
+    assert len(said.splitlines()) == 2 and took < 60  # nobody waits for the collective's time to run out
+    record, epochs, _ = lvm.open_run(place)
+    assert epochs["epoch"].tolist() == [1] and "finished" not in record
+
+
+def test_taken_up_by_as_many_processes_it_ends_as_if_nothing_had_been(folder, stopped, tmp_path):
+    """Bit for bit; the rows come as they appear, and the run that launched them is as finished as they left it."""
+    shutil.copytree(stopped[0], tmp_path / "run")
+    run = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run", devices=2)
+    assert run.found == "interrupted" and len(run.history) == 1
+    rows = list(run)
+    assert [r["epoch"] for r in rows] == [1, 2, 3] and run.finished and run.record["finished"]
+    (record, whole, steps), (_, mine, my_steps) = history(folder / "whole"), history(tmp_path / "run")
+    pd.testing.assert_frame_equal(mine, whole, check_exact=True)
+    pd.testing.assert_frame_equal(my_steps, steps, check_exact=True)
+    assert all(torch.equal(a, weights(folder / "whole")[k]) for k, a in weights(tmp_path / "run").items())
+    assert parallel.told(run.record) == parallel.told(record) == "Trained by 2 processes."
+    again = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run")
+    assert again.found == "finished"  # by any number of processes
+
+
+def test_taken_up_by_one_it_goes_on_and_says_so(folder, stopped, tmp_path):
+    shutil.copytree(stopped[0], tmp_path / "run")
+    run = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run")
+    list(run)
+    (_, whole, _), (record, mine, _) = history(folder / "whole"), history(tmp_path / "run")
+    pd.testing.assert_frame_equal(mine, whole, rtol=EXACT, atol=EXACT)
+    assert record["computed"]["processes"] == {1: 2, 2: 1}
+    assert parallel.told(record).startswith("Trained by 2 processes, from epoch 2 on by 1: not bit for bit")
+
+
+def test_who_stops_looking_ends_the_processes(tmp_path, monkeypatch):
+    """By a stand-in for the worker, which is quick to start: both say who they are, the first that an epoch is done."""
+    (tmp_path / "waiting.py").write_text(
+        "import os, sys, time\n"
+        "rank, folder = os.environ['RANK'], sys.argv[1]\n"
+        "open(f'{folder}/{rank}', 'w').write(str(os.getpid()))\n"
+        "while not all(os.path.exists(f'{folder}/{r}') for r in '01'): time.sleep(0.05)\n"
+        f"if rank == '0': print('{parallel.EPOCH} 1/9', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(parallel, "PROCESS", ("waiting",))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rows = parallel.launch(tmp_path, parallel.Group(2, 1), "cpu")
+    next(rows)
+    for rank in "01":
+        os.kill(int((tmp_path / rank).read_text()), 0)  # is there
+    rows.close()
+    for rank in "01":
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / rank).read_text()), 0)
+
+
+def test_the_processes_end_with_the_kernel_that_launched_them():
+    """A kernel that is killed cannot end them: they see their standard input closed."""
+    code = "import threading, time; from lvmlib import parallel; parallel._end_with_parent(); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT)
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(60) == 1
+
+
+def test_many_hosts_are_told_how_and_the_finished_run_is_taken_up(folder, tmp_path):
+    """The prepared folder is trained by whoever is started on it: here by one process."""
+    store = lvm.dataset(str(folder / "store"))
+    own = version_of(folder)
+    with pytest.raises(LVMError, match=r"prepared, after 0 epochs, for 3 hosts.*--nnodes 3 --nproc-per-node 4") as e:
+        list(lvm.train(own, store, tmp_path / "run", devices=4, nodes=3))
+    assert f"-m lvmlib parallel {tmp_path / 'run'}" in str(e.value) and "srun --nodes 3" in str(e.value)
+    assert parallel.main([str(tmp_path / "run")]) == 0
+    run = lvm.train(own, store, tmp_path / "run", devices=4, nodes=3)
+    assert run.found == "finished" and len(list(run)) == 3 and parallel.told(run.record) == ""
+
+
+def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
+    toy = make_data()
+    for asked, words in (
+        ({"devices": 0}, "devices is 0; needed is a whole number, 1 or more"),
+        ({"devices": "2"}, "devices is '2'"),
+        ({"nodes": True}, "nodes is True"),
+        ({"devices": 2, "strategy": "fsdp"}, "strategy is 'fsdp'; needed is auto or ddp"),
+        ({"devices": 20, "nodes": 2}, r"more processes than a batch has windows \(32"),
+    ):
+        with pytest.raises(LVMError, match=words):
+            lvm.train(version(), toy, tmp_path / "run", **asked)
+    with pytest.raises(LVMError, match="device 'mps': several processes need"):
+        parallel.group(version(device="mps"), 2, 1, "auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(LVMError, match="devices is 2; this machine has 1"):
+        next(parallel.launch(tmp_path, parallel.Group(2, 1), "cuda"))
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    with pytest.raises(LVMError, match=r'lightning_fabric is missing; run: pip install -e "\.\[parallel\]"'):
+        next(parallel.launch(tmp_path, parallel.Group(2, 1), "cpu"))
+
+
+def test_a_run_that_fails_everywhere_says_so_once(folder, tmp_path, capfd, monkeypatch):
+    """The worker's own words, here of one process; a process that is lost leaves the word to the lost one."""
+    with pytest.raises(LVMError):
+        list(lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run", nodes=2))
+    (folder / "store").rename(folder / "away")
+    try:
+        assert parallel.main([str(tmp_path / "run")]) == 1
+    finally:
+        (folder / "away").rename(folder / "store")
+    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith(parallel.FAILED)]
+    assert len(lines) == 1 and "process 1 of 1: data '" in lines[0]
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3, 4, 5, 13, 32])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_shares_are_the_batch_and_their_gradients_its_gradient(windows, size):
+    """By hand, with a fabric that has all shares at once: no window twice, none left out, none with another's row."""
+    batch = torch.arange(windows * 6.0).reshape(windows, 2, 3)
+    shares = []
+    for rank in range(size):
+        team = parallel.Processes.__new__(parallel.Processes)
+        team.rank, team.size = rank, size
+        shares.append(team.share(batch))
+    assert {len(s) for s in shares} == {math.ceil(windows / size)}
+
+    class Fabric:
+        def all_reduce(self, own, reduce_op):
+            assert reduce_op == "sum"
+            parts = []
+            for other, share in enumerate(shares):
+                whole, each = torch.zeros_like(own), len(share)
+                whole[other * each : (other + 1) * each] = share[: max(0, windows - other * each)]
+                parts.append(whole)
+            assert torch.equal(own, parts[team.rank])
+            return sum(parts)
+
+    weight, gradients = torch.rand(windows, 2, 3), []
+    for rank in range(size):
+        team = parallel.Processes.__new__(parallel.Processes)
+        team.rank, team.size, team.fabric = rank, size, Fabric()
+        factor = torch.ones((), requires_grad=True)  # a parameter of the model
+        whole = team.whole(shares[rank] * factor, windows)
+        assert torch.equal(whole, batch)
+        ((whole * weight).sum() ** 2).backward()
+        gradients.append(float(factor.grad))
+    assert np.isclose(sum(gradients), float(2 * (batch * weight).sum() ** 2), rtol=1e-5)
+
+
+def test_a_process_that_is_killed_is_told_by_its_number_and_signal(tmp_path, monkeypatch):
+    (tmp_path / "dying.py").write_text(
+        "import os, time\n"
+        "os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(600)\n"
+    )  # fmt: skip
+    monkeypatch.setattr(parallel, "PROCESS", ("dying",))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(LVMError, match="process 2 of 2: ended without a word, by signal 9"):
+        list(parallel.launch(tmp_path, parallel.Group(2, 1), "cpu"))
+
+
+def test_processes_that_end_too_early_are_no_finished_run(folder, tmp_path, monkeypatch):
+    (tmp_path / "nothing.py").write_text("")
+    monkeypatch.setattr(parallel, "PROCESS", ("nothing",))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run", devices=2)
+    with pytest.raises(LVMError, match="the processes ended after 0 epochs, before the run did"):
+        list(run)
+
+
+def test_records_tell_by_how_many():
+    record = {"computed": {"device": "cpu"}}
+    assert not parallel.counted(record, 0, 1) and "processes" not in record["computed"]
+    assert parallel.told(record) == "" and not parallel.counted(record, 4, 1)
+    assert parallel.counted(record, 4, 3) and record["computed"]["processes"] == {1: 1, 5: 3}
+    assert parallel.told(record).startswith("Trained by 1 process, from epoch 5 on by 3:")
+    assert not parallel.counted(record, 6, 3) and record["computed"]["processes"] == {1: 1, 5: 3}
+    assert not parallel.counted(record, 0, 2) and record["computed"]["processes"] == {1: 2}
+
+
+def test_alone_it_is_the_model_itself(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    assert parallel.join("cpu") is parallel.ALONE and parallel.ALONE.first
+    monkeypatch.setenv("SLURM_PROCID", "0")  # a notebook in a job of one task
+    assert parallel.join("cpu") is parallel.ALONE
