@@ -1452,7 +1452,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     report.to_json(path)
     assert (
-        set(plain_json(path)) == {"instrument", "calibrated", "original", "health"}
+        set(plain_json(path)) == {"instrument", "precision", "calibrated", "original", "health"}
         and len(list(tmp_path.iterdir())) == 1
     )
 
