@@ -401,7 +401,7 @@ def _report(
 
 
 def measure(
-    model: Predictor, windows: Windows, seed: int = 0, batch_size: int = 512, precision: str | None = None
+    model: Predictor, windows: Windows, seed: int = 0, batch_size: int | None = None, precision: str | None = None
 ) -> pd.DataFrame:
     """Every figure of every window, batch by batch; a frame of N rows:
 
@@ -422,19 +422,19 @@ def measure(
     prediction with step h's chunk. Equal cosines share their mean rank. Everything is in reading direction. Ranks are
     those of the head that ranks (`Predictor.heads`), all else is of the point.
     `precision`: `bfloat16` computes the model's passes in it (autocast), all else is as in float32, which is meant by
-    none. Raises LVMError where the model predicts NaN.
+    none. `batch_size` is up to the device where there is none. Raises LVMError where the model predicts NaN.
     """
-    return _judged(model, windows, seed, batch_size, _precision(precision), None)
+    return _judged(model, windows, seed, batch_size or _batch_size(model), _precision(precision), None)
 
 
 def judge(
-    model: Predictor, windows: Windows, seed: int = 0, batch_size: int = 512, precision: str | None = None
+    model: Predictor, windows: Windows, seed: int = 0, batch_size: int | None = None, precision: str | None = None
 ) -> tuple[pd.DataFrame, dict]:
     """`measure` and `health` of the same passes of the model.
 
     Those of a trivial predictor (`kept.predictor_key`) are kept in the process, for the next model on these windows.
     """
-    precision, device = _precision(precision), device_of(model)
+    precision, device, batch_size = _precision(precision), device_of(model), batch_size or _batch_size(model)
 
     def both() -> tuple[pd.DataFrame, dict]:
         with Gathering(windows, torch.from_numpy(windows.store.vectors).to(device), batch_size) as gathering:
@@ -561,6 +561,11 @@ def _on_host(columns: Mapping[str, Tensor | np.ndarray]) -> pd.DataFrame:
         values = torch.stack([columns[n] for n in names]).cpu().numpy()
         host |= dict(zip(names, values, strict=True))
     return pd.DataFrame({name: host[name] for name in columns})
+
+
+def _batch_size(model: Predictor) -> int:
+    """Windows that are judged at a time: on a CPU so few that a layer stays near its caches, elsewhere many."""
+    return 256 if device_of(model).type == "cpu" else 2048
 
 
 def _batches(windows: Windows, size: int) -> Iterator[np.ndarray]:
