@@ -9,11 +9,14 @@ figure has its chance level and its interval over articles; gates compare with t
 and answer passed, failed, or open where the interval does not tell.
 
 `measure` gives a frame with one row a window and plain numbers only, from one pass of the model over each distinct
-input; `health` gives what only a whole split has. Everything else is a summary of those.
+input; `health` gives what only a whole split has, in `judge` from the same passes. Everything else is a summary of
+those. What trivial predictors gave on the same windows is kept in the process.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import math
 import os
@@ -28,10 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import LVMError
-from .health import MATERIAL, health
-from .losses import context_weights
+from .health import MATERIAL, Gathering, Products
+from .kept import kept, predictor_key, windows_key
 from .models import Predictor, device_of, untrained
-from .retrieval import TIE, Articles, among_context, negatives
+from .retrieval import NUMBERS, TIE, Articles, among_context, negatives
 from .statistics import (
     adjusted,
     between,
@@ -46,6 +49,7 @@ from .vectors import Dataset, Windows
 
 INSTRUMENT = 3  # raised whenever a definition changes: reports of different instruments do not compare
 PROFILES = ("calibrated", "original")
+PRECISIONS = ("float32", "bfloat16")
 OFFSETS = tuple(range(-8, 6))  # of the sweep, in chunks around the target, in reading direction
 ORIGINAL_OFFSETS = tuple(range(-3, 4))
 STEPS = 5  # of the rollout
@@ -93,7 +97,7 @@ class Report:
     `table`: a row for each split, predictor and measure: split, predictor, gate, measure, value, low, high (95 %
     over articles), chance, adjusted (retrieval: (value − chance)/(1 − chance)), windows, articles, and in profile
     `original` threshold and passed (empty without a threshold). Differences of splits stand under split `both`.
-    `frames`: what `measure` gave, by (split, predictor); `facts`: what `health` gave.
+    `frames`: what `measure` gave, by (split, predictor); `facts`: what `health` gave. `precision`: of the model.
     """
 
     profile: str
@@ -102,13 +106,14 @@ class Report:
     facts: dict[tuple[str, str], dict] = field(default_factory=dict)
     horizon: int = 2
     context_length: int = 5
+    precision: str = "float32"
 
     @property
     def original(self) -> Report:
         """The same measurements, summarised by the original definitions."""
         if self.profile == "original":
             return self
-        return _report("original", self.frames, self.facts, self.horizon, self.context_length)
+        return _report("original", self.frames, self.facts, self.horizon, self.context_length, self.precision)
 
     @property
     def splits(self) -> list[str]:
@@ -285,10 +290,12 @@ class Report:
                 "table": report.table.astype(object).to_dict("records"),
             }
             for profile in PROFILES
-            for report in [_report(profile, self.frames, self.facts, self.horizon, self.context_length)]
+            for report in [_report(profile, self.frames, self.facts, self.horizon, self.context_length, self.precision)]
         }
         health = [{"split": s, "predictor": p, **f} for (s, p), f in self.facts.items()]
-        content = _without_nan({"instrument": INSTRUMENT, **more, **profiles, "health": health})
+        content = _without_nan(
+            {"instrument": INSTRUMENT, "precision": self.precision, **more, **profiles, "health": health}
+        )
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(Path(path), lambda partial: Path(partial).write_text(text + "\n", encoding="utf-8"))
 
@@ -315,14 +322,17 @@ def fivecat(
     data: Dataset | Mapping[str, Windows],
     compare: Mapping[str, Predictor] | None = None,
     profile: str = "calibrated",
+    precision: str | None = None,
 ) -> Report:
     """5CAT of `model`, and of every predictor in `compare` on the very same windows.
 
     `data`: a dataset, of which validation and OOD are taken, or any windows by the name of their split. Copy last and
-    the mean of the context, which need no training, are always compared with. Raises LVMError for an unknown profile.
+    the mean of the context, which need no training, are always compared with. `precision`: of the model, as in
+    `measure`; the others are in float32. Raises LVMError for an unknown profile or precision.
     """
     if profile not in PROFILES:
         raise LVMError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
+    precision = _precision(precision)
     if "model" in (compare or {}):
         raise LVMError("a predictor to compare with cannot be called 'model'; rename it")
     splits = {"val": data.val, "ood": data.ood} if isinstance(data, Dataset) else dict(data)
@@ -333,9 +343,20 @@ def fivecat(
     simple = untrained(some.store.dim, some.context_length)
     device = device_of(model)
     predictors = {"model": model, **{n: p.to(device) for n, p in {**simple, **(compare or {})}.items()}}
-    frames = {(split, name): measure(p, w) for name, p in predictors.items() for split, w in splits.items()}
-    facts = {(split, name): health(p, w) for name, p in predictors.items() for split, w in splits.items()}
-    return _report(profile, frames, facts, some.horizon, some.context_length)
+    found = {
+        (split, name): judge(p, w, precision=precision if name == "model" else None)
+        for name, p in predictors.items()
+        for split, w in splits.items()
+    }
+    frames, facts = ({key: both[i] for key, both in found.items()} for i in range(2))
+    return _report(profile, frames, facts, some.horizon, some.context_length, precision)
+
+
+def _precision(name: str | None) -> str:
+    """Raises LVMError for a precision that is not known."""
+    if name not in (None, *PRECISIONS):
+        raise LVMError(f"precision {name!r}: unknown; known: {', '.join(PRECISIONS)}, or none for float32")
+    return name or "float32"
 
 
 def _check(splits: Mapping[str, Windows], some: Windows) -> None:
@@ -359,7 +380,9 @@ def _check(splits: Mapping[str, Windows], some: Windows) -> None:
             )
 
 
-def _report(profile: str, frames: Mapping, facts: Mapping, horizon: int, length: int) -> Report:
+def _report(
+    profile: str, frames: Mapping, facts: Mapping, horizon: int, length: int, precision: str = "float32"
+) -> Report:
     rows = []
     for name in dict.fromkeys(name for _, name in frames):
         for split in dict.fromkeys(split for split, _ in frames):
@@ -374,11 +397,12 @@ def _report(profile: str, frames: Mapping, facts: Mapping, horizon: int, length:
     if profile == "original":
         judged = [_judge(r) for r in table.to_dict("records")]
         table["threshold"], table["passed"] = [j[0] for j in judged], pd.array([j[1] for j in judged], "boolean")
-    return Report(profile, table, dict(frames), dict(facts), horizon, length)
+    return Report(profile, table, dict(frames), dict(facts), horizon, length, precision)
 
 
-@torch.no_grad()
-def measure(model: Predictor, windows: Windows, seed: int = 0, batch_size: int = 512) -> pd.DataFrame:
+def measure(
+    model: Predictor, windows: Windows, seed: int = 0, batch_size: int | None = None, precision: str | None = None
+) -> pd.DataFrame:
     """Every figure of every window, batch by batch; a frame of N rows:
 
     article, target (row), loss (mean over D of (raw − y)²), cosine (at the target), cosine_article (mean over the
@@ -397,105 +421,198 @@ def measure(model: Predictor, windows: Windows, seed: int = 0, batch_size: int =
     the target. `late` compares it with the chunk h after the target, as the original did; `still` compares the first
     prediction with step h's chunk. Equal cosines share their mean rank. Everything is in reading direction. Ranks are
     those of the head that ranks (`Predictor.heads`), all else is of the point.
-    Raises LVMError where the model predicts NaN.
+    `precision`: `bfloat16` computes the model's passes in it (autocast), all else is as in float32, which is meant by
+    none. `batch_size` is up to the device where there is none. Raises LVMError where the model predicts NaN.
     """
-    length, device = windows.context_length, device_of(model)
-    articles = Articles(windows, torch.from_numpy(windows.store.vectors).to(device))
-    vectors = articles.vectors
-    parts = []
-    for index, context, target, raw, unit, ranker in _predicted(model, articles, batch_size):
-        cosine = F.cosine_similarity(unit, target, dim=-1)  # (B,)
-        to_context = F.cosine_similarity(unit[:, None], context, dim=-1)  # (B, T)
-        rows = torch.from_numpy(windows.target[index])
-        columns = {
-            "article": torch.from_numpy(windows.store.article[windows.target[index]]),
-            "target": rows,
-            "loss": (raw - target).square().mean(1),
-            "cosine": cosine,
-            "cosine_article": articles.mean_cosine(unit, index),
-            "margin last": cosine - to_context[:, -1],
-            "margin prev": cosine - to_context[:, -2],
-            "six rank": among_context(ranker, context, target),
-        }
-        sweep = articles.cosines_at(unit, index, OFFSETS).unbind(1)
-        columns |= {f"offset {k:+d}": c for k, c in zip(OFFSETS, sweep, strict=True)}
+    return _judged(model, windows, seed, batch_size or _batch_size(model), _precision(precision), None)
 
-        order, others = negatives(windows, index, seed, NEGATIVES)
-        variants = ablated(context, torch.from_numpy(order).to(device), vectors, others)
-        heads = [(unit, ranker), *(model.heads(v)[1:] for v in variants.values())]
-        units, rankers = (torch.stack(of) for of in zip(*heads, strict=True))  # (V, B, D)
-        rank, novel, possible = articles.ranks(rankers, index)
-        columns |= {"rank": rank[0], "candidates": torch.from_numpy(articles.candidates[index]).double()}
-        columns |= {
-            "novel rank": novel[0],
-            "novel candidates": torch.from_numpy(articles.novel_candidates[index]).double(),
-            "possible rank": possible[0],
-            "possible candidates": torch.from_numpy(articles.possible_candidates[index]).double(),
-        }
-        columns |= _hundred(ranker, target, others, vectors)
-        changed = F.cosine_similarity(units, target, dim=-1) - cosine  # (V, B)
-        for i, name in enumerate(variants, start=1):
-            columns |= {name: changed[i], f"{name}, novel MRR": 1 / novel[i] - 1 / novel[0]}
-        if "last from elsewhere" in variants:
-            missing = torch.from_numpy(others[:, 0] < 0)
-            for name in ("last from elsewhere", "last from elsewhere, novel MRR"):
-                columns[name] = columns[name].cpu().masked_fill(missing, float("nan"))
-        # The original leaves one out by repeating the last vector at the end: leaving out the last changes nothing.
-        columns["leave one out"] = sum(columns[f"without [{i - length}]"] for i in range(length - 1)) / length
 
-        rolling, rolled = context, unit
-        for h in range(1, STEPS + 1):
-            at = ((h - 1) * windows.horizon, h)
-            right, late = articles.cosines_at(rolled, index, at).unbind(1)
-            columns |= {f"rollout {h}": right, f"rollout late {h}": late}
-            columns[f"rollout still {h}"] = articles.cosines_at(unit, index, at[:1])[:, 0]
-            columns[f"rollout chance {h}"] = articles.mean_cosine(rolled, index)
-            if h < STEPS:
-                rolling = torch.cat([rolling[:, 1:], rolled[:, None]], 1)
-                before, rolled = rolled, model(rolling)[1]
-                columns[f"similarity {h + 1}"] = (before * rolled).sum(1)
-        columns["coherence"] = F.cosine_similarity(context[:, 1:], context[:, :-1], dim=-1).mean(1)
-        weights = context_weights(unit, context)
-        columns |= {f"weight {t - length}": w for t, w in enumerate(weights.unbind(1))}
-        columns |= _split(unit, context)
-        parts.append(pd.DataFrame({k: np.asarray(c.cpu()) for k, c in columns.items()}))
+def judge(
+    model: Predictor, windows: Windows, seed: int = 0, batch_size: int | None = None, precision: str | None = None
+) -> tuple[pd.DataFrame, dict]:
+    """`measure` and `health` of the same passes of the model.
+
+    Those of a trivial predictor (`kept.predictor_key`) are kept in the process, for the next model on these windows.
+    """
+    precision, device, batch_size = _precision(precision), device_of(model), batch_size or _batch_size(model)
+
+    def both() -> tuple[pd.DataFrame, dict]:
+        with Gathering(windows, torch.from_numpy(windows.store.vectors).to(device), batch_size) as gathering:
+            frame = _judged(model, windows, seed, batch_size, precision, gathering)
+            return frame, gathering.facts()
+
+    known = predictor_key(model)
+    if known is None:
+        return both()
+    frame, facts = kept(("judge", known, *windows_key(windows), seed, batch_size, precision), both)
+    return frame.copy(), copy.deepcopy(facts)
+
+
+@torch.no_grad()
+def _judged(
+    model: Predictor, windows: Windows, seed: int, batch_size: int, precision: str, gathering: Gathering | None
+) -> pd.DataFrame:
+    """The frame of `measure`; `gathering` is told of every batch."""
+    length, device, cut = windows.context_length, device_of(model), windows_key(windows)
+    vectors = torch.from_numpy(windows.store.vectors).to(device) if gathering is None else gathering.vectors
+    articles, parts = Articles(windows, vectors), []
+    steps = [((h - 1) * windows.horizon, h) for h in range(1, STEPS + 1)]
+    offsets = [*OFFSETS, *(k for pair in steps for k in pair)]
+    with _evaluating(model):
+        for index in _batches(windows, batch_size):
+            context, target = windows.batch(index, vectors)
+            order, others = kept(
+                ("negatives", *cut, seed, int(index[0]), len(index)),
+                lambda i=index: negatives(windows, i, seed, NEGATIVES),
+            )
+            variants = ablated(context, torch.from_numpy(order).to(device), vectors, others)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                raw, unit, ranker = _finite(model, context, windows, index)
+                units, rankers = zip(*(model.heads(v)[1:] for v in variants.values()), strict=True)
+                rolled, rolling = [unit], context
+                for _ in steps[1:]:
+                    rolling = torch.cat([rolling[:, 1:], rolled[-1][:, None]], 1)
+                    rolled.append(model(rolling)[1])
+            names, one = ["", *variants], ranker is unit  # one head, which is ranked, too
+            compared = [unit, *units, *rolled[1:], *(() if one else (ranker, *rankers))]
+            kinds = {"own": slice(0, len(names)), "rolled": [0, *range(len(names), len(names) + STEPS - 1)]}
+            kinds["ranked"] = kinds["own"] if one else slice(len(names) + STEPS - 1, None)
+            found = _against_articles(articles, torch.stack(compared, 1), index, offsets, kinds)
+            cosine, nan = found["cosine"][:, 0], float("nan")
+            rank, novel, possible = found["ranks"].unbind(2)  # (B, V) each
+            products = Products.of(context, unit, target)
+            between = products.cosines.float().to(device)
+            if gathering is not None:
+                gathering.add(raw, unit, products)
+            rows = articles.target(index)
+            missing = torch.from_numpy(others[:, 0] < 0).to(device)
+            columns = {
+                "article": windows.store.article[rows],
+                "target": rows,
+                "loss": (raw - target).square().mean(1),
+                "cosine": cosine,
+                "cosine_article": found["mean"][:, 0],
+                "margin last": cosine - between[:, length, length - 1],
+                "margin prev": cosine - between[:, length, length - 2],
+                "six rank": among_context(ranker, context, target),
+            }
+            columns |= {f"offset {k:+d}": found["at"][:, 0, i] for i, k in enumerate(OFFSETS)}
+            columns |= {"rank": rank[:, 0], "candidates": articles.candidates[index].astype(float)}
+            columns |= {"novel rank": novel[:, 0], "novel candidates": articles.novel_candidates[index].astype(float)}
+            columns |= {"possible rank": possible[:, 0]}
+            columns |= {"possible candidates": articles.possible_candidates[index].astype(float)}
+            columns |= _hundred(ranker, found["ranked"], others, articles)
+            for i, name in enumerate(variants, start=1):
+                changed = found["cosine"][:, i] - cosine, 1 / novel[:, i] - 1 / novel[:, 0]
+                if name == "last from elsewhere":
+                    changed = [c.masked_fill(missing, nan) for c in changed]
+                columns |= dict(zip((name, f"{name}, novel MRR"), changed, strict=True))
+            # The original leaves one out by repeating the last vector at the end: leaving out the last changes nothing.
+            columns["leave one out"] = sum(columns[f"without [{i - length}]"] for i in range(length - 1)) / length
+            for h in range(1, STEPS + 1):
+                right, late = (found["at"][:, h - 1, len(OFFSETS) + 2 * (h - 1) + i] for i in range(2))
+                columns |= {f"rollout {h}": right, f"rollout late {h}": late}
+                columns[f"rollout still {h}"] = found["at"][:, 0, len(OFFSETS) + 2 * (h - 1)]
+                columns[f"rollout chance {h}"] = found["mean"][:, h - 1]
+                if h < STEPS:
+                    columns[f"similarity {h + 1}"] = (rolled[h - 1] * rolled[h]).sum(1)
+            columns["coherence"] = between.diagonal(1, 1, 2)[:, : length - 1].mean(1)
+            columns |= {f"weight {t - length}": w for t, w in enumerate(products.weights().float().unbind(1))}
+            columns |= _split(products.products)
+            parts.append(_on_host(columns))
     return pd.concat(parts, ignore_index=True)
 
 
-def _predicted(model: Predictor, articles: Articles, batch_size: int) -> Iterator[tuple]:
-    """Batch by batch: index (B,), context, target, and the model's raw, unit and ranking predictions, in eval mode."""
-    windows, training = articles.windows, model.training
+def _against_articles(articles: Articles, units: Tensor, index: np.ndarray, offsets, kinds: Mapping) -> dict:
+    """What `units` (B, V, D) have to do with the articles of windows `index`, from one product:
+
+    `cosine` (B, own) at the target; `ranks` (B, ranked, 3), of `Block.ranks`; `mean` (B, rolled), of `Block.mean`; `at`
+    (B, rolled, K) cosines at the offsets, NaN where there is none; `ranked` (B,) cosine at the target of the first of
+    those that are ranked. `kinds`: which of V are meant by own, ranked and rolled.
+    """
+    size, device = len(index), articles.device
+    at, there = (torch.from_numpy(a).to(device) for a in articles.columns(index, offsets))
+    cosine = torch.empty(size, units.shape[1], device=device)
+    ranks = torch.empty(size, len(range(units.shape[1])[kinds["ranked"]]), 3, dtype=articles.wide, device=device)
+    mean = torch.empty(size, STEPS, device=device)
+    found = torch.empty(size, STEPS, len(offsets), device=device)
+    for block in articles.blocks(units, index):
+        cosine[block.mine] = block.at(block.target)[..., 0]
+        ranks[block.mine] = block.ranks(kinds["ranked"]).to(articles.wide)
+        mean[block.mine] = block.mean(kinds["rolled"])
+        found[block.mine] = block.at(at[block.mine] + block.first)[:, kinds["rolled"]]
+    return {
+        "cosine": cosine[:, kinds["own"]],
+        "ranked": cosine[:, kinds["ranked"]][:, 0],
+        "ranks": ranks,
+        "mean": mean,
+        "at": found.masked_fill(~there[:, None], float("nan")),
+    }
+
+
+def _on_host(columns: Mapping[str, Tensor | np.ndarray]) -> pd.DataFrame:
+    """A frame of columns (B,), brought from their device with one transfer for each type of number."""
+    kinds: dict = {}
+    for name, column in columns.items():
+        if isinstance(column, Tensor):
+            kinds.setdefault((column.dtype, column.device), []).append(name)
+    host = {k: v for k, v in columns.items() if not isinstance(v, Tensor)}
+    for names in kinds.values():
+        values = torch.stack([columns[n] for n in names]).cpu().numpy()
+        host |= dict(zip(names, values, strict=True))
+    return pd.DataFrame({name: host[name] for name in columns})
+
+
+def _batch_size(model: Predictor) -> int:
+    """Windows that are judged at a time: on a CPU so few that a layer stays near its caches, elsewhere many."""
+    return 256 if device_of(model).type == "cpu" else 2048
+
+
+def _batches(windows: Windows, size: int) -> Iterator[np.ndarray]:
+    """The numbers of the windows, `size` at a time."""
+    for first in range(0, len(windows), size):
+        yield np.arange(first, min(first + size, len(windows)))
+
+
+@contextlib.contextmanager
+def _evaluating(model: Predictor):
+    """The model in eval mode, and then in the mode it was in."""
+    training = model.training
     model.eval()
     try:
-        for first in range(0, len(windows), batch_size):
-            index = np.arange(first, min(first + batch_size, len(windows)))
-            context, target = windows.batch(index, articles.vectors)
-            raw, unit, ranker = model.heads(context)
-            if not bool(unit.isfinite().all() and ranker.isfinite().all()):
-                raise LVMError(
-                    f"the model predicts NaN or infinite values on split {windows.split} (from window {first} on); "
-                    "look at its weights and at the context vectors"
-                )
-            yield index, context, target, raw, unit, ranker
+        yield
     finally:
         model.train(training)
+
+
+def _finite(model: Predictor, context: Tensor, windows: Windows, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's raw, unit and ranking predictions. Raises LVMError where they are not finite."""
+    raw, unit, ranker = model.heads(context)
+    if not bool(unit.isfinite().all() and ranker.isfinite().all()):
+        raise LVMError(
+            f"the model predicts NaN or infinite values on split {windows.split} (from window {index[0]} on); "
+            "look at its weights and at the context vectors"
+        )
+    return raw, unit, ranker
 
 
 @torch.no_grad()
 def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataFrame:
     """The few columns of `measure` that need one pass of the model: article, target, loss, cosine, novel and possible
     rank."""
-    articles = Articles(windows, torch.from_numpy(windows.store.vectors).to(device_of(model)))
-    parts = []
-    for index, _, target, raw, unit, ranker in _predicted(model, articles, batch_size):
-        _, novel, possible = articles.ranks(ranker[None], index)
-        columns = {
-            "loss": (raw - target).square().mean(1),
-            "cosine": F.cosine_similarity(unit, target, dim=-1),
-            "novel rank": novel[0],
-            "possible rank": possible[0],
-        }
-        parts.append(pd.DataFrame({k: np.asarray(c.cpu(), float) for k, c in columns.items()}))
+    articles, parts = Articles(windows, torch.from_numpy(windows.store.vectors).to(device_of(model))), []
+    with _evaluating(model):
+        for index in _batches(windows, batch_size):
+            context, target = windows.batch(index, articles.vectors)
+            raw, unit, ranker = _finite(model, context, windows, index)
+            _, novel, possible = articles.ranks(ranker[None], index)
+            columns = {
+                "loss": (raw - target).square().mean(1),
+                "cosine": F.cosine_similarity(unit, target, dim=-1),
+                "novel rank": novel[0],
+                "possible rank": possible[0],
+            }
+            parts.append(_on_host(columns).astype(float))
     frame = pd.concat(parts, ignore_index=True)
     return frame.assign(article=windows.article, target=windows.target)
 
@@ -519,29 +636,39 @@ def ablated(context: Tensor, order: Tensor, vectors: Tensor, others: np.ndarray)
     return variants
 
 
-def _hundred(ranker: Tensor, target: Tensor, others: np.ndarray, vectors: Tensor) -> dict[str, Tensor]:
-    """1 of 100 for each window: whether its target is nearer than every chunk of `others` (B, R; −1: none there)."""
-    there = torch.from_numpy(others >= 0)
-    chunks = vectors[torch.from_numpy(np.maximum(others, 0)).to(vectors.device)].float()  # (B, R, D)
-    rivals = F.cosine_similarity(ranker[:, None], chunks, dim=-1).cpu().masked_fill(~there, -2.0)
-    own = F.cosine_similarity(ranker, target, dim=-1).cpu()[:, None]
-    equal = ((rivals - own).abs() <= TIE).sum(1)
-    won = (rivals <= own + TIE).all(1).double() / (1 + equal)
-    count = there.sum(1).double()
+def _hundred(ranker: Tensor, own: Tensor, others: np.ndarray, articles: Articles) -> dict[str, Tensor]:
+    """1 of 100 for each window: whether its target, at cosine `own` (B,), is nearer to `ranker` (B, D) than every chunk
+    of `others` (B, R; −1: none there)."""
+    vectors = articles.vectors
+    rows = torch.from_numpy(others).to(vectors.device)
+    there, rows = rows >= 0, rows.clamp(min=0)
+    rivals = torch.empty(rows.shape, device=vectors.device)
+    most = max(1, NUMBERS // max(1, rows.shape[1] * vectors.shape[1]))
+    for first in range(0, len(rows), most):  # few enough to stay in a processor's cache between the two passes
+        part = slice(first, first + most)
+        chunks = vectors[rows[part]].float()  # (b, R, D)
+        rivals[part] = torch.bmm(chunks, ranker[part, :, None])[..., 0] / chunks.norm(dim=-1)
+    rivals, own = rivals.masked_fill(~there, -2.0), own[:, None]
+    equal, count = (x.sum(1).to(articles.wide) for x in ((rivals - own).abs() <= TIE, there))
+    won = (rivals <= own + TIE).all(1) / (1 + equal)
     return {"hundred": won.masked_fill(count == 0, float("nan")), "hundred candidates": count + 1}
 
 
-def _split(unit: Tensor, context: Tensor) -> dict[str, Tensor]:
-    """The prediction's square in three orthogonal parts, (B,) each; the first with the sign of its cosine."""
-    unit, context = unit.double(), context.double()
-    mean = F.normalize(context.mean(1), dim=-1)
-    along = (unit * mean).sum(1)
-    apart = context - (context @ mean[..., None]) * mean[:, None]  # what of the context is not along its mean
-    size, axes = torch.linalg.eigh(apart @ apart.mT)  # of its T directions, of which at most T − 1 are there
-    inside = (axes.mT @ (apart @ unit[..., None]))[..., 0].square() / size
+def _split(products: Tensor) -> dict[str, Tensor]:
+    """The prediction's square in three orthogonal parts, (B,) each; the first with the sign of its cosine.
+
+    `products`: those of `health.Products`, of context and prediction.
+    """
+    gram, along = products[:, :-2, :-2], products[:, :-2, -2]  # (B, T, T), (B, T)
+    # Of the sum's direction m: p·m, and c_t·m; what of the context is not along it has products c_s·c_t − c_s·m c_t·m.
+    size = gram.sum((1, 2)).clamp(min=1e-24).sqrt()
+    mean, shares = along.sum(1) / size, gram.sum(2) / size[:, None]
+    apart = gram - shares[:, :, None] * shares[:, None]
+    size, axes = torch.linalg.eigh(apart)  # of its T directions, of which at most T − 1 are there
+    inside = (axes.mT @ (along - shares * mean[:, None])[..., None])[..., 0].square() / size
     differences = inside.masked_fill(size <= 1e-10, 0.0).sum(1)
-    rest = (1 - along.square() - differences).clamp(min=0)
-    return {"along the mean": along * along.abs(), "along differences": differences, "outside the context": rest}
+    rest = (1 - mean.square() - differences).clamp(min=0)
+    return {"along the mean": mean * mean.abs(), "along differences": differences, "outside the context": rest}
 
 
 def summarise(frame: pd.DataFrame, profile: str, horizon: int, length: int) -> list[dict]:

@@ -1,117 +1,257 @@
 """A prediction among the chunks of its target's article: cosines at offsets, and the target's rank.
 
-Axes: N windows, B batch, V variants of a prediction, T context length, D vector dimension, K offsets.
+Axes: N windows, B batch, V variants of a prediction, T context length, D vector dimension, K offsets; of a block: b of
+the batch's windows, R chunks.
+
+All that is asked of an article comes from one product of the predictions with its chunks. Short articles share a
+product, so that a batch takes few of them; `Articles.blocks` gives one after the other.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kept import kept
 from .vectors import Windows
 
 TIE = 1e-6  # cosines nearer than this are equal: a float32 product rounds by its shape
+ROWS = 256  # chunks in a product, where several articles share one
+NUMBERS = 1 << 22  # cosines that are in memory at a time, and numbers of the chunks that are gathered: about as many
+PART = 1 << 18  # windows, or rows, that arrays of all are made from at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some windows of a batch against the chunks of their articles, and of a few more.
+
+    `mine` (b,): the windows' places in the batch; `cosines` (b, V, R); `first`, `size` (b, 1): the column of each
+    window's article's first chunk, and its chunks; `target` (b, 1), `context` (b, T): columns; `possible` (R,).
+    """
+
+    mine: Tensor
+    cosines: Tensor
+    first: Tensor
+    size: Tensor
+    target: Tensor
+    context: Tensor
+    possible: Tensor
+
+    @cached_property
+    def candidates(self) -> Tensor:
+        """(b, R, 3) float32, 1 or 0: the chunks of the own article, of these those outside the context, of these those
+        that are `possible`."""
+        place = torch.arange(self.cosines.shape[2], device=self.cosines.device) - self.first  # (b, R)
+        own = (place >= 0) & (place < self.size)
+        outside = own.scatter(1, self.context, False)
+        return torch.stack([own, outside, outside & self.possible], 2).float()
+
+    def at(self, columns: Tensor) -> Tensor:
+        """(b, V, K) cosines at `columns` (b, K)."""
+        return self.cosines.gather(2, columns[:, None].expand(-1, self.cosines.shape[1], -1))
+
+    def ranks(self, which: slice = slice(None)) -> Tensor:
+        """(b, V, 3) rank of the target among the three kinds of `candidates`, from 1, for the predictions `which`.
+
+        Equal cosines share their mean rank: ½ + Σ (1 for a cosine above, ½ for an equal one, the target itself too).
+        Float32 is exact: they are halves.
+        """
+        gap = self.cosines[:, which] - self.at(self.target)[:, which]
+        places = (gap > TIE).float().add_(gap >= -TIE)  # 2 for above, 1 for equal
+        return (1 + torch.bmm(places, self.candidates)) / 2
+
+    def mean(self, which: slice = slice(None)) -> Tensor:
+        """(b, V) mean cosine with the article's chunks outside the context, of the predictions `which`."""
+        outside = self.candidates[:, :, 1:2]
+        return torch.bmm(self.cosines[:, which], outside)[..., 0] / outside.sum(1)
 
 
 class Articles:
     """The articles of a split's windows, ready for comparing predictions with their chunks.
 
-    `vectors` (M, D): the store's vectors on the device of the predictions. `low`, `high` (N,): each window's article
-    is rows low … high − 1. `possible` (M,): the rows that are the target of some window. An article's first chunks are
-    none (they have no whole context), so that a predictor may gain rank by knowing what an opening looks like.
+    `vectors` (M, D): the store's vectors on the device of the predictions. Nothing is made of all windows or all rows
+    before it is asked for.
     """
 
     def __init__(self, windows: Windows, vectors: Tensor):
         self.windows, self.vectors, self.device = windows, vectors, vectors.device
-        article = windows.store.article
-        begins = np.flatnonzero(np.diff(article, prepend=article[0] - 1))
-        run = np.searchsorted(begins, windows.target, side="right") - 1
-        self.low, self.high = begins[run], np.append(begins[1:], len(article))[run]
-        self.candidates = self.high - self.low  # (N,) with the context left in
-        self.novel_candidates = self.candidates - windows.context_length
-        reach = windows.step * (windows.context_length - 1 + windows.horizon)
-        first = np.arange(len(article)) - reach
+        # Apple's devices have no float64; of ranks float32 is exact, too.
+        self.wide = torch.float32 if self.device.type == "mps" else torch.float64
+
+    @cached_property
+    def _begins(self) -> np.ndarray:
+        """(A + 1,) the first row of each article, and the number of rows."""
+        article = self.windows.store.article
+        return np.append(np.flatnonzero(np.diff(article, prepend=article[0] - 1)), len(article))
+
+    def target(self, index: np.ndarray) -> np.ndarray:
+        """(B,) the rows of the targets of windows `index`."""
+        w = self.windows  # not w.target[index]: that is an array of all windows
+        return w.start[index] + w.step * (w.context_length - 1 + w.horizon)
+
+    def span(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B,) and (B,): the articles of windows `index` are the rows low … high − 1."""
+        run = np.searchsorted(self._begins, self.target(index), side="right") - 1
+        return self._begins[run], self._begins[run + 1]
+
+    @cached_property
+    def candidates(self) -> np.ndarray:
+        """(N,) chunks of each window's article, with the context left in."""
+        return np.concatenate([high - low for low, high in map(self.span, _parts(len(self.windows)))])
+
+    @property
+    def novel_candidates(self) -> np.ndarray:
+        """(N,) with the context left out."""
+        return self.candidates - self.windows.context_length
+
+    @cached_property
+    def longest(self) -> int:
+        """The most `candidates` that a window has."""
+        return max(int(np.subtract(*self.span(i)[::-1]).max()) for i in _parts(len(self.windows)))
+
+    @cached_property
+    def possible(self) -> np.ndarray:
+        """(M,) the rows that are the target of some window. An article's first chunks are none (they have no whole
+        context), so that a predictor may gain rank by knowing what an opening looks like."""
+        return np.concatenate([self._possible(rows) for rows in _parts(len(self.windows.store.article))])
+
+    def _possible(self, rows: np.ndarray) -> np.ndarray:
+        article, position = self.windows.store.article, self.windows.store.position
+        reach = self.windows.step * (self.windows.context_length - 1 + self.windows.horizon)
+        first = rows - reach
         there = (first >= 0) & (first < len(article))
-        first = np.where(there, first, 0)
-        same = (article[first] == article) & (windows.store.position - windows.store.position[first] == reach)
-        self.possible = there & same
-        up_to = np.append(0, np.cumsum(self.possible))
-        inside = self.possible[windows.context_rows(np.arange(len(windows)))].sum(1)
-        self.possible_candidates = up_to[self.high] - up_to[self.low] - inside  # (N,) with the context left out
+        first = np.where(there, first, rows)
+        return there & (article[first] == article[rows]) & (position[rows] - position[first] == reach)
+
+    @cached_property
+    def possible_candidates(self) -> np.ndarray:
+        """(N,) those of `possible` among the novel candidates."""
+        up_to = np.append(0, np.cumsum(self.possible, dtype=np.int64))
+
+        def counted(index: np.ndarray) -> np.ndarray:
+            low, high = self.span(index)
+            inside = self.possible[self.windows.context_rows(index)].sum(1)
+            return up_to[high] - up_to[low] - inside
+
+        return np.concatenate([counted(index) for index in _parts(len(self.windows))])
+
+    @cached_property
+    def pool(self) -> np.ndarray:
+        """The rows of the split."""
+        return self.windows.store.rows(self.windows.split)
+
+    def unit(self, rows) -> Tensor:
+        """(R, D) the chunks `rows` (an array, or a slice) as float32 unit vectors."""
+        if not isinstance(rows, slice):
+            rows = torch.from_numpy(rows).to(self.device)
+        return F.normalize(self.vectors[rows].float(), dim=-1)
+
+    def blocks(self, units: Tensor, index: np.ndarray) -> Iterator[Block]:
+        """The cosines of `units` (B, V, D), float32, with all chunks of the articles of windows `index` (B,).
+
+        Each window is in one block. A block has a whole article, or several that together have no more than ROWS
+        chunks; never more than NUMBERS cosines, but for one window.
+        """
+        low, high = self.span(index)
+        order = np.argsort(low, kind="stable")
+        begins, place, count = np.unique(low[order], return_index=True, return_counts=True)
+        sizes = high[order[place]] - begins
+        context, target = self.windows.context_rows(index) - low[:, None], self.target(index) - low
+        table = np.column_stack([np.arange(len(index)), np.zeros_like(low), high - low, target, context])
+        a = 0
+        while a < len(begins):
+            b = a + max(1, int(np.searchsorted(np.cumsum(sizes[a:]), ROWS, side="right")))
+            before = np.cumsum(sizes[a:b]) - sizes[a:b]
+            if (begins[a:b] - before == begins[a]).all():  # they stand side by side
+                rows = slice(int(begins[a]), int(begins[a] + sizes[a:b].sum()))
+            else:
+                rows = np.concatenate([np.arange(f, f + n) for f, n in zip(begins[a:b], sizes[a:b], strict=True)])
+            chunks, possible = self.unit(rows).T, torch.from_numpy(self.possible[rows]).to(self.device)
+            mine = order[place[a] : place[b - 1] + count[b - 1]]
+            wanted, together = table[mine], bool((np.diff(mine) == 1).all())  # so it is where windows come in order
+            wanted[:, 1] = np.repeat(before, count[a:b])
+            wanted[:, 3:] += wanted[:, 1:2]
+            wanted = torch.from_numpy(wanted).to(self.device)
+            most = max(1, NUMBERS // (units.shape[1] * len(possible)))
+            for first in range(0, len(mine), most):
+                part = wanted[first : first + most]
+                at = slice(int(mine[first]), int(mine[first]) + len(part)) if together else part[:, 0]
+                columns = part[:, 1:2], part[:, 2:3], part[:, 3:4], part[:, 4:]
+                yield Block(part[:, 0], units[at] @ chunks, *columns, possible)
+            a = b
+
+    def columns(self, index: np.ndarray, offsets) -> tuple[np.ndarray, np.ndarray]:
+        """(B, K) the places in its article of the chunks `offsets` after each target, in reading direction, and whether
+        they are there: not outside the article or across a gap in its positions. Where not, the target's own place."""
+        position, (low, high), rows = self.windows.store.position, self.span(index), self.target(index)
+        at = rows[:, None] + self.windows.step * np.asarray(offsets)
+        there = (at >= low[:, None]) & (at < high[:, None])
+        at = np.where(there, at, rows[:, None])
+        there &= position[at] - position[rows][:, None] == at - rows[:, None]
+        return at - low[:, None], there
 
     def cosines_at(self, unit: Tensor, index: np.ndarray, offsets) -> Tensor:
         """(B, K) cosines of `unit` (B, D) with the chunks `offsets` after the target, in reading direction; NaN
         outside the article and across a gap in its positions."""
-        rows, position = self.windows.target[index], self.windows.store.position
-        at = rows[:, None] + self.windows.step * np.asarray(offsets)
-        inside = (at >= self.low[index][:, None]) & (at < self.high[index][:, None])
-        at = np.where(inside, at, rows[:, None])
-        inside &= position[at] - position[rows][:, None] == at - rows[:, None]
-        chunks = self.vectors[torch.from_numpy(at).to(self.device)].float()
-        cosines = F.cosine_similarity(unit[:, None], chunks, dim=-1)
-        return cosines.masked_fill(~torch.from_numpy(inside).to(self.device), float("nan"))
+        at, there = (torch.from_numpy(a).to(self.device) for a in self.columns(index, offsets))
+        found = unit.new_empty(at.shape)
+        for block in self.blocks(unit[:, None], index):
+            found[block.mine] = block.at(at[block.mine] + block.first)[:, 0]
+        return found.masked_fill(~there, float("nan"))
 
     def ranks(self, units: Tensor, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Rank of each window's target among its article's chunks for `units` (V, B, D): with the context among the
-        candidates, with it left out, and of the latter among the `possible` targets alone; (V, B) float64 each, from 1.
-        Equal cosines share their mean rank.
-
-        One product an article. The target is never in the context.
+        candidates, with it left out, and of the latter among the `possible` targets alone; (V, B) float64 each, from 1,
+        on the device of the vectors. Equal cosines share their mean rank. The target is never in the context.
         """
-        whole, novel, possible = (torch.empty(units.shape[:2], dtype=torch.float64) for _ in range(3))
-        for mine, begin, chunks in self._grouped(index):
-            cosines = (units[:, mine] @ chunks.T).cpu()  # (V, windows, chunks)
-            own = torch.from_numpy(self.windows.target[index[mine]] - begin)
-            own = cosines.gather(2, own[None, :, None].expand(len(units), -1, 1))
-            above, equal = cosines > own + TIE, (cosines - own).abs() <= TIE
-            outside = torch.ones(cosines.shape[1:], dtype=torch.bool)
-            outside.scatter_(1, torch.from_numpy(self.windows.context_rows(index[mine]) - begin), False)
-            whole[:, mine] = 1 + above.sum(2) + (equal.sum(2) - 1).double() / 2
-            novel[:, mine] = 1 + (above & outside).sum(2) + ((equal & outside).sum(2) - 1).double() / 2
-            outside &= torch.from_numpy(self.possible[begin : begin + len(chunks)])
-            possible[:, mine] = 1 + (above & outside).sum(2) + ((equal & outside).sum(2) - 1).double() / 2
-        return whole, novel, possible
+        found = torch.empty(units.shape[1], len(units), 3, dtype=self.wide, device=self.device)
+        for block in self.blocks(units.transpose(0, 1).contiguous(), index):
+            found[block.mine] = block.ranks().to(self.wide)
+        return found.permute(2, 1, 0).unbind(0)
+
+    def mean_cosine(self, unit: Tensor, index: np.ndarray) -> Tensor:
+        """(B,) mean cosine of `unit` (B, D) with the article's chunks outside the context: what knowing the article
+        alone gives."""
+        found = unit.new_empty(len(unit))
+        for block in self.blocks(unit[:, None], index):
+            found[block.mine] = block.mean()[:, 0]
+        return found
 
     def rivals(self, index: np.ndarray, most: int, rank: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Rows (B, C) of chunks of each window's article outside its context, the target first, and (B, C) whether a
         chunk is there: all of them, or `most`, those of the least `rank` (B, ≥ the longest article), numbers in [0, 1).
         """
-        low, high = self.low[index], self.high[index]
+        low, high = self.span(index)
         rows = low[:, None] + np.arange((high - low).max())  # (B, C)
         context = self.windows.context_rows(index)
         inside = (rows >= context.min(1)[:, None]) & (rows <= context.max(1)[:, None])
         there = (rows < high[:, None]) & ~inside
         key = np.where(there, rank[:, : rows.shape[1]], 2.0)
-        key[np.arange(len(index)), self.windows.target[index] - low] = -1.0
+        target = self.target(index)
+        key[np.arange(len(index)), target - low] = -1.0
         order = np.argsort(key, 1)[:, :most]
         order = order[:, : max(1, int(np.take_along_axis(there, order, 1).sum(1).max()))]
         rows, there = (np.take_along_axis(a, order, 1) for a in (rows, there))
-        return np.where(there, rows, self.windows.target[index][:, None]), there
+        return np.where(there, rows, target[:, None]), there
 
     def strangers(self, index: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows (K,) of `count` chunks of the split, by torch's random stream, and (B, K) whether each is of another
         article than the window."""
-        pool = self.windows.store.rows(self.windows.split)
-        rows = pool[torch.randint(len(pool), (count,)).numpy()]
-        own = self.windows.store.article[self.windows.target[index]]
+        rows = self.pool[torch.randint(len(self.pool), (count,)).numpy()]
+        own = self.windows.store.article[self.target(index)]
         return rows, self.windows.store.article[rows] != own[:, None]
 
-    def mean_cosine(self, unit: Tensor, index: np.ndarray) -> Tensor:
-        """(B,) mean cosine of `unit` (B, D) with the article's chunks outside the context: what knowing the article
-        alone gives."""
-        means = torch.empty_like(unit)
-        for mine, begin, chunks in self._grouped(index):
-            context = torch.from_numpy(self.windows.context_rows(index[mine]) - begin).to(self.device)
-            means[mine] = (chunks.sum(0) - chunks[context].sum(1)) / (len(chunks) - self.windows.context_length)
-        return (unit * means).sum(-1)
 
-    def _grouped(self, index: np.ndarray):
-        """For each article in the batch: its windows' places in it, its first row, its unit chunks (n, D)."""
-        for begin in np.unique(self.low[index]):
-            mine = np.flatnonzero(self.low[index] == begin)
-            yield mine, int(begin), F.normalize(self.vectors[begin : self.high[index[mine[0]]]].float(), dim=-1)
+def _parts(count: int) -> Iterator[np.ndarray]:
+    """The numbers 0 … count − 1, PART at a time."""
+    for first in range(0, count, PART):
+        yield np.arange(first, min(first + PART, count))
 
 
 def among_context(ranker: Tensor, context: Tensor, target: Tensor) -> Tensor:
@@ -126,16 +266,23 @@ def negatives(windows: Windows, index: np.ndarray, rng_seed: int, count: int) ->
 
     Both depend on the seed and the window's target alone, so that a window is the same in any batch or selection.
     """
-    pool = windows.store.rows(windows.split)
-    begins = dict(zip(*np.unique(windows.store.article[pool], return_index=True), strict=True))
-    lengths = dict(zip(*np.unique(windows.store.article[pool], return_counts=True), strict=True))
+    store, span = windows.store, windows.step * (windows.context_length - 1 + windows.horizon)
+    pool, numbers, begins, lengths = kept(("pool", store.fingerprint, windows.split), lambda: _pool(windows))
     orders = np.empty((len(index), windows.context_length), np.int64)
     rows = np.full((len(index), count), -1, np.int64)
-    for i, window in enumerate(index):
-        random = np.random.default_rng([rng_seed, int(windows.target[window])])
+    own = np.searchsorted(numbers, store.article[windows.start[index]])
+    for i, (target, begin, length) in enumerate(
+        zip((windows.start[index] + span).tolist(), begins[own].tolist(), lengths[own].tolist(), strict=True)
+    ):
+        random = np.random.default_rng([rng_seed, target])
         orders[i] = random.permutation(windows.context_length)
-        mine = windows.store.article[windows.start[window]]
-        others = len(pool) - lengths[mine]
+        others = len(pool) - length
         drawn = random.choice(others, min(count, others), replace=False)
-        rows[i, : len(drawn)] = pool[np.where(drawn < begins[mine], drawn, drawn + lengths[mine])]
+        rows[i, : len(drawn)] = pool[np.where(drawn < begin, drawn, drawn + length)]
     return orders, rows
+
+
+def _pool(windows: Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The split's rows; its articles' numbers, rising, each one's first place among those rows, and its rows."""
+    pool = windows.store.rows(windows.split)
+    return pool, *np.unique(windows.store.article[pool], return_index=True, return_counts=True)

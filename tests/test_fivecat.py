@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvmlib import models
 from lvmlib.errors import LVMError
+from lvmlib.health import health
 from lvmlib.params import ROOT
 from lvmlib.retrieval import negatives
 from lvmlib.statistics import between, median_over_articles, over_articles
@@ -538,6 +539,80 @@ def test_memory_does_not_grow_with_the_number_of_windows():
             measure(random_linear(32), Windows(cut.store, "val", cut.start[:count], T, 1), batch_size=20)
         most.append(largest.most)
     assert len(cut) == 300 and most[0] == most[1]
+
+
+class Counting(Scan):
+    """Keeps every context that it is asked about."""
+
+    def raw(self, context):
+        self.__dict__.setdefault("asked", []).append(context.clone())
+        return super().raw(context)
+
+
+def test_every_gate_shares_one_pass_over_each_distinct_input():
+    """The context, ten ablations and four further rollout steps; nothing for health, and nothing twice in a window."""
+    cut = small_windows("val", 2)
+    model = Counting(cut.store.dim)
+    frame, facts = module.judge(model, cut)
+    asked = model.asked
+    assert len(asked) == 1 + 10 + 4 and all(x.shape == (len(cut), T, cut.store.dim) for x in asked)
+    for i, one in enumerate(asked):  # a shuffle may be the order itself, and the other draws what stands there
+        same = [(one == other).all((1, 2)).float().mean() for other in asked[:i]]
+        assert max(same, default=0) < 0.1
+    assert_same(frame, measured("scan", "val", 2))
+    alone = health(Scan(cut.store.dim), cut)
+    assert set(facts) == set(alone)
+    for key, value in alone.items():
+        assert facts[key] == (value if isinstance(value, bool | None) else pytest.approx(value, abs=1e-6)), key
+
+
+def test_predictions_beyond_the_memory_lie_in_a_file_and_give_the_same(monkeypatch):
+    cut = small_windows("val", 1)
+    model = models.tricks(cut.store.dim, T, 0.5, torch.eye(cut.store.dim)[:2])["mean − a·context[-2]"]
+    wanted = health(model, cut, batch_size=7)
+    assert wanted["escape band"] is not None  # the predictions were read again
+    monkeypatch.setattr("lvmlib.health.IN_MEMORY", 10)
+    assert health(model, cut, batch_size=7) == wanted
+
+
+BFLOAT16 = 0.02  # of a cosine: bfloat16 has 8 bits, and the errors of a sum fall out by chance
+
+
+@pytest.mark.parametrize("name", ["transformer", "amn"])
+def test_bfloat16_gives_the_same_figures_within_its_rounding(name):
+    cut = dataset("wikipedia", 2, T).val.at_most(40)
+    torch.manual_seed(0)
+    model = models.build(name, cut.store.dim).eval()
+    exact, rough = (module.judge(model, cut, precision=p) for p in (None, "bfloat16"))
+    assert set(exact[0]) == set(rough[0]) and not exact[0]["cosine"].equals(rough[0]["cosine"])
+    for column in exact[0]:
+        ours, theirs = rough[0][column], exact[0][column]
+        assert (ours.isna() == theirs.isna()).all() and ours.dtype == theirs.dtype
+        if "rank" in column or "MRR" in column or column == "hundred":
+            continue
+        if "candidates" in column or column in ("article", "target"):
+            pd.testing.assert_series_equal(ours, theirs)
+        else:
+            atol = 0.1 if column.startswith("weight") else BFLOAT16
+            np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=atol, err_msg=column)
+    for column in ("novel rank", "possible rank", "rank"):
+        assert abs((1 / rough[0][column]).mean() - (1 / exact[0][column]).mean()) < 0.05
+        assert (rough[0][column] - exact[0][column]).abs().median() <= 1
+    pd.testing.assert_frame_equal(measure(model, cut), measure(model, cut, precision="float32"))
+    for key in ("norm", "copying ratio", "variance", "variance of targets"):
+        assert rough[1][key] == pytest.approx(exact[1][key], rel=0.02, abs=0.01)
+
+
+def test_a_report_says_the_precision_of_its_model_and_measures_the_others_in_float32():
+    store, _ = rotation()
+    data = dataset(store, 1)
+    with pytest.raises(LVMError, match="precision 'float16': unknown; known: float32, bfloat16"):
+        fivecat(Scan(store.dim), data, precision="float16")
+    plain, rough = (fivecat(Scan(store.dim), data, precision=p) for p in (None, "bfloat16"))
+    assert (plain.precision, rough.precision, rough.original.precision) == ("float32", "bfloat16", "bfloat16")
+    for name in ("copy last", "mean"):
+        pd.testing.assert_frame_equal(plain.frames["val", name], rough.frames["val", name])
+    assert not plain.frames["val", "model"]["cosine"].equals(rough.frames["val", "model"]["cosine"])
 
 
 # The prediction's parts
@@ -1452,7 +1527,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     report.to_json(path)
     assert (
-        set(plain_json(path)) == {"instrument", "calibrated", "original", "health"}
+        set(plain_json(path)) == {"instrument", "precision", "calibrated", "original", "health"}
         and len(list(tmp_path.iterdir())) == 1
     )
 

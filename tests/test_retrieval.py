@@ -13,8 +13,9 @@ import pytest
 import torch
 from scipy import stats
 
+from lvmlib import retrieval
 from lvmlib.retrieval import TIE, Articles, negatives
-from lvmlib.vectors import make_store, windows
+from lvmlib.vectors import dataset, make_store, windows
 
 T = 5
 DIM = 12
@@ -190,6 +191,55 @@ def test_any_batch_in_any_order_gives_the_same(size):
         torch.testing.assert_close(articles.mean_cosine(units[0, index], index), mean[index], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows, numbers", [(1, 1), (15, 200), (10_000, 10**9)])
+def test_however_articles_share_a_product_the_figures_are_the_same(monkeypatch, rows, numbers):
+    w = cut("forward", 2)
+    units, index = random_units(5, 3, len(w)), np.random.default_rng(1).permutation(len(w))
+
+    def found():
+        a = prepared(w)
+        return [*a.ranks(units, index), a.mean_cosine(units[0], index), a.cosines_at(units[0], index, range(-9, 7))]
+
+    wanted = found()
+    monkeypatch.setattr(retrieval, "ROWS", rows)
+    monkeypatch.setattr(retrieval, "NUMBERS", numbers)
+    blocks = list(prepared(w).blocks(units.transpose(0, 1).contiguous(), index))
+    assert sorted(torch.cat([b.mine for b in blocks]).tolist()) == list(range(len(w)))
+    assert numbers > 1 or all(len(b.mine) == 1 for b in blocks)
+    assert rows < 10_000 or len(blocks) == 1
+    for one, two in zip(found(), wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=3e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("part", [1, 7])
+@pytest.mark.parametrize("direction, horizon", CUTS)
+def test_what_is_made_of_all_windows_part_by_part_is_the_same(monkeypatch, direction, horizon, part):
+    w = cut(direction, horizon)
+    whole = prepared(w)
+    monkeypatch.setattr(retrieval, "PART", part)
+    small = prepared(w)
+    for name in ("candidates", "novel_candidates", "possible", "possible_candidates"):
+        np.testing.assert_array_equal(getattr(small, name), getattr(whole, name))
+    assert small.longest == whole.longest == whole.candidates.max()
+    np.testing.assert_array_equal(small.possible, np.isin(np.arange(len(w.store.article)), all_targets(w)))
+
+
+def all_targets(w):
+    """The rows that are a target in any split: `possible` is told by an article alone."""
+    cuts = [windows(w.store, s, w.horizon, T, {1: "forward", -1: "backward"}[w.step]) for s in ("train", "val", "ood")]
+    return np.concatenate([c.target for c in cuts])
+
+
+def test_training_windows_cost_nothing_before_they_are_asked_for():
+    """What a training step without the listwise loss uses of `Articles` makes no array of all windows or rows."""
+    w = cut()
+    articles = prepared(w)
+    before = set(vars(articles))
+    assert articles.vectors is not None and before == {"windows", "vectors", "device", "wide"}
+    articles.rivals(np.arange(3), 5, torch.rand(3, 40))
+    assert set(vars(articles)) - before == {"_begins"}
+
+
 # Random draws
 
 
@@ -221,6 +271,16 @@ def test_draws_depend_on_the_seed_and_the_target_alone():
     other = negatives(w, np.arange(len(w)), 5, 9)
     assert (other[0] != orders).any(axis=1).mean() > 0.9 and (other[1] != rows).any(axis=1).all()
     assert len({tuple(r) for r in rows}) == len(w)  # not one draw for all windows
+
+
+def test_draws_are_those_of_all_reports_so_far():
+    """Golden: by the code that first raised the instrument to 3."""
+    w = dataset("wikipedia", 2).val
+    orders, rows = negatives(w, np.array([0, 176, 523]), 0, 99)
+    assert orders.tolist() == [[1, 0, 2, 4, 3], [2, 0, 4, 1, 3], [1, 4, 0, 2, 3]]
+    first = [[3841, 3758, 1627, 894, 2797, 3782], [2630, 2616, 1986, 3793, 950, 1618], [1622, 996, 1980, 941, 1964]]
+    assert [row[: len(f)] for row, f in zip(rows.tolist(), first, strict=True)] == first
+    assert rows.sum(1).tolist() == [226215, 226811, 171473]
 
 
 def test_draws_are_uniform():
