@@ -11,19 +11,25 @@ A store is a folder:
     windows.npy     if the windows were given, as the original's sequence files give them: (N, 2) int64, the number of
                     the split and the first row; their horizon and context_length stand in the datasheet, windows:
     datasheet.yaml  name, how it was made, and the sha256 of the files above
+    checked.json    if it was opened before: what a full check found, and of which state of the files
 
 A window is a run of T consecutive chunks of one article and the target `horizon` chunks after the last of
-them. It is kept as one number, the row of its first chunk; vectors are gathered a batch at a time.
+them. It is kept as one number, the row of its first chunk (8 bytes); vectors are gathered a batch at a time.
+Vectors and chunk table stay on disk, so a store may be larger than memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import io
 import json
+import mmap
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +47,9 @@ DIRECTIONS = {"forward": 1, "backward": -1}  # how a window is read: the step fr
 EMBEDDED = Path(__file__).resolve().parent / "data"
 STORE_FILES = ("vectors.npy", "chunks.npy", "articles.csv", "datasheet.yaml")
 OPTIONAL_FILES = ("texts.jsonl", "windows.npy")
+CHECKED = "checked.json"
+CHECK = 1  # raised when the checks of `open_store` change: then every store is checked anew
+TICK = 1.0  # seconds: of a file changed this shortly before its check, a further change may leave the same time
 BLOCK_VALUES = 1 << 23  # numbers that are read at a time: a store may be larger than memory
 NORM_TOLERANCE = 0.01  # float16 rounds a unit vector's norm by less than 1e-3
 
@@ -48,25 +57,22 @@ NORM_TOLERANCE = 0.01  # float16 rounds a unit vector's norm by less than 1e-3
 class Texts(Sequence):
     """The texts of a store, read from texts.jsonl where they are asked for; only where each line begins is in memory.
 
-    Raises LVMError if the file does not have `count` lines, or where a line is no JSON string.
+    Raises LVMError if the file does not have `count` lines, or where a line is no JSON string. `checked`: the count is
+    known to be right, so the lines are looked for when the first is asked for.
     """
 
-    def __init__(self, path: str | os.PathLike, count: int):
-        self.path = Path(path)
-        begins, at = [np.zeros(1, np.int64)], 0
-        with open(self.path, "rb") as file:
-            while block := file.read(1 << 24):
-                begins.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
-                at += len(block)
-        self.begins = np.concatenate(begins)
-        if len(self.begins) != count + 1 or self.begins[-1] != at:
-            raise LVMError(
-                f"{self.path}: has {len(self.begins) - 1} whole lines for {count} vectors; restore the file, or build "
-                "the store anew"
-            )
+    def __init__(self, path: str | os.PathLike, count: int, checked: bool = False):
+        self.path, self.count = Path(path), count
+        if not checked:
+            self.begins = _line_begins(self.path, count)
+
+    @functools.cached_property
+    def begins(self) -> np.ndarray:
+        """(count + 1,) the byte at which each line begins, and the end."""
+        return _line_begins(self.path, self.count)
 
     def __len__(self) -> int:
-        return len(self.begins) - 1
+        return self.count
 
     def __getitem__(self, row):
         if isinstance(row, slice):
@@ -92,6 +98,21 @@ class Texts(Sequence):
         if not isinstance(text, str):
             raise LVMError(f"{self.path}: line {row + 1} holds {type(text).__name__}, not a text; restore the file")
         return text
+
+
+def _line_begins(path: Path, count: int) -> np.ndarray:
+    """(count + 1,) the byte at which each line begins, and the end. Raises LVMError unless these are whole lines."""
+    begins, at = [np.zeros(1, np.int64)], 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            begins.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
+            at += len(block)
+    begins = np.concatenate(begins)
+    if len(begins) != count + 1 or begins[-1] != at:
+        raise LVMError(
+            f"{path}: has {len(begins) - 1} whole lines for {count} vectors; restore the file, or build the store anew"
+        )
+    return begins
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +150,8 @@ class Store:
 
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of a split's chunks, in reading order."""
-        return np.flatnonzero(np.isin(self.article, self.articles.index[self.articles["split"] == split]))
+        begin, end = _runs(self, split)
+        return ranges(begin, end - begin)
 
 
 def make_store(name: str, vectors, article, position, articles: pd.DataFrame, datasheet: dict | None = None) -> Store:
@@ -198,8 +220,15 @@ def seal(partial: Path, name: str, articles: pd.DataFrame, datasheet: Mapping) -
     return open_store(partial)
 
 
-def open_store(folder: str | os.PathLike) -> Store:
-    """Open a store folder; the vectors stay on disk, memory-mapped.
+def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
+    """Open a store folder; vectors and chunk table stay on disk, memory-mapped.
+
+    The first time everything is read and checked, and checked.json keeps the outcome, with the size, time of change and
+    inode of each large file. Where these are as they were, later calls read and hash only articles.csv and the
+    datasheet; where anything differs, or checked.json cannot be read, all is checked again. A folder that cannot be
+    written is checked every time; a check within a second of a file's last change is not remembered. Not seen is a
+    change that leaves size, time and inode as they were: a time set back by hand, a disk that decays. `verify` checks
+    everything in any case.
 
     Raises LVMError, naming the file, on a missing or damaged file, a wrong checksum, a wrong shape or dtype,
     NaN, zero or unnormalised vectors, articles torn apart, or an article in two splits.
@@ -208,8 +237,10 @@ def open_store(folder: str | os.PathLike) -> Store:
     for name in STORE_FILES:
         if not (folder / name).is_file():
             raise LVMError(f"{folder / name}: missing; a store folder holds {', '.join(STORE_FILES)}")
+    began, found = time.time(), _state(folder)
     try:
-        datasheet = yaml.safe_load((folder / "datasheet.yaml").read_text(encoding="utf-8"))
+        sheet = (folder / "datasheet.yaml").read_bytes()
+        datasheet = yaml.safe_load(sheet.decode())
         recorded = dict(datasheet["sha256"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise LVMError(
@@ -219,24 +250,29 @@ def open_store(folder: str | os.PathLike) -> Store:
     for name in [*STORE_FILES[:3], *optional]:
         if not (folder / name).is_file():
             raise LVMError(f"{folder / name}: missing, though datasheet.yaml lists it; restore the file")
-        if sha256_file(folder / name) != recorded.get(name):
+    known = {"check": CHECK, "datasheet": hashlib.sha256(sheet).hexdigest(), "files": found}
+    fingerprint = None if verify else _remembered(folder, known)
+    table = (folder / "articles.csv").read_bytes()  # small and read each time: hashed each time
+    for name in [*STORE_FILES[:3], *optional] if fingerprint is None else ["articles.csv"]:
+        digest = hashlib.sha256(table).hexdigest() if name == "articles.csv" else sha256_file(folder / name)
+        if digest != recorded.get(name):
             raise LVMError(
                 f"{folder / name}: its sha256 is not the one in datasheet.yaml; the file is damaged or "
                 "was changed: restore it, or build the store anew"
             )
     vectors, chunks = _load_array(folder / "vectors.npy"), _load_array(folder / "chunks.npy")
-    try:
-        # Read as text first: an article listed twice must be seen, not merged.
-        articles = pd.read_csv(folder / "articles.csv", keep_default_na=False, dtype=str)
-        numbers = [np.int32(int(n)) for n in articles["article"]]  # refuses fractions and what int32 cannot hold
-        columns = ["title", "split", *(["source"] if "source" in articles else [])]
-        articles = articles[columns].set_index(pd.Index(numbers, dtype=np.int32, name="article"))
-    except (OSError, ValueError, KeyError, OverflowError) as e:
-        raise LVMError(f"{folder / 'articles.csv'}: needs columns article (a number), title, split ({e})") from e
-    check_vectors(vectors, str(folder / "vectors.npy"))
-    chunks = check_chunks(chunks, len(vectors), str(folder / "chunks.npy"))
-    check_articles(articles, chunks[:, 0], str(folder / "articles.csv"))
-    given = _given(folder / "windows.npy", datasheet, chunks, articles) if "windows.npy" in optional else None
+    articles = _read_articles(table, folder / "articles.csv")
+    texts = Texts(folder / "texts.jsonl", len(vectors), fingerprint is not None) if "texts.jsonl" in optional else None
+    given = _given(folder / "windows.npy", datasheet) if "windows.npy" in optional else None
+    if fingerprint is None:
+        check_vectors(vectors, str(folder / "vectors.npy"))
+        chunks = check_chunks(chunks, len(vectors), str(folder / "chunks.npy"))
+        check_articles(articles, chunks[:, 0], str(folder / "articles.csv"))
+        if given is not None:
+            check_given(given, chunks, articles, str(folder / "windows.npy"))
+        fingerprint = _fingerprint(vectors, chunks, articles, given)
+        _remember(folder, {**known, "fingerprint": fingerprint}, began)
+    chunks = np.asarray(chunks).astype(np.int32, copy=False)  # a plain view of the map, if it is int32 as we write it
     return Store(
         str(datasheet.get("name") or folder.name),
         vectors,
@@ -244,13 +280,64 @@ def open_store(folder: str | os.PathLike) -> Store:
         chunks[:, 1],
         articles,
         datasheet,
-        _fingerprint(vectors, chunks, articles, given),
-        Texts(folder / "texts.jsonl", len(vectors)) if "texts.jsonl" in optional else None,
+        fingerprint,
+        texts,
         given,
     )
 
 
-def _given(path: Path, datasheet: dict, chunks: np.ndarray, articles: pd.DataFrame) -> GivenWindows:
+def _state(folder: Path) -> dict:
+    """What tells whether the large files of a store are those that were checked: size, time of change, inode.
+
+    The small ones are read at every opening, and known by their checksums."""
+    stats = {}
+    for name in ("vectors.npy", "chunks.npy", *OPTIONAL_FILES):
+        with contextlib.suppress(FileNotFoundError):
+            stat = (folder / name).stat()
+            stats[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+    return stats
+
+
+def _remembered(folder: Path, known: dict) -> str | None:
+    """The fingerprint that a full check of files in just this state found; None if there was none."""
+    try:
+        said = json.loads((folder / CHECKED).read_bytes())
+        fingerprint = said.pop("fingerprint")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    good = isinstance(fingerprint, str) and len(fingerprint) == 64 and said == known
+    return fingerprint if good else None
+
+
+def _remember(folder: Path, outcome: dict, began: float) -> None:
+    """Write checked.json, unless a file changed during the check or just before it, or the folder is the package's own
+    or cannot be written."""
+    changed = max(stat["mtime_ns"] for stat in outcome["files"].values()) / 1e9
+    if changed > began - TICK or _state(folder) != outcome["files"] or EMBEDDED in folder.resolve().parents:
+        return
+    partial = folder / f"{CHECKED}.{os.getpid()}"
+    try:
+        partial.write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, folder / CHECKED)
+    except OSError:  # no right to write, a full disk: the next opening checks again
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _read_articles(table: bytes, path: Path) -> pd.DataFrame:
+    try:
+        # Read as text first: an article listed twice must be seen, not merged.
+        articles = pd.read_csv(io.BytesIO(table), keep_default_na=False, dtype=str)
+        numbers = articles["article"].to_numpy(object).astype(np.int64)  # by int(): refuses fractions
+        if (numbers != numbers.astype(np.int32)).any():
+            raise OverflowError("an article number beyond int32")
+        columns = ["title", "split", *(["source"] if "source" in articles else [])]
+        return articles[columns].set_index(pd.Index(numbers.astype(np.int32), name="article"))
+    except (OSError, ValueError, KeyError, OverflowError) as e:
+        raise LVMError(f"{path}: needs columns article (a number), title, split ({e})") from e
+
+
+def _given(path: Path, datasheet: dict) -> GivenWindows:
     table, cut = _load_array(path), datasheet.get("windows")
     if table.ndim != 2 or table.shape[1] != 2 or table.dtype != np.int64:
         raise LVMError(f"{path}: has shape {table.shape} and type {table.dtype}; needed is (windows, 2) int64")
@@ -258,9 +345,8 @@ def _given(path: Path, datasheet: dict, chunks: np.ndarray, articles: pd.DataFra
         isinstance(cut.get(k), int) and 1 <= cut[k] < 2**31 for k in ("horizon", "context_length")
     ):
         raise LVMError(f"{path}: datasheet.yaml has no windows: {{horizon: …, context_length: …}}; restore the file")
-    given = GivenWindows(np.array(table[:, 0]), np.array(table[:, 1]), cut["horizon"], cut["context_length"])
-    check_given(given, chunks, articles, str(path))
-    return given
+    table = np.asarray(table)
+    return GivenWindows(table[:, 0], table[:, 1], cut["horizon"], cut["context_length"])
 
 
 def check_given(given: GivenWindows, chunks: np.ndarray, articles: pd.DataFrame, where: str) -> None:
@@ -337,20 +423,54 @@ def check_chunks(chunks: np.ndarray, count: int, where: str) -> np.ndarray:
         )
     if chunks.min() < 0 or chunks.max() > np.iinfo(np.int32).max:
         raise LVMError(f"{where}: article numbers and positions must lie between 0 and {np.iinfo(np.int32).max}")
-    chunks = chunks.astype(np.int32)  # a copy in memory; unsigned differences would never be negative
+    chunks = np.asarray(chunks).astype(np.int32, copy=False)  # unsigned differences would never be negative
     article, position = chunks[:, 0], chunks[:, 1]
-    begins = np.flatnonzero(np.diff(article, prepend=article[0] - 1))
-    numbers, runs = np.unique(article[begins], return_counts=True)
+    numbers, runs = np.unique(article[run_begins(article)], return_counts=True)
     if (runs > 1).any():
         raise LVMError(f"{where}: article {numbers[runs > 1][0]} is torn apart; its rows must stand together")
-    falling = (np.diff(position) <= 0) & (np.diff(article) == 0)
-    if falling.any():
-        row = int(np.flatnonzero(falling)[0]) + 1
-        raise LVMError(
-            f"{where}: row {row} (article {article[row]}) does not rise in position; "
-            "sort each article by position and drop duplicates"
-        )
+    for first, rows in _pairs(len(chunks)):
+        falling = (np.diff(position[rows]) <= 0) & (np.diff(article[rows]) == 0)
+        if falling.any():
+            row = int(np.flatnonzero(falling)[0]) + first
+            raise LVMError(
+                f"{where}: row {row} (article {article[row]}) does not rise in position; "
+                "sort each article by position and drop duplicates"
+            )
     return chunks
+
+
+def run_begins(article: np.ndarray, position: np.ndarray | None = None) -> np.ndarray:
+    """The rows where a run of one article begins; with `position`, also those after a gap in the positions."""
+    found = [np.zeros(1, np.int64)]
+    for first, rows in _pairs(len(article)):
+        new = np.diff(article[rows]) != 0
+        if position is not None:
+            new |= np.diff(position[rows]) != 1
+        found.append(np.flatnonzero(new) + first)
+    return np.concatenate(found)
+
+
+def _runs(store: Store, split: str, gapless: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Begin and end (R,) of the split's runs of rows: one an article, or, `gapless`, one a stretch without a gap."""
+    begin = run_begins(store.article, store.position if gapless else None)
+    inside = np.isin(store.article[begin], store.articles.index[store.articles["split"] == split])
+    return begin[inside], np.append(begin[1:], len(store.article))[inside]
+
+
+def _pairs(count: int) -> Iterator[tuple[int, slice]]:
+    """All neighbours among `count` rows, block by block: (second row of the first pair, rows)."""
+    for first in range(1, count, BLOCK_VALUES):
+        yield first, slice(first - 1, first + BLOCK_VALUES)
+
+
+def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """(Σ count,) int64: first, first + 1, … of each run, one after the other; in no more memory than what it gives."""
+    first, count = first[count > 0], count[count > 0]
+    steps = np.ones(count.sum(), np.int64)
+    if len(first):
+        steps[0] = first[0]
+        steps[np.cumsum(count)[:-1]] = np.diff(first) - count[:-1] + 1  # from a run's last row to the next one's first
+    return np.cumsum(steps, out=steps)
 
 
 def check_articles(articles: pd.DataFrame, used: np.ndarray, where: str) -> None:
@@ -426,11 +546,20 @@ class Windows:
     @property
     def target(self) -> np.ndarray:
         """(N,) the row of each target."""
-        return self.start + self.step * (self.context_length - 1 + self.horizon)
+        return self.start + self.offsets[-1]
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(T + 1,) int64: how far from `start` the rows of the context lie, as they are read, and last the target's."""
+        return self.step * np.append(np.arange(self.context_length), self.context_length - 1 + self.horizon)
 
     def context_rows(self, index) -> np.ndarray:
         """(B, T) the rows of the contexts of windows `index` (B,), as they are read."""
-        return self.start[np.asarray(index)][:, None] + self.step * np.arange(self.context_length)
+        return self.start[np.asarray(index)][:, None] + self.offsets[:-1]
+
+    def target_rows(self, index) -> np.ndarray:
+        """(B,) the rows of the targets of windows `index` (B,): `target[index]` without all the others."""
+        return self.start[np.asarray(index)] + self.offsets[-1]
 
     def batch(self, index, vectors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather windows `index` (B,): context (B, T, D) and target (B, D), float32.
@@ -438,8 +567,11 @@ class Windows:
         `vectors` (M, D): the store's vectors as a tensor, where they already lie on a device.
         """
         vectors = torch.from_numpy(self.store.vectors) if vectors is None else vectors
-        rows = torch.from_numpy(np.column_stack([self.context_rows(index), self.target[np.asarray(index)]]))
-        chunks = vectors[rows.to(vectors.device)].float()  # (B, T + 1, D)
+        rows = self.start[np.asarray(index)][:, None] + self.offsets  # (B, T + 1)
+        announce(self.store.vectors, rows, vectors)
+        # One index_select over rows is several times faster than indexing by (B, T + 1), on a CPU.
+        chunks = vectors.index_select(0, torch.from_numpy(rows.ravel()).to(vectors.device)).float()
+        chunks = chunks.view(*rows.shape, vectors.shape[1])  # (B, T + 1, D)
         return chunks[:, :-1], chunks[:, -1]
 
     def batches(self, size: int, vectors: torch.Tensor | None = None):
@@ -451,6 +583,25 @@ class Windows:
         """Evenly spaced `count` of the windows (all, if there are no more): for quick runs."""
         keep = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
         return replace(self, start=self.start[keep])
+
+
+def announce(mapped: np.ndarray, rows: np.ndarray, read: torch.Tensor) -> None:
+    """Tell the system which `rows` (B, R) of a memory-mapped array (M, D) are read next; does nothing if `read`, which
+    they are taken from, is not that map itself.
+
+    What is not in memory then comes from the disk in parallel, and only that. Left to guess, the system fetches
+    the read-ahead of the device (up to megabytes) around each row, and a store larger than memory crawls.
+    """
+    area = mapped.base
+    whole = isinstance(mapped, np.memmap) and isinstance(area, mmap.mmap) and mapped.flags.c_contiguous
+    # Windows knows no such call.
+    if not whole or not rows.size or read.data_ptr() != mapped.ctypes.data or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    offset = mapped.offset % mmap.ALLOCATIONGRANULARITY  # of the first value in the map
+    begin = (offset + rows.min(1) * mapped.strides[0]) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = offset + (rows.max(1) + 1) * mapped.strides[0]
+    for at, length in zip(begin.tolist(), (end - begin).tolist(), strict=True):
+        area.madvise(mmap.MADV_WILLNEED, at, length)
 
 
 def shared(forward: Windows, backward: Windows) -> tuple[Windows, Windows]:
@@ -491,18 +642,18 @@ def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5,
             raise LVMError(f"{store.name}: came with windows, but with none for split {split}; add a file for it")
         return Windows(store, split, start, context_length, horizon)
     span = context_length - 1 + horizon
-    first = store.rows(split)
-    first = first[first + span < len(store.article)]
-    last = first + span
-    whole = (store.article[first] == store.article[last]) & (store.position[last] - store.position[first] == span)
-    if not whole.any():
-        lengths = np.bincount(store.article[store.rows(split)]) if len(store.rows(split)) else np.zeros(1, int)
+    begin, end = _runs(store, split, gapless=True)
+    start = ranges(begin, np.maximum(end - begin - span, 0))
+    if not len(start):
+        begin, end = _runs(store, split)
         raise LVMError(
             f"{store.name}, split {split}: no article is long enough: a window of {context_length} with "
-            f"horizon {horizon} needs {span + 1} chunks without a gap, the longest article has {lengths.max()}"
+            f"horizon {horizon} needs {span + 1} chunks without a gap, the longest article has "
+            f"{(end - begin).max(initial=0)}"
         )
     step = DIRECTIONS[direction]
-    start = (first if step == 1 else last)[whole].astype(np.int64)
+    if step == -1:
+        start += span
     return Windows(store, split, start, context_length, horizon, step)
 
 

@@ -1,6 +1,9 @@
 """The vector store: windows re-derived in plain loops, round trip, and every damaged or hostile file refused."""
 
+import json
+import os
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +11,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lvmlib import vectors as V
 from lvmlib.errors import LVMError
@@ -67,6 +72,59 @@ def test_windows_equal_brute_force(seed, context_length, horizon):
         assert w.target.tolist() == [s + context_length + horizon - 1 for s in expected]
 
 
+@st.composite
+def tables(draw):
+    """Articles, some without a chunk, with any gaps; and splits."""
+    steps = draw(st.lists(st.lists(st.sampled_from([1, 1, 1, 1, 2, 7]), max_size=12), min_size=1, max_size=8))
+    numbers = draw(st.permutations(range(0, 3 * len(steps), 3)))
+    article = [n for n, s in zip(numbers, steps, strict=True) for _ in s]
+    position = [int(p) for s in steps for p in np.cumsum(s)]
+    split = [draw(st.sampled_from((*V.SPLITS, ""))) for _ in steps]
+    return article, position, pd.DataFrame({"title": "", "split": split}, index=numbers)
+
+
+@settings(max_examples=300, deadline=None)
+@given(tables(), st.integers(1, 4), st.integers(1, 3), st.sampled_from(V.SPLITS), st.integers(1, 9))
+def test_windows_and_rows_by_runs_are_those_of_the_definition(table, length, horizon, split, block):
+    article, position, frame = table
+    if not article:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(V, "BLOCK_VALUES", block)  # runs across the borders of blocks
+        store = V.make_store("any", np.ones((len(article), 1), np.float32), article, position, frame)
+        inside = [i for i, a in enumerate(article) if frame.loc[a, "split"] == split]
+        assert store.rows(split).tolist() == inside
+        for direction, off in (("forward", 0), ("backward", length - 1 + horizon)):
+            try:
+                found = V.windows(store, split, horizon, length, direction).start
+            except LVMError as e:
+                longest = max((article.count(a) for a in {article[i] for i in inside}), default=0)
+                assert str(e).endswith(f"the longest article has {longest}")
+                found = np.zeros(0)
+            assert found.tolist() == [s + off for s in naive_starts(store, split, horizon, length)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6))))
+def test_ranges(runs):
+    first, count = np.array(runs, int).reshape(-1, 2).T
+    assert V.ranges(first, count).tolist() == [f + i for f, c in runs for i in range(c)]
+
+
+@pytest.mark.parametrize("row", [7, 8, 9, 15, 16])
+def test_a_table_that_is_wrong_at_the_border_of_a_block(monkeypatch, row):
+    monkeypatch.setattr(V, "BLOCK_VALUES", 8)
+    frame = pd.DataFrame({"title": ["a", "b"], "split": ["train", "val"]}, index=[0, 1])
+    position = list(range(20))
+    position[row] = position[row - 1]
+    with pytest.raises(LVMError, match=rf"row {row} \(article 0\) does not rise"):
+        V.make_store("t", np.ones((20, 1), np.float32), [0] * 20, position, frame)
+    article = [0] * 20
+    article[row] = 1
+    with pytest.raises(LVMError, match="article 0 is torn apart"):
+        V.make_store("t", np.ones((20, 1), np.float32), article, range(20), frame)
+
+
 def test_brute_force_meets_gaps_and_article_ends():
     """The random stores above do hold what they are meant to test."""
     store = random_store(0)
@@ -105,6 +163,63 @@ def test_batch_is_a_naive_gather(dtype, horizon):
         for t in range(4):
             assert np.array_equal(context[b, t].numpy(), store.vectors[w.start[i] + t].astype(np.float32))
         assert np.array_equal(target[b].numpy(), store.vectors[w.start[i] + 3 + horizon].astype(np.float32))
+
+
+@pytest.mark.parametrize("where", ["memory", "disk", "disk, by columns", "a tensor of its own"])
+@pytest.mark.parametrize("direction", V.DIRECTIONS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("horizon", [1, 2, 3])
+def test_batch_wherever_the_vectors_lie(tmp_path, dtype, direction, horizon, where):
+    store = random_store(5, dtype)
+    if where != "memory":
+        folder = V.write_store(store, tmp_path / "s")
+        if where == "disk, by columns":
+            spoil(folder, np.asfortranarray)
+        store = V.open_store(folder)
+    w = V.windows(store, "train", horizon, 4, direction)
+    vectors = torch.from_numpy(store.vectors.copy()) if where == "a tensor of its own" else None
+    index, step = np.random.default_rng(1).integers(0, len(w), 9), V.DIRECTIONS[direction]
+    context, target = w.batch(index, vectors)
+    for b, i in enumerate(index):
+        for t in range(4):
+            assert np.array_equal(context[b, t].numpy(), store.vectors[w.start[i] + step * t].astype(np.float32))
+        at = w.start[i] + step * (3 + horizon)
+        assert np.array_equal(target[b].numpy(), store.vectors[at].astype(np.float32)) and w.target[i] == at
+    assert w.target_rows(index).tolist() == w.target[index].tolist()
+    assert (w.start[index][:, None] + w.offsets)[:, :-1].tolist() == w.context_rows(index).tolist()
+    assert [x.shape for x in w.batch(np.arange(0), vectors)] == [(0, 4, DIM), (0, DIM)]
+
+
+@pytest.mark.parametrize("direction", V.DIRECTIONS)
+def test_a_batch_announces_the_pages_of_its_windows_and_no_others(tmp_path, direction, monkeypatch):
+    """Each window's rows lie in one announced area, which begins at a page and reaches no further than they do."""
+    wide = 700  # so that a row is not far from a page
+    x = np.zeros((60, wide), np.float32)
+    x[:, 0] = 1
+    frame = pd.DataFrame({"title": ["a"], "split": ["train"]}, index=[0])
+    store = V.open_store(V.write_store(V.make_store("w", x, [0] * 60, range(60), frame), tmp_path / "s"))
+    w, said = V.windows(store, "train", 2, 5, direction), []
+
+    class Area:
+        def madvise(self, option, at, length):
+            store.vectors.base.madvise(option, at, length)  # the system takes it
+            said.append((at, at + length))
+
+    class Mapped(np.memmap):
+        base = Area()
+
+    monkeypatch.setattr(V.mmap, "mmap", Area)
+    mapped = store.vectors.view(Mapped)
+    index = np.arange(len(w))[::5]
+    V.announce(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors))
+    header = (tmp_path / "s" / "vectors.npy").stat().st_size - x.nbytes
+    for i, (begin, end) in zip(index, said, strict=True):
+        rows = sorted([w.start[i], w.target[i]])
+        first, last = header + 4 * wide * rows[0], header + 4 * wide * (rows[1] + 1)
+        assert begin % V.mmap.PAGESIZE == 0 and first - V.mmap.PAGESIZE < begin <= first and end == last
+    V.announce(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors.copy()))
+    V.announce(mapped, np.zeros((0, 6), int), torch.from_numpy(store.vectors))
+    assert len(said) == len(index)  # vectors that lie elsewhere are not read from the map, and no rows are no pages
 
 
 def test_batch_from_vectors_on_a_device_is_the_same():
@@ -580,6 +695,236 @@ def test_unused_article_may_be_listed(folder):
 def test_bad_datasheet(folder, content):
     (folder / "datasheet.yaml").write_bytes(content)
     refused(folder, str(folder))
+
+
+# --- the remembered check --------------------------------------------------------------------------------------------
+
+
+def age(folder, seconds=3600):
+    """Make the files look as if they had been written an hour ago."""
+    for path in folder.iterdir():
+        stat = path.stat()
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns - int(seconds * 1e9)))
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """The full checks that are done from now on."""
+    done, check = [], V.check_vectors
+    monkeypatch.setattr(V, "check_vectors", lambda *args: (done.append(args[1]), check(*args)))
+    return done
+
+
+@pytest.fixture
+def known(folder, checks):
+    """A store folder whose check is remembered."""
+    age(folder)
+    V.open_store(folder)
+    assert (folder / V.CHECKED).is_file()
+    checks.clear()
+    return folder
+
+
+def same(a, b):
+    assert a.fingerprint == b.fingerprint and a.name == b.name and a.datasheet == b.datasheet
+    assert np.array_equal(a.vectors, b.vectors) and a.articles.equals(b.articles)
+    assert np.array_equal(a.article, b.article) and np.array_equal(a.position, b.position)
+    assert a.article.dtype == b.article.dtype == np.int32
+
+
+def test_a_remembered_check_reads_no_vector_and_no_chunk(known, checks, monkeypatch):
+    whole = V.open_store(known, verify=True)
+    assert len(checks) == 1
+    for name in ("sha256_file", "check_chunks", "check_articles", "_fingerprint"):
+        monkeypatch.setattr(V, name, lambda *a: pytest.fail("read again"))
+    same(V.open_store(known), whole)
+    assert len(checks) == 1
+    moved = known.rename(known.with_name("moved"))
+    same(V.open_store(moved), whole)
+    assert len(checks) == 1  # the same files under another name
+
+
+def test_columns_are_views_of_the_map(known):
+    store = V.open_store(known)
+    for column in (store.article, store.position):
+        base = column
+        while isinstance(base, np.ndarray):
+            base = base.base
+        assert isinstance(base, V.mmap.mmap)
+
+
+def test_texts_and_given_windows_of_a_remembered_check(tmp_path, checks, monkeypatch):
+    folder = V.write_store(with_extras()[0], tmp_path / "s")
+    age(folder)
+    whole = V.open_store(folder)
+    checks.clear()
+    monkeypatch.setattr(V, "check_given", lambda *a: pytest.fail("checked again"))
+    again = V.open_store(folder)
+    same(again, whole)
+    assert not checks and list(again.texts) == list(whole.texts) and again.texts[4] == whole.texts[4]
+    assert len(again.texts) == len(whole.texts) == len(whole.vectors)
+    assert again.given.start.tolist() == whole.given.start.tolist() and again.given.split.dtype == np.int64
+    (folder / "texts.jsonl").write_bytes((folder / "texts.jsonl").read_bytes() + b'"more"\n')
+    refused(folder, "texts.jsonl", "sha256")
+
+
+@pytest.mark.parametrize("name", V.STORE_FILES[:3])
+def test_a_change_is_seen_in_spite_of_a_remembered_check(known, name):
+    content = bytearray((known / name).read_bytes())
+    content[-2] ^= 1
+    (known / name).write_bytes(content)
+    refused(known, name, "sha256")
+    refused(known, name, "sha256")  # and what was found wrong is not remembered as right
+
+
+def test_another_file_of_the_same_size_and_time_is_seen(known):
+    path = known / "vectors.npy"
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[-2] ^= 1
+    (known / "new").write_bytes(content)
+    os.utime(known / "new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(known / "new", path)  # another inode
+    refused(known, "vectors.npy", "sha256")
+
+
+def test_what_is_not_seen_and_that_verify_sees_it(known):
+    """As the docstring says: bytes changed in place, and the time set back."""
+    path = known / "vectors.npy"
+    stat = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x00\x01")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    V.open_store(known)
+    with pytest.raises(LVMError, match=r"vectors.npy: its sha256"):
+        V.open_store(known, verify=True)
+
+
+def test_a_change_within_a_second_of_the_check_is_seen(folder, checks):
+    """Its time may be the same: so what is younger than a second is not remembered."""
+    path = folder / "vectors.npy"
+    V.open_store(folder)
+    assert len(checks) == 1 and not (folder / V.CHECKED).exists()
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    refused(folder, "vectors.npy", "sha256")
+
+
+def test_a_file_that_changes_while_it_is_checked_is_not_remembered(folder, monkeypatch):
+    age(folder)
+    monkeypatch.setattr(V, "_fingerprint", lambda *a: os.utime(folder / "chunks.npy") or "0" * 64)
+    V.open_store(folder)
+    assert not (folder / V.CHECKED).exists()
+
+
+def test_a_new_datasheet_or_a_new_file_is_checked_anew(known, checks):
+    sheet = yaml.safe_load((known / "datasheet.yaml").read_text(encoding="utf-8"))
+    (known / "datasheet.yaml").write_text(yaml.safe_dump({**sheet, "name": "other"}), encoding="utf-8")
+    assert V.open_store(known).name == "other" and len(checks) == 1
+    (known / "texts.jsonl").write_text("")
+    refused(known, "texts.jsonl", "sha256")
+
+
+def test_a_copied_memory_is_none(known, tmp_path, checks):
+    shutil.copytree(known, tmp_path / "copy")  # it keeps sizes and times
+    assert (tmp_path / "copy" / V.CHECKED).is_file()
+    same(V.open_store(tmp_path / "copy"), V.open_store(known))
+    assert checks == [str(tmp_path / "copy" / "vectors.npy")]
+    store = random_store(12, gaps=False)
+    other = V.write_store(store, tmp_path / "other")
+    shutil.copy2(known / V.CHECKED, other / V.CHECKED)
+    assert V.open_store(other).fingerprint == store.fingerprint
+    assert checks[-1] == str(other / "vectors.npy")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda b: b"",
+        lambda b: b[:-9],
+        lambda b: b"[]",
+        lambda b: b"5",
+        lambda b: b"null",
+        lambda b: b"{}",
+        lambda b: b"\xff\xfe\x00",
+        lambda b: b"[" * 100_000,
+        lambda b: b.replace(b'"check": 1', b'"check": 0'),
+        lambda b: b.replace(b'"size": ', b'"size": 1'),
+        lambda b: json.dumps({**json.loads(b), "fingerprint": 7}).encode(),
+        lambda b: json.dumps({**json.loads(b), "fingerprint": "short"}).encode(),
+        lambda b: json.dumps({**json.loads(b), "files": []}).encode(),
+        lambda b: json.dumps({**json.loads(b), "more": 1}).encode(),
+    ],
+)
+def test_a_damaged_memory_is_none_and_is_mended(known, checks, content):
+    path, whole = known / V.CHECKED, (known / V.CHECKED).read_bytes()
+    path.write_bytes(content(whole))
+    assert path.read_bytes() != whole
+    V.open_store(known)
+    assert len(checks) == 1 and path.read_bytes() == whole
+    V.open_store(known)
+    assert len(checks) == 1
+
+
+@pytest.mark.parametrize("where", ["write", "rename"])
+def test_a_folder_that_cannot_be_written_is_checked_every_time(folder, checks, monkeypatch, where):
+    age(folder)
+
+    def deny(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(*((V.Path, "write_text") if where == "write" else (V.os, "replace")), deny)
+    before = sorted(folder.iterdir())
+    same(V.open_store(folder), V.open_store(folder))
+    assert len(checks) == 2 and sorted(folder.iterdir()) == before
+
+
+def test_a_folder_in_the_place_of_the_memory(folder, checks):
+    age(folder)
+    (folder / V.CHECKED).mkdir()
+    before = sorted(folder.iterdir())
+    V.open_store(folder)
+    V.open_store(folder)
+    assert len(checks) == 2 and sorted(folder.iterdir()) == before
+
+
+def test_the_package_is_not_written(folder, monkeypatch):
+    monkeypatch.setattr(V, "EMBEDDED", folder.parent)
+    age(folder)
+    V.open_store(folder)
+    assert not (folder / V.CHECKED).exists()
+
+
+def test_sealing_remembers_what_was_written_long_enough_ago(tmp_path, checks):
+    store = random_store(11, gaps=False)
+    with V.writing(tmp_path / "s") as partial:
+        np.save(partial / "vectors.npy", store.vectors)
+        np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
+        age(partial, 2)
+        V.seal(partial, "s", store.articles, {})
+    checks.clear()
+    assert V.open_store(tmp_path / "s").fingerprint == store.fingerprint and not checks
+
+
+def test_a_table_of_wider_integers_opens_the_same(known, checks):
+    whole = V.open_store(known)
+    np.save(known / "wider.npy", np.load(known / "chunks.npy").astype(np.int64))
+    (known / "wider.npy").rename(known / "chunks.npy")  # not written into the file that `whole` has mapped
+    reseal(known)
+    age(known)
+    same(replace(V.open_store(known), datasheet=whole.datasheet), whole)
+    same(replace(V.open_store(known), datasheet=whole.datasheet), whole)
+    assert len(checks) == 1
+
+
+@pytest.mark.parametrize(
+    "number", ["-9223372036854775808", "4294967296", "-2147483649", "9" * 30, "1.0", "1e3", "x", ""]
+)
+def test_article_numbers_that_cannot_be_kept(folder, number):
+    edit_articles(folder, lambda f: with_row(f, 0, article=number, title="", split=""))
+    refused(folder, "articles.csv", "a number")
 
 
 # --- dataset ---------------------------------------------------------------------------------------------------------
