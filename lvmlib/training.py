@@ -544,7 +544,7 @@ class Run:
         version's; `memory`: the controller's state before the first batch.
         """
         v, windows, vectors = self.version, self.data.train, articles.vectors
-        longest = int(articles.candidates.max())
+        longest = articles.longest if scale is not None else 0
         now = controller.phase(v.schedule, epoch)
         # What λ aims at: ρ_target, or for the older rules the fraction.
         target = now.fraction if math.isnan(now.rho_target) else now.rho_target
