@@ -96,7 +96,7 @@ def brief(version: Version, train: Windows, steps: int, seed: int, learning_rate
             values = torch.stack([terms.mse, terms.directional, pos, neg]).tolist()
             pulls = (math.nan, math.nan)
             if controller.by_gradient(version.control):
-                pulled = losses.pulls(terms, raw)
+                pulled = losses.pulls(losses.gradients(terms, raw), raw)
                 pulls = version.losses.mean_square * float(pulled["pull_mse"]), float(pulled["pull_directional"])
             decision = controller.decide(version.control, now, *values, state, pulls)
             state = decision.state

@@ -16,6 +16,7 @@ from torch import Tensor
 from .params import Constraint, Directional, Losses
 
 EPSILON = 1e-6  # keeps the ratio defined where both cosines vanish
+AT_RAW = ("mse", "directional", "floor", "norm", "orthogonality")  # the terms that see the raw prediction alone
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -135,21 +136,25 @@ class Terms(NamedTuple):
     listwise: Tensor
     energy: Tensor
 
+    def weighted(self, weights: Losses, lambda_eff: float) -> dict[str, float]:
+        """The weight of each term that has one, by its name."""
+        all_of_them = {
+            "mse": weights.mean_square,
+            "directional": lambda_eff,
+            "floor": weights.floor.weight,
+            "norm": weights.norm,
+            "orthogonality": weights.orthogonality,
+            "listwise": weights.listwise.weight,
+            "energy": weights.energy.weight,
+        }
+        return {name: weight for name, weight in all_of_them.items() if weight}
+
     def total(self, weights: Losses, lambda_eff: float) -> Tensor:
         """L = μ·L_mse + λ_eff·L_dir + β·L_floor + η·L_norm + κ·L_orth + ω·L_list + ε·L_energy; a term of weight
         0 costs no gradient. μ is 1 in all of the original's versions."""
         total = torch.zeros_like(self.mse)
-        for weight, term in (
-            (weights.mean_square, self.mse),
-            (lambda_eff, self.directional),
-            (weights.floor.weight, self.floor),
-            (weights.norm, self.norm),
-            (weights.orthogonality, self.orthogonality),
-            (weights.listwise.weight, self.listwise),
-            (weights.energy.weight, self.energy),
-        ):
-            if weight:
-                total = total + weight * term
+        for name, weight in self.weighted(weights, lambda_eff).items():
+            total = total + weight * getattr(self, name)
         return total
 
 
@@ -215,24 +220,31 @@ def context_weights(unit: Tensor, context: Tensor) -> Tensor:
     return torch.linalg.solve(gram + 1e-4 * size * eye, (context @ unit[..., None]))[..., 0]
 
 
-def pulls(terms: Terms, raw: Tensor, samples: Tensor | None = None) -> dict[str, Tensor]:
-    """How hard each term pulls at the prediction: ‖∂L_term/∂raw‖ over the batch, unweighted, as `pull_<term>`; and
-    `angle`, in degrees, between the mean-square and the directional gradient. NaN for a term
-    that has no gradient (or acts on another head), and for an angle with a gradient of 0. The energy score does not
-    see `raw`: its pull is that at `samples` (S, B, D) when all of a window's move together, for equal samples the pull
-    at their one place.
+def gradients(terms: Terms, raw: Tensor, samples: Tensor | None = None) -> dict[str, Tensor | None]:
+    """∂L_term/∂raw (B, D) by term, unweighted; None for a term that has none, or acts on another head.
+
+    The energy score does not see `raw`: its gradient is that at `samples` (S, B, D) when all of a window's move
+    together, for equal samples the one at their one place.
+    """
+    out = {
+        name: torch.autograd.grad(term, raw, retain_graph=True, allow_unused=True)[0] if term.requires_grad else None
+        for name, term in terms._asdict().items()
+        if name != "energy"
+    }
+    if samples is not None:
+        out["energy"] = torch.autograd.grad(terms.energy, samples, retain_graph=True)[0].sum(0)
+    return {"energy": None, **out}
+
+
+def pulls(gradients: dict[str, Tensor | None], raw: Tensor) -> dict[str, Tensor]:
+    """How hard each term pulls at the prediction: the norm over the batch of its gradient there (`gradients`), as
+    `pull_<term>`; and `angle`, in degrees, between the mean-square and the directional gradient. NaN for a term that
+    has no gradient, and for an angle with a gradient of 0.
 
     ρ compares the terms' values; these tell what each does to the weights (handbook §4.1 point 7). An angle above 90
     means that the two undo each other.
     """
     nan = raw.new_full((), float("nan"))
-    gradients = {
-        name: torch.autograd.grad(term, raw, retain_graph=True, allow_unused=True)[0] if term.requires_grad else None
-        for name, term in terms._asdict().items()
-        if name != "energy"
-    }
-    at_samples = None if samples is None else torch.autograd.grad(terms.energy, samples, retain_graph=True)[0]
-    gradients["energy"] = None if at_samples is None else at_samples.sum(0)
     out = {f"pull_{name}": nan if g is None else g.norm() for name, g in gradients.items()}
     out["angle"] = nan
     if gradients["directional"] is not None:
@@ -240,3 +252,20 @@ def pulls(terms: Terms, raw: Tensor, samples: Tensor | None = None) -> dict[str,
         both = (out["pull_mse"] > 0) & (out["pull_directional"] > 0)
         out["angle"] = torch.where(both, torch.rad2deg(torch.acos(turn.clamp(-1, 1))), nan)
     return out
+
+
+def backward(
+    terms: Terms, weights: Losses, lambda_eff: float, raw: Tensor, gradients: dict[str, Tensor | None]
+) -> None:
+    """As `terms.total(weights, lambda_eff).backward()`, but what is known of it at `raw` (`gradients`) is used.
+
+    The ranking loss and the energy score see more than `raw`, and go through the graph.
+    """
+    acting = terms.weighted(weights, lambda_eff)
+    known = [
+        weight * gradients[name] for name, weight in acting.items() if name in AT_RAW and gradients[name] is not None
+    ]
+    rest = [weight * getattr(terms, name) for name, weight in acting.items() if name not in AT_RAW]
+    roots = ([(raw, sum(known))] if known else []) + [(term, None) for term in rest]
+    if roots:
+        torch.autograd.backward(*map(list, zip(*roots, strict=True)))

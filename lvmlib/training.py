@@ -578,7 +578,8 @@ class Run:
                 rivals = ranker, chunks, torch.from_numpy(there).to(self.device), scale.exp()
             margin = now.margin if v.control.rule != "none" else 0.0
             terms = losses.terms(raw, unit, context, y, margin, v.losses, rivals, v.control.constraint, samples)
-            watched = losses.health(unit, y, context, v.losses.directional.prev) | losses.pulls(terms, raw, samples)
+            gradients = losses.gradients(terms, raw, samples)
+            watched = losses.health(unit, y, context, v.losses.directional.prev) | losses.pulls(gradients, raw)
             names = [*terms._fields, *watched]
             # One transfer a step from the device, for everything the controller and the log need.
             values = dict(zip(names, torch.stack([*terms, *watched.values()]).detach().tolist(), strict=True))
@@ -593,14 +594,14 @@ class Run:
                 (v.losses.mean_square * values["pull_mse"], values["pull_directional"]),
             )
             memory = decision.state
-            total = terms.total(v.losses, decision.lambda_eff)
             optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            losses.backward(terms, v.losses, decision.lambda_eff, raw, gradients)
             if lowered:
                 lowered.hand_over()
             self.team.add_gradients(model)
             gradient_norm = clip(model, v.optimizer.clip_norm)
-            loss = float(total.detach())
+            weights = terms.weighted(v.losses, decision.lambda_eff)
+            loss = sum(weight * values[name] for name, weight in weights.items())
             if not math.isfinite(loss):
                 raise LVMError(
                     f"{self.folder}: the loss is {loss} at epoch {epoch}, step {done + i + 1} "
@@ -611,17 +612,8 @@ class Run:
             optimizer.step()
             if lowered:
                 lowered.renew()
-            weights = {
-                "mse": v.losses.mean_square,
-                "directional": decision.lambda_eff,
-                "floor": v.losses.floor.weight,
-                "norm": v.losses.norm,
-                "orthogonality": v.losses.orthogonality,
-                "listwise": v.losses.listwise.weight,
-                "energy": v.losses.energy.weight,
-            }
             # Weighted, as they act; a term of weight 0 pulls at nothing, whatever its gradient.
-            values |= {f"pull_{k}": w * values[f"pull_{k}"] if w else 0.0 for k, w in weights.items()}
+            values |= {f"pull_{k}": weights[k] * values[f"pull_{k}"] if k in weights else 0.0 for k in terms._fields}
             shares = {
                 "lambda_eff": decision.lambda_eff,
                 "rho": decision.rho,

@@ -368,7 +368,7 @@ def test_pulls_are_the_norms_of_the_finite_differences():
     def at(r):
         return losses.terms(r, F.normalize(r, dim=-1), context, y, 0.05, weights)
 
-    found = losses.pulls(at(raw), raw)
+    found = losses.pulls(losses.gradients(at(raw), raw), raw)
     gradients = {}
     for name in losses.Terms._fields:
         slope = torch.zeros_like(raw)
@@ -390,7 +390,7 @@ def test_pulls_are_the_norms_of_the_finite_differences():
 def test_a_term_without_gradient_has_no_pull():
     raw = torch.randn(4, 8, requires_grad=True)
     terms = losses.Terms(raw.square().mean(), *(torch.zeros(()) for _ in range(6)))
-    found = losses.pulls(terms, raw)
+    found = losses.pulls(losses.gradients(terms, raw), raw)
     assert math.isnan(found["pull_directional"]) and math.isnan(found["angle"]) and found["pull_mse"] > 0
 
 
@@ -532,7 +532,7 @@ def test_the_head_that_ranks_takes_the_listwise_loss_and_the_point_none_of_it():
     wanted = *torch.autograd.grad(0.3 * losses.mse(raw, y), raw), *torch.autograd.grad(2.0 * alone, ranker)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
-    assert math.isnan(losses.pulls(terms, raw)["pull_listwise"])  # it pulls at the other head
+    assert math.isnan(losses.pulls(losses.gradients(terms, raw), raw)["pull_listwise"])  # it pulls at the other head
 
 
 def plain_energy(samples, y):
@@ -611,7 +611,9 @@ def test_energy_in_the_total_and_its_pull():
         step[:, b, d] = 1e-6
         up, down = (plain_energy((x.detach() + s).tolist(), y.tolist()) for s in (step, -step))
         slope[b, d] = (up - down) / 2e-6
-    assert float(losses.pulls(found, raw, x)["pull_energy"]) == pytest.approx(float(slope.norm()), rel=1e-6)
+    assert float(losses.pulls(losses.gradients(found, raw, x), raw)["pull_energy"]) == pytest.approx(
+        float(slope.norm()), rel=1e-6
+    )
 
 
 def test_lambda_zero_leaves_the_gradient_of_the_rest():

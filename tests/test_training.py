@@ -760,3 +760,33 @@ def test_clip_is_torchs(most):
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
     assert 2.0 < norm < 1e9  # both cases were met
+
+
+@pytest.mark.parametrize("name", ["p6", "v22", "v23_confident", "rank", "two_heads", "energy", "margin"])
+def test_backward_gives_the_gradient_of_the_total(name, data):
+    v = lvm.version(name)
+    torch.manual_seed(0)
+    model = models.build(v.model, data.store.dim).eval()
+    context, y = data.train.batch(np.arange(16))
+    scale = torch.tensor(2.0, requires_grad=True)
+    found = []
+    for way in ("total", "ours"):
+        raw, unit, ranker = model.heads(context)
+        rivals = ranker, torch.stack([y, context[:, 0]], 1), torch.ones(16, 2, dtype=torch.bool), scale.exp()
+        torch.manual_seed(1)
+        samples = model.samples(context, 4) if v.losses.energy.weight else None
+        listwise = rivals if v.losses.listwise.weight else None
+        terms = losses.terms(raw, unit, context, y, 0.05, v.losses, listwise, v.control.constraint, samples)
+        if way == "total":
+            terms.total(v.losses, 0.7).backward()
+        else:
+            losses.backward(terms, v.losses, 0.7, raw, losses.gradients(terms, raw, samples))
+        found.append([None if p.grad is None else p.grad.clone() for p in (*model.parameters(), scale)])
+        for p in (*model.parameters(), scale):
+            p.grad = None
+    assert sum(a is not None and bool(a.abs().max() > 0) for a in found[0]) > 1
+    for a, b in zip(*found, strict=True):
+        if a is None or b is None:
+            assert a is None and b is None
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
