@@ -9,13 +9,14 @@ OUT ?= mine
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: train encode data sweep test lab notebooks showcase help
+.PHONY: train encode data sweep benchmark test lab notebooks showcase help
 
 help:
 	@echo 'make train VERSION=v22 [ARGS="-p epochs 3"]   train a version and judge it: notebook, HTML, verdict'
 	@echo 'make encode SOURCE=texts OUT=mine [ARGS=...]   your texts to vectors: a folder, a table, a hub dataset'
 	@echo 'make data DATA=mine                          the pre-flight: what is there to learn? (train takes DATA, too)'
 	@echo 'make sweep [ARGS="--config fast=true"]       all of workflow/sweep.yaml: versions, seeds, datasets; goes on where it stopped'
+	@echo 'make benchmark                               how fast this machine could be, and how fast it is: ten minutes alone'
 	@echo 'make test                                    linters, pytest, nbval over every notebook'
 	@echo 'make lab                                     open JupyterLab'
 	@echo 'make showcase                                all that is committed under outputs/showcase/, from nothing'
@@ -35,6 +36,11 @@ data: .venv/main
 sweep: .venv/sweep
 	@trap 'exit 130' INT; $(BIN)/snakemake $(ARGS); failed=$$?; [ $$failed -ne 2 ] || exit 2; \
 	$(BIN)/snakemake compare $(ARGS) && exit $$failed
+
+# Alone on the machine: nothing else should run beside it.
+benchmark: .venv/main
+	@mkdir -p outputs
+	$(BIN)/python -m papermill --no-progress-bar notebooks/benchmark.ipynb outputs/benchmark.ipynb $(ARGS)
 
 lab: .venv/main
 	$(BIN)/jupyter lab notebooks/train.ipynb
@@ -70,6 +76,7 @@ showcase: .venv/export
 	$(RUN) notebooks/fivecat.ipynb outputs/showcase/fivecat-v22.ipynb -p version v22 -p seed 2
 	$(RUN) notebooks/fivecat.ipynb outputs/showcase/fivecat-v22-amn.ipynb -p version v22 -p model amn
 	$(RUN) notebooks/inference.ipynb outputs/showcase/inference.ipynb -p version v22 -p seed 2
+	$(RUN) notebooks/benchmark.ipynb outputs/showcase/benchmark.ipynb
 	$(RUN) notebooks/controls.ipynb outputs/showcase/controls.ipynb -p datasets 400 -p repetitions 200
 	$(BIN)/python -m lvmlib table
 
