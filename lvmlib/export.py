@@ -85,8 +85,8 @@ def export(run: Run | str | os.PathLike, folder: str | os.PathLike, report: Repo
     """Write the best checkpoint of a finished run as a folder, whole or not at all; returns its path.
 
     `run`: what `train` gave, or a run's folder (the card cannot name the encoder then). `report`: the calibrated 5CAT
-    that the card shows; by default the run's fivecat.json, if there is one. Raises LVMError if `folder` exists, if the
-    run is unfinished or cannot be read, and for a report that another instrument wrote.
+    that the card shows, of this very model; by default the run's fivecat.json, if there is one. Raises LVMError if
+    `folder` exists, if the run is unfinished or cannot be read, and for a report that another instrument wrote.
     """
     source = run.folder if isinstance(run, Run) else Path(run)
     record, _, _ = open_run(source)
@@ -101,7 +101,7 @@ def export(run: Run | str | os.PathLike, folder: str | os.PathLike, report: Repo
             context_length=parameters["context_length"],
             horizon=parameters["horizon"],
             direction=parameters.get("direction", "forward"),  # runs from before it was a parameter read forwards
-            dataset="".join("-" if c in UNFIT else c for c in dataset["name"]).lstrip("."),
+            dataset="".join("-" if c in UNFIT else c for c in _line(dataset["name"])).lstrip(".") or "dataset",
             fingerprint=dataset["fingerprint"],
             encoder=_line(run.data.store.datasheet.get("encoder", "")) if isinstance(run, Run) else "",
             version=parameters["name"],
@@ -119,7 +119,14 @@ def export(run: Run | str | os.PathLike, folder: str | os.PathLike, report: Repo
         (partial / WEIGHTS).chmod(0o644)  # safetensors makes it the owner's alone
         text = json.dumps(dataclasses.asdict(config), indent=1, ensure_ascii=False) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
-        (partial / CARD).write_text(card(config, windows, judged, fast), encoding="utf-8")
+        try:
+            text = card(config, windows, judged, fast)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise LVMError(
+                f"{source / 'fivecat.json'}: lacks what the card shows ({said(e)}); run train.ipynb for it again, "
+                "or give `report`"
+            ) from e
+        (partial / CARD).write_text(text, encoding="utf-8")
         _opened(partial)  # what is wrong is found now, not by who opens it
     return Path(folder)
 
@@ -154,6 +161,7 @@ def push(folder: str | os.PathLike, name: str, private: bool = True) -> str:
     hub = extra("huggingface_hub", "export")
     name = _repository(name)
     config = _opened(Path(folder)).config
+    _regular(Path(folder) / CARD, Path(folder))  # it is sent, too
     try:
         api = hub.HfApi()
         api.create_repo(name, repo_type="model", private=private, exist_ok=True)

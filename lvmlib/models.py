@@ -117,7 +117,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """`x` with each element 0 with probability `p` and the others divided by what is left; `x` itself in evaluation.
 
     On a CPU torch draws a double an element, which is a tenth of a step of the transformer. 16 random bits will do: p
-    is rounded to 2⁻¹⁶, and what is divided by with it.
+    is rounded to 2⁻¹⁶. What is divided by is rounded to the type of `x`, as torch does it.
     """
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)

@@ -26,6 +26,7 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -113,7 +114,8 @@ class Processes(Team):
             return self.fabric.broadcast(made)
 
     def seed(self, seed: int, epoch: int) -> None:
-        number = int(np.random.SeedSequence([seed, epoch, self.rank]).generate_state(1, np.uint64)[0] >> 1)
+        # 1 + rank: SeedSequence takes a trailing 0 for nothing, and process 0 would draw from the common stream.
+        number = int(np.random.SeedSequence([seed, epoch, 1 + self.rank]).generate_state(1, np.uint64)[0] >> 1)
         own = [torch.Generator(g.device).manual_seed(number) for g in self.generators]
         self.stream = [g.get_state() for g in own]
 
@@ -203,6 +205,8 @@ def _together():
         yield
     except LVMError:
         raise
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as e:
         raise Lost(f"another process ended, or does not answer ({errors.said(e)})") from e
 
@@ -246,12 +250,21 @@ def group(version: Version, devices: int, nodes: int, strategy: str) -> Group | 
 
 def commands(folder: Path, asked: Group) -> str:
     """What starts a prepared run on several hosts."""
-    run = f"-m lvmlib parallel {folder.resolve()}"
+    run = f"-m lvmlib parallel {shlex.quote(str(folder.resolve()))}"
     return (
         f"on each host, with the first one's name for HOST: torchrun --nnodes {asked.nodes} --nproc-per-node "
         f"{asked.devices} --rdzv-backend c10d --rdzv-endpoint HOST:29400 --rdzv-id lvmlib {run} — or once, under "
         f"Slurm: srun --nodes {asked.nodes} --ntasks-per-node {asked.devices} --kill-on-bad-exit=1 python {run}"
     )
+
+
+def ready(asked: Group, device: str) -> None:
+    """Raises LVMError where this machine cannot start the processes."""
+    errors.extra("lightning_fabric", "parallel")
+    gpus = torch.cuda.device_count()
+    on_cpu = device == "cpu" or (device == "auto" and not gpus)
+    if not on_cpu and asked.devices > gpus:
+        raise LVMError(f"devices is {asked.devices}; this machine has {gpus} that CUDA sees. Ask for as many, or cpu")
 
 
 def launch(folder: Path, asked: Group, device: str) -> Iterator[None]:
@@ -260,11 +273,7 @@ def launch(folder: Path, asked: Group, device: str) -> Iterator[None]:
     Closing the iterator ends them. Raises LVMError where one fails, with what it said, or where the machine does not
     have the devices.
     """
-    errors.extra("lightning_fabric", "parallel")
-    gpus = torch.cuda.device_count()
-    on_cpu = device == "cpu" or (device == "auto" and not gpus)
-    if not on_cpu and asked.devices > gpus:
-        raise LVMError(f"devices is {asked.devices}; this machine has {gpus} that CUDA sees. Ask for as many, or cpu")
+    ready(asked, device)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_path("PYTHONPATH")])}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // asked.devices)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={asked.devices}"]

@@ -9,21 +9,21 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from .errors import LVMError
-from .params import Version, _nearest, flat, outputs, version
-from .training import EARLIER, NOT_COMPARED, open_run, run_folder
+from .params import Version, _nearest, outputs, version
+from .training import dataset_record, differences, open_run, run_folder
 from .vectors import dataset
 
 # workflow/sweep.yaml says what each of them means.
 DEFAULTS = {"versions": None, "seeds": 1, "datasets": [None], "models": ["transformer"], "epochs": None}
 DEFAULTS |= {"precision": None, "fast": False, "overrides": {}, "threads": 1, "gpus": 0}
 _EXAMPLES = {"versions": ("p6", "v22"), "datasets": ("wikipedia", "world:converging"), "models": ("transformer", "amn")}
+WORDS = {"true": True, "false": False, "null": None}
 _LOCKS = []  # held until the process ends
 
 
@@ -72,10 +72,15 @@ def plan(config: Mapping[str, Any]) -> Sweep:
         for seed in range(c["seeds"]):
             own = version(name, seed=seed, **chosen)
             if not seed:
-                dataset(own.data, own.horizon, own.context_length, own.fast, own.direction)  # is it there?
+                data_there = dataset_record(dataset(own.data, own.horizon, own.context_length, own.fast, own.direction))
             folder = run_folder(own).absolute()
-            _refuse_another(folder, own)
-            runs[str(folder)] = {"version": name, "seed": seed, **chosen}
+            _refuse_another(folder, own, data_there)
+            chosen_here = {"version": name, "seed": seed, **chosen}
+            if runs.setdefault(str(folder), chosen_here) != chosen_here:
+                raise LVMError(
+                    f"sweep: {chosen_here} and {runs[str(folder)]} would both be {folder}; name datasets apart by "
+                    "the last part of their paths"
+                )
             page = folder.parents[1] / f"compare-{model}.ipynb"
             about = {"data": own.to_dict()["data"], "model": model, "seeds": c["seeds"], **given}
             if "epochs" in about:  # compare.ipynb has no parameter of that name
@@ -107,23 +112,21 @@ def hold() -> None:
     _LOCKS.append(lock)
 
 
-def _refuse_another(folder: Path, own: Version) -> None:
+def _refuse_another(folder: Path, own: Version, data: dict) -> None:
     """Raises LVMError where a finished train.ipynb stands for a run that is not `own`: it would be taken for done."""
     if not (folder / "train.ipynb").exists():
         return
     record = open_run(folder)[0]
-    ours, theirs = flat(own.to_dict()), EARLIER | flat(record["parameters"])
-    if own.precision != "auto":
-        ours["computed.precision"], theirs["computed.precision"] = own.precision, record["computed"]["precision"]
-    differing = [
-        f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
-        for key in {**theirs, **ours}
-        if theirs.get(key) != ours.get(key) and not key.startswith(NOT_COMPARED)
-    ]
-    if differing:
+    there = record.get("computed", {}).get("precision")
+    ours = {
+        "parameters": own.to_dict(),
+        "dataset": data,
+        "computed": {"precision": there if own.precision == "auto" else own.precision},
+    }
+    if differing := differences(ours, record):
         raise LVMError(
-            f"sweep: {folder} holds a run with other parameters ({'; '.join(differing)}); move that folder away, or "
-            "name another for all by LVM_OUTPUTS"
+            f"sweep: {folder} holds a run with other parameters or data ({'; '.join(differing)}); move that folder "
+            "away, or name another for all by LVM_OUTPUTS"
         )
 
 
@@ -135,11 +138,11 @@ def _typed(value: Any) -> Any:
         return [_typed(x) for x in value]
     if not isinstance(value, str):
         return value
-    try:
-        read = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-    return value if isinstance(read, (Mapping, list)) else read
+    if value in WORDS:
+        return WORDS[value]
+    if re.fullmatch(r"[-+]?\d+", value):
+        return int(value)
+    return float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", value) else value
 
 
 def _listed(value: Any, key: str) -> list:

@@ -215,6 +215,30 @@ def open_run(folder: str | os.PathLike) -> tuple[dict, pd.DataFrame, pd.DataFram
     return record, epochs, steps
 
 
+def dataset_record(data: Dataset) -> dict:
+    """What run.yaml says of the data."""
+    windows = {w.split: len(w) for w in (data.train, data.val, data.ood)}
+    return {"name": data.store.name, "fingerprint": data.store.fingerprint, "windows": windows}
+
+
+def differences(ours: dict, theirs: dict) -> list[str]:
+    """In what the records (run.yaml) of two runs differ that makes them different runs, in words."""
+    ours, theirs = (
+        {
+            **flat(r["parameters"]),
+            **flat(r.get("dataset", {}), "dataset."),
+            "computed.precision": r.get("computed", {}).get("precision"),
+        }
+        for r in (ours, theirs)
+    )
+    theirs = EARLIER | theirs
+    return [
+        f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
+        for k in {**theirs, **ours}
+        if theirs.get(k) != ours.get(k) and not k.startswith(NOT_COMPARED)
+    ]
+
+
 def _read_table(path: Path) -> pd.DataFrame:
     """A table of numbers, to the last bit as it was written (pandas' own parser may miss that one)."""
     frame = pd.read_csv(path, dtype=str, keep_default_na=False).map(lambda cell: float(cell) if cell else math.nan)
@@ -277,11 +301,7 @@ class Run:
     def _record(self) -> dict:
         return {
             "parameters": self.version.to_dict(),
-            "dataset": {
-                "name": self.data.store.name,
-                "fingerprint": self.data.store.fingerprint,
-                "windows": {w.split: len(w) for w in (self.data.train, self.data.val, self.data.ood)},
-            },
+            "dataset": dataset_record(self.data),
             "computed": {"device": str(self.device), "precision": self.precision, "threads": torch.get_num_threads()},
             "software": {
                 "python": platform.python_version(),
@@ -293,21 +313,7 @@ class Run:
     def _reopen(self) -> None:
         """Take up what stands in the folder, or refuse it."""
         record, epochs, steps = open_run(self.folder)
-        ours, theirs = (
-            {
-                **flat(r["parameters"]),
-                **flat(r.get("dataset", {}), "dataset."),
-                "computed.precision": r.get("computed", {}).get("precision"),
-            }
-            for r in (self.record, record)
-        )
-        theirs = EARLIER | theirs
-        differing = [
-            f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
-            for k in {**theirs, **ours}
-            if theirs.get(k) != ours.get(k) and not k.startswith(NOT_COMPARED)
-        ]
-        if differing:
+        if differing := differences(self.record, record):
             raise LVMError(
                 f"{self.folder}: holds a run with other parameters ({'; '.join(differing)}). Name this one "
                 "apart with run_name, or set `fresh` to move the old folder aside"
@@ -332,8 +338,12 @@ class Run:
         """Train in other processes; the rows as they appear in the folder."""
         self._state, known = None, len(self.history)
         self.record["parameters"] = self.version.to_dict()  # what they train by
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_tables()
+        if self.group.nodes == 1:
+            parallel.ready(self.group, self.version.device)
+        # Several hosts may be training in it by now: what stands there is theirs to write.
+        if self.group.nodes == 1 or not (self.folder / "run.yaml").exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_tables()
         if self.group.nodes > 1:
             raise LVMError(
                 f"{self.folder}: prepared, after {known} epochs, for {self.group.nodes} hosts, which this one cannot "

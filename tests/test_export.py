@@ -462,6 +462,36 @@ def test_names_that_are_no_repository_never_reach_the_client(hub, folder, name):
     assert hub.calls == []
 
 
+def test_a_card_that_is_a_link_is_not_pushed(hub, folder, tmp_path):
+    (tmp_path / "secret").write_text("a key")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(LVMError, match=r"README\.md"):
+        push(folder, "someone/model")
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("name", ["My corpus\tv1", "...", "x" * 600])
+def test_any_name_of_a_dataset_can_be_exported(name, run, report, tmp_path):
+    source = shutil.copytree(run.folder, tmp_path / "run")
+    record = yaml.safe_load((source / "run.yaml").read_text())
+    record["dataset"]["name"] = name
+    (source / "run.yaml").write_text(yaml.safe_dump(record))
+    assert lvm.load(lvm.export(source, tmp_path / "model", report)).config.dataset
+
+
+def test_a_report_that_lacks_a_measure_is_refused(run, report, tmp_path):
+    source = shutil.copytree(run.folder, tmp_path / "run")
+    report.to_json(source / "fivecat.json", reading={"text": "r"}, verdict={"text": "v"})
+    content = json.loads((source / "fivecat.json").read_text())
+    rows = content["calibrated"]["table"]
+    content["calibrated"]["table"] = [row for row in rows if row["measure"] != "cosine at the target"]
+    (source / "fivecat.json").write_text(json.dumps(content))
+    with pytest.raises(LVMError, match="lacks what the card shows"):
+        lvm.export(source, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_what_cannot_be_opened_is_not_pushed(hub, folder):
     cut(folder, 100)
     with pytest.raises(LVMError, match="not a whole safetensors"):

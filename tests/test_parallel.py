@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -74,6 +75,18 @@ def test_each_process_drops_out_by_a_stream_of_its_own(folder):
     assert alike.min() > 0.4 and alike.max() < 0.6
     with training.seeded(3, 1):
         assert torch.equal(torch.rand(3), streams["common"])
+
+
+def test_no_process_draws_from_the_common_stream():
+    drawn = []
+    for rank in range(3):
+        own = parallel.Processes(SimpleNamespace(global_rank=rank, world_size=3, device=torch.device("cpu")))
+        own.seed(3, 1)
+        with own._own_stream():
+            drawn.append(torch.rand(100))
+    with training.seeded(3, 1):
+        drawn.append(torch.rand(100))
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,32 @@ def test_what_the_command_line_leaves_as_text_is_read_as_yaml():
     assert sweep.plan(SMALL | text) == sweep.plan(SMALL | plain)
 
 
+def test_text_that_is_no_number_stays_text():
+    assert sweep._typed({"datasets": ["on", "12:30", "007x"], "epochs": "3"}) == {
+        "datasets": ["on", "12:30", "007x"],
+        "epochs": 3,
+    }
+
+
+def test_datasets_of_one_name_are_refused(outputs, tmp_path):
+    for place in "ab":
+        shutil.copytree(ROOT / "lvmlib" / "data" / "wikipedia", tmp_path / place / "mine")
+    config = SMALL | {"versions": ["p6"], "datasets": [str(tmp_path / place / "mine") for place in "ab"]}
+    with pytest.raises(LVMError, match=r"would both be .*mine"):
+        sweep.plan(config)
+
+
+def test_a_finished_run_on_other_data_is_not_taken_for_done(outputs):
+    own = lvm.version("p6", model="amn", fast=True, epochs=1)
+    run = lvm.train(own, lvm.dataset(own.data, fast=True))
+    list(run)
+    (run.folder / "train.ipynb").touch()
+    record = (run.folder / "run.yaml").read_text()
+    (run.folder / "run.yaml").write_text(record.replace(run.data.store.fingerprint, "0" * 64))
+    with pytest.raises(LVMError, match=r"dataset\.fingerprint"):
+        sweep.plan(SMALL | {"versions": ["p6"], "epochs": 1, "precision": None})
+
+
 def test_a_finished_run_with_other_parameters_is_not_taken_for_done(outputs):
     own = lvm.version("p6", model="amn", fast=True, epochs=1)
     run = lvm.train(own, lvm.dataset(own.data, fast=True))

@@ -66,12 +66,21 @@ def hold_gpus(wanted: int) -> list:
     if len(shown) <= wanted:
         return []
     while True:
-        held = {}
+        held, theirs = {}, 0
         for gpu in shown:
-            lock = open(Path(tempfile.gettempdir()) / f"lvm-gpu-{gpu}.lock", "w")  # noqa: SIM115
+            path = Path(tempfile.gettempdir()) / f"lvm-gpu-{gpu}.lock"
+            try:  # a folder that others write to as well: no link is followed, nothing is cut short
+                made = 0 if path.exists() else os.O_CREAT
+                lock = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | made, 0o644))
+            except OSError as e:
+                theirs += 1
+                if theirs > len(shown) - wanted:
+                    raise SystemExit(f"{path}: cannot be opened ({e.strerror}); remove it, or set gpus to 0") from e
+                continue
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
+                lock.close()
                 continue
             held[gpu] = lock
             if len(held) == wanted:
