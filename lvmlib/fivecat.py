@@ -484,7 +484,7 @@ def _judged(
             between = products.cosines.float().to(device)
             if gathering is not None:
                 gathering.add(raw, unit, products)
-            rows = articles.target(index)
+            rows = articles.windows.target_rows(index)
             missing = torch.from_numpy(others[:, 0] < 0).to(device)
             columns = {
                 "article": windows.store.article[rows],

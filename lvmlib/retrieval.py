@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kept import kept
-from .vectors import Windows
+from .vectors import Windows, run_begins
 
 TIE = 1e-6  # cosines nearer than this are equal: a float32 product rounds by its shape
 ROWS = 256  # chunks in a product, where several articles share one
@@ -88,16 +88,11 @@ class Articles:
     def _begins(self) -> np.ndarray:
         """(A + 1,) the first row of each article, and the number of rows."""
         article = self.windows.store.article
-        return np.append(np.flatnonzero(np.diff(article, prepend=article[0] - 1)), len(article))
-
-    def target(self, index: np.ndarray) -> np.ndarray:
-        """(B,) the rows of the targets of windows `index`."""
-        w = self.windows  # not w.target[index]: that is an array of all windows
-        return w.start[index] + w.step * (w.context_length - 1 + w.horizon)
+        return np.append(run_begins(article), len(article))
 
     def span(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B,) and (B,): the articles of windows `index` are the rows low … high − 1."""
-        run = np.searchsorted(self._begins, self.target(index), side="right") - 1
+        run = np.searchsorted(self._begins, self.windows.target_rows(index), side="right") - 1
         return self._begins[run], self._begins[run + 1]
 
     @cached_property
@@ -162,7 +157,7 @@ class Articles:
         order = np.argsort(low, kind="stable")
         begins, place, count = np.unique(low[order], return_index=True, return_counts=True)
         sizes = high[order[place]] - begins
-        context, target = self.windows.context_rows(index) - low[:, None], self.target(index) - low
+        context, target = self.windows.context_rows(index) - low[:, None], self.windows.target_rows(index) - low
         table = np.column_stack([np.arange(len(index)), np.zeros_like(low), high - low, target, context])
         a = 0
         while a < len(begins):
@@ -189,7 +184,7 @@ class Articles:
     def columns(self, index: np.ndarray, offsets) -> tuple[np.ndarray, np.ndarray]:
         """(B, K) the places in its article of the chunks `offsets` after each target, in reading direction, and whether
         they are there: not outside the article or across a gap in its positions. Where not, the target's own place."""
-        position, (low, high), rows = self.windows.store.position, self.span(index), self.target(index)
+        position, (low, high), rows = self.windows.store.position, self.span(index), self.windows.target_rows(index)
         at = rows[:, None] + self.windows.step * np.asarray(offsets)
         there = (at >= low[:, None]) & (at < high[:, None])
         at = np.where(there, at, rows[:, None])
@@ -233,7 +228,7 @@ class Articles:
         inside = (rows >= context.min(1)[:, None]) & (rows <= context.max(1)[:, None])
         there = (rows < high[:, None]) & ~inside
         key = np.where(there, rank[:, : rows.shape[1]], 2.0)
-        target = self.target(index)
+        target = self.windows.target_rows(index)
         key[np.arange(len(index)), target - low] = -1.0
         order = np.argsort(key, 1)[:, :most]
         order = order[:, : max(1, int(np.take_along_axis(there, order, 1).sum(1).max()))]
@@ -244,7 +239,7 @@ class Articles:
         """Rows (K,) of `count` chunks of the split, by torch's random stream, and (B, K) whether each is of another
         article than the window."""
         rows = self.pool[torch.randint(len(self.pool), (count,)).numpy()]
-        own = self.windows.store.article[self.target(index)]
+        own = self.windows.store.article[self.windows.target_rows(index)]
         return rows, self.windows.store.article[rows] != own[:, None]
 
 
@@ -266,13 +261,13 @@ def negatives(windows: Windows, index: np.ndarray, rng_seed: int, count: int) ->
 
     Both depend on the seed and the window's target alone, so that a window is the same in any batch or selection.
     """
-    store, span = windows.store, windows.step * (windows.context_length - 1 + windows.horizon)
+    store = windows.store
     pool, numbers, begins, lengths = kept(("pool", store.fingerprint, windows.split), lambda: _pool(windows))
     orders = np.empty((len(index), windows.context_length), np.int64)
     rows = np.full((len(index), count), -1, np.int64)
     own = np.searchsorted(numbers, store.article[windows.start[index]])
     for i, (target, begin, length) in enumerate(
-        zip((windows.start[index] + span).tolist(), begins[own].tolist(), lengths[own].tolist(), strict=True)
+        zip(windows.target_rows(index).tolist(), begins[own].tolist(), lengths[own].tolist(), strict=True)
     ):
         random = np.random.default_rng([rng_seed, target])
         orders[i] = random.permutation(windows.context_length)
