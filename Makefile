@@ -105,5 +105,5 @@ notebooks: .venv/test
 	@touch .venv/main $@
 
 .venv/test: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[encode,constrained,export,parallel,sweep,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[browser,encode,constrained,export,parallel,sweep,test]'
 	@touch .venv/main .venv/encode .venv/export .venv/sweep $@

@@ -21,8 +21,9 @@ from pathlib import Path
 from . import parallel
 from .encode import store_folder
 from .errors import LVMError
+from .files import write_whole
 from .params import ROOT, data_name, files, outputs, version
-from .training import run_folder, write_whole
+from .training import run_folder
 
 USAGE = """usage: python -m lvmlib train [papermill options, such as -p version v22 -p seed 1]
        python -m lvmlib encode -p source FOLDER -p out NAME [papermill options, such as -p unit sentence]

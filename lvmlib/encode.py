@@ -45,8 +45,9 @@ from tqdm import tqdm
 from . import chunking, encoders, ready, sources, splits
 from . import vectors as store_format
 from .errors import LVMError, said
+from .files import write_whole
 from .params import ROOT, outputs
-from .training import pick_device, watched, write_whole
+from .training import pick_device, watched
 from .vectors import Store
 
 RESULT_ONLY = ("name", "ood", "keep_text")  # may change while a build goes on: no chunk and no vector depends on them

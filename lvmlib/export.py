@@ -38,8 +38,9 @@ from torch.overrides import TorchFunctionMode
 
 from . import models
 from .errors import LVMError, extra, said
+from .files import write_whole
 from .fivecat import INSTRUMENT, Report
-from .training import Run, open_run, pick_device, write_whole
+from .training import Run, open_run, pick_device
 from .vectors import DIRECTIONS, writing
 from .verdict import reading, verdict
 

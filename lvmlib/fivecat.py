@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import LVMError
+from .files import write_whole
 from .health import MATERIAL, Gathering, Products
 from .kept import kept, predictor_key, windows_key
 from .models import Predictor, device_of, untrained
@@ -44,7 +45,6 @@ from .statistics import (
     median_over_articles,
     over_articles,
 )
-from .training import write_whole
 from .vectors import Dataset, Windows
 
 INSTRUMENT = 3  # raised whenever a definition changes: reports of different instruments do not compare

@@ -28,7 +28,6 @@ so a run resumed at an epoch's end goes on to the same weights, bit for bit on t
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
 import math
@@ -48,8 +47,9 @@ import safetensors.torch
 import torch
 import yaml
 
-from . import controller, losses, models, parallel
+from . import controller, losses, lowering, models, parallel
 from .errors import LVMError
+from .files import write_whole
 from .params import ROOT, Control, Version, data_name, flat, outputs
 from .retrieval import Articles, among_context
 from .vectors import DIRECTIONS, Dataset, Windows
@@ -528,7 +528,7 @@ class Run:
         self._write("steps.csv", lambda p: self.steps.to_csv(p, index=False))
         if self.finished:
             self.record["finished"] = {
-                "training_seconds": round(float(self.history["seconds"].sum()), 1),
+                "training_seconds": round(float(self.history["seconds"].sum()), 3),
                 "peak_memory_mib": round(peak_memory_mib()),
             }
         self._write(
@@ -561,7 +561,7 @@ class Run:
         order = torch.randperm(len(windows)).numpy()
         last = math.ceil(len(windows) / v.batch_size)
         done = (epoch - 1) * last
-        lowered = Lowered(model) if self.precision == "bfloat16" else None
+        lowered = lowering.Lowered(model) if self.precision == "bfloat16" else None
         acting = lowered.model if lowered else model
         sums: dict[str, float] = {}
         seen = acted = 0
@@ -609,7 +609,7 @@ class Run:
             if lowered:
                 lowered.hand_over()
             self.team.add_gradients(model)
-            gradient_norm = clip(model, v.optimizer.clip_norm)
+            gradient_norm = lowering.clip(model, v.optimizer.clip_norm)
             weights = terms.weighted(v.losses, decision.lambda_eff)
             loss = sum(weight * values[name] for name, weight in weights.items())
             if not math.isfinite(loss):
@@ -673,48 +673,6 @@ class Run:
             return torch.load(path, map_location=where, weights_only=True)
         except Exception as e:  # whatever a damaged file makes of torch.load
             raise LVMError(f"{path}: cannot be read ({type(e).__name__}); train anew with `fresh`") from e
-
-
-class Lowered:
-    """A model's copy for steps in bfloat16: `model` has the weights of the products in bfloat16 and shares all others.
-
-    Autocast casts each weight at each use and each gradient back, into new memory; here both are done once a step, into
-    memory that stays. The numbers are the same ones.
-    """
-
-    def __init__(self, model: models.Predictor):
-        self.model = copy.deepcopy(model)
-        self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter, torch.Tensor]] = []
-        for ours, theirs in zip(self.model.modules(), model.modules(), strict=True):
-            for name, full in theirs.named_parameters(recurse=False):
-                if full.ndim == 2 and isinstance(theirs, torch.nn.Linear | torch.nn.MultiheadAttention):
-                    half = torch.nn.Parameter(full.detach().bfloat16())
-                    self.pairs.append((full, half, torch.empty_like(full)))
-                setattr(ours, name, half if self.pairs and self.pairs[-1][0] is full else full)
-
-    def hand_over(self) -> None:
-        """Give the gradients to the model itself, in float32."""
-        for full, half, gradient in self.pairs:
-            full.grad, half.grad = None if half.grad is None else gradient.copy_(half.grad), None
-
-    @torch.no_grad()
-    def renew(self) -> None:
-        """Take over the weights of the model itself."""
-        for full, half, _ in self.pairs:
-            half.copy_(full)
-
-
-def clip(model: torch.nn.Module, most: float) -> torch.Tensor:
-    """The norm of the model's gradient, which is scaled down to `most` where it is larger.
-
-    As `clip_grad_norm_`, which multiplies in any case: that is a pass over all gradients for nothing, where reading
-    the norm costs nothing.
-    """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if norm.device.type != "cpu" or not norm <= most:  # also where it is NaN
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), most, norm)
-    return norm
 
 
 @torch.no_grad()
@@ -810,15 +768,6 @@ def pick_precision(name: str, device: torch.device) -> str:
     else:
         fast = False
     return "bfloat16" if fast else "float32"
-
-
-def write_whole(path: Path, write) -> None:
-    """`write(partial)` and rename: the file appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with open(partial, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(partial, path)
 
 
 def peak_memory_mib() -> float:

@@ -10,6 +10,7 @@ import sys
 import time
 
 import nbformat
+import psutil
 import pytest
 import yaml
 
@@ -203,6 +204,7 @@ def tree(tmp_path, outputs):
             begin = "    if watched:\n        figure"
             assert begin in notebook.cells[loop].source
             waits = f"    while os.path.exists({str(tmp_path / 'hold')!r}):\n        pass\n"
+            waits = f"    open({str(tmp_path / 'kernel')!r}, 'w').write(str(os.getpid()))\n" + waits
             notebook.cells[loop].source = notebook.cells[loop].source.replace(begin, waits + begin)
             notebook.cells = notebook.cells[: loop + 1]
         else:
@@ -223,12 +225,19 @@ def snakemake(tree, *arguments):
                             stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
 
 
-def until(condition, sweeping, seconds=300):
+def until(condition, sweeping=None, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
-        assert sweeping.poll() is None, sweeping.communicate()[0]
+        assert sweeping is None or sweeping.poll() is None, sweeping.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # of an orphan, init may be slow to collect it
+    except psutil.NoSuchProcess:
+        return False
 
 
 def lines(tmp_path):
@@ -242,11 +251,14 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, output
     (tmp_path / "hold").touch()
 
     killed = snakemake(tree)
-    until(lambda: (p6 / "last" / "state.pt").exists() and (v22 / "train.partial.ipynb").exists(), killed)
+    kernel = tmp_path / "kernel"
+    until(lambda: kernel.exists() and kernel.read_text() and (v22 / "train.partial.ipynb").exists(), killed)
     with pytest.raises(LVMError, match="another sweep is running there"):
         sweep.hold()
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
+    # A kernel has a session of its own: it ends when it sees that its parent is gone.
+    until(lambda: not alive(int(kernel.read_text())))
     assert not (p6 / "train.ipynb").exists()
     (tmp_path / "hold").unlink()
 
