@@ -7,13 +7,18 @@ import pytest
 
 # Of Debian's Chromium: none of its own traffic, which a closed network would refuse many times a second.
 QUIET = (
-    "--disable-background-networking --disable-component-update --disable-sync --disable-gpu --disable-quic --no-first-run"
-).split()
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+)
 
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A headless Chromium, driven by Playwright; where there is none the test is skipped, but not under LVM_BROWSER=1."""
+    """A headless Chromium, driven by Playwright; without one the test is skipped, but not under LVM_BROWSER=1."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         assert not os.environ.get("LVM_BROWSER"), "LVM_BROWSER is set, and there is no Chromium"
