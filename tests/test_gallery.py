@@ -141,7 +141,8 @@ def test_a_card_a_run_says_what_its_files_say(outputs, site):
     assert set(found) == {
         "seed0-amn", "interrupted",
         "wikipedia / v22 / broken-record", "wikipedia / v22 / broken-table",
-        "broken-report", "unjudged", "earlier", "alarmed", "a b&amp;c", "wikipedia / compare-amn", f"{outputs.name} / damaged",
+        "broken-report", "unjudged", "earlier", "alarmed", "a b&amp;c",
+        "wikipedia / compare-amn", f"{outputs.name} / damaged",
     }  # fmt: skip
     report = json.loads((outputs / "wikipedia/v22/seed0-amn/fivecat.json").read_text(encoding="utf-8"))
     card = found["seed0-amn"]
