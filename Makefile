@@ -9,7 +9,7 @@ OUT ?= mine
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: train encode data sweep benchmark test lab notebooks showcase help
+.PHONY: train encode data sweep benchmark test lab notebooks showcase gallery help
 
 help:
 	@echo 'make train VERSION=v22 [ARGS="-p epochs 3"]   train a version and judge it: notebook, HTML, verdict'
@@ -19,6 +19,7 @@ help:
 	@echo 'make benchmark                               how fast this machine could be, and how fast it is: ten minutes alone'
 	@echo 'make test                                    linters, pytest, nbval over every notebook'
 	@echo 'make lab                                     open JupyterLab'
+	@echo 'make gallery [ARGS="--showcase"]             a static site of the runs: cards, figures, no request to anywhere'
 	@echo 'make showcase                                all that is committed under outputs/showcase/, from nothing'
 	@echo 'make notebooks                               run the notebooks in fast mode and store what nbval compares'
 
@@ -42,6 +43,9 @@ benchmark: .venv/main
 	@mkdir -p outputs
 	$(BIN)/python -m papermill --no-progress-bar notebooks/benchmark.ipynb outputs/benchmark.ipynb $(ARGS)
 
+gallery: .venv/main
+	@$(BIN)/python -m lvmlib gallery $(ARGS)
+
 lab: .venv/main
 	$(BIN)/jupyter lab notebooks/train.ipynb
 
@@ -54,7 +58,7 @@ test: .venv/test
 
 # What is committed under outputs/showcase/, from nothing (but data-english-sentences, whose vectors are not ours): about three hours on 2 cores. What is trained is reused.
 SHOWN := cp outputs/wikipedia
-RUN := $(BIN)/python -m papermill --no-progress-bar
+RUN := $(BIN)/python -m lvmlib render
 showcase: .venv/export
 	for seed in 0 1 2; do for version in p6 v1 v2 v21 v22; do \
 		$(BIN)/python -m lvmlib train -p version $$version -p seed $$seed || exit 1; done; done

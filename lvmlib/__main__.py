@@ -5,20 +5,25 @@ options, puts the executed notebook and its HTML copy into the run's folder, and
 `python -m lvmlib encode -p source FOLDER -p out NAME` and `python -m lvmlib data -p data NAME` do the same with
 notebooks/encode.ipynb and notebooks/data.ipynb; their notebooks lie in outputs/NAME/.
 `torchrun … -m lvmlib parallel FOLDER` is a process of several that train the run prepared in FOLDER (see `parallel`).
+`python -m lvmlib render diagnostics outputs/showcase/diagnostics-v22.ipynb -p version v22` executes any notebook into a
+file, which then says by which code it was made (see `fingerprint`).
+`python -m lvmlib gallery` makes a static site of what stands under outputs/ (see `gallery`).
 `python -m lvmlib table` draws the runs under outputs/ together into outputs/showcase/versions.csv and .png.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from . import parallel
+from . import fingerprint, page, parallel
 from .encode import store_folder
 from .errors import LVMError
 from .files import write_whole
@@ -29,11 +34,14 @@ USAGE = """usage: python -m lvmlib train [papermill options, such as -p version 
        python -m lvmlib encode -p source FOLDER -p out NAME [papermill options, such as -p unit sentence]
        python -m lvmlib data -p data NAME [papermill options]
        torchrun … -m lvmlib parallel FOLDER
+       python -m lvmlib render NOTEBOOK OUT.ipynb [papermill options]
+       python -m lvmlib gallery [--out FOLDER] [--showcase] [--fast]
        python -m lvmlib table"""
 
 
 def main(arguments: list[str]) -> int:
     commands = {"train": train, "encode": encode, "data": preflight, "parallel": parallel.main}
+    commands |= {"render": render, "gallery": gallery}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     if arguments == ["table"]:
@@ -48,6 +56,7 @@ def train(arguments: list[str]) -> int:
         return p
     keys = ("data", "model", "epochs", "direction", "seed", "device", "precision", "fast")
     folder = run_folder(version(p["version"], p["overrides"], **{k: p[k] for k in keys}), p["run_name"])
+    _tell_run(executed, folder)
     _keep(executed, folder / "train.ipynb")
     report = json.loads((folder / "fivecat.json").read_text(encoding="utf-8"))
     print(f"verdict   {report['verdict']['text']}\nreading   {report['reading']['text']}")
@@ -82,8 +91,39 @@ def preflight(arguments: list[str]) -> int:
     return 0
 
 
+def render(arguments: list[str]) -> int:
+    if len(arguments) < 2 or arguments[0].startswith("-") or not arguments[1].endswith(".ipynb"):
+        print(USAGE, file=sys.stderr)
+        return 2
+    executed, p = _execute(Path(arguments[0]).stem, arguments[2:])
+    if executed is None:
+        return p
+    notebook = Path(arguments[1])
+    notebook.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(notebook, lambda partial: shutil.copyfile(executed, partial))  # it may be on another disk
+    executed.unlink()
+    print(f"\nnotebook  {_short(notebook)}")
+    return 0
+
+
+def gallery(arguments: list[str]) -> int:
+    from . import gallery
+
+    parser = argparse.ArgumentParser("python -m lvmlib gallery", description="A static site of the runs under outputs/")
+    parser.add_argument("--out", type=Path, help="the folder; else outputs/gallery")
+    parser.add_argument("--showcase", action="store_true", help="with the committed notebooks of outputs/showcase")
+    parser.add_argument("--fast", action="store_true", help="with fast runs, marked as such")
+    given = parser.parse_args(arguments)
+    index, counts = gallery.build(given.out, showcase=given.showcase, fast=given.fast)
+    print(f"gallery   {_short(index)}\ncards     {counts['runs']} runs, {counts['notebooks']} other notebooks")
+    return 0
+
+
 def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None, int]:
-    """Execute notebooks/NAME.ipynb by papermill: the executed notebook and its parameters, or None and exit code."""
+    """Execute notebooks/NAME.ipynb by papermill: the executed notebook and its parameters, or None and exit code.
+
+    The executed notebook is stamped with the code that it is of."""
+    before = fingerprint.template(name)
     outputs().mkdir(parents=True, exist_ok=True)
     # Executed aside: a refused run must not overwrite the notebook of the run that stands there. Paths start from the
     # checkout, so that the notebook's metadata names no machine.
@@ -107,6 +147,8 @@ def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None,
             if executed.exists():
                 print(f"Failed; the notebook as far as it came: {_short(executed)}", file=sys.stderr)
         return None, done.returncode
+    if not fingerprint.stamp(executed, before):
+        print("The code was changed while the notebook ran: it does not count as of the present code.")
     return executed, _parameters(json.loads(executed.read_text(encoding="utf-8")))
 
 
@@ -123,10 +165,17 @@ def _keep(executed: Path, notebook: Path) -> None:
                 notebook.with_suffix(kind).rename(old.with_suffix(kind))
         print(f"\nset aside  {_short(old)}: it was run with other parameters")
     executed.replace(notebook)
-    subprocess.run(
-        [sys.executable, "-m", "nbconvert", "--log-level=ERROR", "--to=html", "--embed-images", notebook], check=True
-    )
+    page.write(notebook, notebook.with_suffix(".html"))
     print(f"\nnotebook  {_short(notebook)}\nHTML      {_short(notebook.with_suffix('.html'))}")
+
+
+def _tell_run(executed: Path, folder: Path) -> None:
+    """Put what the gallery tells of a run into its stamped notebook, which may be shown apart from the folder."""
+    from . import gallery
+
+    content = json.loads(executed.read_text(encoding="utf-8"))
+    content["metadata"].setdefault("lvmlib", {})["run"] = gallery.facts(folder)
+    fingerprint.write(executed, content)
 
 
 def _kept(p: dict) -> Path:

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
@@ -42,8 +43,14 @@ def use_style() -> None:
             "grid.color": "0.9",
             "legend.frameon": False,
             "lines.linewidth": 1.8,
+            "svg.hashsalt": "lvmlib",  # the same figure is the same file
         },
     )
+    if get_ipython() is not None:
+        # In a notebook figures are vectors: sharp on every screen, and no larger than pixels at 110 dpi.
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("svg", metadata={"Date": None})
 
 
 def table(frame: pd.DataFrame, caption: str = "", digits: int = 3, formats: dict | None = None) -> Styler:
@@ -70,6 +77,11 @@ def table(frame: pd.DataFrame, caption: str = "", digits: int = 3, formats: dict
                     "props": "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap",
                 },
                 {"selector": "th", "props": "text-align: left"},
+                *(
+                    {"selector": f"th.col{i}", "props": "text-align: right"}
+                    for i, c in enumerate(frame)
+                    if c in numbers
+                ),
                 {"selector": "td", "props": "white-space: nowrap; font-size: 92%"},
             ]
         )

@@ -47,7 +47,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from . import controller, losses, lowering, models, parallel
+from . import controller, fingerprint, losses, lowering, models, parallel
 from .errors import LVMError
 from .files import write_whole
 from .params import ROOT, Control, Version, data_name, flat, outputs
@@ -306,6 +306,7 @@ class Run:
             "software": {
                 "python": platform.python_version(),
                 "commit": commit(),
+                "sources": fingerprint.training(),
                 **{p: metadata.version(p) for p in ("torch", "numpy", "pandas", "safetensors")},
             },
         }

@@ -45,7 +45,7 @@ def test_make_train_leaves_notebook_html_and_verdict(outputs, trained):
     assert lines[3].removeprefix("reading").strip() == report["reading"]["text"]
     assert "epoch  2/2" in done.stdout + done.stderr  # one line an epoch in the log
     page = (folder / "train.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64") >= 4
+    assert page.count("data:image/svg+xml;base64") >= 4
     notebook = json.loads((folder / "train.ipynb").read_text(encoding="utf-8"))
     assert not [o for c in notebook["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
     assert not list(outputs.glob("*.ipynb"))

@@ -20,6 +20,8 @@ def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
     import papermill
     from traitlets.config import Config
 
+    from lvmlib import fingerprint
+
     partial = output.with_suffix(".partial.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
     # A sweep that was killed may have left a job alive (on another machine, say): two must not train in one folder. The
@@ -37,6 +39,7 @@ def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
         kernel = Config(KernelManager={"transport": "ipc", "connection_file": f"{place}/kernel.json"})
         os.environ.pop("JPY_SESSION_NAME", None)  # no person watches this kernel: one line an epoch
         os.chdir(ROOT)  # the notebook's metadata names no machine
+        before = fingerprint.template(name)
         shown = partial.relative_to(ROOT) if partial.is_relative_to(ROOT) else partial
         try:
             papermill.execute_notebook(
@@ -45,6 +48,7 @@ def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
         except papermill.PapermillExecutionError as e:
             print(f"{e.ename}: {e.evalue}\nFailed; the notebook as far as it came: {shown}", file=sys.stderr)
             return 1
+        fingerprint.stamp(partial, before)
         os.replace(partial, output)
         for gpu in held:
             gpu.close()
