@@ -118,12 +118,12 @@ def actions(version: Version) -> set[str]:
 
 
 def due(version: Version, history: Sequence[Mapping], steps: Sequence[Mapping]) -> tuple[str, str]:
-    """What is to be done at the end of the last epoch of `history`, and why; two empty texts where nothing is."""
+    """What is to be done at the end of the last epoch of `history`, and why."""
     epoch = int(history[-1]["epoch"])
     wrong = [(action(version, kind), f"{kind}: {found[epoch][0]}") for kind, found in
              _findings(version, history, steps).items() if epoch in found]  # fmt: skip
     # To stop is the stronger wish.
-    return next(((act, why) for wanted in ("stop", "rewind") for act, why in wrong if act == wanted), ("", ""))
+    return next(((act, why) for wanted in ("stop", "rewind") for act, why in wrong if act == wanted), ("go_on", ""))
 
 
 def nothing(version: Version) -> str:

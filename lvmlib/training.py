@@ -12,7 +12,7 @@ The folder, `outputs/<dataset>/<version>/seed<k>/`:
     best.safetensors    weights of the best epoch on validation, by what `select` names; of a constrained version
                         before all else one that keeps its bound in training
     last/state.pt       all that resuming needs
-    last/good.pt        of a version with `rewind`: the state it goes back to
+    last/good.pt        of a version with `rewind`, or `trouble: rewind`: the state it goes back to
     fivecat.json        written by the notebook
 
 A version with `rewind` (the escape guard) is looked at after each epoch: where the validation novel MRR has fallen by
@@ -20,6 +20,9 @@ more than a share of its best, or the escape share has risen above a bound, mode
 the end of the epoch with the best novel MRR of those where nothing was wrong, and go on from there with a lower
 learning rate and ceiling of λ. The epochs count on: the schedule does not go back. Where a rewind too many is due, the
 run ends before its time; it is finished all the same, and `stopped` in run.yaml says why.
+
+What goes wrong is told by `run.alarms`, and by `alarms` in run.yaml (see `alarms`); a version whose `trouble` is rewind
+goes back in the same way, one whose is stop ends.
 
 A file appears whole or not at all. The epoch's random stream and data order depend on seed and epoch alone,
 so a run resumed at an epoch's end goes on to the same weights, bit for bit on the same machine.
@@ -229,13 +232,13 @@ def differences(ours: dict, theirs: dict) -> list[str]:
     """In what the records (run.yaml) of two runs differ that makes them different runs, in words."""
     ours, theirs = (
         {
+            **EARLIER,
             **flat(r["parameters"]),
             **flat(r.get("dataset", {}), "dataset."),
             "computed.precision": r.get("computed", {}).get("precision"),
         }
         for r in (ours, theirs)
     )
-    theirs = EARLIER | theirs
     return [
         f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
         for k in {**theirs, **ours}
@@ -320,8 +323,9 @@ class Run:
         record, epochs, steps = open_run(self.folder)
         if differing := differences(self.record, record):
             raise LVMError(
-                f"{self.folder}: holds a run with other parameters ({'; '.join(differing)}). Name this one "
-                "apart with run_name, or set `fresh` to move the old folder aside"
+                f"{self.folder}: holds a run with other parameters ({'; '.join(differing)}). "
+                + "The data are not what it was trained on. " * any("dataset.fingerprint" in d for d in differing)
+                + "Name this one apart with run_name, or set `fresh` to move the old folder aside"
             )
         self.record, self.history, self.steps = record, epochs, steps
         if not self.finished:
