@@ -90,8 +90,8 @@ def history_table(history: pd.DataFrame) -> Styler:
 def alarms_table(found: Sequence[alarms.Alarm]) -> Styler:
     """A run's alarms as a table, with lines that break."""
     frame = pd.DataFrame(found, columns=["epoch", "step", "kind", "what", "what to do"])
-    wrapped = {"white-space": "normal", "min-width": "14em"}
-    return table(frame).set_properties(subset=["what", "what to do"], **wrapped)
+    wide = table(frame).set_properties(subset=["what", "what to do"], **{"min-width": "14em"})
+    return wide.set_table_styles([{"selector": "td", "props": "white-space: normal"}], overwrite=False)
 
 
 def checklist_frame(checks: list[Check]) -> pd.DataFrame:
