@@ -129,7 +129,7 @@ def due(version: Version, history: Sequence[Mapping], steps: Sequence[Mapping]) 
 def nothing(version: Version) -> str:
     """The good news, and what it rests on."""
     kinds = [k for k in LOOKED_FOR if k != "control" or _controlled(version)]
-    return f"Nothing went wrong: there was no {', '.join(LOOKED_FOR[k].removeprefix('a ') for k in kinds)}."
+    return f"Nothing went wrong: looked for, and not found, were {', '.join(LOOKED_FOR[k] for k in kinds)}."
 
 
 def short(found: Sequence[Alarm]) -> str:
