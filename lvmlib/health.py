@@ -215,7 +215,7 @@ class _Seen:
     """What `health` says of predictions and targets alike: moments and neighbours of unit vectors."""
 
     def __init__(self, dim: int, chunks: int, device: torch.device):
-        self.moments = _Moments(dim, torch.device("cpu") if device.type == "mps" else device)
+        self.moments = Moments(dim, torch.device("cpu") if device.type == "mps" else device)
         self.counts = torch.zeros(chunks, dtype=torch.long, device=device)
 
     def add(self, unit: Tensor, vectors: Tensor, pool: Tensor) -> None:
@@ -265,7 +265,7 @@ def _without(components: Tensor, unit: Tensor, context: Tensor) -> tuple[Tensor,
     return tuple(x - (x @ components.T) @ components for x in (unit, context))
 
 
-class _Moments:
+class Moments:
     """Running first and second moment of unit vectors (N, D)."""
 
     def __init__(self, dim: int, device: torch.device):

@@ -28,6 +28,7 @@ PARAMS = ROOT / "params"
 OUTPUTS = ROOT / "outputs"
 
 GENERATIVE = ("sampler",)  # the models that have samples
+ACTIONS = ("go_on", "stop", "rewind")  # what a run does at an alarm
 Steps = tuple[tuple[int, float], ...]  # ((first epoch, value), …): a value holds until the next first epoch
 
 
@@ -140,6 +141,17 @@ class Rewind:
 
 
 @dataclass(frozen=True)
+class Trouble:
+    """What a run does at each kind of alarm (`alarms`), one of ACTIONS."""
+
+    broken: str = "go_on"  # which cannot go on: an error, as it always was
+    divergence: str = "go_on"
+    collapse: str = "go_on"
+    escape: str = "go_on"
+    control: str = "go_on"
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Piecewise constant over epochs, which count from 1."""
 
@@ -195,6 +207,7 @@ class Version:
     control: Control
     schedule: Schedule
     rewind: Rewind | None
+    trouble: str | Trouble  # one of ACTIONS for all kinds of alarm, or one for each
     expected: tuple[Expected, ...]
     published: Published
 
@@ -506,6 +519,9 @@ def _check(v: Version, where: str) -> None:
     _check_control(v, need)
     if v.rewind is not None:
         _check_rewind(v.rewind, need)
+    named = vars(v.trouble) if isinstance(v.trouble, Trouble) else {"": v.trouble}
+    for kind, action in named.items():
+        need(action in ACTIONS, f"trouble.{kind}".rstrip("."), action, "one of " + ", ".join(ACTIONS))
     needs = {
         "none": (),
         "gradient_share": ("margin", "rho_target"),

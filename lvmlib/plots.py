@@ -7,6 +7,7 @@ can be read. Chance levels are grey lines, uncertainty is a band or a bar.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +17,7 @@ from IPython import get_ipython
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
+from . import alarms
 from .arrow import MEASURES, Arrow
 from .controller import by_gradient
 from .fivecat import COHERENCE, GATES, GENERALISES, OFFSETS, ORIGINAL_OFFSETS, STEPS, THRESHOLDS, Report, ablations
@@ -92,7 +94,16 @@ def history_table(history: pd.DataFrame) -> Styler:
     """A run's epochs as a table."""
     formats = dict.fromkeys(("train_loss", "val_loss"), "{:.5f}") | {"lambda_eff": "{:.4f}", "learning_rate": "{:.1e}"}
     terms = ["mse", "directional", "floor", "norm", "orthogonality", "listwise", "energy"]
-    return table(history.drop(columns=terms).dropna(axis=1, how="all"), formats=formats | {"seconds": "{:.1f}"})
+    behind = [*alarms.FACTS, "at_lambda_min", "at_lambda_max"]  # the alarms; diagnostics.ipynb shows them
+    shown = history.drop(columns=[*terms, *behind]).dropna(axis=1, how="all")
+    return table(shown, formats=formats | {"seconds": "{:.1f}"})
+
+
+def alarms_table(found: Sequence[alarms.Alarm]) -> Styler:
+    """A run's alarms as a table, with lines that break."""
+    frame = pd.DataFrame(found, columns=["epoch", "step", "kind", "what", "what to do"])
+    wide = table(frame).set_properties(subset=["what", "what to do"], **{"min-width": "14em"})
+    return wide.set_table_styles([{"selector": "td", "props": "white-space: normal"}], overwrite=False)
 
 
 def checklist_frame(checks: list[Check]) -> pd.DataFrame:

@@ -14,7 +14,7 @@ import pandas as pd
 from .errors import LVMError
 from .fivecat import INSTRUMENT, PROFILES
 from .params import Version, flat, known_versions, outputs, version
-from .training import NOT_COMPARED, open_run, run_folder, train
+from .training import EARLIER, NOT_COMPARED, open_run, run_folder, train
 from .vectors import Dataset
 
 # column: (profile, split, gate, measure) of the 5CAT tables
@@ -107,7 +107,7 @@ def judged(folders: Sequence[Path]) -> pd.DataFrame:
 
 def _settings(parameters: dict) -> dict:
     free = (*NOT_COMPARED, "seed", "model", "direction")
-    return {k: v for k, v in flat(parameters).items() if not k.startswith(free)}
+    return {k: v for k, v in (EARLIER | flat(parameters)).items() if not k.startswith(free)}
 
 
 def by_version(frame: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,7 @@ The folder, `outputs/<dataset>/<version>/seed<k>/`:
     best.safetensors    weights of the best epoch on validation, by what `select` names; of a constrained version
                         before all else one that keeps its bound in training
     last/state.pt       all that resuming needs
-    last/good.pt        of a version with `rewind`: the state it goes back to
+    last/good.pt        of a version with `rewind`, or `trouble: rewind`: the state it goes back to
     fivecat.json        written by the notebook
 
 A version with `rewind` (the escape guard) is looked at after each epoch: where the validation novel MRR has fallen by
@@ -20,6 +20,9 @@ more than a share of its best, or the escape share has risen above a bound, mode
 the end of the epoch with the best novel MRR of those where nothing was wrong, and go on from there with a lower
 learning rate and ceiling of λ. The epochs count on: the schedule does not go back. Where a rewind too many is due, the
 run ends before its time; it is finished all the same, and `stopped` in run.yaml says why.
+
+What goes wrong is told by `run.alarms`, and by `alarms` in run.yaml (see `alarms`); a version whose `trouble` is rewind
+goes back in the same way, one whose is stop ends.
 
 A file appears whole or not at all. The epoch's random stream and data order depend on seed and epoch alone,
 so a run resumed at an epoch's end goes on to the same weights, bit for bit on the same machine.
@@ -47,9 +50,10 @@ import safetensors.torch
 import torch
 import yaml
 
-from . import controller, fingerprint, losses, lowering, models, parallel
+from . import alarms, controller, fingerprint, losses, lowering, models, parallel
 from .errors import LVMError
 from .files import write_whole
+from .health import Moments
 from .params import ROOT, Control, Version, data_name, flat, outputs
 from .retrieval import Articles, among_context
 from .vectors import DIRECTIONS, Dataset, Windows
@@ -79,10 +83,13 @@ EPOCH_COLUMNS = (
     "recall_at_5",
     "novel_mrr",
     "val_energy",
+    *alarms.FACTS,
     "rho",
     "rho_target",
     "rho_cap",
     "lambda_eff",
+    "at_lambda_min",
+    "at_lambda_max",
     "pos",
     "neg",
     "gap",
@@ -127,13 +134,13 @@ STEP_COLUMNS = (
 )
 # What the first runs did not log, or did not have as a parameter, with the value that they ran with.
 LATER = ("escape", *PULLS, "rho_gradient", "angle", "listwise", "novel_mrr", "temperature", "rewound")
-LATER += ("energy", "val_energy")
+LATER += ("energy", "val_energy", *alarms.FACTS, "at_lambda_min", "at_lambda_max")
 EARLIER = {"direction": "forward", "select": "val_loss", "optimizer.decay": "all", "losses.mean_square": 1.0}
 EARLIER |= {"losses.listwise.weight": 0.0, "losses.listwise.temperature": 0.1, "losses.listwise.candidates": 128}
 EARLIER["losses.listwise.elsewhere"] = 0
 EARLIER |= {"control.smoothing": 0.99, "control.measure": "value", "control.kp": 0.0, "control.ki": 0.1}
 EARLIER |= {"control.constraint": None, "rewind": None}
-EARLIER |= {"losses.energy.weight": 0.0, "losses.energy.samples": 8}
+EARLIER |= {"losses.energy.weight": 0.0, "losses.energy.samples": 8, "trouble": "go_on"}
 # Words, figures to compare with, and where it is computed make no other run. The precision that was used does.
 NOT_COMPARED = ("about", "expected", "published", "device", "precision")
 EVALUATION_BATCH = 512
@@ -225,13 +232,13 @@ def differences(ours: dict, theirs: dict) -> list[str]:
     """In what the records (run.yaml) of two runs differ that makes them different runs, in words."""
     ours, theirs = (
         {
+            **EARLIER,
             **flat(r["parameters"]),
             **flat(r.get("dataset", {}), "dataset."),
             "computed.precision": r.get("computed", {}).get("precision"),
         }
         for r in (ours, theirs)
     )
-    theirs = EARLIER | theirs
     return [
         f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
         for k in {**theirs, **ours}
@@ -265,6 +272,7 @@ class Run:
         self.record = self._record()
         self._state: dict | None = None  # what resuming needs, where something is to be resumed
         self.found = "new"  # or "interrupted", "finished": what stood in the folder
+        self._truth: dict[str, float] | None = None  # spread of the validation targets
         self.rates: list[float] = []  # windows a second of each epoch trained here, without validation and files
         if team.first and (folder / "run.yaml").exists():
             self._reopen()
@@ -316,8 +324,9 @@ class Run:
         record, epochs, steps = open_run(self.folder)
         if differing := differences(self.record, record):
             raise LVMError(
-                f"{self.folder}: holds a run with other parameters ({'; '.join(differing)}). Name this one "
-                "apart with run_name, or set `fresh` to move the old folder aside"
+                f"{self.folder}: holds a run with other parameters ({'; '.join(differing)}). "
+                + "The data are not what it was trained on. " * any("dataset.fingerprint" in d for d in differing)
+                + "Name this one apart with run_name, or set `fresh` to move the old folder aside"
             )
         self.record, self.history, self.steps = record, epochs, steps
         if not self.finished:
@@ -326,6 +335,7 @@ class Run:
                 return  # nothing to go on from: as new
             # Killed between the state and the tables, the tables lag an epoch behind: the state is the truth.
             self._state = self._load_state()
+            self.record["alarms"] = json.loads(self._state.get("broken", "[]"))
             self.history = pd.DataFrame(json.loads(self._state["history"]), columns=EPOCH_COLUMNS)
             self.steps = pd.DataFrame(json.loads(self._state["steps"]), columns=STEP_COLUMNS)
             if self._state.get("stopped"):
@@ -394,6 +404,9 @@ class Run:
             if self.team.first:
                 (self.folder / "last").mkdir(parents=True, exist_ok=True)
             changed = True
+            self.record["alarms"] = []
+            if "rewind" in alarms.actions(v):  # what is gone back to before an epoch was good
+                self._write_good(model, optimizer, plateau, scale, memory)
         if changed:
             self._write_tables()
         vectors = torch.from_numpy(self.data.store.vectors).to(device)
@@ -401,16 +414,27 @@ class Run:
         history, steps = self.history.to_dict("records"), self.steps.to_dict("records")
         for epoch in range(len(history) + 1, v.epochs + 1):
             started = time.perf_counter()
-            learning_rate = optimizer.param_groups[0]["lr"]
-            control = self._cooled(rewinds)
-            with seeded(v.seed, epoch):
-                self.team.seed(v.seed, epoch)
-                means, logged, memory = self._epoch(
-                    epoch, model, optimizer, articles["train"], scale if ranks else None, control, memory
-                )
-            self.rates.append(len(self.data.train) / (time.perf_counter() - started))
-            self.team.agree(means["train_loss"], model)
-            val = self.team.from_first(lambda: self._validated(model, vectors, articles["val"]))
+            again = 0  # how often the epoch was gone back from in its midst, and trained anew
+            while True:
+                learning_rate = optimizer.param_groups[0]["lr"]
+                control = self._cooled(rewinds)
+                try:
+                    begun = time.perf_counter()
+                    with seeded(v.seed, epoch):
+                        self.team.seed(v.seed, epoch)
+                        means, logged, memory = self._epoch(
+                            epoch, model, optimizer, articles["train"], scale if ranks else None, control, memory
+                        )
+                    self.rates.append(len(self.data.train) / (time.perf_counter() - begun))
+                    self.team.agree(means["train_loss"], model)
+                    val = self.team.from_first(lambda: self._validated(model, vectors, articles["val"]))
+                    alarms.validated(epoch, epoch * self._batches, learning_rate, means, val)
+                    break
+                except alarms.Broken as broken:
+                    if self._ended(broken, rewinds):
+                        return
+                    memory = self._rewind(model, optimizer, plateau, scale)
+                    rewinds, again = rewinds + 1, again + 1
             score = -val["novel_mrr"] if v.select == "novel_mrr" else val[v.select]
             plateau.step(score)
             # Of a constrained run, what keeps the bound in training beats what does not (Deb 2000, §3).
@@ -427,31 +451,35 @@ class Run:
                     (self.folder / "best.safetensors").chmod(0o644)  # safetensors makes it the owner's alone
             temperature = math.exp(-float(scale.detach())) if ranks else math.nan
             lowest = min((past["escape"] for past in history), default=math.inf)
-            why = self._wrong(means["escape"], lowest, val["novel_mrr"], peak)
-            rewound = bool(why) and rewinds < v.rewind.most
-            if why and not rewound:
-                self.record["stopped"] = f"epoch {epoch}: {why}, after {rewinds} rewinds"
-            elif rewound:
-                rewinds += 1
-                memory = self._rewind(model, optimizer, plateau, scale)
-            elif v.rewind and val["novel_mrr"] > peak:
-                peak = val["novel_mrr"]
-                self._write_good(model, optimizer, plateau, scale, memory)
             row = {
                 **means,
                 **val,
                 "epoch": epoch,
                 "temperature": temperature,
-                "rewound": float(rewound),
+                "rewound": float(again),
                 "learning_rate": learning_rate,
-                "seconds": time.perf_counter() - started,
             }
-            history.append({c: row[c] for c in EPOCH_COLUMNS})
             steps += logged
+            why = self._wrong(means["escape"], lowest, val["novel_mrr"], peak)
+            action = "rewind" if why else "go_on"
+            if not why and alarms.actions(v) != {"go_on"}:
+                action, why = self.team.from_first(lambda: alarms.due(v, [*history, row], steps))  # noqa: B023
+            if action == "rewind" and rewinds < alarms.guard(v).most:
+                rewinds += 1
+                row["rewound"] += 1
+                memory = self._rewind(model, optimizer, plateau, scale)
+            elif action != "go_on":
+                self.record["stopped"] = f"epoch {epoch}: {why}" + f", after {rewinds} rewinds" * (action == "rewind")
+            elif (v.rewind or "rewind" in alarms.actions(v)) and val["novel_mrr"] > peak:
+                peak = val["novel_mrr"]
+                self._write_good(model, optimizer, plateau, scale, memory)
+            row["seconds"] = time.perf_counter() - started
+            history.append({c: row[c] for c in EPOCH_COLUMNS})
             state = {
                 "rewinds": rewinds,
                 "peak": peak,
                 "stopped": self.record.get("stopped", ""),
+                "broken": json.dumps([a._asdict() for a in self._broken]),
                 "best": best,
                 "short": short,
                 "scale": scale.detach(),
@@ -470,9 +498,52 @@ class Run:
                 return
 
     def _validated(self, model, vectors: torch.Tensor, articles: Articles) -> dict[str, float]:
-        val = validate(model, self.data.val, vectors, articles)
+        moments = Moments(vectors.shape[1], _wide(vectors.device))
+        val = validate(model, self.data.val, vectors, articles, moments)
         weight = self.version.losses.energy.weight
-        return val | {"val_energy": energy_score(model, self.data.val, vectors) if weight else math.nan}
+        val["val_energy"] = energy_score(model, self.data.val, vectors) if weight else math.nan
+        if not math.isfinite(val["val_cos"]):
+            return val | dict.fromkeys(alarms.FACTS, math.nan)
+        if self._truth is None:
+            truth = Moments(vectors.shape[1], _wide(vectors.device))
+            for _, target in self.data.val.batches(EVALUATION_BATCH, vectors):
+                truth.add(torch.nn.functional.normalize(target, dim=-1))
+            self._truth = truth.facts()
+        ours, theirs = moments.facts(), self._truth
+        return val | {
+            "effective_rank": ours["effective rank"],
+            "rank_share": (ours["effective rank"] - 1) / max(theirs["effective rank"] - 1, controller.TINY),
+            "variance_share": ours["variance"] / max(theirs["variance"], controller.TINY),
+        }
+
+    @property
+    def alarms(self) -> list[alarms.Alarm]:
+        """What went wrong so far (`alarms`): of rows that are there, and of steps that broke."""
+        rows, steps = self.history.to_dict("records"), self.steps.to_dict("records")
+        return alarms.alarms(self.version, rows, steps, self._batches, self._broken)
+
+    @property
+    def _broken(self) -> list[alarms.Alarm]:
+        return alarms.kept(self.record, str(self.folder / "run.yaml"))
+
+    @property
+    def _batches(self) -> int:
+        return math.ceil(len(self.data.train) / self.version.batch_size)
+
+    def _ended(self, broken: alarms.Broken, rewinds: int) -> bool:
+        """Whether the run ends at a loss that is not finite; else it is to go back. Raises LVMError where the version
+        goes on at trouble, which nothing can here, and where there is no epoch to end with."""
+        action = alarms.action(self.version, "broken")
+        back = action == "rewind" and rewinds < alarms.guard(self.version).most
+        self.record["alarms"] = [a._asdict() for a in (*self._broken, broken.alarm)]
+        if back:
+            return False
+        if action != "go_on" and len(self.history):
+            self.record["stopped"] = broken.alarm.what + f", after {rewinds} rewinds" * (action == "rewind")
+        self._write_tables()
+        if "stopped" not in self.record:
+            raise LVMError(f"{self.folder}: {broken}") from broken
+        return True
 
     def _write(self, name: str, write) -> None:
         """A file of the folder, whole or not at all; by the first process alone."""
@@ -507,7 +578,7 @@ class Run:
         """All of these as at the end of the best epoch, but the learning rate that of now, cooled down; the
         controller's state then."""
         good = self.team.from_first(lambda: self._load_state("good.pt"))
-        rates = [group["lr"] * self.version.rewind.cool for group in optimizer.param_groups]
+        rates = [group["lr"] * alarms.guard(self.version).cool for group in optimizer.param_groups]
         model.load_state_dict(good["model"])
         optimizer.load_state_dict(good["optimizer"])
         plateau.load_state_dict(good["plateau"])
@@ -521,10 +592,11 @@ class Run:
         control = self.version.control
         if not rewinds:
             return control
-        ceiling = max(control.lambda_max * self.version.rewind.cool**rewinds, control.lambda_min)
+        ceiling = max(control.lambda_max * alarms.guard(self.version).cool ** rewinds, control.lambda_min)
         return dataclasses.replace(control, lambda_max=ceiling)
 
     def _write_tables(self) -> None:
+        self.record["alarms"] = [a._asdict() for a in self.alarms]
         self._write("epochs.csv", lambda p: self.history.to_csv(p, index=False))
         self._write("steps.csv", lambda p: self.steps.to_csv(p, index=False))
         if self.finished:
@@ -567,6 +639,7 @@ class Run:
         sums: dict[str, float] = {}
         seen = acted = 0
         logged = []
+        before = None  # the step before this one
         acting.train()
         for i in range(last):
             index = order[i * v.batch_size : (i + 1) * v.batch_size]
@@ -613,13 +686,10 @@ class Run:
             gradient_norm = lowering.clip(model, v.optimizer.clip_norm)
             weights = terms.weighted(v.losses, decision.lambda_eff)
             loss = sum(weight * values[name] for name, weight in weights.items())
+            told = values | {"lambda_eff": decision.lambda_eff}
             if not math.isfinite(loss):
-                raise LVMError(
-                    f"{self.folder}: the loss is {loss} at epoch {epoch}, step {done + i + 1} "
-                    f"(learning rate {optimizer.param_groups[0]['lr']:g}, "
-                    + ", ".join(f"{k} {x:.4g}" for k, x in values.items())
-                    + "); lower the learning rate, or train in float32"
-                )
+                raise alarms.broken(epoch, done + i + 1, optimizer.param_groups[0]["lr"], loss, told, before, model)
+            before = alarms.Last(loss, told, gradient_norm)
             optimizer.step()
             if lowered:
                 lowered.renew()
@@ -628,6 +698,8 @@ class Run:
             shares = {
                 "lambda_eff": decision.lambda_eff,
                 "rho": decision.rho,
+                "at_lambda_min": _stands(decision, control.lambda_min),
+                "at_lambda_max": _stands(decision, control.lambda_max),
                 "rho_gradient": values["pull_directional"] / max(values["pull_mse"], controller.TINY),
             }
             if not v.losses.mean_square and decision.lambda_eff:
@@ -651,6 +723,7 @@ class Run:
                     "gradient_norm": float(gradient_norm),
                 }
                 logged.append({c: row[c] for c in STEP_COLUMNS})
+        alarms.finite(epoch, done + last, optimizer.param_groups[0]["lr"], before, model)
         skips = sums.pop("skips")
         # λ and both ρ are means over the windows where the directional term acted: skips are counted apart.
         means = {k: s / max(acted, 1) if k in shares else s / seen for k, s in sums.items()}
@@ -676,15 +749,28 @@ class Run:
             raise LVMError(f"{path}: cannot be read ({type(e).__name__}); train anew with `fresh`") from e
 
 
+def _stands(decision: controller.Decision, bound: float) -> float:
+    """1 where λ, before the gate, is at this end of its range, else 0."""
+    return float(decision.gate > 0 and math.isclose(decision.lambda_eff, bound * decision.gate))
+
+
+def _wide(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device  # Apple's devices have no float64
+
+
 @torch.no_grad()
 def validate(
-    model: models.Predictor, windows: Windows, vectors: torch.Tensor | None = None, articles: Articles | None = None
+    model: models.Predictor,
+    windows: Windows,
+    vectors: torch.Tensor | None = None,
+    articles: Articles | None = None,
+    moments: Moments | None = None,
 ) -> dict[str, float]:
     """Validation loss (L_mse), cosine, the mini-5CAT of handbook §4, and the novel MRR of 5CAT, in float32.
 
     margin = mean [cos(p, y) − cos(p, context[-1])]; recall_at_5 = share of windows whose target is among the five
     best of {context vectors, target}, by the ranking head where there is one: chance 5/6 at T = 5, and copying the last
-    vector does better than chance.
+    vector does better than chance. The unit predictions are added to `moments`.
     """
     training = model.training
     model.eval()
@@ -696,6 +782,8 @@ def validate(
         index = np.arange(first, min(first + EVALUATION_BATCH, len(windows)))
         context, y = windows.batch(index, vectors)
         raw, unit, ranker = model.heads(context)
+        if moments is not None:
+            moments.add(unit)
         to_target = losses.cosine(unit, y)
         sums += (
             torch.stack(

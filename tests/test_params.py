@@ -42,6 +42,7 @@ COMMON = {
     "control.ki": 0.1,
     "control.constraint": None,
     "rewind": None,
+    "trouble": "go_on",
 }
 OURS = {"rank", "two_heads", "share", "pi", "bounded", "margin", "energy"}  # after the handbook's
 

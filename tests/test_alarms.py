@@ -1,0 +1,485 @@
+"""Alarms: each fires on rows with known values and on a run that fails in that way, and not on good runs; what is done
+at one; and that a run which is taken up again says the same."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from test_training import make_data, same, version, weights, without_times
+
+import lvmlib as lvm
+from lvmlib import alarms, controller, losses, parallel, params, training
+from lvmlib.errors import LVMError
+from lvmlib.health import Moments
+
+BATCHES = 4
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make_data()
+
+
+def kinds(run):
+    return {a.kind: a for a in run.alarms}
+
+
+def on(name="v22", trouble="go_on", epochs=3, model="amn", lr=None, batch_size=None, **overrides):
+    settings = params.merge({"trouble": trouble} | ({"optimizer": {"lr": lr}} if lr else {}), overrides)
+    return version(name, epochs=epochs, model=model, batch_size=batch_size, overrides=settings)
+
+
+# Rows with known values
+
+
+def row(epoch, **values):
+    """A good epoch, but for `values`."""
+    good = dict.fromkeys(training.EPOCH_COLUMNS, 0.0) | {
+        "mse": 0.002, "val_cos": 0.5, "margin": -0.2, "novel_mrr": 0.2, "gap": -0.1, "learning_rate": 5e-4,
+        "effective_rank": 30.0, "rank_share": 0.3, "variance_share": 0.8, "lambda_eff": 0.01, "rho": 0.2,
+    }  # fmt: skip
+    return good | {"epoch": epoch} | values
+
+
+def told(name, rows, steps=(), **overrides):
+    own = lvm.version(name, overrides)
+    return {a.kind: a for a in alarms.alarms(own, rows, list(steps), BATCHES)}
+
+
+@pytest.mark.parametrize("name", lvm.known_versions())
+def test_good_rows_raise_nothing(name):
+    good = {"listwise": 3.0, "energy": 0.6, "lambda_eff": 0.0 if lvm.version(name).control.rule == "none" else 0.01}
+    assert told(name, [row(i, **good) for i in range(1, 13)]) == {}
+
+
+def test_a_loss_diverges_above_twice_its_lowest():
+    first = {"step": 1, "mse": 0.004, "listwise": 0.0, "energy": 0.0}
+    assert told("p6", [row(1, mse=0.008)], [first]) == {}  # not more than twice
+    alarm = told("p6", [row(1, mse=0.0081), row(2, mse=0.003), row(3, mse=0.0061), row(4)], [first])["divergence"]
+    assert (alarm.epoch, alarm.step) == (1, BATCHES)
+    assert "0.0081, 2.02 times its lowest before, 0.004;" in alarm.what and "so in epochs 1 and 3" in alarm.what
+    # The lowest may have been in an epoch long before; and a term that a version does not have is none of it.
+    assert told("p6", [row(1), row(2, mse=0.0039), row(3, mse=0.0041)])["divergence"].epoch == 3
+    assert told("rank", [row(1, listwise=3.0), row(2, listwise=3.0, mse=9.0)]) == {}
+    assert told("rank", [row(1, listwise=3.0), row(2, listwise=6.1)])["divergence"].epoch == 2
+
+
+@pytest.mark.parametrize(
+    "wrong, fine",
+    [
+        ({"val_cos": 0.0}, {"val_cos": 1e-9}),
+        ({"variance_share": 0.0999}, {"variance_share": 0.1}),
+        ({"rank_share": 0.0199}, {"rank_share": 0.02}),
+    ],
+)
+def test_collapse_is_told_at_once_after_a_good_epoch_and_from_the_third_without(wrong, fine):
+    assert told("v22", [row(i, **fine) for i in range(1, 6)]) == {}
+    alarm = told("v22", [row(1), row(2, **wrong), row(3, **wrong), row(4)])["collapse"]
+    assert (alarm.epoch, alarm.step) == (2, 2 * BATCHES) and alarm.what.endswith("so in epochs 2 to 3")
+    assert "control.lambda_max" in alarm.do
+    assert told("v22", [row(1, **wrong), row(2, **wrong)]) == {}
+    late = told("v22", [row(1, **wrong), row(2, **wrong), row(3, **wrong), row(4, **wrong)])["collapse"]
+    assert late.epoch == 3 and "has not begun" in late.do
+    assert told("p6", [row(1), row(2, **wrong)])["collapse"].do.startswith("lower optimizer.lr")
+
+
+def test_collapse_says_the_values():
+    away = told("v22", [row(1), row(2, val_cos=-0.049)])["collapse"].what
+    assert away.startswith("the validation cosine is -0.049: away from the targets; the predictions' variance is 80.0%")
+    alike = told("v22", [row(1), row(2, rank_share=0.008, effective_rank=1.82, variance_share=0.0105)])["collapse"].what
+    assert "variance is 1.1% of the targets', their effective rank 1.8, beyond the first direction 0.8%" in alike
+
+
+ESCAPED = {"escape": 0.26, "margin": -0.1, "val_cos": 0.49}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"escape": 0.25},  # at the bound
+        {"margin": -0.2},  # nothing bought
+        {"val_cos": 0.51},  # it pays in cosine
+        {"novel_mrr": 0.205},  # or in novel MRR
+    ],
+)
+def test_escape_needs_all_of_its_rule(change):
+    alarm = told("p6", [row(1, escape=0.1), row(2, **ESCAPED)])["escape"]
+    assert alarm.epoch == 2 and "26.0% of the weights are negative, 10.0% were in epoch 1" in alarm.what
+    assert "margin -0.200 → -0.100, gap -0.100 → -0.100, val_cos 0.500 → 0.490, novel_mrr 0.200 → 0.200" in alarm.what
+    assert told("p6", [row(1, escape=0.1), row(2, **ESCAPED | change)]) == {}
+
+
+def test_escape_rises_from_below_its_bound():
+    assert told("p6", [row(1, escape=0.5), row(2, **ESCAPED | {"escape": 0.6})]) == {}  # knew nothing yet
+    assert told("p6", [row(1, escape=0.5), row(2, escape=0.1), row(3, **ESCAPED)])["escape"].epoch == 3
+    assert told("p6", [row(1, escape=math.nan), row(2, escape=0.1), row(3, **ESCAPED)])["escape"].epoch == 3
+    assert "escape" not in told("share", [row(1), row(2, **ESCAPED)], rewind={"escape": 0.3})  # its own bound
+    assert "gap -0.100 → 0.1" in told("p6", [row(1), row(2, **ESCAPED | {"margin": -0.2, "gap": 0.1})])[
+        "escape"
+    ].what.replace("+", "")
+
+
+def test_a_control_that_decides_nothing():
+    top, bottom, out = {"at_lambda_max": 1.0}, {"at_lambda_min": 1.0}, {"lambda_eff": 0.0, "skips": 4.0}
+    assert "raise control.lambda_max" in told("v22", [row(1), row(2, **top)])["control"].do
+    assert "lower control.lambda_min" in told("v22", [row(1, **bottom)])["control"].do
+    assert told("v22", [row(1, at_lambda_max=0.999, at_lambda_min=0.001)]) == {}
+    assert "the sign guard skipped 4 (mean cos" in told("v22", [row(1, **out)])["control"].what
+    assert told("v22", [row(1, skips=3.0)]) == {}  # some acted
+    shut = told("v23_confident", [row(1, lambda_eff=0.0, pos=0.2)])["control"]
+    assert "the confidence gate, which opens above 0.3, was shut" in shut.what and "control.gate.low" in shut.do
+    # By design: a λ that is fixed, or has one value to take; a multiplier of 0 keeps its bound.
+    assert told("v23_unguarded", [row(1, **top)]) == {} and told("p6", [row(1, lambda_eff=0.0, **bottom)]) == {}
+    assert told("v22", [row(1, **top)], control={"lambda_min": 0.03}) == {}
+    assert told("bounded", [row(1, lambda_eff=0.0, listwise=3.0)]) == {}
+    assert "control.constraint.at_least" in told("bounded", [row(1, listwise=3.0, **top)])["control"].do
+    # Even a fixed λ pulls at nothing where every batch is skipped.
+    assert "control" in told("v23_unguarded", [row(1, **out)])
+
+
+def test_one_alarm_a_kind_for_all_epochs():
+    rows = [row(i, at_lambda_max=float(i not in (1, 5))) for i in range(1, 13)]
+    (alarm,) = alarms.alarms(lvm.version("v22"), rows, [], BATCHES)
+    assert (alarm.epoch, alarm.step) == (2, 8) and alarm.what.endswith("so in epochs 2 to 4 and 6 to 12")
+    assert alarm.line.startswith("ALARM  epoch 2, step 8: control: λ stood at its ceiling")
+
+
+def test_rows_from_before_the_columns_were_logged_say_what_they_can():
+    old = [row(i, **dict.fromkeys(training.LATER, math.nan)) for i in (1, 2)]
+    assert told("v22", old) == {}
+    found = told("v22", [*old, row(3, **dict.fromkeys(training.LATER, math.nan), val_cos=-0.1)])
+    assert found["collapse"].what == "the validation cosine is -0.100: away from the targets"
+
+
+# The columns
+
+
+def test_the_spread_of_the_validation_predictions_is_that_of_health(data, tmp_path):
+    run = lvm.train(on(epochs=1), data, tmp_path / "run")
+    (found,) = list(run)
+    x, y = data.val.batch(np.arange(len(data.val)))
+    facts = []
+    for p in (run.best(x)[1].detach().double().numpy(), y.double().numpy()):
+        shares = np.linalg.eigvalsh(np.cov(p.T, bias=True))
+        shares = shares[shares > 1e-12] / shares.sum()
+        facts.append((math.exp(-(shares * np.log(shares)).sum()), 1 - (p.mean(0) ** 2).sum()))
+    (rank, variance), (of, wide) = facts
+    assert found["effective_rank"] == pytest.approx(rank, rel=1e-4)
+    assert found["rank_share"] == pytest.approx((rank - 1) / (of - 1), rel=1e-4)
+    assert found["variance_share"] == pytest.approx(variance / wide, rel=1e-4)
+    flat = Moments(4, torch.device("cpu"))
+    flat.add(torch.tensor([[1.0, 0, 0, 0]]).expand(9, 4))
+    assert flat.facts()["effective rank"] == 1 and flat.facts()["variance"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    "name, bounds, share",
+    [
+        ("v22", (1e-4, 1e-3), (0.0, 1.0)),
+        ("pi", (10.0, 20.0), (1.0, 0.0)),
+        ("pi", (1e-4, 1e-3), (0.0, 1.0)),
+        ("v22", (1e-4, 10.0), (0.0, 0.0)),
+    ],
+)
+def test_the_share_of_steps_at_a_bound(data, tmp_path, name, bounds, share):
+    limits = {"lambda_min": bounds[0], "lambda_max": bounds[1], "guard": "none"}
+    run = lvm.train(on(name, epochs=1, control=limits), data, tmp_path / "run")
+    (found,) = list(run)
+    assert (found["at_lambda_min"], found["at_lambda_max"]) == share
+    assert ("control" in kinds(run)) == (1.0 in share)
+
+
+def test_a_shut_gate_is_at_no_bound():
+    shut = controller.Decision(0.0, 0.0, 0.0, False)
+    assert training._stands(shut, 0.03) == training._stands(shut, 1e-4) == 0
+    half = controller.Decision(0.015, 0.1, 0.5, False)
+    assert training._stands(half, 0.03) == 1 and training._stands(half, 0.015) == 0
+
+
+# Runs made to fail
+
+
+@pytest.mark.parametrize("name", lvm.known_versions())
+def test_good_runs_raise_nothing(name, data, tmp_path):
+    """Every version as it is shipped, by the small model of its kind. The toy's losses ask for a λ above the range of
+    v21 (their D is 24, not 768: the mean-square loss is 30 times as large), which the alarm tells as it is."""
+    small = {"rank": "bilinear", "bounded": "bilinear", "two_heads": "two_heads", "margin": "two_heads"}
+    own = version(name, epochs=4, data="toy", model=small.get(name, "sampler" if name == "energy" else "amn"))
+    run = lvm.train(own, data, tmp_path / "run")
+    list(run)
+    assert set(kinds(run)) <= {"control"}, [a.line for a in run.alarms]
+    if own.control.rule in ("none", "fixed"):
+        assert not run.alarms and alarms.nothing(own).startswith("Nothing went wrong: looked for")
+    assert lvm.open_run(run.folder)[0]["alarms"] == [a._asdict() for a in run.alarms]
+
+
+def test_a_learning_rate_of_a_million_breaks_at_a_step_that_is_named(data, tmp_path):
+    with pytest.raises(LVMError, match=r"the loss is (inf|nan) at epoch 1, step \d+ \(learning rate 1e\+06, mse") as e:
+        list(lvm.train(on("p6", lr=1e6, batch_size=8), data, tmp_path / "run"))
+    (found,) = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["alarms"]
+    assert found["kind"] == "broken" and found["what"] in str(e.value) and found["epoch"] == 1
+    assert "the first term that is not finite is mse" in found["what"] and "trouble: rewind" in str(e.value)
+
+
+def test_a_learning_rate_of_ten_diverges(data, tmp_path):
+    run = lvm.train(on("p6", lr=10.0), data, tmp_path / "run")
+    list(run)
+    assert kinds(run)["divergence"].epoch == 1 and "optimizer.lr (then 10)" in kinds(run)["divergence"].do
+    assert kinds(run)["collapse"].epoch <= 3  # and what is left of it predicts one vector
+
+
+def test_a_pull_that_only_asks_to_flee_collapses(data, tmp_path):
+    """v1's losses, all pull and no guard: the cosine ends below zero or all predictions are one."""
+    pull = {"control": {"rule": "fixed", "lambda_max": 30.0, "guard": "none"}, "schedule": {"margin": [[1, 2.0]]}}
+    run = lvm.train(on("v1", lr=0.02, model="bilinear", epochs=6, **pull), data, tmp_path / "run")
+    list(run)
+    alarm = kinds(run)["collapse"]
+    worst = run.history.set_index("epoch").loc[alarm.epoch]
+    assert (
+        worst["val_cos"] <= 0 and f"{worst['val_cos']:+.3f}" in alarm.what and alarm.step == alarm.epoch * run._batches
+    )
+
+
+def test_a_constant_high_lambda_buys_its_margin(tmp_path):
+    """The P6b losses with λ fixed at 0.3, by the model whose weights of the context are its own."""
+    pull = {"control": {"lambda_max": 0.3, "guard": "none"}}
+    own = on("v23_unguarded", lr=0.02, model="bilinear", epochs=5, **pull)
+    run = lvm.train(own, make_data(articles=30, length=20), tmp_path / "run")
+    list(run)
+    alarm = kinds(run)["escape"]
+    at = run.history.set_index("epoch").loc[alarm.epoch]
+    assert at["escape"] > alarms.ESCAPE and f"{at['escape']:.1%} of the weights are negative" in alarm.what
+    calm = lvm.train(
+        on("p6", lr=0.02, model="bilinear", epochs=5), make_data(articles=30, length=20), tmp_path / "calm"
+    )
+    list(calm)
+    assert calm.alarms == []
+
+
+def test_a_guard_that_lets_nothing_through_is_told(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(controller, "guarded", lambda *_: True)
+    run = lvm.train(on(epochs=3), data, tmp_path / "run")
+    list(run)
+    assert f"the sign guard skipped {run._batches} (" in kinds(run)["control"].what
+    assert "so in epochs 1 to 3" in kinds(run)["control"].what
+
+
+def breaking(monkeypatch, at, value=math.nan, part="mse"):
+    """Training in which the calls `at` of a loss are not finite (the epoch has a batch after batch)."""
+    real, calls = getattr(losses, part), []
+
+    def broken(*given):
+        calls.append(1)
+        return real(*given) * (value if len(calls) in at else 1)
+
+    monkeypatch.setattr(losses, part, broken)
+    return calls
+
+
+def test_a_gradient_that_is_not_finite_is_told_with_its_own_step(data, tmp_path, monkeypatch):
+    """The loss is finite and its gradient is not, as that of the square root is at 0."""
+    real, calls = losses.norm, []
+
+    def norm(raw):
+        calls.append(1)
+        return real(raw) + (0 * (raw - raw.detach()).square().sum().sqrt() if len(calls) == 2 else 0)
+
+    monkeypatch.setattr(losses, "norm", norm)
+    with pytest.raises(LVMError, match=r"the gradient's norm is nan at epoch 1, step 2, where the loss was still \d"):
+        list(lvm.train(on(), data, tmp_path / "run"))
+
+
+def test_at_the_last_step_of_an_epoch_gradient_weights_and_validation_are_looked_at(data, tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    last = alarms.Last(0.5, {"mse": 0.5}, torch.tensor(1.0))
+    alarms.finite(1, 4, 1e-3, last, model)
+    with pytest.raises(LVMError, match=r"norm is inf at epoch 1, step 4, where the loss was still 0\.5"):
+        alarms.finite(1, 4, 1e-3, last._replace(norm=torch.tensor(math.inf)), model)
+    with torch.no_grad():
+        model.bias[0] = math.inf
+    with pytest.raises(
+        LVMError, match="1 tensors of the weights, the first bias, are not finite after epoch 1, step 4"
+    ):
+        alarms.finite(1, 4, 1e-3, last, model)
+    told = alarms.broken(2, 9, 1e-3, math.nan, {"mse": 1.0, "lambda_eff": math.nan}, None, model)
+    assert "first term that is not finite is lambda_eff" in str(told) and "since step 8, the first bias" in str(told)
+    real = training.validate
+    monkeypatch.setattr(training, "validate", lambda *a: real(*a) | {"val_loss": math.inf})
+    with pytest.raises(LVMError, match="val_loss is inf after epoch 1, step 3, where the mean loss was still"):
+        list(lvm.train(on(), data, tmp_path / "run"))
+
+
+# What is done at one
+
+
+def test_go_on_is_the_default_and_changes_nothing(data, tmp_path):
+    assert all(lvm.version(name).trouble == "go_on" for name in lvm.known_versions())
+    plain = lvm.train(on(), data, tmp_path / "plain")
+    other = lvm.train(on(trouble={"collapse": "rewind", "broken": "stop"}), data, tmp_path / "other")
+    list(plain), list(other)
+    assert same(weights(plain.folder), weights(other.folder)) and not (plain.folder / "last" / "good.pt").exists()
+    pd.testing.assert_frame_equal(without_times(plain.history), without_times(other.history), check_exact=True)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ("halt", "trouble is 'halt'"),
+        ({"escape": "go on"}, "trouble.escape is 'go on'"),
+        ({"nan": "stop"}, "unknown key 'trouble.nan'"),
+        (3, "trouble is 3"),
+    ],
+)
+def test_actions_are_checked(wrong, words):
+    with pytest.raises(LVMError, match=words):
+        lvm.version("v22", {"trouble": wrong})
+    own = lvm.version("v22", trouble={"escape": "stop"})
+    assert [alarms.action(own, k) for k in alarms.LOOKED_FOR] == ["go_on", "go_on", "go_on", "stop", "go_on"]
+    assert lvm.version("v22", trouble="stop").to_dict()["trouble"] == "stop"
+    assert params.resolved(own.to_dict(), "here").trouble == own.trouble
+
+
+def test_stop_ends_the_run_after_the_epochs_checkpoint(data, tmp_path):
+    own = on("p6", lr=10.0, trouble="stop", epochs=5)
+    run = lvm.train(own, data, tmp_path / "run")
+    rows = list(run)
+    assert len(rows) == len(run) == 1 and run.finished
+    assert run.record["stopped"].startswith("epoch 1: divergence: the loss (mse) is") and run.best is not None
+    again = lvm.train(own, data, tmp_path / "run")
+    assert again.found == "finished" and again.alarms == run.alarms and len(list(again)) == 1
+    only = on("p6", lr=10.0, trouble={"escape": "stop"}, epochs=2)
+    run = lvm.train(only, data, tmp_path / "other")
+    assert len(list(run)) == 2 and "stopped" not in run.record
+
+
+def test_a_broken_step_stops_at_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+    breaking(monkeypatch, {5})  # 3 batches an epoch
+    own = on("p6", trouble="stop")
+    run = lvm.train(own, data, tmp_path / "run")
+    assert (
+        len(list(run)) == 1 and run.finished and run.record["stopped"].startswith("the loss is nan at epoch 2, step 5")
+    )
+    (found,) = run.alarms
+    assert (found.kind, found.epoch, found.step) == ("broken", 2, 5)
+    again = lvm.train(own, data, tmp_path / "run")
+    assert again.found == "finished" and again.alarms == run.alarms
+    assert np.isfinite(training.validate(again.best, data.val)["val_loss"])
+
+
+@pytest.mark.parametrize("trouble", ["stop", "rewind"])
+def test_with_no_epoch_to_end_with_a_broken_step_is_an_error(data, tmp_path, monkeypatch, trouble):
+    breaking(monkeypatch, set(range(1, 99)))
+    with pytest.raises(LVMError, match="the loss is nan at epoch 1, step 1"):
+        list(lvm.train(on(trouble=trouble), data, tmp_path / "run"))
+    record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert len(record["alarms"]) == (3 if trouble == "rewind" else 1) and "finished" not in record
+
+
+def test_rewind_trains_a_broken_epoch_anew_and_slower(data, tmp_path, monkeypatch):
+    """Broken once in the second epoch, at its second step: all epochs have a row, none a NaN where others have none."""
+    breaking(monkeypatch, {5})
+    run = lvm.train(on("p6", trouble="rewind", epochs=4), data, tmp_path / "run")
+    list(run)
+    plain = lvm.train(on("p6", epochs=4), data, tmp_path / "plain")
+    list(plain)
+    assert run.history["epoch"].tolist() == [1, 2, 3, 4] and run.history["rewound"].tolist() == [0, 1, 0, 0]
+    assert run.history["learning_rate"].tolist() == [5e-4, 2.5e-4, 2.5e-4, 2.5e-4]
+    pd.testing.assert_frame_equal(run.history.isna(), plain.history.isna())
+    assert run.steps["step"].tolist() == plain.steps["step"].tolist() and run.steps["loss"].notna().all()
+    pd.testing.assert_frame_equal(without_times(run.history[:1]), without_times(plain.history[:1]), check_exact=True)
+    assert [(a.kind, a.epoch, a.step) for a in run.alarms] == [("broken", 2, 5)] and "stopped" not in run.record
+
+
+def test_rewind_from_the_very_beginning(data, tmp_path):
+    """A learning rate of a million, cooled to one that works: from the first weights, as if it had begun with it."""
+    cool = {"rewind": {"fall": 0.9, "escape": 1.0, "cool": 5e-10, "most": 1}}
+    settings = {"epochs": 2, "batch_size": 8, **cool}
+    run = lvm.train(on("p6", lr=1e6, trouble={"broken": "rewind"}, **settings), data, tmp_path / "run")
+    list(run)
+    plain = lvm.train(on("p6", lr=1e6 * 5e-10, **settings), data, tmp_path / "plain")
+    list(plain)
+    assert [a.kind for a in run.alarms] == ["broken"] and run.history["rewound"].tolist() == [1, 0]
+    assert same(weights(run.folder), weights(plain.folder))
+
+
+def test_rewind_at_an_epochs_end_goes_back_to_the_best_and_ends_after_the_last(data, tmp_path):
+    own = on("p6", lr=10.0, trouble={"divergence": "rewind"}, epochs=6, rewind=None)
+    run = lvm.train(own, data, tmp_path / "run")
+    list(run)
+    assert run.history["learning_rate"].tolist()[:3] == [10.0, 5.0, 2.5]
+    assert run.history["rewound"].tolist()[:3] == [1, 1, 0] and len(run) == 3
+    assert run.record["stopped"].startswith("epoch 3: divergence") and "after 2 rewinds" in run.record["stopped"]
+
+
+def test_a_run_taken_up_again_says_and_does_the_same(data, tmp_path, monkeypatch):
+    """Broken in epoch 2, rewound; killed at the end of each epoch, and in the midst of the one that is trained anew."""
+    own = on(trouble={"broken": "rewind", "collapse": "stop"}, epochs=4, control={"lambda_max": 1e-3})
+    calls = breaking(monkeypatch, {5})
+    whole = lvm.train(own, data, tmp_path / "whole")
+    list(whole)
+    assert {a.kind for a in whole.alarms} == {"broken", "control"}
+    for stop in (1, 2, 3):
+        calls.clear()
+        part = iter(lvm.train(own, data, tmp_path / str(stop)))
+        for _ in range(stop):
+            next(part)
+        part.close()
+        if stop == 1:
+            calls[3:] = []  # what was begun of the second epoch is trained again, and breaks again
+        run = lvm.train(own, data, tmp_path / str(stop))
+        assert run.found == "interrupted"
+        list(run)
+        assert run.alarms == whole.alarms and same(weights(whole.folder), weights(run.folder))
+        pd.testing.assert_frame_equal(without_times(whole.history), without_times(run.history), check_exact=True)
+        assert lvm.open_run(run.folder)[0]["alarms"] == [a._asdict() for a in whole.alarms]
+
+
+def test_the_decision_is_the_first_processs(data, tmp_path, monkeypatch):
+    """A process that sees other numbers does what the first one tells."""
+
+    class Second(parallel.Team):
+        def from_first(self, make):
+            asked = make()
+            return ("stop", "told by the first") if asked == ("go_on", "") else asked
+
+    run = lvm.train(on(trouble={"escape": "stop"}), data, tmp_path / "run", team=Second())
+    assert len(list(run)) == 1 and run.record["stopped"] == "epoch 1: told by the first"
+
+
+# What is kept
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "x",
+        [1],
+        [{"epoch": 1}],
+        [{"epoch": "1", "step": 2, "kind": "broken", "what": "", "do": ""}],
+        [{"epoch": 1, "step": 2, "kind": "broken", "what": ["x"], "do": ""}],
+    ],
+)
+def test_damaged_alarms_are_named(data, tmp_path, content):
+    run = lvm.train(on(epochs=1), data, tmp_path / "run")
+    list(run)
+    record = yaml.safe_load((run.folder / "run.yaml").read_text())
+    (run.folder / "run.yaml").write_text(yaml.safe_dump(record | {"alarms": content}))
+    with pytest.raises(LVMError, match=r"run\.yaml: `alarms` cannot be read"):
+        _ = lvm.train(on(epochs=1), data, tmp_path / "run").alarms
+
+
+def test_data_other_than_at_training_time_are_told(data, tmp_path):
+    own = on(epochs=1)
+    list(lvm.train(own, data, tmp_path / "run"))
+    with pytest.raises(LVMError, match=r"dataset\.fingerprint.*The data are not what it was trained on") as e:
+        lvm.train(own, make_data(seed=1), tmp_path / "run")
+    assert data.store.fingerprint[:16] in str(e.value) and "fresh" in str(e.value)
+
+
+def test_short_words_for_the_verdict():
+    found = [alarms.Alarm(2, 5, "broken", "w", "d"), alarms.Alarm(3, 12, "collapse", "w", "d")]
+    assert alarms.short(found) == "broken at epoch 2, step 5; collapse from epoch 3, step 12 on"
+    assert alarms.short([]) == ""
