@@ -45,6 +45,7 @@ def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
         except papermill.PapermillExecutionError as e:
             print(f"{e.ename}: {e.evalue}\nFailed; the notebook as far as it came: {shown}", file=sys.stderr)
             return 1
+        os.fsync(lock.fileno())
         os.replace(partial, output)
         for gpu in held:
             gpu.close()
