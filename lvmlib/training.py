@@ -36,6 +36,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -330,7 +331,11 @@ def _held(folder: Path) -> Iterator[None]:
 
 def _read_table(path: Path) -> pd.DataFrame:
     """A table of numbers, to the last bit as it was written (pandas' own parser may miss that one)."""
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False).map(lambda cell: float(cell) if cell else math.nan)
+    text = path.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        raise ValueError(f"{path.name} is cut off")
+    frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    frame = frame.map(lambda cell: float(cell) if cell else math.nan)
     return frame.astype({c: int for c in ("epoch", "step", "skip", "skips") if c in frame})
 
 
@@ -355,6 +360,7 @@ class Run:
         self._state: dict | None = None  # what resuming needs, where something is to be resumed
         self.found = "new"  # or "interrupted", "finished": what stood in the folder
         self.rates: list[float] = []  # windows a second of each epoch trained here, without validation and files
+        self._behind = False  # whether the tables in the folder lack epochs that its state has
         self._look()
 
     @property
@@ -367,7 +373,7 @@ class Run:
 
     def __iter__(self) -> Iterator[dict]:
         """The rows so far, then those of the epochs to come. A loop that this process began before ends with that."""
-        if self.finished and "finished" in self.record:
+        if self.finished and "finished" in self.record and not self._behind:
             return iter(self.history.to_dict("records"))
         _end_loop(self.folder)
         loop = _LOOPS[self.folder.resolve()] = self._loop()
@@ -378,7 +384,7 @@ class Run:
             self._look()  # another process may have been here, or this one's own loop, which was interrupted
             self.team.from_first(self._check)
             if self.finished or self.group is None:
-                if len(self.history) and "finished" not in self.record:
+                if self._behind or (len(self.history) and "finished" not in self.record):
                     self._write_tables()  # killed between the state and the tables, or before the last file
                 yield from self.history.to_dict("records")
                 if not self.finished:
@@ -420,12 +426,14 @@ class Run:
 
     def _look(self) -> None:
         """What stands in the folder, as the first process sees it; nothing is written."""
-        self.record, self._state, self.found = copy.deepcopy(self.own), None, "new"
+        self.record, self._state, self.found, self._behind = copy.deepcopy(self.own), None, "new", False
         self.history, self.steps = self.history[:0], self.steps[:0]
         if self.team.first and (self.folder / "run.yaml").exists():
             self._reopen()
-        found = self.team.from_first(lambda: (self.record, self.history, self.steps, self._state, self.found))
-        self.record, self.history, self.steps, self._state, self.found = found
+        found = self.team.from_first(
+            lambda: (self.record, self.history, self.steps, self._state, self.found, self._behind)
+        )
+        self.record, self.history, self.steps, self._state, self.found, self._behind = found
 
     def _reopen(self) -> None:
         """Take up what stands in the folder, or refuse it."""
@@ -444,6 +452,7 @@ class Run:
             self._state = self._load_state()
             self.history = pd.DataFrame(json.loads(self._state["history"]), columns=EPOCH_COLUMNS)
             self.steps = pd.DataFrame(json.loads(self._state["steps"]), columns=STEP_COLUMNS)
+            self._behind = len(epochs) != len(self.history)
             if self._state.get("stopped"):
                 self.record["stopped"] = self._state["stopped"]
         self.found = "finished" if self.finished else "interrupted"
@@ -682,14 +691,14 @@ class Run:
         self._write("epochs.csv", lambda p: self.history.to_csv(p, index=False))
         self._write("steps.csv", lambda p: self.steps.to_csv(p, index=False))
         record = dict(self.record)
-        if self.finished:
+        if self.finished and "finished" not in record:
             record["finished"] = {
                 "training_seconds": round(float(self.history["seconds"].sum()), 3),
                 "peak_memory_mib": round(peak_memory_mib()),
             }
         text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
         self._write("run.yaml", lambda p: p.write_text(text, encoding="utf-8"))
-        self.record = record  # finished when the folder says so
+        self.record, self._behind = record, False  # finished when the folder says so
 
     def _groups(self, model) -> list[dict]:
         """The model's parameters as AdamW takes them: which of them decay."""
