@@ -93,8 +93,8 @@ def export(run: Run | str | os.PathLike, folder: str | os.PathLike, report: Repo
     record, epochs, _ = open_run(source)
     if "finished" not in record:
         raise LVMError(f"{source}: this run is not finished; train it to its end, then export it")
-    check_best(source, record, epochs)
     weights = _tensors(source / "best.safetensors")
+    check_best(source, record, epochs)
     try:
         parameters, dataset = record["parameters"], record["dataset"]
         config = Config(

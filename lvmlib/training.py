@@ -444,15 +444,15 @@ class Run:
                 "apart with run_name, or set `fresh` to move the old folder aside"
             )
         self.record, self.history, self.steps = record, epochs, steps
-        if not self.finished:
+        if not (self.finished and "finished" in record):
             self.history, self.steps = epochs[:0], steps[:0]
             if not (self.folder / "last" / "state.pt").exists():
                 return  # nothing to go on from: as new
-            # Killed between the state and the tables, the tables lag an epoch behind: the state is the truth.
+            # Killed between the state and the tables, one or both lag an epoch behind: the state is the truth.
             self._state = self._load_state()
             self.history = pd.DataFrame(json.loads(self._state["history"]), columns=EPOCH_COLUMNS)
             self.steps = pd.DataFrame(json.loads(self._state["steps"]), columns=STEP_COLUMNS)
-            self._behind = len(epochs) != len(self.history)
+            self._behind = (len(epochs), len(steps)) != (len(self.history), len(self.steps))
             if self._state.get("stopped"):
                 self.record["stopped"] = self._state["stopped"]
         self.found = "finished" if self.finished else "interrupted"
@@ -626,14 +626,10 @@ class Run:
 
     def _write_best(self, model, epoch: int) -> None:
         weights = {k: t.contiguous() for k, t in model.state_dict().items()}
+        # By way of memory: its save_file writes to a name of its own beside, which a kill would leave there.
         # One key: safetensors writes several in any order, and the same run would not give the same bytes.
         said = {"lvmlib": json.dumps({"identity": self.record.get("identity", ""), "epoch": epoch})}
-
-        def write(partial: Path) -> None:
-            safetensors.torch.save_file(weights, partial, said)
-            partial.chmod(0o644)  # safetensors makes it the owner's alone
-
-        self._write("best.safetensors", write)
+        self._write("best.safetensors", lambda p: p.write_bytes(safetensors.torch.save(weights, said)))
 
     def _wrong(self, escape: float, lowest: float, novel_mrr: float, peak: float) -> str:
         """What the escape guard finds wrong with an epoch; empty where nothing is, or no guard.

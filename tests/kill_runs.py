@@ -205,9 +205,7 @@ def campaign(
     todo: list[Job], kills: int, seed: int, place: Path
 ) -> tuple[list[Kill], dict[tuple[str, int], list[str]]]:
     """`kills` kills, job by job: each kill, and for each trial (job, number) where its end differs from the whole's."""
-    rng, found, ends = np.random.default_rng(seed), [], {}
-    training.WAIT = 2.0
-    whole = {}
+    rng, found, ends, whole = np.random.default_rng(seed), [], {}, {}
     for job in todo:
         usual = timed(job, place / "whole" / job.name)
         whole[job.name] = usual, job.end(place / "whole" / job.name)
@@ -227,6 +225,7 @@ def campaign(
 
 def main(kills: int = 30, seed: int = 0) -> int:
     torch.set_num_threads(1)
+    training.WAIT, training.commit = 2.0, lambda: "a commit"  # whoever edits meanwhile changes nothing
     with tempfile.TemporaryDirectory(prefix="lvm-kills-") as place:
         begun = time.monotonic()
         todo = jobs(Path(place))

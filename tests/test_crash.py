@@ -43,6 +43,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(training, "WAIT", 0.3)
+    monkeypatch.setattr(training, "commit", lambda: "a commit")  # whoever edits meanwhile changes nothing
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,9 @@ def data():
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """The end of an undisturbed run."""
-    return undisturbed(version(), data, tmp_path_factory.mktemp("whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "commit", lambda: "a commit")
+        return undisturbed(version(), data, tmp_path_factory.mktemp("whole"))
 
 
 def undisturbed(own, data, place):
@@ -94,6 +97,30 @@ def test_the_comparison_of_ends_sees_a_difference(data, whole, tmp_path):
     found = unlike(whole, other)
     for part in ("/best.safetensors", "/state.pt/model/", "/epochs.csv", "/steps.csv", "/run.yaml/parameters/seed"):
         assert any(x.startswith(part) for x in found), part
+
+
+def test_killed_before_any_write_it_goes_on_to_the_same_end(data, whole, tmp_path, monkeypatch):
+    """Each file of a run in turn is the first that does not appear."""
+    real, writes = os.replace, []
+
+    def replace(a, b):
+        writes.append(b)
+        if len(writes) == at:
+            raise KeyboardInterrupt
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for number in range(1, 40):
+        at = number
+        writes.clear()
+        try:
+            list(lvm.train(version(), data, tmp_path / f"{number}" / "run"))
+        except KeyboardInterrupt:
+            folder, at = tmp_path / f"{number}" / "run", 0
+            goes_on(folder, data, whole)
+        else:
+            break
+    assert 15 < len(writes) < 30
 
 
 # Interrupted and gone on with
@@ -153,14 +180,13 @@ def test_an_abandoned_loop_holds_nothing(data, tmp_path):
 
 def test_what_goes_on_under_another_commit_is_recorded(data, whole, tmp_path, monkeypatch):
     folder = begun(data, tmp_path)
-    real = training.commit()
     monkeypatch.setattr(training, "commit", lambda: "another")
     begun(data, tmp_path, 2)
     begun(data, tmp_path, 2)
-    monkeypatch.undo()
+    monkeypatch.setattr(training, "commit", lambda: "a commit")
     list(lvm.train(version(), data, folder))
     record, _, _ = lvm.open_run(folder)
-    assert record["continued"] == [{"epoch": 2, "commit": "another"}, {"epoch": 3, "commit": real}]
+    assert record["continued"] == [{"epoch": 2, "commit": "another"}, {"epoch": 3, "commit": "a commit"}]
     assert unlike(trained(folder)["state.pt"], whole["state.pt"]) == []
     assert lvm.train(version(), data, folder).found == "finished" and "continued" not in whole["run.yaml"]
 
@@ -316,7 +342,7 @@ def test_what_the_system_refuses_is_told(data, whole, tmp_path, monkeypatch, num
     with pytest.raises(LVMError, match=rf"last/state\.pt: cannot be written: {words}"):
         list(lvm.train(version(), data, folder))
     assert not list(tmp_path.rglob("*.partial"))
-    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", real)
     goes_on(folder, data, whole)
 
 
