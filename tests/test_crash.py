@@ -3,7 +3,6 @@ that change. What the researcher is told, and that the last checkpoint goes on t
 
 import contextlib
 import errno
-import importlib.util
 import os
 import shutil
 import signal
@@ -83,10 +82,9 @@ def goes_on(folder, data, whole, own=None):
 
 
 def test_kills_at_random_moments_change_nothing(tmp_path):
-    """A small form of kill_runs.py: training with rewinds, with its 5CAT, and encoding where its extra is there."""
-    extra = all(importlib.util.find_spec(p) for p in ("sentence_transformers", "sentencex", "datasketch", "pyarrow"))
-    chosen = ("share, rewinding", "v22 with its 5CAT", "encoding")
-    todo = [job for job in kill_runs.jobs(tmp_path, extra) if job.name in chosen]
+    """A small form of kill_runs.py: training with rewinds, and with its 5CAT (of encoding, see test_encode.py)."""
+    chosen = ("share, rewinding", "v22 with its 5CAT")
+    todo = [job for job in kill_runs.jobs(tmp_path, encoding=False) if job.name in chosen]
     kills, ends = kill_runs.campaign(todo, 4, 5, tmp_path)
     assert len(kills) == 4 and len(ends) > 1
     assert not any(ends.values()), ends
