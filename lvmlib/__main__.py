@@ -138,7 +138,7 @@ def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None,
         executed.unlink(missing_ok=True)
         raise
     if done.returncode:
-        errors = _errors(json.loads(executed.read_text(encoding="utf-8"))) if executed.exists() else []
+        errors = _errors(executed)
         if errors and errors[-1].startswith("LVMError: "):  # says all there is to say
             executed.unlink()
             print(f"\n{errors[-1]}", file=sys.stderr)
@@ -214,7 +214,12 @@ def _given(notebook: Path) -> dict:
         return {}
 
 
-def _errors(notebook: dict) -> list[str]:
+def _errors(executed: Path) -> list[str]:
+    """The errors in an executed notebook; none where papermill was killed while it wrote it, or before."""
+    try:
+        notebook = json.loads(executed.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
     outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
     return [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
 

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from .errors import LVMError, extra
+from .files import sync, write_whole
 from .sources import Document
 
 UNITS = ("paragraph", "sentence", "tokens")
@@ -58,7 +59,7 @@ SHINGLE = 3  # words
 BUCKET = 16  # chunks listed under one band of the signature: what bounds the search in a corpus of templates
 BATCH = 4096  # chunks written to the index at a time
 STAGE_FILES = ("texts.jsonl", "chunks.npy", "documents.csv", "chunked.json")
-WORK_FILES = ("index.sqlite", "rows.bin", "texts.part", "documents.part", "chunks.part", "chunked.part")
+WORK_FILES = ("index.sqlite", "rows.bin", "texts.part", "documents.part", "chunks.part", "chunked.json.partial")
 
 
 @dataclass(frozen=True)
@@ -356,9 +357,9 @@ def write_chunks(
             database.execute("BEGIN")
             _read(documents, folder, asked, database, counts, progress)
             _drop(folder, database, near_duplicates or 0, boilerplate or 0, counts, progress)
-        with open(folder / "chunked.part", "w", encoding="utf-8") as file:
-            json.dump(dict(counts), file, indent=1, ensure_ascii=False)
-        os.replace(folder / "chunked.part", folder / "chunked.json")
+        sync(folder)  # before the file that says that they are whole
+        text = json.dumps(dict(counts), indent=1, ensure_ascii=False)
+        write_whole(folder / "chunked.json", lambda partial: partial.write_text(text, encoding="utf-8"))
     except (OSError, sqlite3.Error) as e:
         raise LVMError(f"{folder}: the chunks cannot be written there ({e}); free some room, or name another") from e
 

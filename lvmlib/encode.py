@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import importlib
 import inspect
@@ -27,7 +26,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -45,7 +43,7 @@ from tqdm import tqdm
 from . import chunking, encoders, ready, sources, splits
 from . import vectors as store_format
 from .errors import LVMError, said
-from .files import write_whole
+from .files import hold, sync, write_whole
 from .params import ROOT, outputs
 from .training import pick_device, watched
 from .vectors import Store
@@ -246,7 +244,7 @@ def _reused(out: Path, work: Path, recipe: dict, either: set[str]) -> Store:
         raise LVMError(
             f"{out}: is a store of other making ({differing}); name another folder, or set it aside with {FRESH}"
         )
-    if (work / "lock").exists():  # killed between the rename and the end
+    if work.exists():  # ended between the rename and the end
         with contextlib.suppress(LVMError), _locked(work):
             if (work / "build.yaml").exists() and not _differing(_begun(work)["recipe"], theirs):
                 _clear(work)
@@ -280,37 +278,13 @@ def _rename(path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """The work folder, held by this process alone. The lock is the system's: it ends with the process, however that
-    ends. Raises LVMError, naming the holder, if there is one."""
-    while True:
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            file = open(work / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
-        except FileNotFoundError:  # its holder has just finished, and cleared up
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise LVMError(f"{work}: {holder} is building there; wait for it, or stop it") from None
-        except OSError:
-            pass  # a file system that has no locks
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(work / "lock")):
-                break
-        file.close()
+    """The work folder, held by this process alone. Raises LVMError, naming the holder, if there is one."""
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+        with hold(work / "lock", lambda holder: f"{work}: {holder} is building there; wait for it, or stop it"):
+            yield
     finally:
-        with contextlib.suppress(OSError):  # nothing was begun, and nobody else has come since
-            if os.listdir(work) == ["lock"] and os.path.samestat(os.fstat(file.fileno()), os.stat(work / "lock")):
-                shutil.rmtree(work)
-        file.close()
+        with contextlib.suppress(OSError):  # not empty: something was begun, or somebody else has come since
+            work.rmdir()
 
 
 def _begun(work: Path) -> dict:
@@ -346,13 +320,7 @@ def _begin(work: Path, recipe: dict, shard: int) -> int:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """As `write_whole`; on failure the piece that was written is taken away, since it may be what filled the disk."""
-    try:
-        write_whole(path, write)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            path.with_name(path.name + ".partial").unlink(missing_ok=True)
-        raise
+    write_whole(path, write, "what is done stays, and is gone on with")
 
 
 class _Progress:
@@ -412,7 +380,6 @@ def _cut(asked: SimpleNamespace, folder: Path, recipe: dict, model: encoders.Enc
         counts=counts,
         progress=progress.reading,
     )
-    _sync(folder)
 
 
 def _chunks(folder: Path) -> tuple[np.ndarray, Sequence[str], pd.DataFrame, dict]:
@@ -423,16 +390,6 @@ def _chunks(folder: Path) -> tuple[np.ndarray, Sequence[str], pd.DataFrame, dict
     if not len(chunks) or len(documents) != chunks[-1, 0] + 1:
         raise ValueError("tables that do not agree")
     return chunks, store_format.Texts(folder / "texts.jsonl", len(chunks)), documents, counts
-
-
-def _sync(folder: Path, files: bool = True) -> None:
-    """Wait until a folder's files, and their names, are on the disk."""
-    for path in [*(folder.iterdir() if files else []), folder]:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
 
 
 def _encoded(asked: SimpleNamespace, work: Path, recipe: dict, shard: int, progress: _Progress) -> _Made:
@@ -549,7 +506,7 @@ def _grouped(asked: SimpleNamespace, work: Path, recipe: dict, _shard: int, prog
         blocks = ready.vector_rows(asked.source, **_rows(asked, recipe), **columns, counts=counts)
         titles, origins = ready.group_rows(_told(blocks, progress), folder, counts)
         splits.check_articles(np.bincount(np.load(folder / "chunks.npy")[:, 0]), recipe["ood"], origins)
-        _sync(folder)
+        sync(folder)
         content = json.dumps({"counts": counts, "titles": titles, "sources": origins})
         _write(done, lambda p: Path(p).write_text(content, encoding="utf-8"))
     kept, lengths = json.loads(done.read_text(encoding="utf-8")), {}
@@ -589,9 +546,9 @@ def _put_together(work: Path, out: Path, recipe: dict, kind: str, made: _Made) -
     kept = store_format.Texts(texts, len(chunks)) if texts.exists() else None
     sheet = datasheet(recipe, kind, made, vectors.shape[1], chunks[:, 0], split, kept)
     store_format.seal(folder, recipe["name"], articles, sheet)
-    _sync(folder)
+    sync(folder)
     folder.rename(out)
-    _sync(out.parent, files=False)
+    sync(out.parent, files=False)
 
 
 def _join(parts: list[Path], count: int, path: Path) -> None:

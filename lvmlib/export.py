@@ -40,7 +40,7 @@ from . import models
 from .errors import LVMError, extra, said
 from .files import write_whole
 from .fivecat import INSTRUMENT, Report
-from .training import Run, open_run, pick_device
+from .training import Run, check_best, open_run, pick_device
 from .vectors import DIRECTIONS, writing
 from .verdict import reading, verdict
 
@@ -90,10 +90,11 @@ def export(run: Run | str | os.PathLike, folder: str | os.PathLike, report: Repo
     `folder` exists, if the run is unfinished or cannot be read, and for a report that another instrument wrote.
     """
     source = run.folder if isinstance(run, Run) else Path(run)
-    record, _, _ = open_run(source)
+    record, epochs, _ = open_run(source)
     if "finished" not in record:
         raise LVMError(f"{source}: this run is not finished; train it to its end, then export it")
     weights = _tensors(source / "best.safetensors")
+    check_best(source, record, epochs)
     try:
         parameters, dataset = record["parameters"], record["dataset"]
         config = Config(

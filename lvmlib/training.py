@@ -6,7 +6,8 @@
 
 The folder, `outputs/<dataset>/<version>/seed<k>/`:
 
-    run.yaml            parameters, dataset fingerprint, library versions, commit; when finished: time and memory
+    run.yaml            parameters, dataset fingerprint, library versions, commit; when finished: time and memory;
+                        `continued`: from which epoch on other versions or another commit went on
     steps.csv           a row every `log_every` steps, the first and the last
     epochs.csv          a row an epoch
     best.safetensors    weights of the best epoch on validation, by what `select` names; of a constrained version
@@ -25,13 +26,20 @@ What goes wrong is told by `run.alarms`, and by `alarms` in run.yaml (see `alarm
 goes back in the same way, one whose is stop ends.
 
 A file appears whole or not at all. The epoch's random stream and data order depend on seed and epoch alone,
-so a run resumed at an epoch's end goes on to the same weights, bit for bit on the same machine.
+so a run resumed at an epoch's end goes on to the same weights, bit for bit on the same machine. Checkpoints carry the
+run's `identity` and their epoch: those of another run are refused.
+
+While a run is trained, `<folder>.lock` beside its folder is held by the process that does: a second one is told who it
+is. Reading needs no lock. A loop that was interrupted goes on when it is started anew, on the same `Run`, too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import hashlib
+import io
 import json
 import math
 import os
@@ -40,6 +48,7 @@ import resource
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -52,11 +61,11 @@ import yaml
 
 from . import alarms, controller, fingerprint, losses, lowering, models, parallel
 from .errors import LVMError
-from .files import write_whole
+from .files import hold, told, write_whole
 from .health import Moments
 from .params import ROOT, Control, Version, data_name, flat, outputs
 from .retrieval import Articles, among_context
-from .vectors import DIRECTIONS, Dataset, Windows
+from .vectors import DIRECTIONS, Dataset, Windows, check_unchanged
 
 PULLS = (
     "pull_mse",
@@ -144,6 +153,10 @@ EARLIER |= {"losses.energy.weight": 0.0, "losses.energy.samples": 8, "trouble": 
 # Words, figures to compare with, and where it is computed make no other run. The precision that was used does.
 NOT_COMPARED = ("about", "expected", "published", "device", "precision")
 EVALUATION_BATCH = 512
+GOOD = ("model", "optimizer", "plateau")  # what the checkpoints hold, without what the first ones did not
+STATE = (*GOOD, "best", "history", "steps")
+KEPT = "the last checkpoint is intact"
+WAIT = 10.0  # seconds: a notebook's kernel lives on for a moment when its parent is killed
 FEASIBLE = 0.01  # a bound missed by so little in an epoch's mean counts as kept: batches scatter about it
 
 
@@ -180,7 +193,8 @@ def train(
     """The run of `version` on `data` in folder `out` (default: `run_folder`). Iterating over it trains.
 
     A finished run of the same parameters and data is reused, an interrupted one resumed. One with others is
-    refused (LVMError names the differing keys). `fresh` moves the old folder aside, to NAME.old-1 and so on.
+    refused (LVMError names the differing keys), and so is, once it is iterated over, one that another process trains.
+    `fresh` moves the old folder aside, to NAME.old-1 and so on.
 
     `devices` on each of `nodes` hosts share each batch, by processes of their own, which open the data anew by its
     name in the version (see `parallel`, extra `parallel`); `strategy`: auto or ddp. `team`: this process's place among
@@ -194,9 +208,11 @@ def train(
         )
     folder = Path(out) if out is not None else run_folder(version)
     if fresh and (folder / "run.yaml").exists():
-        folder.rename(
-            next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
-        )
+        _end_loop(folder)
+        with _held(folder), told(folder):
+            folder.rename(
+                next(p for i in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+            )
     return Run(version, data, folder, team, group)
 
 
@@ -230,25 +246,103 @@ def dataset_record(data: Dataset) -> dict:
 
 def differences(ours: dict, theirs: dict) -> list[str]:
     """In what the records (run.yaml) of two runs differ that makes them different runs, in words."""
-    ours, theirs = (
-        {
-            **EARLIER,
-            **flat(r["parameters"]),
-            **flat(r.get("dataset", {}), "dataset."),
-            "computed.precision": r.get("computed", {}).get("precision"),
-        }
-        for r in (ours, theirs)
-    )
+    ours, theirs = EARLIER | _compared(ours), EARLIER | _compared(theirs)
     return [
         f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
         for k in {**theirs, **ours}
-        if theirs.get(k) != ours.get(k) and not k.startswith(NOT_COMPARED)
+        if theirs.get(k) != ours.get(k)
     ]
+
+
+def identity(record: dict) -> str:
+    """What tells a run's checkpoints from all others': a hash of what `differences` compares in its run.yaml.
+
+    It is taken once, when the run begins, and kept in run.yaml: parameters that come to be later do not change it.
+    """
+    said = json.dumps(_compared(record), sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _compared(record: dict) -> dict:
+    values = {
+        **flat(record["parameters"]),
+        **flat(record.get("dataset", {}), "dataset."),
+        "computed.precision": record.get("computed", {}).get("precision"),
+    }
+    return {k: value for k, value in values.items() if not k.startswith(NOT_COMPARED)}
+
+
+def best_epoch(parameters: dict, epochs: pd.DataFrame) -> int:
+    """The epoch whose weights best.safetensors holds, by the table of epochs; 0 where there is none."""
+    select = parameters.get("select", EARLIER["select"])
+    constrained = parameters["control"].get("constraint")
+    best, found = (math.inf, math.inf), 0
+    for row in epochs.to_dict("records"):
+        score = -row["novel_mrr"] if select == "novel_mrr" else row[select]
+        missed = max(0.0, row["directional"] - FEASIBLE) if constrained else 0.0
+        if (missed, score) < best:
+            best, found = (missed, score), int(row["epoch"])
+    return found
+
+
+def check_best(folder: Path, record: dict, epochs: pd.DataFrame) -> None:
+    """Raise LVMError unless best.safetensors is whole and of this run, as run.yaml and the table of epochs tell.
+
+    Of a run from before checkpoints carried an identity, only that it is whole.
+    """
+    path = folder / "best.safetensors"
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            said = json.loads((file.metadata() or {}).get("lvmlib", "{}"))
+        if "identity" not in record:
+            return
+        if said.get("identity") != record["identity"]:
+            raise ValueError("it is of another run")
+        wanted = best_epoch(record["parameters"], epochs)
+        # Killed before the state of its epoch was written, it is ahead: that epoch is trained again, to the same.
+        ahead = "finished" not in record and said["epoch"] > len(epochs)
+        if said["epoch"] != wanted and not ahead:
+            raise ValueError(f"it is of epoch {said['epoch']}; the best one by epochs.csv is {wanted}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
+        raise _not_the_weights(path, e) from e
+
+
+def _not_the_weights(path: Path, e: Exception) -> LVMError:
+    why = f"{e}" if type(e) is ValueError else f"{type(e).__name__}: {e}"
+    return LVMError(f"{path}: not the weights of this run ({why}); train anew with `fresh`, or restore the file")
+
+
+_LOOPS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # folder → the loop that trains in it here
+
+
+def _end_loop(folder: Path) -> None:
+    """End the loop of this process that was left standing in `folder`, if there is one."""
+    loop = _LOOPS.pop(folder.resolve(), None)
+    try:
+        if loop is not None:
+            loop.close()
+    except ValueError as e:  # it is running
+        raise LVMError(f"{folder} is being trained by another thread of this process; wait for it") from e
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """A run's folder, held by this process alone; see `files.hold`."""
+
+    def refused(holder: str) -> str:
+        return f"{folder} is being trained by {holder}; wait for it, stop it, or name this run apart with run_name"
+
+    with hold(folder.with_name(folder.name + ".lock"), refused, WAIT):
+        yield
 
 
 def _read_table(path: Path) -> pd.DataFrame:
     """A table of numbers, to the last bit as it was written (pandas' own parser may miss that one)."""
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False).map(lambda cell: float(cell) if cell else math.nan)
+    text = path.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        raise ValueError(f"{path.name} is cut off")
+    frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    frame = frame.map(lambda cell: float(cell) if cell else math.nan)
     return frame.astype({c: int for c in ("epoch", "step", "skip", "skips") if c in frame})
 
 
@@ -269,15 +363,13 @@ class Run:
         self.precision = pick_precision(version.precision, self.device)
         self.history = pd.DataFrame(columns=EPOCH_COLUMNS)
         self.steps = pd.DataFrame(columns=STEP_COLUMNS)
-        self.record = self._record()
+        self.own = self._record()  # what a new run's record begins with
         self._state: dict | None = None  # what resuming needs, where something is to be resumed
         self.found = "new"  # or "interrupted", "finished": what stood in the folder
         self._truth: dict[str, float] | None = None  # spread of the validation targets
         self.rates: list[float] = []  # windows a second of each epoch trained here, without validation and files
-        if team.first and (folder / "run.yaml").exists():
-            self._reopen()
-        found = team.from_first(lambda: (self.record, self.history, self.steps, self._state, self.found))
-        self.record, self.history, self.steps, self._state, self.found = found
+        self._behind = False  # whether the tables in the folder lack epochs that its state has
+        self._look()
 
     @property
     def finished(self) -> bool:
@@ -288,26 +380,47 @@ class Run:
         return len(self.history) if self.finished else self.version.epochs
 
     def __iter__(self) -> Iterator[dict]:
-        yield from self.history.to_dict("records")
-        if not self.finished:
-            yield from self._train() if self.group is None else self._launched()
+        """The rows so far, then those of the epochs to come. A loop that this process began before ends with that."""
+        if self.finished and "finished" in self.record and not self._behind:
+            return iter(self.history.to_dict("records"))
+        _end_loop(self.folder)
+        loop = _LOOPS[self.folder.resolve()] = self._loop()
+        return loop
+
+    def _loop(self) -> Iterator[dict]:
+        with _held(self.folder) if self.team.first else contextlib.nullcontext():
+            self._look()  # another process may have been here, or this one's own loop, which was interrupted
+            self.team.from_first(self._check)
+            if self.finished or self.group is None:
+                if self._behind or (len(self.history) and "finished" not in self.record):
+                    self._write_tables()  # killed between the state and the tables, or before the last file
+                yield from self.history.to_dict("records")
+                if not self.finished:
+                    yield from self._train()
+                return
+            self._prepare()
+        yield from self._launched()  # in processes of which the first holds the folder
+
+    def _check(self) -> None:
+        """Raises LVMError where what the run goes on from, or trains on, is not what it was."""
+        check_unchanged(self.data.store)
+        if best_epoch(self.record["parameters"], self.history):
+            check_best(self.folder, self.record, self.history)
 
     @property
     def best(self) -> models.Predictor:
         """The checkpoint that is best by the version's `select`, in eval mode on the run's device."""
         model = models.build(self.version.model, self.data.store.dim, self.version.context_length)
         path = self.folder / "best.safetensors"
+        check_best(self.folder, self.record, self.history)
         try:
             model.load_state_dict(safetensors.torch.load_file(path))
         except (OSError, RuntimeError, safetensors.SafetensorError) as e:
-            raise LVMError(
-                f"{path}: not the weights of this run ({type(e).__name__}: {e}); train anew with "
-                "`fresh`, or restore the file"
-            ) from e
+            raise _not_the_weights(path, e) from e
         return model.to(self.device).eval()
 
     def _record(self) -> dict:
-        return {
+        record = {
             "parameters": self.version.to_dict(),
             "dataset": dataset_record(self.data),
             "computed": {"device": str(self.device), "precision": self.precision, "threads": torch.get_num_threads()},
@@ -318,43 +431,59 @@ class Run:
                 **{p: metadata.version(p) for p in ("torch", "numpy", "pandas", "safetensors")},
             },
         }
+        return {**record, "identity": identity(record)}
+
+    def _look(self) -> None:
+        """What stands in the folder, as the first process sees it; nothing is written."""
+        self.record, self._state, self.found, self._behind = copy.deepcopy(self.own), None, "new", False
+        self.history, self.steps = self.history[:0], self.steps[:0]
+        if self.team.first and (self.folder / "run.yaml").exists():
+            self._reopen()
+        found = self.team.from_first(
+            lambda: (self.record, self.history, self.steps, self._state, self.found, self._behind)
+        )
+        self.record, self.history, self.steps, self._state, self.found, self._behind = found
 
     def _reopen(self) -> None:
         """Take up what stands in the folder, or refuse it."""
         record, epochs, steps = open_run(self.folder)
-        if differing := differences(self.record, record):
+        if differing := differences(self.own, record):
             raise LVMError(
                 f"{self.folder}: holds a run with other parameters ({'; '.join(differing)}). "
                 + "The data are not what it was trained on. " * any("dataset.fingerprint" in d for d in differing)
                 + "Name this one apart with run_name, or set `fresh` to move the old folder aside"
             )
         self.record, self.history, self.steps = record, epochs, steps
-        if not self.finished:
+        if not (self.finished and "finished" in record):
             self.history, self.steps = epochs[:0], steps[:0]
             if not (self.folder / "last" / "state.pt").exists():
                 return  # nothing to go on from: as new
-            # Killed between the state and the tables, the tables lag an epoch behind: the state is the truth.
+            # Killed between the state and the tables, one or both lag an epoch behind: the state is the truth.
             self._state = self._load_state()
             self.record["alarms"] = json.loads(self._state.get("broken", "[]"))
             self.history = pd.DataFrame(json.loads(self._state["history"]), columns=EPOCH_COLUMNS)
             self.steps = pd.DataFrame(json.loads(self._state["steps"]), columns=STEP_COLUMNS)
+            self._behind = (len(epochs), len(steps)) != (len(self.history), len(self.steps))
             if self._state.get("stopped"):
                 self.record["stopped"] = self._state["stopped"]
-            self._write_tables()
-        if self.finished and "finished" not in self.record:
-            self._write_tables()  # killed before its last file
         self.found = "finished" if self.finished else "interrupted"
 
-    def _launched(self) -> Iterator[dict]:
-        """Train in other processes; the rows as they appear in the folder."""
-        self._state, known = None, len(self.history)
+    def _prepare(self) -> None:
+        """The folder as other processes need it, who then train in it."""
+        self._state = None
         self.record["parameters"] = self.version.to_dict()  # what they train by
         if self.group.nodes == 1:
             parallel.ready(self.group, self.version.device)
         # Several hosts may be training in it by now: what stands there is theirs to write.
         if self.group.nodes == 1 or not (self.folder / "run.yaml").exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with told(self.folder, KEPT):
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._write_tables()
+
+    def _launched(self) -> Iterator[dict]:
+        """Train in other processes; the rows as they appear in the folder."""
+        yield from self.history.to_dict("records")
+        known = len(self.history)
         if self.group.nodes > 1:
             raise LVMError(
                 f"{self.folder}: prepared, after {known} epochs, for {self.group.nodes} hosts, which this one cannot "
@@ -376,6 +505,7 @@ class Run:
         if self.team.size > 1:  # the record is that of the process that prepared the folder
             self.record["computed"] |= self._record()["computed"]
         changed = parallel.counted(self.record, len(self.history), self.team.size)
+        changed |= self._continued()
         fused = device.type in ("cpu", "cuda")
         with seeded(v.seed, 0):
             model = models.build(v.model, self.data.store.dim, v.context_length).to(device)
@@ -402,11 +532,12 @@ class Run:
             self._state = None
         else:
             if self.team.first:
-                (self.folder / "last").mkdir(parents=True, exist_ok=True)
+                with told(self.folder, KEPT):
+                    (self.folder / "last").mkdir(parents=True, exist_ok=True)
             changed = True
             self.record["alarms"] = []
             if "rewind" in alarms.actions(v):  # what is gone back to before an epoch was good
-                self._write_good(model, optimizer, plateau, scale, memory)
+                self._write_good(model, optimizer, plateau, scale, memory, peak)
         if changed:
             self._write_tables()
         vectors = torch.from_numpy(self.data.store.vectors).to(device)
@@ -433,7 +564,7 @@ class Run:
                 except alarms.Broken as broken:
                     if self._ended(broken, rewinds):
                         return
-                    memory = self._rewind(model, optimizer, plateau, scale)
+                    memory = self._rewind(model, optimizer, plateau, scale, peak)
                     rewinds, again = rewinds + 1, again + 1
             score = -val["novel_mrr"] if v.select == "novel_mrr" else val[v.select]
             plateau.step(score)
@@ -441,14 +572,7 @@ class Run:
             missed = max(0.0, means["directional"] - FEASIBLE) if v.control.constraint else 0.0
             if (missed, score) < (short, best):
                 best, short = score, missed
-                self._write(
-                    "best.safetensors",
-                    lambda p: safetensors.torch.save_file(
-                        {k: t.contiguous() for k, t in model.state_dict().items()}, p
-                    ),
-                )
-                if self.team.first:
-                    (self.folder / "best.safetensors").chmod(0o644)  # safetensors makes it the owner's alone
+                self._write_best(model, epoch)
             temperature = math.exp(-float(scale.detach())) if ranks else math.nan
             lowest = min((past["escape"] for past in history), default=math.inf)
             row = {
@@ -467,15 +591,17 @@ class Run:
             if action == "rewind" and rewinds < alarms.guard(v).most:
                 rewinds += 1
                 row["rewound"] += 1
-                memory = self._rewind(model, optimizer, plateau, scale)
+                memory = self._rewind(model, optimizer, plateau, scale, peak)
             elif action != "go_on":
                 self.record["stopped"] = f"epoch {epoch}: {why}" + f", after {rewinds} rewinds" * (action == "rewind")
             elif (v.rewind or "rewind" in alarms.actions(v)) and val["novel_mrr"] > peak:
                 peak = val["novel_mrr"]
-                self._write_good(model, optimizer, plateau, scale, memory)
+                self._write_good(model, optimizer, plateau, scale, memory, peak)
             row["seconds"] = time.perf_counter() - started
             history.append({c: row[c] for c in EPOCH_COLUMNS})
             state = {
+                "identity": self.record.get("identity", ""),
+                "epoch": epoch,
                 "rewinds": rewinds,
                 "peak": peak,
                 "stopped": self.record.get("stopped", ""),
@@ -502,6 +628,7 @@ class Run:
         val = validate(model, self.data.val, vectors, articles, moments)
         weight = self.version.losses.energy.weight
         val["val_energy"] = energy_score(model, self.data.val, vectors) if weight else math.nan
+        self._check_store()
         if not math.isfinite(val["val_cos"]):
             return val | dict.fromkeys(alarms.FACTS, math.nan)
         if self._truth is None:
@@ -515,6 +642,28 @@ class Run:
             "rank_share": (ours["effective rank"] - 1) / max(theirs["effective rank"] - 1, controller.TINY),
             "variance_share": ours["variance"] / max(theirs["variance"], controller.TINY),
         }
+
+    def _check_store(self) -> None:
+        """Raises LVMError where the store was changed under the run: before anything of this epoch is written."""
+        try:
+            check_unchanged(self.data.store)
+        except LVMError as e:
+            done = len(self.history)
+            raise LVMError(
+                f"{self.folder}: epoch {done + 1} is not kept. {e}. {KEPT.capitalize()} (epoch {done}): restore the "
+                "store and start again, to go on; or train anew on the other one, with `fresh`"
+            ) from e
+
+    def _continued(self) -> bool:
+        """Enter in the record that other software, or another commit, goes on here. True where that is so."""
+        before = dict(self.record.get("software", {}))
+        for entry in self.record.get("continued", []):
+            before |= entry
+        other = {k: x for k, x in self.own["software"].items() if before.get(k) != x}
+        if not len(self.history) or not other:
+            return False
+        self.record.setdefault("continued", []).append({"epoch": len(self.history) + 1, **other})
+        return True
 
     @property
     def alarms(self) -> list[alarms.Alarm]:
@@ -548,7 +697,14 @@ class Run:
     def _write(self, name: str, write) -> None:
         """A file of the folder, whole or not at all; by the first process alone."""
         if self.team.first:
-            write_whole(self.folder / name, write)
+            write_whole(self.folder / name, write, KEPT)
+
+    def _write_best(self, model, epoch: int) -> None:
+        weights = {k: t.contiguous() for k, t in model.state_dict().items()}
+        # By way of memory: its save_file writes to a name of its own beside, which a kill would leave there.
+        # One key: safetensors writes several in any order, and the same run would not give the same bytes.
+        said = {"lvmlib": json.dumps({"identity": self.record.get("identity", ""), "epoch": epoch})}
+        self._write("best.safetensors", lambda p: p.write_bytes(safetensors.torch.save(weights, said)))
 
     def _wrong(self, escape: float, lowest: float, novel_mrr: float, peak: float) -> str:
         """What the escape guard finds wrong with an epoch; empty where nothing is, or no guard.
@@ -563,9 +719,11 @@ class Run:
             return f"the novel MRR is {novel_mrr:.4f}, more than {r.fall:.0%} below its best, {peak:.4f}"
         return ""
 
-    def _write_good(self, model, optimizer, plateau, scale, memory: controller.State) -> None:
+    def _write_good(self, model, optimizer, plateau, scale, memory: controller.State, peak: float) -> None:
         # Before state.pt: killed in between, the epoch is trained again, and the file written again as it was.
         good = {
+            "identity": self.record.get("identity", ""),
+            "peak": peak,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "plateau": plateau.state_dict(),
@@ -574,10 +732,15 @@ class Run:
         }
         self._write("last/good.pt", lambda p: torch.save(good, p))
 
-    def _rewind(self, model, optimizer, plateau, scale) -> controller.State:
+    def _rewind(self, model, optimizer, plateau, scale, peak: float) -> controller.State:
         """All of these as at the end of the best epoch, but the learning rate that of now, cooled down; the
         controller's state then."""
-        good = self.team.from_first(lambda: self._load_state("good.pt"))
+        good = self.team.from_first(lambda: self._load_state("good.pt", GOOD))
+        if good.get("peak", peak) != peak:
+            raise LVMError(
+                f"{self.folder / 'last' / 'good.pt'}: is of another epoch than the best so far; restore the file, or "
+                "train anew with `fresh`"
+            )
         rates = [group["lr"] * alarms.guard(self.version).cool for group in optimizer.param_groups]
         model.load_state_dict(good["model"])
         optimizer.load_state_dict(good["optimizer"])
@@ -599,17 +762,15 @@ class Run:
         self.record["alarms"] = [a._asdict() for a in self.alarms]
         self._write("epochs.csv", lambda p: self.history.to_csv(p, index=False))
         self._write("steps.csv", lambda p: self.steps.to_csv(p, index=False))
-        if self.finished:
-            self.record["finished"] = {
+        record = dict(self.record)
+        if self.finished and "finished" not in record:
+            record["finished"] = {
                 "training_seconds": round(float(self.history["seconds"].sum()), 3),
                 "peak_memory_mib": round(peak_memory_mib()),
             }
-        self._write(
-            "run.yaml",
-            lambda p: Path(p).write_text(
-                yaml.safe_dump(self.record, sort_keys=False, allow_unicode=True), encoding="utf-8"
-            ),
-        )
+        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
+        self._write("run.yaml", lambda p: p.write_text(text, encoding="utf-8"))
+        self.record, self._behind = record, False  # finished when the folder says so
 
     def _groups(self, model) -> list[dict]:
         """The model's parameters as AdamW takes them: which of them decay."""
@@ -739,14 +900,22 @@ class Run:
             memory,
         )
 
-    def _load_state(self, name: str = "state.pt") -> dict:
+    def _load_state(self, name: str = "state.pt", keys: tuple[str, ...] = STATE) -> dict:
         path = self.folder / "last" / name
         try:
             # Of several processes each has another device: to all of them it goes by way of the CPU.
             where = self.device if self.team.size == 1 else "cpu"
-            return torch.load(path, map_location=where, weights_only=True)
+            state = torch.load(path, map_location=where, weights_only=True)
+            missing = [key for key in keys if key not in dict(state)]
         except Exception as e:  # whatever a damaged file makes of torch.load
-            raise LVMError(f"{path}: cannot be read ({type(e).__name__}); train anew with `fresh`") from e
+            raise LVMError(
+                f"{path}: cannot be read ({type(e).__name__}); restore the file, or train anew with `fresh`"
+            ) from e
+        # What a run from before this wrote has no identity, nor has its run.yaml.
+        if missing or state.get("identity", "") != self.record.get("identity", ""):
+            why = f"has no {missing[0]}" if missing else f"is a checkpoint of another run than {self.folder} tells"
+            raise LVMError(f"{path}: {why}; restore the file, or train anew with `fresh`")
+        return state
 
 
 def _stands(decision: controller.Decision, bound: float) -> float:

@@ -40,6 +40,7 @@ import torch
 import yaml
 
 from .errors import LVMError
+from .files import sync, told, write_whole
 from .params import ROOT, Files, files, outputs
 
 SPLITS = ("train", "val", "ood")
@@ -131,7 +132,8 @@ class Store:
 
     `vectors` (M, D); `article`, `position` (M,) int32; `articles`: a frame indexed by article number with
     columns title, split and source (may be empty); `fingerprint`: sha256 over vectors, chunk table, splits, and the
-    given windows where there are any; `texts` (M) if they were kept; `given`: the windows, if the store came with them.
+    given windows where there are any; `texts` (M) if they were kept; `given`: the windows, if the store came with them;
+    `opened`: its folder, and the state of the large files when it was opened; None for one in memory.
     """
 
     name: str
@@ -143,6 +145,7 @@ class Store:
     fingerprint: str
     texts: Sequence[str] | None = None
     given: GivenWindows | None = None
+    opened: tuple[Path, dict] | None = None
 
     @property
     def dim(self) -> int:
@@ -197,12 +200,16 @@ def writing(folder: str | os.PathLike) -> Iterator[Path]:
     folder = Path(folder)
     if folder.exists():
         raise LVMError(f"{folder}: is there already; name a new folder, or move the old one aside")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    with told(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
         yield partial
-        partial.chmod(0o755)  # mkdtemp makes it the owner's alone
-        partial.rename(folder)
+        with told(folder):
+            partial.chmod(0o755)  # mkdtemp makes it the owner's alone
+            sync(partial)
+            partial.rename(folder)
+            sync(folder.parent, files=False)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -283,7 +290,28 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
         fingerprint,
         texts,
         given,
+        (folder.resolve(), found),
     )
+
+
+def check_unchanged(store: Store) -> None:
+    """Raise LVMError if the files of a store are not, or do not say, what they did when it was opened.
+
+    Where size, time of change and inode are the same, nothing is read; else all is, and equal content will do. What is
+    in memory alone never changes.
+    """
+    if store.opened is None or _state(store.opened[0]) == store.opened[1]:
+        return
+    folder = store.opened[0]
+    try:
+        now = open_store(folder).fingerprint
+    except (LVMError, OSError) as e:
+        raise LVMError(f"{folder}: this store was changed or taken away while it was in use ({e})") from e
+    if now != store.fingerprint:
+        raise LVMError(
+            f"{folder}: this store was changed while it was in use: its fingerprint was {store.fingerprint[:16]}, and "
+            f"is {now[:16]} now"
+        )
 
 
 def _state(folder: Path) -> dict:
@@ -315,13 +343,9 @@ def _remember(folder: Path, outcome: dict, began: float) -> None:
     changed = max(stat["mtime_ns"] for stat in outcome["files"].values()) / 1e9
     if changed > began - TICK or _state(folder) != outcome["files"] or EMBEDDED in folder.resolve().parents:
         return
-    partial = folder / f"{CHECKED}.{os.getpid()}"
-    try:
-        partial.write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, folder / CHECKED)
-    except OSError:  # no right to write, a full disk: the next opening checks again
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with contextlib.suppress(LVMError):  # no right to write, a full disk: the next opening checks again
+        text = json.dumps(outcome, indent=1) + "\n"
+        write_whole(folder / CHECKED, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _read_articles(table: bytes, path: Path) -> pd.DataFrame:

@@ -49,6 +49,7 @@ def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
             print(f"{e.ename}: {e.evalue}\nFailed; the notebook as far as it came: {shown}", file=sys.stderr)
             return 1
         fingerprint.stamp(partial, before)
+        os.fsync(lock.fileno())
         os.replace(partial, output)
         for gpu in held:
             gpu.close()

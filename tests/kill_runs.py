@@ -1,0 +1,257 @@
+"""`python tests/kill_runs.py [KILLS] [SEED]`: jobs killed by SIGKILL at random moments, and begun again until they end.
+
+Each job is done once without a kill: its end is what the killed ones must come to, bit for bit but for wall times. A
+kill comes at a moment that is uniform over that job's usual wall time, often several times in a row on the same folder.
+The jobs run in forked processes of one thread, on data made here. tests/test_crash.py does a small form of it.
+"""
+
+import os
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # forked processes cannot use the threads of their parent
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from test_training import guarded, make_data, version
+
+import lvmlib as lvm
+from lvmlib import training
+
+AGAIN = 0.5  # how likely another kill follows on the same folder
+MOST = 4  # kills in one folder
+
+
+class Job(NamedTuple):
+    """Something to do in a folder, which goes on where it was stopped; its end as plain values; how far it is."""
+
+    name: str
+    run: Callable[[Path], None]
+    end: Callable[[Path], dict]
+    reached: Callable[[Path], str]
+
+
+class Kill(NamedTuple):
+    job: str
+    share: float  # of the usual wall time
+    where: str
+    trial: int
+
+
+def trained(folder: Path) -> dict:
+    """All that a run leaves, without wall times, memory, and the process that computed it."""
+    state = torch.load(folder / "last" / "state.pt", weights_only=True)
+    for table in ("history", "steps"):
+        state[table] = [{k: x for k, x in row.items() if k != "seconds"} for row in json.loads(state[table])]
+    record, epochs, steps = lvm.open_run(folder)
+    good = folder / "last" / "good.pt"
+    return {
+        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()),
+        "state.pt": state,
+        "good.pt": torch.load(good, weights_only=True) if good.exists() else None,
+        "best.safetensors": (folder / "best.safetensors").read_bytes(),
+        "epochs.csv": epochs.drop(columns="seconds"),
+        "steps.csv": steps,
+        "run.yaml": {k: x for k, x in record.items() if k != "finished"} | {"finished": list(record["finished"])},
+    }
+
+
+def epochs_reached(folder: Path) -> str:
+    partial = [p.name.removesuffix(".partial") for p in folder.rglob("*.partial")]
+    if partial:
+        return f"writing {partial[0]}"
+    if not (folder / "last" / "state.pt").exists():
+        return "before the first epoch's end" if (folder / "run.yaml").exists() else "before the start"
+    told = len(json.loads(torch.load(folder / "last" / "state.pt", weights_only=True)["history"]))
+    done = "finished" in yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+    return "after the end" if done else f"after epoch {told}"
+
+
+def training_job(name: str, own, data) -> Job:
+    return Job(name, lambda folder: list(lvm.train(own, data, folder / "run")), lambda folder: trained(folder / "run"),
+               lambda folder: epochs_reached(folder / "run"))  # fmt: skip
+
+
+def judging_job(data) -> Job:
+    """As train.ipynb goes: the run, its best checkpoint's 5CAT, fivecat.json."""
+    own = version("v22", epochs=2)
+
+    def run(folder: Path) -> None:
+        run = lvm.train(own, data, folder / "run")
+        list(run)
+        report = lvm.fivecat(run.best, data, lvm.baselines(data.train))
+        report.to_json(run.folder / "fivecat.json", version=own.name, seed=own.seed)
+
+    def reached(folder: Path) -> str:
+        there = epochs_reached(folder / "run")
+        judged = (folder / "run" / "fivecat.json").exists()
+        return "after the end" if judged else "in 5CAT" if there == "after the end" else there
+
+    return Job("v22 with its 5CAT", run,
+               lambda folder: trained(folder / "run") | {"5CAT": (folder / "run" / "fivecat.json").read_bytes()},
+               reached)  # fmt: skip
+
+
+def encoding_job(source: Path) -> Job:
+    import test_encode as T  # needs the extra `encode`
+
+    T.write_folder(source)
+
+    def run(folder: Path) -> None:
+        T.N.find = lambda name: (name, Path("nowhere"), "revision 1")
+        T.N.encoder = lambda n, d, p: T.N.Encoder(n, "revision 1", T.Hashed(), torch.device("cpu"), p)
+        T.make(source, folder / "store")
+
+    def end(folder: Path) -> dict:
+        return {"there": [p.name for p in folder.iterdir()], **T.content(folder / "store")}
+
+    def reached(folder: Path) -> str:
+        work = folder / "store.partial"
+        if not work.exists():
+            return "after the end" if (folder / "store").exists() else "before the start"
+        if list(work.glob("*.partial")):
+            return "writing a shard"
+        if (folder / "store").exists():
+            return "clearing up"
+        shards = len(list(work.glob("shard-*.npz")))
+        return f"after shard {shards}" if shards else "cutting" if (work / "chunks").exists() else "before cutting"
+
+    return Job("encoding", run, end, reached)
+
+
+def jobs(place: Path, encoding: bool = True) -> list[Job]:
+    data = make_data()
+    shared = {"control": {"guard": "none"}}
+    made = [
+        training_job("v22, AMN", version("v22", epochs=4), data),
+        training_job("share, rewinding", guarded(name="share", model="amn", overrides=shared), data),
+        training_job("v22, LSTM (dropout)", version("v22", model="lstm", epochs=4), data),
+        training_job("rank, listwise", version("rank", model="bilinear", epochs=5), data),
+        training_job("bounded, constrained", version("bounded", model="bilinear", epochs=5, log_every=1), data),
+        training_job("energy, sampling", version("energy", model="sampler", epochs=5), data),
+        training_job("margin, bfloat16", version("margin", epochs=4, precision="bfloat16"), data),
+        judging_job(data),
+    ]
+    return made + ([encoding_job(place / "papers")] if encoding else [])
+
+
+def started(job: Job, folder: Path) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            job.run(folder)
+        except BaseException as e:
+            print(f"{job.name}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def timed(job: Job, folder: Path) -> float:
+    """Do the job without a kill: seconds."""
+    folder.mkdir(parents=True)
+    begun = time.monotonic()
+    assert os.waitpid(started(job, folder), 0)[1] == 0, job.name
+    return time.monotonic() - begun
+
+
+def killed(job: Job, folder: Path, usual: float, rng: np.random.Generator, most: int, trial: int) -> Iterator[Kill]:
+    """Begin the job in `folder`, and kill it once or oftener, `most` times at most; then let it end."""
+    folder.mkdir(parents=True)
+    for count in range(1, most + 1):
+        share = rng.uniform()
+        pid = started(job, folder)
+        time.sleep(share * usual)
+        os.kill(pid, signal.SIGKILL)
+        ended = os.waitpid(pid, 0)[1]
+        if ended != signal.SIGKILL:
+            assert ended == 0, f"{job.name}: failed before it was killed"
+            break
+        yield Kill(job.name, share, job.reached(folder), trial)
+        if rng.uniform() > AGAIN or count == most:
+            break
+    assert os.waitpid(started(job, folder), 0)[1] == 0, f"{job.name}: does not go on after a kill"
+
+
+def unlike(ours, theirs, at: str = "") -> list[str]:
+    """Where two ends differ."""
+    if type(ours) is not type(theirs):
+        return [at]
+    if isinstance(ours, dict):
+        keys = ours.keys() | theirs.keys()
+        return [x for k in keys for x in unlike(ours.get(k), theirs.get(k), f"{at}/{k}")]
+    if isinstance(ours, list):
+        if len(ours) != len(theirs):
+            return [f"{at}: {len(ours)} and {len(theirs)} entries"]
+        return [x for i, pair in enumerate(zip(ours, theirs, strict=True)) for x in unlike(*pair, f"{at}/{i}")]
+    if isinstance(ours, torch.Tensor):
+        return [] if torch.equal(ours, theirs) else [at]
+    if isinstance(ours, pd.DataFrame):
+        return [] if ours.equals(theirs) else [at]
+    return [] if ours == theirs or (ours != ours and theirs != theirs) else [at]
+
+
+def campaign(
+    todo: list[Job], kills: int, seed: int, place: Path
+) -> tuple[list[Kill], dict[tuple[str, int], list[str]]]:
+    """`kills` kills, job by job: each kill, and for each trial (job, number) where its end differs from the whole's."""
+    rng, found, ends, whole = np.random.default_rng(seed), [], {}, {}
+    for job in todo:
+        usual = timed(job, place / "whole" / job.name)
+        whole[job.name] = usual, job.end(place / "whole" / job.name)
+    trial = 0
+    while len(found) < kills:
+        job = todo[trial % len(todo)]
+        usual, wanted = whole[job.name]
+        folder = place / f"{trial}" / job.name
+        before = len(found)
+        found += killed(job, folder, usual, rng, min(MOST, kills - len(found)), trial)
+        if len(found) > before:
+            ends[job.name, trial] = unlike(job.end(folder), wanted)
+            ends[job.name, trial] += [str(p) for end in ("partial", "lock") for p in folder.rglob(f"*.{end}")]
+        trial += 1
+    return found, ends
+
+
+def main(kills: int = 30, seed: int = 0) -> int:
+    torch.set_num_threads(1)
+    training.WAIT, training.commit = 2.0, lambda: "a commit"  # whoever edits meanwhile changes nothing
+    with tempfile.TemporaryDirectory(prefix="lvm-kills-") as place:
+        begun = time.monotonic()
+        todo = jobs(Path(place))
+        found, ends = campaign(todo, kills, seed, Path(place))
+        rows = [
+            {
+                "job": job.name,
+                "trials": sum(name == job.name for name, _ in ends),
+                "kills": sum(k.job == job.name for k in found),
+                "where they hit": "; ".join(k.where for k in found if k.job == job.name),
+                "identical": all(not differ for (name, _), differ in ends.items() if name == job.name),
+            }
+            for job in todo
+            if any(k.job == job.name for k in found)
+        ]
+        print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+        for row in rows:
+            print("| " + " | ".join(str(x) for x in row.values()) + " |")
+        several = sum(sum(k.trial == t for k in found) > 1 for t in {k.trial for k in found})
+        print(f"\n{len(found)} kills in {len(ends)} trials ({several} with several), seed {seed}, "
+              f"{time.monotonic() - begun:.0f} s")  # fmt: skip
+        for (name, trial), differ in ends.items():
+            if differ:
+                print(f"DIFFERS: {name}, trial {trial}: {', '.join(differ[:8])}")
+        return int(any(ends.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])))
