@@ -11,6 +11,7 @@ notebooks/encode.ipynb and notebooks/data.ipynb; their notebooks lie in outputs/
 from __future__ import annotations
 
 import ast
+import base64
 import json
 import os
 import subprocess
@@ -18,11 +19,11 @@ import sys
 import time
 from pathlib import Path
 
-from . import parallel
+from . import parallel, untrusted
 from .encode import store_folder
-from .errors import LVMError
+from .errors import LVMError, said
 from .files import write_whole
-from .params import ROOT, data_name, files, outputs, version
+from .params import ROOT, check_given, data_name, files, outputs, version
 from .training import run_folder
 
 USAGE = """usage: python -m lvmlib train [papermill options, such as -p version v22 -p seed 1]
@@ -84,6 +85,7 @@ def preflight(arguments: list[str]) -> int:
 
 def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None, int]:
     """Execute notebooks/NAME.ipynb by papermill: the executed notebook and its parameters, or None and exit code."""
+    _check_parameters(name, arguments)
     outputs().mkdir(parents=True, exist_ok=True)
     # Executed aside: a refused run must not overwrite the notebook of the run that stands there. Paths start from the
     # checkout, so that the notebook's metadata names no machine.
@@ -108,6 +110,31 @@ def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None,
                 print(f"Failed; the notebook as far as it came: {_short(executed)}", file=sys.stderr)
         return None, done.returncode
     return executed, _parameters(json.loads(executed.read_text(encoding="utf-8")))
+
+
+def _check_parameters(name: str, arguments: list[str]) -> None:
+    """Raise LVMError where papermill's options name no parameter of the notebook, or give one no plain value."""
+    import click
+    import papermill.cli
+
+    try:
+        options = papermill.cli.papermill.make_context(
+            "papermill", [name, name, *arguments], resilient_parsing=True
+        ).params
+        given = [dict(options[key]) for key in ("parameters", "parameters_raw")]
+        given += [untrusted.read_yaml(ROOT / path) for path in options["parameters_file"]]  # papermill starts there
+        texts = [*map(str.encode, options["parameters_yaml"]), *map(base64.b64decode, options["parameters_base64"])]
+        given += map(untrusted.from_yaml, texts)
+    except (click.ClickException, click.exceptions.Exit):
+        return  # papermill says what is wrong with its options, or helps
+    except (OSError, ValueError) as e:
+        raise LVMError(f"parameters: cannot be read ({said(e)}); look at the options -f, -y and -b") from e
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    known = _parameters(notebook)
+    for parameters in given:
+        if not isinstance(parameters, dict | None):
+            raise LVMError(f"parameters: {str(parameters)[:80]!r} is no `name: value`")
+        check_given(parameters or {}, known)
 
 
 def _keep(executed: Path, notebook: Path) -> None:

@@ -42,7 +42,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from . import chunking, encoders, ready, sources, splits
+from . import chunking, encoders, ready, sources, splits, untrusted
 from . import vectors as store_format
 from .errors import LVMError, said
 from .files import write_whole
@@ -315,10 +315,10 @@ def _locked(work: Path) -> Iterator[None]:
 
 def _begun(work: Path) -> dict:
     try:
-        begun = yaml.safe_load((work / "build.yaml").read_text(encoding="utf-8"))
+        begun = untrusted.read_yaml(work / "build.yaml")
         if not isinstance(begun["recipe"], dict) or not isinstance(begun["shard"], int) or begun["shard"] < 1:
             raise ValueError("no recipe")
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, RecursionError) as e:
+    except (OSError, ValueError, TypeError, KeyError) as e:
         raise LVMError(f"{work / 'build.yaml'}: cannot be read ({said(e)}); set the folder aside with {FRESH}") from e
     return begun
 
