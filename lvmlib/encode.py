@@ -46,7 +46,7 @@ from . import chunking, encoders, ready, sources, splits, untrusted
 from . import vectors as store_format
 from .errors import LVMError, said
 from .files import write_whole
-from .params import ROOT, outputs
+from .params import LONGEST, ROOT, outputs
 from .training import pick_device, watched
 from .vectors import Store
 
@@ -155,10 +155,11 @@ def store_folder(
         name = re.sub(r"\.(jsonl|ndjson|parquet)(\.gz)?$", "", name, flags=re.IGNORECASE)
         out = re.sub(r"[^\w.-]+", "-", name).strip("._-") + ("-vectors" if ready else f"-{unit}")
     name = str(out)  # papermill makes numbers of digits
-    if not re.fullmatch(r"[^\W_][\w.-]*", name) or name in store_format.embedded():
+    fit = re.fullmatch(r"[^\W_][\w.-]*", name) and len(name.encode()) <= LONGEST
+    if not fit or name in store_format.embedded():
         raise LVMError(
-            f"out {name!r}: use letters, digits, '-', '_' and '.', begin with a letter or digit, and do not take the "
-            f"name of an embedded dataset ({', '.join(store_format.embedded())}); or give a path, such as ./{name}"
+            f"out {name[:LONGEST]!r}: use letters, digits, '-', '_' and '.', begin with a letter or digit, and do not "
+            f"take the name of an embedded dataset ({', '.join(store_format.embedded())}); or give a path, such as ./mine"
         )
     return outputs() / ("fast" if fast else "") / "datasets" / name
 

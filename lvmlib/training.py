@@ -50,7 +50,7 @@ import yaml
 from . import controller, losses, lowering, models, parallel, untrusted
 from .errors import LVMError
 from .files import write_whole
-from .params import ROOT, Control, Version, data_name, flat, outputs
+from .params import LONGEST, ROOT, Control, Version, data_name, flat, outputs
 from .retrieval import Articles, among_context
 from .vectors import DIRECTIONS, Dataset, Windows
 
@@ -155,8 +155,12 @@ def run_folder(version: Version, run_name: str | None = None) -> Path:
         or not name
         or not all(c.isalnum() or c in "-_." for c in name)
         or name.startswith(".")
+        or len(name.encode()) > LONGEST
     ):
-        raise LVMError(f"run_name {name!r}: use letters, digits, '-', '_' and '.', and begin with none of the last")
+        raise LVMError(
+            f"run_name {str(name)[:LONGEST]!r}: use letters, digits, '-', '_' and '.', begin with none of the last, "
+            f"and use at most {LONGEST} bytes"
+        )
     return outputs() / ("fast" if version.fast else "") / data_name(version.data) / version.name / name
 
 

@@ -75,6 +75,8 @@ def read_json(path: Path):
 
 def read_bytes(path: Path, most: int = LARGEST) -> bytes:
     """A whole file. Raises ValueError, before it takes the memory, where it has more than `most` bytes."""
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise ValueError(f"{path.name} is no plain file")
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size > most:
             raise ValueError(f"{path.name} is larger than {most >> 20} MiB")
@@ -119,13 +121,15 @@ def check_state(path: Path) -> None:
     """Raise LVMError unless the file is laid out as torch.save does it: a zip archive that packs nothing, so that
     reading it takes no more memory than the file has bytes. What it may hold is the restricted unpickler's matter."""
     advice = "train anew with `fresh`, or restore the file"
+    if path.exists() and not path.is_file():
+        raise LVMError(f"{path}: cannot be read, it is no plain file; {advice}")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as e:
         raise LVMError(f"{path}: cannot be read, it is not what torch.save writes ({e}); {advice}") from e
+    if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & UNSAFE_ZIP for m in members):
+        raise LVMError(f"{path}: cannot be read, its parts are packed, as torch.save never does; {advice}")
     size = path.stat().st_size
     if sum(m.file_size for m in members) > size:
         raise LVMError(f"{path}: cannot be read, its parts claim more bytes than the {size:,} of the file; {advice}")
-    if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & UNSAFE_ZIP for m in members):
-        raise LVMError(f"{path}: cannot be read, its parts are packed, as torch.save never does; {advice}")

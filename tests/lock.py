@@ -25,8 +25,8 @@ FREE = ("torch", "pip")  # not in the lock
 HEAD = """\
 # The exact version of every package that is installed, whichever extra asks for it; `make lock` writes it.
 # A constraint binds what is installed and asks for nothing: what one system alone needs (CUDA, macOS) is free there.
-# torch is left out, whose one pin stands in pyproject.toml, and pip, which would replace itself. There are no hashes: pip
-# takes all or none, the checkout itself has none, and torch's differ between the builds for CPU and CUDA.
+# torch is left out, whose one pin stands in pyproject.toml, and pip, which would replace itself. There are no hashes:
+# pip takes all or none, the checkout itself has none, and torch's differ between the builds for CPU and CUDA.
 """
 
 
