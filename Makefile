@@ -8,8 +8,11 @@ SOURCE ?=
 OUT ?= mine
 ARGS ?=
 BIN := .venv/bin
+# Versions are those of constraints.txt. `make test LOCK=` in a checkout without .venv takes the newest; `make lock` keeps them.
+LOCK ?= --constraint constraints.txt
+INSTALL = $(BIN)/python -m pip install --quiet $(LOCK) --editable
 
-.PHONY: train encode data sweep benchmark test lab notebooks showcase gallery help
+.PHONY: train encode data sweep benchmark test audit lock lab notebooks showcase gallery help
 
 help:
 	@echo 'make train VERSION=v22 [ARGS="-p epochs 3"]   train a version and judge it: notebook, HTML, verdict'
@@ -18,6 +21,8 @@ help:
 	@echo 'make sweep [ARGS="--config fast=true"]       all of workflow/sweep.yaml: versions, seeds, datasets; goes on where it stopped'
 	@echo 'make benchmark                               how fast this machine could be, and how fast it is: ten minutes alone'
 	@echo 'make test                                    linters, pytest, nbval over every notebook'
+	@echo 'make audit                                   are weaknesses known in the locked packages? (part of make test)'
+	@echo 'make lock                                    write constraints.txt from what is installed in .venv'
 	@echo 'make lab                                     open JupyterLab'
 	@echo 'make gallery [ARGS="--showcase"]             a static site of the runs: cards, figures, no request to anywhere'
 	@echo 'make showcase                                all that is committed under outputs/showcase/, from nothing'
@@ -50,7 +55,7 @@ lab: .venv/main
 	$(BIN)/jupyter lab notebooks/train.ipynb
 
 # Fast runs of tests go to a folder of their own: they must not meet what an older code left under outputs/.
-test: .venv/test
+test: .venv/test audit
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export LVM_OUTPUTS="$$outputs" LVM_FAST=1 && \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile && \
@@ -84,6 +89,12 @@ showcase: .venv/export
 	$(RUN) notebooks/controls.ipynb outputs/showcase/controls.ipynb -p datasets 400 -p repetitions 200
 	$(BIN)/python -m lvmlib table
 
+audit: .venv/test
+	$(BIN)/python tests/lock.py audit
+
+lock: .venv/test
+	$(BIN)/python tests/lock.py
+
 notebooks: .venv/test
 	$(BIN)/python tests/refresh_notebooks.py
 
@@ -92,22 +103,22 @@ notebooks: .venv/test
 		{ echo "Python >= 3.11 is needed; name one by PYTHON=, as in: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "venv failed; on Debian: apt install python3-venv"; exit 1; }
 
-.venv/main: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+.venv/main: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) .
 	@touch $@
 
-.venv/encode: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[encode]'
+.venv/encode: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) '.[encode]'
 	@touch .venv/main $@
 
-.venv/export: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[encode,export]'
+.venv/export: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) '.[encode,export]'
 	@touch .venv/main .venv/encode $@
 
-.venv/sweep: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[sweep]'
+.venv/sweep: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) '.[sweep]'
 	@touch .venv/main $@
 
-.venv/test: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[browser,encode,constrained,export,parallel,sweep,test]'
+.venv/test: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) '.[audit,browser,encode,constrained,export,parallel,sweep,test]'
 	@touch .venv/main .venv/encode .venv/export .venv/sweep $@

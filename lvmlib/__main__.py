@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import json
 import os
 import shutil
@@ -23,11 +24,11 @@ import sys
 import time
 from pathlib import Path
 
-from . import fingerprint, page, parallel
+from . import fingerprint, page, parallel, untrusted
 from .encode import store_folder
-from .errors import LVMError
+from .errors import LVMError, said
 from .files import write_whole
-from .params import ROOT, data_name, files, outputs, version
+from .params import ROOT, check_given, data_name, files, outputs, version
 from .training import run_folder
 
 USAGE = """usage: python -m lvmlib train [papermill options, such as -p version v22 -p seed 1]
@@ -123,6 +124,7 @@ def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None,
     """Execute notebooks/NAME.ipynb by papermill: the executed notebook and its parameters, or None and exit code.
 
     The executed notebook is stamped with the code that it is of."""
+    _check_parameters(name, arguments)
     before = fingerprint.template(name)
     outputs().mkdir(parents=True, exist_ok=True)
     # Executed aside: a refused run must not overwrite the notebook of the run that stands there. Paths start from the
@@ -150,6 +152,31 @@ def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None,
     if not fingerprint.stamp(executed, before):
         print("The code was changed while the notebook ran: it does not count as of the present code.")
     return executed, _parameters(json.loads(executed.read_text(encoding="utf-8")))
+
+
+def _check_parameters(name: str, arguments: list[str]) -> None:
+    """Raise LVMError where papermill's options name no parameter of the notebook, or give one no plain value."""
+    import click
+    import papermill.cli
+
+    try:
+        options = papermill.cli.papermill.make_context(
+            "papermill", [name, name, *arguments], resilient_parsing=True
+        ).params
+        given = [dict(options[key]) for key in ("parameters", "parameters_raw")]
+        given += [untrusted.read_yaml(ROOT / path) for path in options["parameters_file"]]  # papermill starts there
+        texts = [*map(str.encode, options["parameters_yaml"]), *map(base64.b64decode, options["parameters_base64"])]
+        given += map(untrusted.from_yaml, texts)
+    except (click.ClickException, click.exceptions.Exit):
+        return  # papermill says what is wrong with its options, or helps
+    except (OSError, ValueError) as e:
+        raise LVMError(f"parameters: cannot be read ({said(e)}); look at the options -f, -y and -b") from e
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    known = _parameters(notebook)
+    for parameters in given:
+        if not isinstance(parameters, dict | None):
+            raise LVMError(f"parameters: {str(parameters)[:80]!r} is no `name: value`")
+        check_given(parameters or {}, known)
 
 
 def _keep(executed: Path, notebook: Path) -> None:

@@ -40,11 +40,11 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from . import chunking, encoders, ready, sources, splits
+from . import chunking, encoders, ready, sources, splits, untrusted
 from . import vectors as store_format
 from .errors import LVMError, said
 from .files import hold, sync, write_whole
-from .params import ROOT, outputs
+from .params import LONGEST, ROOT, outputs
 from .training import pick_device, watched
 from .vectors import Store
 
@@ -153,10 +153,11 @@ def store_folder(
         name = re.sub(r"\.(jsonl|ndjson|parquet)(\.gz)?$", "", name, flags=re.IGNORECASE)
         out = re.sub(r"[^\w.-]+", "-", name).strip("._-") + ("-vectors" if ready else f"-{unit}")
     name = str(out)  # papermill makes numbers of digits
-    if not re.fullmatch(r"[^\W_][\w.-]*", name) or name in store_format.embedded():
+    fit = re.fullmatch(r"[^\W_][\w.-]*", name) and len(name.encode()) <= LONGEST
+    if not fit or name in store_format.embedded():
         raise LVMError(
-            f"out {name!r}: use letters, digits, '-', '_' and '.', begin with a letter or digit, and do not take the "
-            f"name of an embedded dataset ({', '.join(store_format.embedded())}); or give a path, such as ./{name}"
+            f"out {name[:LONGEST]!r}: use letters, digits, '-', '_' and '.', begin with a letter or digit, and do "
+            f"not take the name of an embedded dataset ({', '.join(store_format.embedded())}); or give a path, as ./mine"
         )
     return outputs() / ("fast" if fast else "") / "datasets" / name
 
@@ -289,10 +290,10 @@ def _locked(work: Path) -> Iterator[None]:
 
 def _begun(work: Path) -> dict:
     try:
-        begun = yaml.safe_load((work / "build.yaml").read_text(encoding="utf-8"))
+        begun = untrusted.read_yaml(work / "build.yaml")
         if not isinstance(begun["recipe"], dict) or not isinstance(begun["shard"], int) or begun["shard"] < 1:
             raise ValueError("no recipe")
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError, RecursionError) as e:
+    except (OSError, ValueError, TypeError, KeyError) as e:
         raise LVMError(f"{work / 'build.yaml'}: cannot be read ({said(e)}); set the folder aside with {FRESH}") from e
     return begun
 

@@ -36,7 +36,7 @@ import yaml
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import models
+from . import models, untrusted
 from .errors import LVMError, extra, said
 from .files import write_whole
 from .fivecat import INSTRUMENT, Report
@@ -48,7 +48,7 @@ WEIGHTS, CONFIG, CARD = FILES = ("model.safetensors", "config.json", "README.md"
 HUB = "hub:"  # before OWNER/NAME, as where texts are read from the hub: a mistyped folder asks no network
 MOST = {"dim": 65_536, "context_length": 1_024, "horizon": 1_000_000, "seed": 2**63}
 PRECISIONS = ("float32", "bfloat16")
-UNFIT = set('/\\*?"<>|`')  # characters that no name in config.json has
+UNFIT = set('/\\*?"<>|`[]$')  # characters that no name in config.json has
 LONGEST = 500  # characters of a text in config.json
 CONFIG_BYTES = 65_536
 ONNX_TOLERANCE = 1e-4  # of an output's largest magnitude; float32 kernels sum in another order
@@ -340,7 +340,7 @@ def _judged(source: Path, run, report: Report | None, config: Config) -> dict | 
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = untrusted.read_json(path)
         if content["instrument"] != INSTRUMENT:
             raise ValueError(f"written by instrument {content['instrument']}, this is {INSTRUMENT}")
         profile = content["calibrated"]

@@ -39,6 +39,8 @@ def write_whole(path: Path, write: Callable[[Path], object], kept: str = UNTOUCH
     partial = path.with_name(path.name + ".partial")
     with told(path, kept), _folder(path.parent) as folder:
         try:
+            if partial.is_symlink():
+                partial.unlink()  # it came with the folder, and would lead what is written elsewhere
             try:
                 write(partial)
             except Exception as e:  # torch and safetensors have errors of their own for a full disk

@@ -743,7 +743,8 @@ def opened(files) -> Store:
             paths[key] = path.resolve()
             stat = paths[key].stat()
         except (OSError, RuntimeError, ValueError) as e:  # none there, a ring of links, no path at all
-            raise LVMError(f"{path}: cannot be opened ({e}); name an .npz file") from e
+            shown = str(path) if str(path).isprintable() else repr(str(path))
+            raise LVMError(f"{shown}: cannot be opened ({e}); name an .npz file") from e
         known.append([key, str(paths[key]), stat.st_size, stat.st_mtime_ns])
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
     folder = outputs() / "imported" / f"{default_name(named)}-{digest}"

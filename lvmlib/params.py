@@ -12,7 +12,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,12 +21,15 @@ from typing import Any, Literal
 
 import yaml
 
+from . import untrusted
 from .errors import LVMError
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout: paths never start from the working directory
 PARAMS = ROOT / "params"
 OUTPUTS = ROOT / "outputs"
 
+UNFIT = set('\\*?"<>|`${};')  # signs that no name of a folder made here has: those of paths, shells and markup
+LONGEST = 200  # bytes of such a name
 GENERATIVE = ("sampler",)  # the models that have samples
 ACTIONS = ("go_on", "stop", "rewind")  # what a run does at an alarm
 Steps = tuple[tuple[int, float], ...]  # ((first epoch, value), …): a value holds until the next first epoch
@@ -236,10 +239,20 @@ def _named(data: Any) -> Any:
 
 
 def data_name(data: str | Files) -> str:
-    """What a run's folder and the figures call a dataset: the last part of its name, without .npz."""
+    """What a run's folder and the figures call a dataset: the last part of its name, without .npz.
+
+    Raises LVMError where that is no plain name: a dataset is read wherever it lies, but its name is written to.
+    """
     if isinstance(data, Files):
         data = data.articles or data.train
-    return data.rstrip("/").rsplit("/", 1)[-1].removesuffix(".npz").replace(":", "-")
+    name = data.rstrip("/").rsplit("/", 1)[-1].removesuffix(".npz").replace(":", "-")
+    if not name or name.startswith(".") or not name.isprintable() or set(name) & UNFIT or len(name.encode()) > LONGEST:
+        raise LVMError(
+            f"data {data[:LONGEST]!r}: its runs would lie in a folder of its name, and {name[:LONGEST]!r} is none; the "
+            f"last part of the path begins with another sign than '.', has none of {' '.join(sorted(UNFIT))}, and at "
+            f"most {LONGEST} bytes"
+        )
+    return name
 
 
 def known_versions() -> list[str]:
@@ -310,15 +323,29 @@ def flat(nested: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def check_injected(cells: list[str]) -> None:
-    """Fail on a papermill `-p` name that the notebook's own parameters cell does not have.
+    """Fail on a papermill `-p` name that the notebook's own parameters cell does not have, and on anything else that
+    stands among the injected parameters but plain values.
 
-    `cells`: IPython's `In`. Papermill itself only warns; a mistyped name would silently do nothing.
+    `cells`: IPython's `In`. Papermill itself only warns; a mistyped name would silently do nothing. What papermill was
+    made to write beside the parameters has run by then, and is no longer passed over: `check_given` refuses it before.
     """
     injected = [i for i, source in enumerate(cells) if source.startswith("# Parameters\n")]
     if not injected:
         return
     known = {name for source in cells[: injected[0]] for name in _assigned(source)}
-    for name in _assigned(cells[injected[-1]]):
+    for number in injected:
+        check_names(_assigned(cells[number]), known)
+        for node in ast.parse(cells[number]).body:
+            if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and _is_plain(node)):
+                raise LVMError(
+                    f"parameters: {ast.unparse(node)[:80]!r} is no name with a plain value, and it has been run; look "
+                    "at where these parameters come from, and give them by `make`, which refuses such"
+                )
+
+
+def check_names(names: Iterable[str], known: Collection[str]) -> None:
+    """Raise LVMError for a name that is none of the notebook's parameters, `known`."""
+    for name in names:
         if name not in known:
             also = (
                 f", or in `-y 'overrides: {{{name}: …}}'`"
@@ -326,9 +353,30 @@ def check_injected(cells: list[str]) -> None:
                 else ""
             )
             raise LVMError(
-                f"parameter {name!r} is not one of this notebook's{_nearest(name, known) if not also else ''}; "
-                f"known: {', '.join(sorted(known))}{also}"
+                f"parameter {str(name)[:80]!r} is not one of this notebook's"
+                f"{_nearest(str(name)[:80], known) if not also else ''}; known: {', '.join(sorted(known))}{also}"
             )
+
+
+def check_given(given: Mapping, known: Collection[str]) -> None:
+    """Raise LVMError unless `given`, the parameters for a notebook, are of `known` names and plain values.
+
+    papermill writes names, and values of other types, into the notebook as they are: they would be run as code.
+    """
+    check_names(given, known)
+    for name, value in given.items():
+        try:
+            untrusted.plain(value)
+        except ValueError as e:
+            raise LVMError(f"parameter {name!r}: {e}; give plain values") from e
+
+
+def _is_plain(node: ast.Assign) -> bool:
+    try:
+        ast.literal_eval(node.value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return isinstance(node.targets[0], ast.Name)
 
 
 def _assigned(source: str) -> list[str]:
@@ -363,7 +411,7 @@ def _merged(name: str, chain: tuple[str, ...] = ()) -> tuple[dict, str, str]:
     return merge(_merged(parent, (*chain, name))[0], content), about, "" if parent == "base" else parent
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(untrusted.Loader):
     """The safe loader, but a key given twice is an error: YAML itself would let the last one win."""
 
     def construct_mapping(self, node, deep=False):
@@ -378,8 +426,8 @@ class _Loader(yaml.SafeLoader):
 def _read(path: Path) -> tuple[str, dict]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        content = yaml.load(text, _Loader)
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as e:
+        content = untrusted.from_yaml(text.encode(), _Loader)
+    except (OSError, ValueError) as e:
         raise LVMError(f"params/{path.name}: cannot be read as YAML ({e})") from e
     content = {} if content is None else content
     if not isinstance(content, dict):
@@ -417,7 +465,7 @@ def _value(kind, value, where: str, key: str):
             if isinstance(value, str) and needed == "a number"
             else ""
         )
-        return LVMError(f"{where}: {key} is {value!r}; needed is {needed}{hint}")
+        return LVMError(f"{where}: {key} is {_shown(value)}; needed is {needed}{hint}")
 
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
@@ -445,15 +493,23 @@ def _value(kind, value, where: str, key: str):
             raise refuse("a number")
         return float(value)
     needed = {int: "a whole number", str: "text", bool: "true or false"}[kind]
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or not -(2**63) < value < 2**63)):
         raise refuse(needed)
     return value
+
+
+def _shown(value) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write whole numbers of any length
+        return "a number of thousands of digits"
+    return text if len(text) <= 500 else text[:500] + "…"
 
 
 def _check(v: Version, where: str) -> None:
     def need(good: bool, key: str, value, needed: str):
         if not good:
-            raise LVMError(f"{where}: {key} is {value!r}; needed is {needed}")
+            raise LVMError(f"{where}: {key} is {_shown(value)}; needed is {needed}")
 
     if isinstance(v.data, Files):
         _check_files(v.data, where)

@@ -7,6 +7,7 @@ can be read. Chance levels are grey lines, uncertainty is a band or a bar.
 from __future__ import annotations
 
 import hashlib
+import html
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -55,8 +56,18 @@ def use_style() -> None:
         set_matplotlib_formats("svg", metadata={"Date": None})
 
 
-def table(frame: pd.DataFrame, caption: str = "", digits: int = 3, formats: dict | None = None) -> Styler:
-    """A frame as a reader sees it: rounded, no index, whole numbers whole, gaps as –. `formats`: column → format."""
+def table(
+    frame: pd.DataFrame, caption: str = "", digits: int = 3, formats: dict | None = None, escaped: bool = False
+) -> Styler:
+    """A frame as a reader sees it: rounded, no index, whole numbers whole, gaps as –. `formats`: column → format.
+
+    Texts, headings and caption are shown letter by letter, whatever they hold; `escaped`: the texts are HTML already.
+    """
+    if not escaped:
+        frame = frame.rename(columns=letters)
+        formats = {letters(column): form for column, form in (formats or {}).items()}
+        words = [c for c in frame if not pd.api.types.is_numeric_dtype(frame[c])]
+        frame = frame.assign(**{c: frame[c].map(letters) for c in words})
 
     def shown(values: pd.Series) -> str | None:
         if not pd.api.types.is_numeric_dtype(values):
@@ -67,7 +78,7 @@ def table(frame: pd.DataFrame, caption: str = "", digits: int = 3, formats: dict
     return (
         frame.style.format({c: shown(frame[c]) for c in frame} | (formats or {}), na_rep="–")
         .hide(axis="index")
-        .set_caption(caption)
+        .set_caption(letters(caption))
         # Tables of one page must not share an id; this one depends on the content alone, so that reruns are alike.
         .set_uuid(hashlib.sha1(frame.to_csv().encode() + caption.encode()).hexdigest()[:10])
         .set_properties(subset=numbers, **{"text-align": "right"})
@@ -88,6 +99,12 @@ def table(frame: pd.DataFrame, caption: str = "", digits: int = 3, formats: dict
             ]
         )
     )
+
+
+def letters(text):
+    """Text as HTML that shows it letter by letter, beside MathJax too; anything else as it is."""
+    opening = {ord(c): f"<span>&#{ord(c)};</span>" for c in "$\\"}
+    return html.escape(text, quote=False).translate(opening) if isinstance(text, str) else text
 
 
 def history_table(history: pd.DataFrame) -> Styler:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from . import untrusted
 from .errors import LVMError
 from .fivecat import INSTRUMENT, PROFILES
 from .params import Version, flat, known_versions, outputs, version
 from .training import EARLIER, NOT_COMPARED, open_run, run_folder, train
-from .vectors import Dataset
+from .vectors import Dataset, plain_name
 
 # column: (profile, split, gate, measure) of the 5CAT tables
 MEASURES = {
@@ -56,7 +56,7 @@ def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
 def is_judged(folder: str | Path) -> bool:
     """Whether a run's folder holds a report of the present instrument."""
     try:
-        return json.loads((Path(folder) / "fivecat.json").read_text(encoding="utf-8"))["instrument"] == INSTRUMENT
+        return untrusted.read_json(Path(folder) / "fivecat.json")["instrument"] == INSTRUMENT
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -73,7 +73,7 @@ def judged(folders: Sequence[Path]) -> pd.DataFrame:
         record, _, _ = open_run(folder)
         path = Path(folder) / "fivecat.json"
         try:
-            report = json.loads(path.read_text(encoding="utf-8"))
+            report = untrusted.read_json(path)
             tables = pd.concat({p: pd.DataFrame(report[p]["table"]) for p in PROFILES}, names=["profile"]).reset_index()
             table = tables.set_index(["predictor", "profile", "split", "gate", "measure"])["value"].sort_index()
             names = list(dict.fromkeys(tables["predictor"]))
@@ -82,6 +82,9 @@ def judged(folders: Sequence[Path]) -> pd.DataFrame:
             label = report["reading"]["label"]
             if report["instrument"] != INSTRUMENT:
                 raise ValueError(f"written by instrument {report['instrument']}, this is {INSTRUMENT}")
+            for word in (label, *names, *gates.values()):
+                if not isinstance(word, str) or plain_name(word) != word:
+                    raise ValueError(f"{str(word)[:80]!r} is no name of a predictor, a gate or a reading")
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise LVMError(f"{path}: cannot be read as a 5CAT report ({e!r}); run train.ipynb for it again") from e
         parameters = record["parameters"]

@@ -59,11 +59,11 @@ import safetensors.torch
 import torch
 import yaml
 
-from . import alarms, controller, fingerprint, losses, lowering, models, parallel
+from . import alarms, controller, fingerprint, losses, lowering, models, parallel, untrusted
 from .errors import LVMError
 from .files import hold, told, write_whole
 from .health import Moments
-from .params import ROOT, Control, Version, data_name, flat, outputs
+from .params import LONGEST, ROOT, Control, Version, data_name, flat, outputs
 from .retrieval import Articles, among_context
 from .vectors import DIRECTIONS, Dataset, Windows, check_unchanged
 
@@ -175,8 +175,12 @@ def run_folder(version: Version, run_name: str | None = None) -> Path:
         or not name
         or not all(c.isalnum() or c in "-_." for c in name)
         or name.startswith(".")
+        or len(name.encode()) > LONGEST
     ):
-        raise LVMError(f"run_name {name!r}: use letters, digits, '-', '_' and '.', and begin with none of the last")
+        raise LVMError(
+            f"run_name {str(name)[:LONGEST]!r}: use letters, digits, '-', '_' and '.', begin with none of the last, "
+            f"and use at most {LONGEST} bytes"
+        )
     return outputs() / ("fast" if version.fast else "") / data_name(version.data) / version.name / name
 
 
@@ -223,19 +227,40 @@ def open_run(folder: str | os.PathLike) -> tuple[dict, pd.DataFrame, pd.DataFram
     """
     folder = Path(folder)
     try:
-        record = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        record = untrusted.read_yaml(folder / "run.yaml")
         if not isinstance(record, dict) or not isinstance(record.get("parameters"), dict):
             raise ValueError("no parameters in run.yaml")
+        _check_record(record)
         epochs, steps = (_read_table(folder / name) for name in ("epochs.csv", "steps.csv"))
         for frame, columns, name in ((epochs, EPOCH_COLUMNS, "epochs.csv"), (steps, STEP_COLUMNS, "steps.csv")):
             if set(columns) - set(frame.columns) - set(LATER) or set(frame.columns) - set(columns):
                 raise ValueError(f"{name} does not have the columns {', '.join(columns)}")
         epochs, steps = epochs.reindex(columns=EPOCH_COLUMNS), steps.reindex(columns=STEP_COLUMNS)
-    except (OSError, ValueError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except (OSError, ValueError) as e:
         raise LVMError(
             f"{folder}: not the folder of a run that can be read ({e}); train it, or restore the file"
         ) from e
     return record, epochs, steps
+
+
+def _check_record(record: dict) -> None:
+    """Raise ValueError unless what is told of a run in run.yaml is of the kind that is written there."""
+    for key in ("dataset", "computed", "software", "finished"):
+        if not isinstance(record.get(key, {}), dict):
+            raise ValueError(f"{key} in run.yaml is no group of keys")
+    tables = {
+        "finished": record.get("finished", {}),
+        "dataset.windows": record.get("dataset", {}).get("windows", {}),
+        "computed.processes": record.get("computed", {}).get("processes", {}),
+    }
+    for key, table in tables.items():
+        numbers = table.values() if isinstance(table, dict) else [table]
+        if any(type(x) not in (int, float) or not math.isfinite(x) for x in numbers):
+            raise ValueError(f"{key} in run.yaml holds something else than numbers")
+    if any(type(first) is not int for first in tables["computed.processes"]):
+        raise ValueError("computed.processes in run.yaml names something else than epochs")
+    if not isinstance(record.get("stopped", ""), str):
+        raise ValueError("stopped in run.yaml is no text")
 
 
 def dataset_record(data: Dataset) -> dict:
@@ -902,6 +927,7 @@ class Run:
 
     def _load_state(self, name: str = "state.pt", keys: tuple[str, ...] = STATE) -> dict:
         path = self.folder / "last" / name
+        untrusted.check_state(path)
         try:
             # Of several processes each has another device: to all of them it goes by way of the CPU.
             where = self.device if self.team.size == 1 else "cpu"

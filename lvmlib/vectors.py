@@ -39,6 +39,7 @@ import pandas as pd
 import torch
 import yaml
 
+from . import untrusted
 from .errors import LVMError
 from .files import sync, told, write_whole
 from .params import ROOT, Files, files, outputs
@@ -246,10 +247,10 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
             raise LVMError(f"{folder / name}: missing; a store folder holds {', '.join(STORE_FILES)}")
     began, found = time.time(), _state(folder)
     try:
-        sheet = (folder / "datasheet.yaml").read_bytes()
-        datasheet = yaml.safe_load(sheet.decode())
+        sheet = untrusted.read_bytes(folder / "datasheet.yaml")
+        datasheet = untrusted.from_yaml(sheet)
         recorded = dict(datasheet["sha256"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as e:
+    except (OSError, KeyError, TypeError, ValueError) as e:
         raise LVMError(
             f"{folder / 'datasheet.yaml'}: cannot be read as a datasheet with checksums ({e!r}); restore the file"
         ) from e
@@ -259,7 +260,10 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
             raise LVMError(f"{folder / name}: missing, though datasheet.yaml lists it; restore the file")
     known = {"check": CHECK, "datasheet": hashlib.sha256(sheet).hexdigest(), "files": found}
     fingerprint = None if verify else _remembered(folder, known)
-    table = (folder / "articles.csv").read_bytes()  # small and read each time: hashed each time
+    try:
+        table = untrusted.read_bytes(folder / "articles.csv", 1 << 30)  # small and read each time: hashed each time
+    except (OSError, ValueError) as e:
+        raise LVMError(f"{folder / 'articles.csv'}: cannot be read ({e}); restore the file") from e
     for name in [*STORE_FILES[:3], *optional] if fingerprint is None else ["articles.csv"]:
         digest = hashlib.sha256(table).hexdigest() if name == "articles.csv" else sha256_file(folder / name)
         if digest != recorded.get(name):
@@ -281,7 +285,7 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
         _remember(folder, {**known, "fingerprint": fingerprint}, began)
     chunks = np.asarray(chunks).astype(np.int32, copy=False)  # a plain view of the map, if it is int32 as we write it
     return Store(
-        str(datasheet.get("name") or folder.name),
+        plain_name(str(datasheet.get("name") or folder.name)),
         vectors,
         chunks[:, 0],
         chunks[:, 1],
@@ -314,6 +318,12 @@ def check_unchanged(store: Store) -> None:
         )
 
 
+def plain_name(name: str) -> str:
+    """A name from a file as pages and tables can show it: one line, without what they would take for markup."""
+    kept = "".join("-" if c in "<>[]`$|\\" or not c.isprintable() else c for c in name)
+    return kept[:100]
+
+
 def _state(folder: Path) -> dict:
     """What tells whether the large files of a store are those that were checked: size, time of change, inode.
 
@@ -329,7 +339,7 @@ def _state(folder: Path) -> dict:
 def _remembered(folder: Path, known: dict) -> str | None:
     """The fingerprint that a full check of files in just this state found; None if there was none."""
     try:
-        said = json.loads((folder / CHECKED).read_bytes())
+        said = untrusted.read_json(folder / CHECKED)
         fingerprint = said.pop("fingerprint")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
