@@ -49,13 +49,17 @@ def arithmetic(dim: int, length: int, strength: float, components: Tensor) -> di
     both, move = mean.clone(), last.clone()
     both[-2:] -= strength
     move[-2:] += torch.tensor([-strength, strength])
-    more = {"mean − a·both": both, "last + a·(last − context[-2])": move, "mean + a·(last − mean)": mean.lerp(last, strength)}
+    more = {
+        "mean − a·both": both,
+        "last + a·(last − context[-2])": move,
+        "mean + a·(last − mean)": mean.lerp(last, strength),
+    }
     return tricks(dim, length, strength, components) | {name: Weighted(dim, w) for name, w in more.items()}
 
 
 def bought(predictor: Predictor, split: Windows) -> dict:
-    """FIGURES of a predictor on `split`, as `fivecat` summarises them; `escape`, the share of negative weights among the
-    mean weights of the context vectors (`losses.health`); `named`, whether gate G's rule names it escape."""
+    """FIGURES of a predictor on `split`, as `fivecat` summarises them; `escape`, the share of negative weights among
+    the mean weights of the context vectors (`losses.health`); `named`, whether gate G's rule names it escape."""
     frame, facts = judge(predictor, split)
     found = {p: summarise(frame, p, split.horizon, split.context_length) for p in PROFILES}
     values = {(p, row["gate"], row["measure"]): row["value"] for p, rows in found.items() for row in rows}
@@ -106,7 +110,7 @@ def replay(
     where it reads gradients, which are logged as multiples of λ. A rule with memory sees the logged steps as if no
     others had been (`exact`). λ is NaN where the rule reads a gradient that was not logged, in a step that the guard
     skipped. After a rewind the rule has the lower ceiling and the state of the epoch gone back to, as in training.
-    Raises LVMError where the losses of a constrained version are to serve another rule, or those of another a constraint.
+    Raises LVMError where the losses of a constrained version are to serve another rule, or another's a constraint.
     """
     control = control or version.control
     if "constrained" in {control.rule, version.control.rule} and control.rule != version.control.rule:
@@ -166,17 +170,19 @@ CHUNK = 'style="text-align: left; vertical-align: top; white-space: nowrap"'
 def told(found: Mapping[str, pd.DataFrame], windows: Windows, width: int = 160) -> str:
     """One window as HTML: what was read, what came, and what lies nearest to each predictor's prediction.
 
-    `found`: predictor → what `readout.nearest` gave for the window. Every text is escaped and cut to `width` characters.
+    `found`: predictor → what `readout.nearest` gave for the window. Texts are escaped, and cut to `width` characters.
     """
     first = next(iter(found.values()))
     first = first[first["role"].isin(["context", "truth"])]
     store, target = windows.store, first.iloc[-1]
     cell = {name: frame.set_index(["role", "row"]) for name, frame in found.items()}
-    title = str(store.articles.at[target["article"], "title"])
+    title = readout.escape(readout.shorten(str(store.articles.at[target["article"], "title"]), 80))
     head = "".join(f"<th {readout.RIGHT}>{readout.escape(name)}</th>" for name in found)
     body = [f"<tr><th {readout.LEFT}>chunk</th>{head}<th {readout.LEFT}>cosine with each prediction; text</th></tr>"]
     for row in first.to_dict("records"):
-        cosines = "".join(f"<td {readout.RIGHT}>{cell[n].at[(row['role'], row['row']), 'cosine']:.2f}</td>" for n in found)
+        cosines = "".join(
+            f"<td {readout.RIGHT}>{cell[n].at[(row['role'], row['row']), 'cosine']:.2f}</td>" for n in found
+        )
         mark = "read" if row["role"] == "context" else "<b>true</b>"
         body.append(f"<tr><td {CHUNK}>{row['position']}, {mark}</td>{cosines}{_text(row['text'], width)}</tr>")
     for name, frame in found.items():
@@ -193,8 +199,10 @@ def told(found: Mapping[str, pd.DataFrame], windows: Windows, width: int = 160) 
             body.append(f"<tr><td {CHUNK}>{row['position']}{mark}</td>{cosines}{_text(row['text'], width)}</tr>")
     credit = store.datasheet.get("source_sha256") == wikipedia.SLICE_SHA256 and any(first["text"] != "")
     return (
-        f"<table><caption {readout.LEFT}><b>{readout.escape(readout.shorten(title, 80))}</b>: chunk {target['position']} "
-        f"is foretold</caption><tbody>{''.join(body)}</tbody></table>" + f"<p><small>{readout.CREDIT}</small></p>" * credit
+        f"<table><caption {readout.LEFT}><b>{title}</b>: chunk {target['position']} "
+        f"is foretold</caption><tbody>{''.join(body)}</tbody></table>"
+        + f"<p><small>{readout.CREDIT}</small></p>"
+        * credit
     )
 
 
@@ -206,8 +214,8 @@ def _text(text: str, width: int) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a picture, for `ipywidgets.Image`, which is replaced whole, so that nothing flickers. The
-    figure is closed: a kernel in which a slider is moved for an hour holds none."""
+    """A figure as the bytes of a picture, for `ipywidgets.Image`, which is replaced whole, so that nothing flickers.
+    The figure is closed: a kernel in which a slider is moved for an hour holds none."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     plt.close(figure)

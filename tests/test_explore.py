@@ -2,14 +2,7 @@
 
 import dataclasses
 import json
-import math
-import os
 import re
-import secrets
-import shutil
-import subprocess
-import sys
-import time
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -162,7 +155,9 @@ def test_what_is_exact_of_a_run_logged_now_and_then(data, tmp_path):
 def test_another_rule_is_applied_to_the_recorded_losses(data, tmp_path):
     version, steps, epochs = recorded(tmp_path / "run", data, "v22", overrides={"control": {"guard": "none"}})
     c = version.control
-    wanted = [min(max(2 * t * m / d, 1e-4), 0.005) for t, m, d in steps[["rho_target", "mse", "directional"]].to_numpy()]
+    wanted = [
+        min(max(2 * t * m / d, 1e-4), 0.005) for t, m, d in steps[["rho_target", "mse", "directional"]].to_numpy()
+    ]
     changed = dataclasses.replace(c, rule="fraction", lambda_max=0.005)
     found = explore.replay(version, steps, epochs, changed, aim=2.0)
     assert found["lambda_eff"].to_numpy() == pytest.approx(wanted, rel=1e-12)
@@ -211,7 +206,7 @@ def test_replay_counts_the_steps_that_asked_for_a_raise(data, tmp_path):
     low = dataclasses.replace(version.control, lambda_max=0.002)
     found = explore.replay(version, steps, epochs, low)
     held = 0.002 * steps["directional"] / steps["mse"] < 0.8 * steps["rho_target"]
-    assert 0 < held.sum() and found["asked"].tolist() == held.tolist() and (found["raised"] == 0).all()
+    assert held.any() and found["asked"].tolist() == held.tolist() and (found["raised"] == 0).all()
     assert not explore.replay(version, steps, epochs, dataclasses.replace(low, rule="rho_cap"))["asked"].any()
 
 
@@ -222,7 +217,10 @@ def test_a_window_is_told_with_ranks_and_its_texts_show_letter_by_letter():
     data = make_data(title="<b>{}</b>")
     hostile = "<script>alert(1)</script> $x$ \\(y\\) | **z** <img src=x onerror=alert(2)>"
     texts = [f"{i} {hostile}" for i in range(len(data.store.vectors))]
-    predictors = {"copy <i>last</i>": models.baselines(data.train)["copy last"], "mean": models.baselines(data.train)["mean"]}
+    predictors = {
+        "copy <i>last</i>": models.baselines(data.train)["copy last"],
+        "mean": models.baselines(data.train)["mean"],
+    }
     found = {n: readout.nearest(p, data.val, [2], texts, 2) for n, p in predictors.items()}
     page = explore.told(found, data.val)
     assert not re.search(r"<(script|img|i|b>\d)", page) and "&lt;script&gt;" in page and "$x$" not in page
@@ -230,10 +228,16 @@ def test_a_window_is_told_with_ranks_and_its_texts_show_letter_by_letter():
     assert len(rows) == 1 + T + 1 + 2 * (1 + 2)  # a head; read; true; of each predictor a heading and its nearest
     for name, frame in found.items():
         true = frame[frame["role"] == "truth"].iloc[0]
-        said = f"{readout.escape(name)}: the true one has rank {true['rank']:g} of {16 - T} chunks not read (by chance 6)"
+        said = (
+            f"{readout.escape(name)}: the true one has rank {true['rank']:g} of {16 - T} chunks not read (by chance 6)"
+        )
         assert sum(said in row for row in rows) == 1
         near = frame[frame["role"] == "nearest in article"]
-        assert all(any(f">{c:.2f}<" in row and f"{n} &lt;" in row for row in rows) for c, n in near[["cosine", "row"]].to_numpy().tolist() for n in [int(n)])
+        assert all(
+            any(f">{c:.2f}<" in row and f"{n} &lt;" in row for row in rows)
+            for c, n in near[["cosine", "row"]].to_numpy().tolist()
+            for n in [int(n)]
+        )
     cells = [re.findall(r">(-?\d\.\d\d)<", row) for row in rows[1 : 2 + T]]
     read = found["mean"][found["mean"]["role"].isin(["context", "truth"])]["cosine"]
     assert [float(c[1]) for c in cells] == pytest.approx(read.tolist(), abs=0.0051)
@@ -272,24 +276,26 @@ MOVES = """
 import time
 
 def moved(widget, value, view):
-    before, started = view.value, time.perf_counter()
+    before, started = view.value, time.process_time()
     widget.value = value
-    assert view.value != before and len(view.value) > 1000
-    return time.perf_counter() - started
+    assert view.value != before and len(view.value) > 1000, (widget.description, value)
+    return time.process_time() - started
 
-took = {"strength": moved(strength, STRENGTHS[-1], trick_view), "trick": moved(trick, names[3], trick_view), "margin": moved(margin, "margin", trick_view)}
-for name, value in {"lambda_max": 0.001, "aim": 2.0, "cap": 0.3, "rule": "pi", "kp": 0.2, "ki": 0.4, "measure": "gradient", "guard": "none"}.items():
+took = {"strength": moved(strength, STRENGTHS[-1], trick_view), "trick": moved(trick, names[3], trick_view)}
+took["margin"] = moved(margin, "margin", trick_view)
+of_value = {"aim": 2.0, "cap": 0.3, "lambda_max": 0.5, "rule": "pi", "kp": 0.2, "ki": 0.4, "measure": "gradient"}
+for name, value in of_value.items():
     took[name] = moved(rules[name], value, rule_view)
 assert rules["cap"].disabled and not rules["kp"].disabled
 rules["rule"].value = "rho_controller"
-for name, value in {"lambda_max": base.lambda_max, "aim": 1.0, "cap": 1.0, "guard": base.guard}.items():
+for name, value in {"lambda_max": base.lambda_max, "aim": 1.0, "cap": 1.0}.items():
     rules[name].value = value
 assert f"λ as recorded in {len(steps)} of {len(steps)} steps" in rule_said.value, rule_said.value
 assert f"{at(names[3], STRENGTHS[-1])['novel_mrr']:.3f}" in trick_said.value
-took["article"] = moved(article, list(of_article)[1], text_view)
 took["window"] = moved(place, place.max, text_view)
+took["article"] = moved(article, min(of_article, key=lambda a: len(of_article[a])), text_view)
 assert place.max == len(of_article[article.value]) - 1 and plt.get_fignums() == []
-print({name: round(seconds, 2) for name, seconds in took.items()})
+print("seconds of CPU a move:", {name: round(seconds, 2) for name, seconds in took.items()})
 """
 
 
@@ -298,13 +304,17 @@ def executed(tmp_path, monkeypatch, watched, changes, more=""):
     monkeypatch.setenv("LVM_FAST", "1")
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("JPY_SESSION_NAME", "explore.ipynb") if watched else monkeypatch.delenv("JPY_SESSION_NAME", False)
+    monkeypatch.setenv("JPY_SESSION_NAME", "explore.ipynb") if watched else monkeypatch.delenv(
+        "JPY_SESSION_NAME", False
+    )
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     injected = nbformat.v4.new_code_cell(changes, metadata={"tags": ["injected-parameters"]})
     notebook.cells.insert(2, injected)
     if more:
         notebook.cells.append(nbformat.v4.new_code_cell(more))
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     return [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
 
 
@@ -315,7 +325,7 @@ def kinds(outputs):
 def test_the_sliders_move_what_they_should(tmp_path, monkeypatch):
     outputs = executed(tmp_path, monkeypatch, True, 'model = "amn"', MOVES)
     assert "application/vnd.jupyter.widget-view+json" in kinds(outputs)
-    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr" and "Traceback" in o.text]
+    assert not [o for o in outputs if o.output_type == "error" or "Traceback" in o.get("text", "")]
     print(outputs[-1].text)
 
 
@@ -323,6 +333,10 @@ def test_without_a_person_there_are_figures_and_no_trace_of_a_widget(tmp_path, m
     """On a world, which has no texts, and of a version without a rule to try."""
     outputs = executed(tmp_path, monkeypatch, False, 'version = "p6"\nmodel = "amn"\ndata = "world:rotation"')
     assert not [kind for kind in kinds(outputs) if "widget" in kind]
-    said = json.dumps(outputs)
-    assert not re.search(r"children=|Dropdown\(|interactive\(|cdn", said) and said.count("Sliders stand here in JupyterLab") == 2
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 2 and "kept no texts" in said
+    pictures = sum("image/png" in o.get("data", {}) for o in outputs)
+    said = json.dumps([{k: v for k, v in o.get("data", {}).items() if k != "image/png"} for o in outputs])
+    assert (
+        not re.search(r"children=|Dropdown\(|interactive\(|<script", said)
+        and said.count("Sliders stand here in JupyterLab") == 2
+    )
+    assert pictures == 2 and "kept no texts" in said and "there is no rule to try" in said
