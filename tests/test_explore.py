@@ -1,0 +1,342 @@
+"""What explore.ipynb moves by hand: tricks, a replayed rule, a window in texts; and the notebook with its sliders."""
+
+import dataclasses
+import json
+import re
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from nbclient import NotebookClient
+
+import lvmlib as lvm
+from lvmlib import controller, explore, health, losses, models, readout, training, vectors
+from lvmlib.params import ROOT
+
+DIM, T = 24, 5
+NOTEBOOK = ROOT / "notebooks" / "explore.ipynb"
+
+
+def make_data(seed=0, articles=12, length=16, title="a{}"):
+    """Articles that drift from a topic."""
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((articles, 1, DIM)) + 0.8 * random.standard_normal((articles, length, DIM))
+    x /= np.linalg.norm(x, axis=-1, keepdims=True)
+    split = np.array(["train", "train", "train", "val", "ood"])[np.arange(articles) % 5]
+    frame = pd.DataFrame({"title": [title.format(i) for i in range(articles)], "split": split}, index=range(articles))
+    place = np.repeat(np.arange(articles), length), np.tile(np.arange(length), articles)
+    return vectors.dataset(vectors.make_store("toy", x.reshape(-1, DIM).astype(np.float32), *place, frame))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make_data()
+
+
+def recorded(folder, data, name, log_every=1, overrides=None, epochs=3):
+    """A finished run and its tables, read back from its folder."""
+    settings = {"model": "amn", "epochs": epochs, "precision": "float32", "device": "cpu", "batch_size": 8}
+    settings["log_every"] = log_every
+    run = lvm.train(lvm.version(name, overrides or {}, **settings), data, folder)
+    assert len(list(run)) == epochs
+    _, epochs, steps = lvm.open_run(folder)
+    return run.version, steps, epochs
+
+
+# Tricks
+
+
+def test_the_tricks_are_what_their_names_say():
+    torch.manual_seed(0)
+    x, a = torch.nn.functional.normalize(torch.randn(7, T, DIM), dim=-1), 0.37
+    components = torch.linalg.qr(torch.randn(DIM, 4))[0].T
+    mean, last, before = x.mean(1), x[:, -1], x[:, -2]
+    kept = mean @ components.T @ components
+    wanted = {
+        "mean − a·context[-2]": mean - a * before,
+        "mean − a·context[-1]": mean - a * last,
+        "residual flip": kept - a * (mean - kept),
+        "mean − a·both": mean - a * last - a * before,
+        "last + a·(last − context[-2])": last + a * (last - before),
+        "mean + a·(last − mean)": mean + a * (last - mean),
+    }
+    found = explore.arithmetic(DIM, T, a, components)
+    assert list(found) == list(wanted)
+    for name, predictor in found.items():
+        assert torch.allclose(predictor(x)[0], wanted[name], atol=1e-6), name
+
+
+def test_a_point_of_a_curve_is_what_5cat_says_of_that_predictor(data):
+    components = health.leading_components(data.store, torch.from_numpy(data.store.vectors), 4)
+    curve = explore.curves(data.val, [0.0, 0.5], components)
+    assert len(curve) == 12 and (curve["strength"] == 0.5).sum() == 6
+    names = {"val_cos": "cosine at the target"} | {k: v for k, v in explore.FIGURES.items() if k != "val_cos"}
+    for row in curve[curve["strength"] == 0.5].to_dict("records"):
+        predictor = explore.arithmetic(DIM, T, 0.5, components)[row["trick"]]
+        report = lvm.fivecat(predictor, {"val": data.val})
+        for column, name in names.items():
+            own = report.original if column in ("margin", "of_six") else report
+            assert row[column] == own.value("margin" if column == "margin" else name), (row["trick"], column)
+        context, target = data.val.batch(np.arange(len(data.val)))
+        share = losses.health(predictor(context)[1], target, context, -2)["escape"]
+        assert row["escape"] == pytest.approx(float(share), abs=1e-4)
+        assert row["named"] == report.facts["val", "model"]["escape"]
+
+
+# The rule on a recorded run
+
+BY_VALUE = {
+    "v1": {},
+    "v2": {},
+    "v21": {},
+    "v22": {},
+    "v23": {},
+    "v23_confident": {"control": {"gate": {"low": -0.2, "width": 0.3}}},  # half open on these data
+    "v23_unguarded": {},
+    "pi": {"control": {"measure": "value", "guard": "none"}},
+    "margin": {},
+    "p6": {},
+}
+BY_GRADIENT = {"share": {"rewind": None, "control": {"guard": "none"}}, "pi": {"control": {"guard": "none"}}}
+
+
+@pytest.mark.parametrize("name", BY_VALUE)
+def test_a_runs_own_rule_gives_the_recorded_lambda_to_the_last_bit(name, data, tmp_path):
+    version, steps, epochs = recorded(tmp_path / "run", data, name, overrides=BY_VALUE[name])
+    again = explore.replay(version, steps, epochs)
+    assert explore.exact(version.control, steps) and again["step"].tolist() == steps["step"].tolist()
+    for column in ("lambda_eff", "rho", "skip"):
+        assert again[column].tolist() == steps[column].tolist(), column
+    assert (steps["lambda_eff"].nunique() > 2) == (name not in ("p6", "v23_unguarded")), steps["lambda_eff"].tolist()
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
+def test_of_rules_that_read_gradients_the_recorded_lambda_comes_out_to_rounding(name, data, tmp_path):
+    overrides = lvm.params.merge(BY_GRADIENT[name], {"control": {"lambda_max": 10.0}})
+    version, steps, epochs = recorded(tmp_path / "run", data, name, overrides=overrides)
+    again = explore.replay(version, steps, epochs)
+    assert steps["lambda_eff"].nunique() > 10 and steps["lambda_eff"].max() < 10
+    assert again["lambda_eff"].to_numpy() == pytest.approx(steps["lambda_eff"].to_numpy(), rel=1e-12)
+
+
+def test_after_a_rewind_the_rule_goes_on_as_in_training(data, tmp_path, monkeypatch):
+    """With the lower ceiling, and for pi with the state of the epoch gone back to."""
+    rewind = {"fall": 0.1, "escape": 1.0, "cool": 0.5, "most": 2}
+    for name, overrides in {
+        "pi": {"control": {"lambda_max": 10.0, "guard": "none", "ki": 0.05}},
+        "v23_unguarded": {"control": {"guard": "none"}},
+    }.items():
+        told, real = iter([0.20, 0.30, 0.10, 0.29, 0.1, 0.28]), training.validate
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "validate", lambda *a, told=told, real=real: real(*a) | {"novel_mrr": next(told)})
+            run = recorded(tmp_path / name, data, name, overrides={"rewind": rewind, **overrides}, epochs=6)
+        version, steps, epochs = run
+        assert epochs["rewound"].tolist() == [0, 0, 1, 0, 1, 0]
+        again = explore.replay(version, steps, epochs)["lambda_eff"].to_numpy()
+        assert again == pytest.approx(steps["lambda_eff"].to_numpy(), rel=1e-12)
+        unaware = explore.replay(version, steps, epochs.assign(rewound=0.0))["lambda_eff"].to_numpy()
+        assert unaware != pytest.approx(again, rel=1e-3)
+
+
+def test_what_is_exact_of_a_run_logged_now_and_then(data, tmp_path):
+    version, steps, epochs = recorded(tmp_path / "run", data, "v22", log_every=2)
+    assert len(steps) < steps["step"].max() and explore.exact(version.control, steps)
+    assert explore.replay(version, steps, epochs)["lambda_eff"].tolist() == steps["lambda_eff"].tolist()
+    slow = dataclasses.replace(version.control, rule="pi", measure="value", kp=0.0, ki=0.1)
+    assert not explore.exact(slow, steps)
+    every = steps.assign(step=np.arange(1, len(steps) + 1))
+    assert explore.exact(slow, every) and not explore.exact(slow, every.iloc[1:])
+
+
+def test_another_rule_is_applied_to_the_recorded_losses(data, tmp_path):
+    version, steps, epochs = recorded(tmp_path / "run", data, "v22", overrides={"control": {"guard": "none"}})
+    c = version.control
+    wanted = [
+        min(max(2 * t * m / d, 1e-4), 0.005) for t, m, d in steps[["rho_target", "mse", "directional"]].to_numpy()
+    ]
+    changed = dataclasses.replace(c, rule="fraction", lambda_max=0.005)
+    found = explore.replay(version, steps, epochs, changed, aim=2.0)
+    assert found["lambda_eff"].to_numpy() == pytest.approx(wanted, rel=1e-12)
+    assert found["aim"].tolist() == (2 * steps["rho_target"]).tolist()
+    fixed = explore.replay(version, steps, epochs, dataclasses.replace(c, rule="fixed", lambda_max=0.01))
+    assert (fixed["lambda_eff"] == 0.01).all()
+    capped = explore.replay(version, steps, epochs, dataclasses.replace(c, rule="rho_cap"), cap=0.1)
+    assert (capped["rho"] <= 0.1 * steps["rho_cap"] * (1 + 1e-12)).all()
+    # A cap below 0.8 of the target, which no version has: there the raise branch keeps the cap from acting.
+    kept = explore.replay(version, steps, epochs, cap=0.1)
+    beyond = kept["rho"] > 0.1 * steps["rho_cap"] * (1 + 1e-12)
+    assert 0 < beyond.sum() < len(steps) and (kept["raised"] > 0).tolist() == beyond.tolist()
+    with pytest.raises(lvm.LVMError, match="rule constrained on a run of v22"):
+        explore.replay(version, steps, epochs, dataclasses.replace(c, rule="constrained"))
+
+
+def test_a_gradient_that_was_not_logged_leaves_a_gap_and_no_trace(data, tmp_path):
+    """Of a step that the guard skipped λ times the gradient is 0; another guard's λ there cannot be known."""
+    version, steps, epochs = recorded(tmp_path / "run", data, "share", overrides={"rewind": None})
+    steps.loc[[3, 5], ["lambda_eff", "pull_directional"]] = 0.0
+    free = dataclasses.replace(version.control, guard="none")
+    found = explore.replay(version, steps, epochs, free)["lambda_eff"]
+    without = explore.replay(version, steps.drop(index=[3, 5]), epochs, free)["lambda_eff"]
+    assert found.isna().sum() >= 2 and found[[3, 5]].isna().all()
+    assert found.drop(index=[3, 5]).fillna(-1).tolist() == without.fillna(-1).tolist()
+
+
+def test_the_raise_branch_is_entered_and_never_acts():
+    """For any losses and any range, where the cap is no lower than 0.8 of the target: the branch then only asks."""
+    random, entered = np.random.default_rng(0), 0
+    c = lvm.version("v22").control
+    for mse, directional, target, over, low, span in np.exp(random.uniform(-6, 1, (3000, 6))):
+        own = dataclasses.replace(c, lambda_min=low * 1e-3, lambda_max=low * 1e-3 * (1 + span))
+        cap = target * (0.8 + over)
+        plain = min(max(mse * target / directional, own.lambda_min), own.lambda_max)
+        rho = plain * directional / mse
+        found = controller.rho_controller(mse, directional, target, cap, own)
+        if rho < 0.8 * target:
+            entered += 1
+            assert found == plain == own.lambda_max
+    assert entered > 300
+
+
+def test_replay_counts_the_steps_that_asked_for_a_raise(data, tmp_path):
+    version, steps, epochs = recorded(tmp_path / "run", data, "v22", overrides={"control": {"guard": "none"}})
+    low = dataclasses.replace(version.control, lambda_max=0.002)
+    found = explore.replay(version, steps, epochs, low)
+    held = 0.002 * steps["directional"] / steps["mse"] < 0.8 * steps["rho_target"]
+    assert held.any() and found["asked"].tolist() == held.tolist() and (found["raised"] == 0).all()
+    assert not explore.replay(version, steps, epochs, dataclasses.replace(low, rule="rho_cap"))["asked"].any()
+
+
+# A window in texts
+
+
+def test_a_window_is_told_with_ranks_and_its_texts_show_letter_by_letter():
+    data = make_data(title="<b>{}</b>")
+    hostile = "<script>alert(1)</script> $x$ \\(y\\) | **z** <img src=x onerror=alert(2)>"
+    texts = [f"{i} {hostile}" for i in range(len(data.store.vectors))]
+    predictors = {
+        "copy <i>last</i>": models.baselines(data.train)["copy last"],
+        "mean": models.baselines(data.train)["mean"],
+    }
+    found = {n: readout.nearest(p, data.val, [2], texts, 2) for n, p in predictors.items()}
+    page = explore.told(found, data.val)
+    assert not re.search(r"<(script|img|i|b>\d)", page) and "&lt;script&gt;" in page and "$x$" not in page
+    rows = re.findall(r"<tr>.*?</tr>", page)
+    assert len(rows) == 1 + T + 1 + 2 * (1 + 2)  # a head; read; true; of each predictor a heading and its nearest
+    for name, frame in found.items():
+        true = frame[frame["role"] == "truth"].iloc[0]
+        said = (
+            f"{readout.escape(name)}: the true one has rank {true['rank']:g} of {16 - T} chunks not read (by chance 6)"
+        )
+        assert sum(said in row for row in rows) == 1
+        near = frame[frame["role"] == "nearest in article"]
+        assert all(
+            any(f">{c:.2f}<" in row and f"{n} &lt;" in row for row in rows)
+            for c, n in near[["cosine", "row"]].to_numpy().tolist()
+            for n in [int(n)]
+        )
+    cells = [re.findall(r">(-?\d\.\d\d)<", row) for row in rows[1 : 2 + T]]
+    read = found["mean"][found["mean"]["role"].isin(["context", "truth"])]["cosine"]
+    assert [float(c[1]) for c in cells] == pytest.approx(read.tolist(), abs=0.0051)
+    assert "Wikipedia" not in page  # these texts are nobody's there
+
+
+# Sliders
+
+
+def test_a_picture_is_whole_and_its_figure_closed():
+    before = plt.get_fignums()
+    figure, axis = plt.subplots()
+    axis.plot([0, 1])
+    assert explore.png(figure).startswith(b"\x89PNG") and plt.get_fignums() == before
+
+
+def test_controls_call_at_once_at_each_change_and_tell_an_error():
+    seen, said = [], widgets.HTML()
+
+    def update(a, b):
+        seen.append((a, b))
+        if a > 2:
+            raise lvm.LVMError("too <much>")
+
+    slider, other = widgets.IntSlider(value=1, max=5), widgets.Checkbox(value=False)
+    explore.connect({"a": slider, "b": other}, update, said)
+    slider.value, other.value = 2, True
+    assert seen == [(1, False), (2, False), (2, True)] and said.value == ""
+    slider.value = 3
+    assert said.value == "too &lt;much&gt;"
+
+
+# The notebook
+
+MOVES = """
+import time
+
+def moved(widget, value, view):
+    before, started = view.value, time.process_time()
+    widget.value = value
+    assert view.value != before and len(view.value) > 1000, (widget.description, value)
+    return time.process_time() - started
+
+took = {"strength": moved(strength, STRENGTHS[-1], trick_view), "trick": moved(trick, names[3], trick_view)}
+took["margin"] = moved(margin, "margin", trick_view)
+of_value = {"aim": 2.0, "cap": 0.3, "lambda_max": 0.5, "rule": "pi", "kp": 0.2, "ki": 0.4, "measure": "gradient"}
+for name, value in of_value.items():
+    took[name] = moved(rules[name], value, rule_view)
+assert rules["cap"].disabled and not rules["kp"].disabled
+rules["rule"].value = "rho_controller"
+for name, value in {"lambda_max": base.lambda_max, "aim": 1.0, "cap": 1.0}.items():
+    rules[name].value = value
+assert f"λ as recorded in {len(steps)} of {len(steps)} steps" in rule_said.value, rule_said.value
+assert f"{at(names[3], STRENGTHS[-1])['novel_mrr']:.3f}" in trick_said.value
+took["window"] = moved(place, place.max, text_view)
+took["article"] = moved(article, min(of_article, key=lambda a: len(of_article[a])), text_view)
+assert place.max == len(of_article[article.value]) - 1 and plt.get_fignums() == []
+print("seconds of CPU a move:", {name: round(seconds, 2) for name, seconds in took.items()})
+"""
+
+
+def executed(tmp_path, monkeypatch, watched, changes, more=""):
+    """The notebook run in fast mode, as in JupyterLab or as by papermill; the outputs of its code cells."""
+    monkeypatch.setenv("LVM_FAST", "1")
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JPY_SESSION_NAME", "explore.ipynb") if watched else monkeypatch.delenv(
+        "JPY_SESSION_NAME", False
+    )
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    injected = nbformat.v4.new_code_cell(changes, metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(2, injected)
+    if more:
+        notebook.cells.append(nbformat.v4.new_code_cell(more))
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    return [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+
+
+def kinds(outputs):
+    return {kind for o in outputs for kind in o.get("data", {})}
+
+
+def test_the_sliders_move_what_they_should(tmp_path, monkeypatch):
+    outputs = executed(tmp_path, monkeypatch, True, 'model = "amn"', MOVES)
+    assert "application/vnd.jupyter.widget-view+json" in kinds(outputs)
+    assert not [o for o in outputs if o.output_type == "error" or "Traceback" in o.get("text", "")]
+    print(outputs[-1].text)
+
+
+def test_without_a_person_there_are_figures_and_no_trace_of_a_widget(tmp_path, monkeypatch):
+    """On a world, which has no texts, and of a version without a rule to try."""
+    outputs = executed(tmp_path, monkeypatch, False, 'version = "p6"\nmodel = "amn"\ndata = "world:rotation"')
+    assert not [kind for kind in kinds(outputs) if "widget" in kind]
+    pictures = sum("image/png" in o.get("data", {}) for o in outputs)
+    said = json.dumps([{k: v for k, v in o.get("data", {}).items() if k != "image/png"} for o in outputs])
+    assert (
+        not re.search(r"children=|Dropdown\(|interactive\(|<script", said)
+        and said.count("Sliders stand here in JupyterLab") == 2
+    )
+    assert pictures == 2 and "kept no texts" in said and "there is no rule to try" in said
