@@ -157,7 +157,7 @@ def store_folder(
     if not fit or name in store_format.embedded():
         raise LVMError(
             f"out {name[:LONGEST]!r}: use letters, digits, '-', '_' and '.', begin with a letter or digit, and do "
-            f"not take the name of an embedded dataset ({', '.join(store_format.embedded())}); or give a path, as ./mine"
+            f"not take the name of an embedded dataset ({', '.join(store_format.embedded())}); or give a path, ./mine"
         )
     return outputs() / ("fast" if fast else "") / "datasets" / name
 

@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from .errors import LVMError, extra, said
 from .params import ROOT
-from .training import pick_device, pick_precision
+from .training import pick_device, pick_precision, watched
 from .vectors import sha256_file
 
 OFFLINE = "all-MiniLM-L6-v2"  # the encoder that comes with the extra
@@ -277,13 +278,12 @@ def throughput(
     seconds, cosine, reference = {key: [] for key in ways}, {}, None
     for key in ways:
         encode(texts[:batch_size], made[key[1]], batch_size)  # nobody pays for the first call
-    for _ in range(rounds):
-        for key, run in ways.items():
-            started = time.perf_counter()
-            vectors = run()
-            seconds[key].append(time.perf_counter() - started)
-            reference = vectors if reference is None else reference
-            cosine[key] = float((vectors * reference).sum(1).min())
+    for key in tqdm(list(ways) * rounds, desc="timing", disable=not watched()):
+        started = time.perf_counter()
+        vectors = ways[key]()
+        seconds[key].append(time.perf_counter() - started)
+        reference = vectors if reference is None else reference
+        cosine[key] = float((vectors * reference).sum(1).min())
     rows = []
     for key, took in seconds.items():
         rate = len(texts) / np.array(took)

@@ -20,7 +20,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from .errors import LVMError
 from .files import write_whole
@@ -45,6 +46,7 @@ from .statistics import (
     median_over_articles,
     over_articles,
 )
+from .training import watched
 from .vectors import Dataset, Windows
 
 INSTRUMENT = 3  # raised whenever a definition changes: reports of different instruments do not compare
@@ -343,11 +345,13 @@ def fivecat(
     simple = untrained(some.store.dim, some.context_length)
     device = device_of(model)
     predictors = {"model": model, **{n: p.to(device) for n, p in {**simple, **(compare or {})}.items()}}
-    found = {
-        (split, name): judge(p, w, precision=precision if name == "model" else None)
-        for name, p in predictors.items()
-        for split, w in splits.items()
-    }
+    found, total = {}, len(predictors) * sum(len(w) for w in splits.values())
+    with tqdm(total=total, desc="5CAT", unit="window", delay=1, disable=not watched()) as bar:
+        for name, p in predictors.items():
+            for split, w in splits.items():
+                end = bar.n + len(w)
+                found[split, name] = judge(p, w, precision=precision if name == "model" else None, told=bar.update)
+                bar.update(end - bar.n)  # what was kept is there at once
     frames, facts = ({key: both[i] for key, both in found.items()} for i in range(2))
     return _report(profile, frames, facts, some.horizon, some.context_length, precision)
 
@@ -428,17 +432,23 @@ def measure(
 
 
 def judge(
-    model: Predictor, windows: Windows, seed: int = 0, batch_size: int | None = None, precision: str | None = None
+    model: Predictor,
+    windows: Windows,
+    seed: int = 0,
+    batch_size: int | None = None,
+    precision: str | None = None,
+    told: Callable[[int], object] | None = None,
 ) -> tuple[pd.DataFrame, dict]:
     """`measure` and `health` of the same passes of the model.
 
     Those of a trivial predictor (`kept.predictor_key`) are kept in the process, for the next model on these windows.
+    `told` hears of each batch how many windows it had.
     """
     precision, device, batch_size = _precision(precision), device_of(model), batch_size or _batch_size(model)
 
     def both() -> tuple[pd.DataFrame, dict]:
         with Gathering(windows, torch.from_numpy(windows.store.vectors).to(device), batch_size) as gathering:
-            frame = _judged(model, windows, seed, batch_size, precision, gathering)
+            frame = _judged(model, windows, seed, batch_size, precision, gathering, told)
             return frame, gathering.facts()
 
     known = predictor_key(model)
@@ -450,9 +460,15 @@ def judge(
 
 @torch.no_grad()
 def _judged(
-    model: Predictor, windows: Windows, seed: int, batch_size: int, precision: str, gathering: Gathering | None
+    model: Predictor,
+    windows: Windows,
+    seed: int,
+    batch_size: int,
+    precision: str,
+    gathering: Gathering | None,
+    told: Callable[[int], object] | None = None,
 ) -> pd.DataFrame:
-    """The frame of `measure`; `gathering` is told of every batch."""
+    """The frame of `measure`; `gathering` is told of every batch, `told` of its size."""
     length, device, cut = windows.context_length, device_of(model), windows_key(windows)
     vectors = torch.from_numpy(windows.store.vectors).to(device) if gathering is None else gathering.vectors
     articles, parts = Articles(windows, vectors), []
@@ -520,6 +536,8 @@ def _judged(
             columns |= {f"weight {t - length}": w for t, w in enumerate(products.weights().float().unbind(1))}
             columns |= _split(products.products)
             parts.append(_on_host(columns))
+            if told is not None:
+                told(len(index))
     return pd.concat(parts, ignore_index=True)
 
 

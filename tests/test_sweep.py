@@ -201,10 +201,10 @@ def tree(tmp_path, outputs):
         notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
         if name == "train":
             (loop,) = (i for i, c in enumerate(notebook.cells) if "in tqdm(run" in c.source)
-            begin = "    if watched:\n        figure"
+            begin = "        if watched:\n            figure"
             assert begin in notebook.cells[loop].source
-            waits = f"    while os.path.exists({str(tmp_path / 'hold')!r}):\n        pass\n"
-            waits = f"    open({str(tmp_path / 'kernel')!r}, 'w').write(str(os.getpid()))\n" + waits
+            waits = f"        while os.path.exists({str(tmp_path / 'hold')!r}):\n            pass\n"
+            waits = f"        open({str(tmp_path / 'kernel')!r}, 'w').write(str(os.getpid()))\n" + waits
             notebook.cells[loop].source = notebook.cells[loop].source.replace(begin, waits + begin)
             notebook.cells = notebook.cells[: loop + 1]
         else:
