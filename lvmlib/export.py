@@ -94,7 +94,6 @@ def export(run: Run | str | os.PathLike, folder: str | os.PathLike, report: Repo
     if "finished" not in record:
         raise LVMError(f"{source}: this run is not finished; train it to its end, then export it")
     weights = _tensors(source / "best.safetensors")
-    check_best(source, record, epochs)
     try:
         parameters, dataset = record["parameters"], record["dataset"]
         config = Config(
@@ -115,6 +114,7 @@ def export(run: Run | str | os.PathLike, folder: str | os.PathLike, report: Repo
         fast = bool(parameters.get("fast", False))
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise LVMError(f"{source / 'run.yaml'}: lacks what a model needs ({said(e)}); restore the file") from e
+    check_best(source, record, epochs)  # after what a reader can say of the file itself
     judged = _judged(source, run, report, config)
     with writing(folder) as partial:
         safetensors.torch.save_file(weights, partial / WEIGHTS)
