@@ -5,8 +5,8 @@ from .errors import LVMError
 from .export import export, load
 from .fivecat import fivecat
 from .models import baselines
-from .params import changes, check_injected, known_versions, version
-from .training import open_run, run_folder, train, validate, watched
+from .params import changes, check_injected, known_versions, version, watched
+from .training import open_run, run_folder, train, validate
 from .vectors import dataset
 from .verdict import checklist, comparison, reading, verdict
 

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 
 from .errors import LVMError
+from .health import COLLAPSED
 from .losses import Terms
 from .params import Rewind, Version
-from .verdict import COLLAPSED
 
 # Raw = 0 has the mean-square loss 1/D, a good prediction about ¾ of it, and the listwise loss of a guess is about 1½
 # times that of the best version: more than twice the lowest is no fluctuation but worse than knowing nothing.

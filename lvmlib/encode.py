@@ -44,8 +44,8 @@ from . import chunking, encoders, ready, sources, splits, untrusted
 from . import vectors as store_format
 from .errors import LVMError, said
 from .files import hold, sync, write_whole
-from .params import LONGEST, ROOT, outputs
-from .training import pick_device, watched
+from .params import LONGEST, ROOT, outputs, watched
+from .training import pick_device
 from .vectors import Store
 
 RESULT_ONLY = ("name", "ood", "keep_text")  # may change while a build goes on: no chunk and no vector depends on them

@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 from .errors import LVMError, extra, said
-from .params import ROOT
-from .training import pick_device, pick_precision, watched
+from .params import ROOT, watched
+from .training import pick_device, pick_precision
 from .vectors import sha256_file
 
 OFFLINE = "all-MiniLM-L6-v2"  # the encoder that comes with the extra

@@ -36,6 +36,7 @@ from .files import write_whole
 from .health import MATERIAL, Gathering, Products
 from .kept import kept, predictor_key, windows_key
 from .models import Predictor, device_of, untrained
+from .params import watched
 from .retrieval import NUMBERS, TIE, Articles, among_context, negatives
 from .statistics import (
     adjusted,
@@ -46,7 +47,6 @@ from .statistics import (
     median_over_articles,
     over_articles,
 )
-from .training import watched
 from .vectors import Dataset, Windows
 
 INSTRUMENT = 3  # raised whenever a definition changes: reports of different instruments do not compare

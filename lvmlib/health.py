@@ -31,6 +31,7 @@ from .vectors import Store, Windows
 NEIGHBOURS = 10  # k of the k-occurrence
 BANDS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # leading principal components left out when looking for escape
 MATERIAL = 0.015  # a margin raised by less than this is not called bought: ridge regression reaches 0.01 by chance
+COLLAPSED = 0.1  # ours: the variance of the predictions, as a share of the targets', below which they are one vector
 SAMPLE = 16_384  # rows for the principal components
 IN_MEMORY = 1 << 26  # bytes of unit predictions; more of them lie in a temporary file
 

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import os
+import sys
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -236,6 +237,11 @@ def files(data: str | Files | Mapping) -> str | Files:
 def _named(data: Any) -> Any:
     """`data`, as text where papermill has made a number of a name of digits."""
     return str(data) if isinstance(data, int) and not isinstance(data, bool) else data
+
+
+def watched() -> bool:
+    """Whether a person watches: a terminal, or a kernel that a Jupyter server started (papermill starts its own)."""
+    return "JPY_SESSION_NAME" in os.environ or sys.stdout.isatty()
 
 
 def data_name(data: str | Files) -> str:

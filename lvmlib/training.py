@@ -1060,11 +1060,6 @@ def peak_memory_mib() -> float:
     return peak / (1024 if sys.platform != "darwin" else 1024**2)
 
 
-def watched() -> bool:
-    """Whether a person watches: a terminal, or a kernel that a Jupyter server started (papermill starts its own)."""
-    return "JPY_SESSION_NAME" in os.environ or sys.stdout.isatty()
-
-
 def commit() -> str:
     """The checkout's commit, marked `+` if files differ from it; empty outside a checkout."""
     try:

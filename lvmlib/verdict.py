@@ -16,6 +16,7 @@ import pandas as pd
 from .arrow import Arrow
 from .controller import by_gradient
 from .fivecat import Report
+from .health import COLLAPSED
 from .params import Version
 from .params import version as load_version
 from .statistics import few
@@ -252,7 +253,6 @@ LABELS = {
     "below arithmetic": "arithmetic on the context, with no training, does it better",
     "not told apart": "it cannot be told from arithmetic on the context",
 }
-COLLAPSED = 0.1  # ours: the variance of the predictions, as a share of the targets', below which they are one vector
 
 
 def reading(report: Report, arrow: Arrow | None = None) -> Reading:
