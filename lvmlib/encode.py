@@ -159,7 +159,8 @@ def store_folder(
     if not fit or name in store_format.embedded():
         raise LVMError(
             f"out {name[:LONGEST]!r}: use letters, digits, '-', '_' and '.', begin with a letter or digit, and do not "
-            f"take the name of an embedded dataset ({', '.join(store_format.embedded())}); or give a path, such as ./mine"
+            f"take the name of an embedded dataset ({', '.join(store_format.embedded())}); "
+            "or give a path, such as ./mine"
         )
     return outputs() / ("fast" if fast else "") / "datasets" / name
 
