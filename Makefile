@@ -21,7 +21,7 @@ help:
 	@echo 'make sweep [ARGS="--config fast=true"]       all of workflow/sweep.yaml: versions, seeds, datasets; goes on where it stopped'
 	@echo 'make benchmark                               how fast this machine could be, and how fast it is: ten minutes alone'
 	@echo 'make test                                    linters, pytest, nbval over every notebook'
-	@echo 'make audit                                   are weaknesses known in the locked packages? (part of make test)'
+	@echo 'make audit                                   are weaknesses known in the locked packages? (told by make test, too)'
 	@echo 'make lock                                    write constraints.txt from what is installed in .venv'
 	@echo 'make lab                                     open JupyterLab'
 	@echo 'make gallery [ARGS="--showcase"]             a static site of the runs: cards, figures, no request to anywhere'
@@ -55,7 +55,8 @@ lab: .venv/main
 	$(BIN)/jupyter lab notebooks/train.ipynb
 
 # Fast runs of tests go to a folder of their own: they must not meet what an older code left under outputs/.
-test: .venv/test audit
+test: .venv/test
+	-@$(BIN)/python tests/lock.py audit
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export LVM_OUTPUTS="$$outputs" LVM_FAST=1 && \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile && \
