@@ -120,7 +120,7 @@ def _leaf(value) -> None:
 def check_state(path: Path) -> None:
     """Raise LVMError unless the file is laid out as torch.save does it: a zip archive that packs nothing, so that
     reading it takes no more memory than the file has bytes. What it may hold is the restricted unpickler's matter."""
-    advice = "train anew with `fresh`, or restore the file"
+    advice = "restore the file, or train anew with `fresh`"
     if path.exists() and not path.is_file():
         raise LVMError(f"{path}: cannot be read, it is no plain file; {advice}")
     try:
