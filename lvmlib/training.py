@@ -230,9 +230,9 @@ def open_run(folder: str | os.PathLike) -> tuple[dict, pd.DataFrame, pd.DataFram
         record = untrusted.read_yaml(folder / "run.yaml")
         if not isinstance(record, dict) or not isinstance(record.get("parameters"), dict):
             raise ValueError("no parameters in run.yaml")
+        _check_record(record)
         if "software" not in record:  # the last of what all runs say
             raise ValueError("run.yaml ends too early")
-        _check_record(record)
         epochs, steps = (_read_table(folder / name) for name in ("epochs.csv", "steps.csv"))
         for frame, columns, name in ((epochs, EPOCH_COLUMNS, "epochs.csv"), (steps, STEP_COLUMNS, "steps.csv")):
             if set(columns) - set(frame.columns) - set(LATER) or set(frame.columns) - set(columns):

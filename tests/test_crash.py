@@ -377,7 +377,7 @@ def cut(path):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("last/state.pt", r"state\.pt: cannot be read .*restore the file, or train anew with `fresh`"),
+        ("last/state.pt", r"state\.pt: cannot be read.*restore the file, or train anew with `fresh`"),
         ("best.safetensors", r"best\.safetensors: not the weights of this run .*restore the file"),
         ("epochs.csv", r"not the folder of a run that can be read .*epochs\.csv.*restore the file"),
         ("run.yaml", r"(?s)not the folder of a run that can be read .*restore the file"),
