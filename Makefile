@@ -62,33 +62,9 @@ test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile && \
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
 
-# What is committed under outputs/showcase/, from nothing (but data-english-sentences, whose vectors are not ours): about three hours on 2 cores. What is trained is reused.
-SHOWN := cp outputs/wikipedia
-RUN := $(BIN)/python -m lvmlib render
+# What is committed under outputs/showcase/ (but data-english-sentences, whose vectors are not ours): hours on 2 cores. Stopped, it goes on.
 showcase: .venv/export
-	for seed in 0 1 2; do for version in p6 v1 v2 v21 v22; do \
-		$(BIN)/python -m lvmlib train -p version $$version -p seed $$seed || exit 1; done; done
-	for model in gru lstm amn; do $(BIN)/python -m lvmlib train -p version v22 -p model $$model || exit 1; done
-	for seed in 1 2; do $(BIN)/python -m lvmlib train -p version v22 -p model lstm -p seed $$seed || exit 1; done
-	for seed in 0 1 2; do $(BIN)/python -m lvmlib train -p version v22 -p model lstm -p precision float32 -p seed $$seed \
-		-p run_name seed$$seed-lstm-float32 || exit 1; done
-	for version in p6 v22; do for seed in 0 1; do $(BIN)/python -m lvmlib train -p version $$version -p precision float32 \
-		-p seed $$seed -p run_name seed$$seed-transformer-float32 || exit 1; done; done
-	for version in p6 v1 v2 v21 v22; do $(SHOWN)/$$version/seed2/train.ipynb outputs/showcase/train-$$version.ipynb || exit 1; done
-	for model in gru lstm amn; do $(SHOWN)/v22/seed0-$$model/train.ipynb outputs/showcase/train-v22-$$model.ipynb || exit 1; done
-	$(RUN) notebooks/encode.ipynb outputs/showcase/encode.ipynb -p benchmark True
-	$(RUN) notebooks/data.ipynb outputs/showcase/data.ipynb
-	$(RUN) notebooks/diagnostics.ipynb outputs/showcase/diagnostics-v22.ipynb -p version v22 -p seed 2
-	$(RUN) notebooks/compare.ipynb outputs/showcase/compare.ipynb -p train True -p versions "p6 v1 v2 v21 v22"
-	$(RUN) notebooks/compare.ipynb outputs/showcase/compare-amn.ipynb -p train True -p model amn -p versions "p6 v1 v2 v21 v22"
-	$(RUN) notebooks/compare.ipynb outputs/showcase/compare-ours.ipynb -p train True -p model amn -p precision float32 \
-		-p versions "p6 v22 margin bounded rank two_heads energy"
-	$(RUN) notebooks/fivecat.ipynb outputs/showcase/fivecat-v22.ipynb -p version v22 -p seed 2
-	$(RUN) notebooks/fivecat.ipynb outputs/showcase/fivecat-v22-amn.ipynb -p version v22 -p model amn
-	$(RUN) notebooks/inference.ipynb outputs/showcase/inference.ipynb -p version v22 -p seed 2
-	$(RUN) notebooks/benchmark.ipynb outputs/showcase/benchmark.ipynb
-	$(RUN) notebooks/controls.ipynb outputs/showcase/controls.ipynb -p datasets 400 -p repetitions 200
-	$(BIN)/python -m lvmlib table
+	bash workflow/showcase.sh
 
 audit: .venv/test
 	$(BIN)/python tests/lock.py audit

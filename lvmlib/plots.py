@@ -50,10 +50,11 @@ def use_style() -> None:
         },
     )
     if get_ipython() is not None:
-        # In a notebook figures are vectors: sharp on every screen, and no larger than pixels at 110 dpi.
+        # In a notebook figures are vectors: sharp on every screen, and no larger than pixels at 110 dpi. Those as well:
+        # of a notebook that another process has executed JupyterLab shows no SVG.
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-        set_matplotlib_formats("svg", metadata={"Date": None})
+        set_matplotlib_formats("svg", "png", metadata={"Date": None})
 
 
 def table(

@@ -60,7 +60,7 @@ import torch
 import yaml
 
 from . import alarms, controller, fingerprint, losses, lowering, models, parallel, untrusted
-from .errors import LVMError
+from .errors import LVMError, said
 from .files import hold, told, write_whole
 from .health import Moments
 from .params import LONGEST, ROOT, Control, Version, data_name, flat, outputs
@@ -487,9 +487,10 @@ class Run:
                 return  # nothing to go on from: as new
             # Killed between the state and the tables, one or both lag an epoch behind: the state is the truth.
             self._state = self._load_state()
-            self.record["alarms"] = json.loads(self._state.get("broken", "[]"))
-            self.history = pd.DataFrame(json.loads(self._state["history"]), columns=EPOCH_COLUMNS)
-            self.steps = pd.DataFrame(json.loads(self._state["steps"]), columns=STEP_COLUMNS)
+            with self._taken("state.pt"):
+                self.record["alarms"] = json.loads(self._state.get("broken", "[]"))
+                self.history = pd.DataFrame(json.loads(self._state["history"]), columns=EPOCH_COLUMNS)
+                self.steps = pd.DataFrame(json.loads(self._state["steps"]), columns=STEP_COLUMNS)
             self._behind = (len(epochs), len(steps)) != (len(self.history), len(self.steps))
             if self._state.get("stopped"):
                 self.record["stopped"] = self._state["stopped"]
@@ -548,14 +549,15 @@ class Run:
         best, short, memory = math.inf, math.inf, controller.START
         rewinds, peak = 0, -math.inf  # peak: the novel MRR of the epoch that a rewind goes back to
         if self._state:
-            model.load_state_dict(self._state["model"])
-            optimizer.load_state_dict(self._state["optimizer"])
-            plateau.load_state_dict(self._state["plateau"])
-            best, short = self._state["best"], self._state.get("short", 0.0)
-            memory = controller.State(*self._state.get("controller", ()))
-            rewinds, peak = self._state.get("rewinds", 0), self._state.get("peak", -math.inf)
-            if ranks:
-                scale.data.copy_(self._state["scale"])
+            with self._taken("state.pt"):
+                model.load_state_dict(self._state["model"])
+                optimizer.load_state_dict(self._state["optimizer"])
+                plateau.load_state_dict(self._state["plateau"])
+                best, short = float(self._state["best"]), float(self._state.get("short", 0.0))
+                memory = controller.State(*map(float, self._state.get("controller", ())))
+                rewinds, peak = int(self._state.get("rewinds", 0)), float(self._state.get("peak", -math.inf))
+                if ranks:
+                    scale.data.copy_(self._state["scale"])
             self._state = None
         else:
             if self.team.first:
@@ -589,6 +591,7 @@ class Run:
                     alarms.validated(epoch, epoch * self._batches, learning_rate, means, val)
                     break
                 except alarms.Broken as broken:
+                    self.team.from_first(self._check_store)  # then it is not the model that is broken
                     if self._ended(broken, rewinds):
                         return
                     memory = self._rewind(model, optimizer, plateau, scale, peak)
@@ -712,6 +715,8 @@ class Run:
         action = alarms.action(self.version, "broken")
         back = action == "rewind" and rewinds < alarms.guard(self.version).most
         self.record["alarms"] = [a._asdict() for a in (*self._broken, broken.alarm)]
+        if self.team.first and (back or (action != "go_on" and len(self.history))):
+            print(broken.alarm.line, flush=True)  # its epoch has no row that would tell it
         if back:
             return False
         if action != "go_on" and len(self.history):
@@ -769,13 +774,26 @@ class Run:
                 "train anew with `fresh`"
             )
         rates = [group["lr"] * alarms.guard(self.version).cool for group in optimizer.param_groups]
-        model.load_state_dict(good["model"])
-        optimizer.load_state_dict(good["optimizer"])
-        plateau.load_state_dict(good["plateau"])
-        scale.data.copy_(good["scale"])
+        with self._taken("good.pt"):
+            model.load_state_dict(good["model"])
+            optimizer.load_state_dict(good["optimizer"])
+            plateau.load_state_dict(good["plateau"])
+            scale.data.copy_(good["scale"])
+            memory = controller.State(*map(float, good["controller"]))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        return controller.State(*good["controller"])
+        return memory
+
+    @contextlib.contextmanager
+    def _taken(self, name: str) -> Iterator[None]:
+        """What does not fit in a checkpoint that could be read, in words."""
+        try:
+            yield
+        except Exception as e:  # whatever torch and pandas make of another shape or type
+            raise LVMError(
+                f"{self.folder / 'last' / name}: does not fit this run ({said(e)}); restore the file, or train anew "
+                "with `fresh`"
+            ) from e
 
     def _cooled(self, rewinds: int) -> Control:
         """The version's control with the ceiling of λ that holds after so many rewinds; never below lambda_min."""
