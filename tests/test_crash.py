@@ -394,6 +394,25 @@ def test_a_truncated_file_is_told_and_put_back_it_goes_on(data, whole, tmp_path,
     goes_on(folder, data, whole)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model", {"x": torch.zeros(2)}),
+        ("optimizer", {}),
+        ("history", "no JSON"),
+        ("steps", "[1]"),
+        ("controller", ["x"]),
+        ("best", "low"),
+        ("broken", "{"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_told(data, tmp_path, key, value):
+    path = begun(data, tmp_path, 1) / "last" / "state.pt"
+    torch.save(torch.load(path, weights_only=True) | {key: value}, path)
+    with pytest.raises(LVMError, match=r"state\.pt: does not fit this run .*restore the file, or train anew"):
+        list(lvm.train(version(), data, tmp_path / "run"))
+
+
 @pytest.mark.parametrize("epochs", [2, 3])
 def test_a_table_that_lacks_whole_rows_is_mended_from_the_state(data, whole, tmp_path, epochs):
     folder = begun(data, tmp_path, 2) if epochs == 2 else tmp_path / "run"
@@ -528,6 +547,13 @@ def rewritten(folder):
         file.write(bytes(100))
 
 
+def blanked(folder):
+    """As `rewritten`, and the loss of the next step is NaN: it is the store that is told, not the model."""
+    array = np.load(folder / "vectors.npy", mmap_mode="r+")
+    array[:] = np.nan
+    array.flush()
+
+
 def replaced(folder):
     array = np.load(folder / "vectors.npy")
     np.save(folder / "other.npy", array[::-1])
@@ -544,7 +570,7 @@ def swapped(folder):
     vectors.write_store(make_data(seed=9).store, folder)
 
 
-@pytest.mark.parametrize("change", [rewritten, replaced, deleted, swapped, shutil.rmtree])
+@pytest.mark.parametrize("change", [rewritten, blanked, replaced, deleted, swapped, shutil.rmtree])
 def test_a_store_that_changes_under_a_run_is_told_and_put_back_it_goes_on(stored, tmp_path, change):
     own = version(data=str(stored))
     wanted = undisturbed(own, vectors.dataset(str(stored)), tmp_path / "whole")
