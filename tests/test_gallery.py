@@ -265,7 +265,7 @@ def test_what_one_notebook_tells_costs_no_other_its_card(tmp_path, monkeypatch):
     index, counts = gallery.build(tmp_path / "site", tmp_path / "none", showcase=True)
     assert counts["runs"] + counts["notebooks"] == counts["pages"] == len(ODD)
     text = index.read_text(encoding="utf-8")
-    assert text.count(">damaged<") == text.count("what it tells of its run cannot be shown") == 7  # two are as they were
+    assert text.count(">damaged<") == text.count("what it tells of its run cannot be shown") == 7
 
 
 def test_no_file_is_read_without_a_limit(outputs, tmp_path, monkeypatch):
