@@ -149,6 +149,11 @@ def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None,
             if executed.exists():
                 print(f"Failed; the notebook as far as it came: {_short(executed)}", file=sys.stderr)
         return None, done.returncode
+    if not executed.exists():  # papermill was asked for help
+        return None, 0
+    if not fingerprint.ran(json.loads(executed.read_text(encoding="utf-8"))):
+        print(f"\nPrepared, not executed: {_short(executed)}")
+        return None, 0
     if not fingerprint.stamp(executed, before):
         print("The code was changed while the notebook ran: it does not count as of the present code.")
     return executed, _parameters(json.loads(executed.read_text(encoding="utf-8")))

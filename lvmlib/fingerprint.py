@@ -2,7 +2,7 @@
 
 A fingerprint is a hash of what a file does: comments, docstrings and blank lines change nothing in it, and it does not
 depend on the Python that takes it. A notebook depends on the rooms that it names and on all that these import, on the
-version files and on the embedded data; a run (`software.sources` in its run.yaml) on what training.py imports.
+version files and on the embedded data; a run (`software.sources` in its run.yaml) on what `training` says.
 
 Whoever executes a notebook takes the fingerprint before and after, and stamps the executed one where both agree
 (`metadata.lvmlib`). Nothing else stamps: a notebook that stands there cannot be made current but by executing it.
@@ -28,7 +28,8 @@ from .params import PARAMS, ROOT
 
 ROOMS = Path(__file__).resolve().parent
 DIGITS = 12
-NO_NUMBERS = {"errors", "files", "fingerprint", "gallery", "page"}  # what they do shows in no figure and no table
+# What they do shows in no figure and no table; `untrusted` gives what a file says, or refuses it.
+NO_NUMBERS = {"errors", "files", "fingerprint", "gallery", "page", "untrusted"}
 EMBEDDED = ("data/wikipedia/datasheet.yaml",)  # holds the vectors' own hash
 
 
@@ -48,12 +49,16 @@ def sources(rooms: Iterable[str]) -> dict[str, str]:
 
 
 @functools.cache
-def training() -> str:
+def training(watched: bool = False) -> str:
     """One hash for the rooms that a run's weights and history come from: training.py and all that it imports.
 
-    The run's parameters stand in its run.yaml, and its data's fingerprint, too.
+    Left out are NO_NUMBERS and, but for a run that is `watched` (its `trouble` stops it or sends it back), alarms:
+    where a run goes on whatever they say, they only tell. What they tell of a run is computed from its rows whenever
+    it is shown, and a notebook that shows it depends on them by its own `sources`. parallel stays, with its words: it
+    deals out windows and adds gradients. The run's parameters stand in its run.yaml, and its data's fingerprint, too.
     """
-    return _short(json.dumps({path.name: _of_code(path) for path in _reached(["training"])}))
+    left_out = set() if watched else {"alarms"}
+    return _short(json.dumps({p.name: _of_code(p) for p in _reached(["training"]) if p.stem not in left_out}))
 
 
 def notebook(content: dict) -> dict:
@@ -63,15 +68,21 @@ def notebook(content: dict) -> dict:
 
 
 def stamp(path: Path, before: dict) -> bool:
-    """Write into an executed notebook what it ran by, where that is certain; say whether it is.
+    """Write into an executed notebook what it ran by, where that is certain and it ran whole; say whether so.
 
     `before`: `notebook` of its template as it was before the execution.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
-    certain = notebook(content) == before
+    certain = ran(content) and notebook(content) == before
     content["metadata"]["lvmlib"] = {**before, "executed": _executed(content)} if certain else {}
     write(path, content)
     return certain
+
+
+def ran(content: dict) -> bool:
+    """Whether every code cell of a notebook (as JSON) was executed; papermill can be told only to prepare one."""
+    cells = (c for c in content["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip())
+    return all(c.get("execution_count") for c in cells)
 
 
 def write(path: Path, content: dict) -> None:
@@ -108,7 +119,7 @@ def state(content: dict) -> State:
         others = f" and {len(changed) - 4} more" if len(changed) > 5 else ""
         return State("stale", f"{', '.join(changed[:4] if others else changed)}{others} changed since")
     run = own.get("run", {})
-    if run and run.get("sources") != training():
+    if run and run.get("sources") not in (training(), training(watched=True)):
         return State("stale", f"its run was trained by other code (commit {run.get('commit') or 'unknown'})")
     return State("current", "rendered by the present code")
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import math
 import re
@@ -26,11 +25,13 @@ from urllib.parse import quote
 
 from . import fingerprint
 from .errors import LVMError, said
+from .files import hold, sync
 from .fivecat import GATES, INSTRUMENT
 from .page import read, render, title
 from .page import write as write_page
 from .params import ROOT, data_name, files, merge, outputs, resolved
 from .training import EARLIER, open_run
+from .untrusted import NOTEBOOK, read_bytes, read_json
 from .verdict import checklist
 
 MARK = "gallery.json"
@@ -55,7 +56,8 @@ def build(
     out = Path(out or root / "gallery")
     _refuse(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _held(out), contextlib.ExitStack() as stack:
+    lock = out.with_name(f".{out.name}.lock")
+    with hold(lock, lambda by: f"{out}: {by} is building it; wait for it"), contextlib.ExitStack() as stack:
         new = out.with_name(f".{out.name}.new")
         if new.exists():  # of a build that was killed
             shutil.rmtree(new)
@@ -67,14 +69,17 @@ def build(
                 f"{root}: no run and no executed notebook; train one, as by: make train VERSION=v22, or show the "
                 'committed ones: make gallery ARGS="--showcase"'
             )
+        built = datetime.datetime.now(datetime.UTC).date().isoformat()
+        about = {"title": "LVM Lab gallery", "built": built, "gates": GATES, "marks": MARKS}
+        about |= {"spark": spark, "last": _last, "sentence": _sentence}
+        runs = [_sound(card, runs=[card], others=[], **about) for card in runs]
+        others = [_sound(card, runs=[], others=[card], **about) for card in others]
         names: set[str] = set()
         for card in [*runs, *others]:
             card["links"] = [link for path in card.pop("notebooks") if (link := _page(path, new, names, card, root))]
             for warning in card.get("warnings", []):  # errors name files; the site names no machine
                 warning["detail"] = warning["detail"].replace(f"{root}/", "").replace(f"{ROOT}/", "")
-        built = datetime.datetime.now(datetime.UTC).date().isoformat()
-        about = {"title": "LVM Lab gallery", "built": built, "gates": GATES, "marks": MARKS}
-        index = render("index.html.j2", runs=runs, others=others, spark=spark, last=_last, sentence=_sentence, **about)
+        index = render("index.html.j2", runs=runs, others=others, **about)
         (new / "index.html").write_text(index, encoding="utf-8")
         counts = {"runs": len(runs), "notebooks": len(others), "pages": len(names)}
         (new / MARK).write_text(json.dumps({"format": FORMAT, "built": built, **counts}) + "\n", encoding="utf-8")
@@ -89,19 +94,10 @@ def _refuse(out: Path) -> None:
         raise LVMError(f"{out}: is there and is no gallery (it has no {MARK}); name another folder, or move it away")
 
 
-@contextlib.contextmanager
-def _held(out: Path):
-    """One build of a gallery at a time; the lock ends with the process."""
-    with open(out.with_name(f".{out.name}.lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise LVMError(f"{out}: another process is building it; wait for it") from e
-        yield
-
-
 def _swap(new: Path, out: Path) -> None:
     """Put `new` in the place of `out`. Killed between the two renames, the old one stands beside it until the next."""
+    for folder in (new / "pages", new):  # before the names change: after a power cut, it is the old or the new one
+        sync(folder)
     old = out.with_name(f".{out.name}.old")
     if old.exists():
         shutil.rmtree(old)
@@ -109,6 +105,7 @@ def _swap(new: Path, out: Path) -> None:
     if out.exists():
         out.rename(old)
     new.rename(out)
+    sync(out.parent, files=False)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -130,9 +127,13 @@ def _collect(root: Path, out: Path, showcase: bool, fast: bool) -> tuple[list[di
     for path in sorted(SHOWCASE.glob("*.ipynb")) if showcase else ():
         card = showcase_card(path)
         (runs if card.get("version") else others).append(card | {"fast": False, "notebooks": [path]})
-    runs.sort(key=lambda c: (c.get("data") or "", c["fast"], len(c.get("version") or ""), c.get("version") or "",
-                             c.get("model") != "transformer", c.get("model") or "", str(c.get("seed"))))  # fmt: skip
+    runs.sort(key=_order)
     return runs, others
+
+
+def _order(card: dict) -> tuple:
+    data, version, model, seed = (str(card.get(key) or "") for key in ("data", "version", "model", "seed"))
+    return data, card["fast"], len(version), version, model != "transformer", model, seed
 
 
 def _shown(path: Path, top: Path) -> bool:
@@ -159,6 +160,20 @@ def _page(path: Path, site: Path, names: set[str], card: dict, root: Path) -> di
 
 
 # Cards
+
+
+def _sound(card: dict, **shown) -> dict:
+    """A card if it can be shown, else one that says that it cannot: what a file told may be of any kind."""
+    try:
+        if not all(isinstance(w["what"], str) and isinstance(w["detail"], str) for w in card.get("warnings", [])):
+            raise TypeError("`warnings` are no texts")
+        render("index.html.j2", **shown)
+        return card
+    except Exception as e:
+        warning = {"what": "what it tells of its run cannot be shown", "detail": said(e)}
+        name = str(card.get("name"))
+        return {"name": name, "title": name, "state": "damaged", "version": name, "data": str(card.get("data")),
+                "warnings": [warning], "fast": card["fast"], "notebooks": card["notebooks"]}  # fmt: skip
 
 
 def run_card(folder: Path) -> dict[str, Any]:
@@ -297,7 +312,7 @@ def _said_by(content: Mapping, words: str, tagged: bool = False) -> str:
 
 def _judged(folder: Path) -> dict[str, Any]:
     """What fivecat.json says: verdict, reading, gates, and copying's figures on validation."""
-    report = json.loads((folder / "fivecat.json").read_text(encoding="utf-8"))
+    report = read_json(folder / "fivecat.json")
     words = {True: "passed", False: "failed"}
     gates = {
         f"{profile}, {'OOD' if split == 'ood' else split}": {g: words.get(w, str(w)) for g, w in judged.items()}
@@ -351,8 +366,8 @@ def _list(value: Any) -> list:
 
 def _date(folder: Path) -> str:
     """When the run's notebook was executed, else when its record was last written."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        told = json.loads((folder / "train.ipynb").read_text(encoding="utf-8"))["metadata"]["papermill"]["start_time"]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        told = json.loads(read_bytes(folder / "train.ipynb", NOTEBOOK))["metadata"]["papermill"]["start_time"]
         return datetime.date.fromisoformat(told[:10]).isoformat()
     return datetime.datetime.fromtimestamp((folder / "run.yaml").stat().st_mtime, datetime.UTC).date().isoformat()
 

@@ -27,6 +27,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from .errors import LVMError
 from .files import write_whole
+from .untrusted import NOTEBOOK, read_bytes
 
 SITE = Path(__file__).resolve().parent / "site"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -40,8 +41,7 @@ STYLES = ("text-align", "vertical-align", "white-space", "font-size", "font-weig
           "overflow-wrap", "color", "background-color", "width", "max-width")  # fmt: skip
 # What a table of pandas brings: rules for its own cells, by harmless properties, with no way to fetch anything.
 TABLE_STYLE = re.compile(r"<style[^<>]*>([^<]*)</style>", re.IGNORECASE)
-PROPERTY = rf"\s*(?:{'|'.join(STYLES)})\s*:[\w\s#%.,-]*;?"
-RULES = re.compile(rf"\s*(?:#T_[\w #,.-]+\{{(?:{PROPERTY})*\s*\}}\s*)*")
+LONGEST = 1 << 20  # characters of such rules: a table with a colour a cell has some hundred thousand
 
 
 def page(notebook: Mapping, home: str = "", facts: Mapping[str, str] | None = None) -> str:
@@ -71,7 +71,7 @@ def write(notebook: Path, target: Path, **more) -> None:
 def read(path: Path) -> dict:
     """A notebook's JSON, of format 4. Raises LVMError for what is none."""
     try:
-        return nbformat.read(path, as_version=4)
+        return nbformat.reads(read_bytes(Path(path), NOTEBOOK).decode("utf-8"), as_version=4)
     except Exception as e:  # whatever a damaged file makes nbformat raise
         raise LVMError(f"{path}: not a notebook that can be read ({type(e).__name__}); execute it again") from e
 
@@ -99,7 +99,7 @@ def _templates() -> jinja2.Environment:
 
 def clean(text: str) -> Markup:
     """HTML without what could run, fetch or lay itself over the page; what is left out is shown as text."""
-    styles = [rules for rules in TABLE_STYLE.findall(text) if RULES.fullmatch(rules)]
+    styles = [rules for rules in TABLE_STYLE.findall(text) if _of_a_table(rules)]
     kept = bleach.clean(
         TABLE_STYLE.sub("", text),
         tags=TAGS,
@@ -108,6 +108,20 @@ def clean(text: str) -> Markup:
         css_sanitizer=CSSSanitizer(allowed_css_properties=STYLES),
     )
     return Markup("".join(f"<style>{rules}</style>" for rules in styles) + kept)
+
+
+def _of_a_table(rules: str) -> bool:
+    """Whether CSS is rules for the inside of tables of pandas alone, by harmless properties with plain values."""
+    *blocks, rest = rules.split("}")
+    for block in blocks:
+        selectors, _, declarations = block.partition("{")
+        if not all(re.fullmatch(r"#T_[\w #.-]+", selector.strip()) for selector in selectors.split(",")):
+            return False
+        for declaration in filter(str.strip, declarations.split(";")):
+            name, colon, value = declaration.partition(":")
+            if not (colon and name.strip() in STYLES and re.fullmatch(r"[\w\s#%.,-]*", value)):
+                return False
+    return not rest.strip() and len(rules) <= LONGEST
 
 
 def _attribute(tag: str, name: str, value: str) -> bool:

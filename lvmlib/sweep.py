@@ -6,7 +6,8 @@ takes up what `make train` has finished, and the other way round.
 
 from __future__ import annotations
 
-import fcntl
+import atexit
+import contextlib
 import itertools
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import files
 from .errors import LVMError
 from .params import Version, _nearest, outputs, version
 from .training import dataset_record, differences, open_run, run_folder
@@ -24,7 +26,8 @@ DEFAULTS = {"versions": None, "seeds": 1, "datasets": [None], "models": ["transf
 DEFAULTS |= {"precision": None, "fast": False, "overrides": {}, "threads": 1, "gpus": 0}
 _EXAMPLES = {"versions": ("p6", "v22"), "datasets": ("wikipedia", "world:converging"), "models": ("transformer", "amn")}
 WORDS = {"true": True, "false": False, "null": None}
-_LOCKS = []  # held until the process ends
+_HELD = contextlib.ExitStack()  # until the process ends
+atexit.register(_HELD.close)
 
 
 class Comparison(NamedTuple):
@@ -103,13 +106,9 @@ def comparing(comparison: Comparison) -> dict[str, Any]:
 
 def hold() -> None:
     """Make this process the one sweep of the outputs folder until it ends, however it ends. LVMError where one runs."""
-    outputs().mkdir(parents=True, exist_ok=True)
-    lock = open(outputs() / "sweep.lock", "w")  # noqa: SIM115  (jobs do not inherit it)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        raise LVMError(f"{outputs()}: another sweep is running there; wait for it, or stop it") from e
-    _LOCKS.append(lock)
+    there = outputs()
+    refused = "{}: another sweep is running there, {}; wait for it, or stop it"
+    _HELD.enter_context(files.hold(there / "sweep.lock", lambda holder: refused.format(there, holder)))
 
 
 def _refuse_another(folder: Path, own: Version, data: dict) -> None:

@@ -156,6 +156,7 @@ EVALUATION_BATCH = 512
 GOOD = ("model", "optimizer", "plateau")  # what the checkpoints hold, without what the first ones did not
 STATE = (*GOOD, "best", "history", "steps")
 KEPT = "the last checkpoint is intact"
+LARGEST_TABLE = 1 << 30  # bytes: a row a step of a long run
 WAIT = 10.0  # seconds: a notebook's kernel lives on for a moment when its parent is killed
 FEASIBLE = 0.01  # a bound missed by so little in an epoch's mean counts as kept: batches scatter about it
 
@@ -365,10 +366,10 @@ def _held(folder: Path) -> Iterator[None]:
 
 def _read_table(path: Path) -> pd.DataFrame:
     """A table of numbers, to the last bit as it was written (pandas' own parser may miss that one)."""
-    text = path.read_text(encoding="utf-8")
-    if not text.endswith("\n"):
+    raw = untrusted.read_bytes(path, LARGEST_TABLE)
+    if not raw.endswith(b"\n"):
         raise ValueError(f"{path.name} is cut off")
-    frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    frame = pd.read_csv(io.BytesIO(raw), dtype=str, keep_default_na=False)
     frame = frame.map(lambda cell: float(cell) if cell else math.nan)
     return frame.astype({c: int for c in ("epoch", "step", "skip", "skips") if c in frame})
 
@@ -454,7 +455,7 @@ class Run:
             "software": {
                 "python": platform.python_version(),
                 "commit": commit(),
-                "sources": fingerprint.training(),
+                "sources": fingerprint.training(alarms.actions(self.version) != {"go_on"}),
                 **{p: metadata.version(p) for p in ("torch", "numpy", "pandas", "safetensors")},
             },
         }

@@ -17,6 +17,7 @@ import yaml
 from .errors import LVMError
 
 LARGEST = 1 << 24  # bytes of such a file: they hold parameters, counts and tables of figures
+NOTEBOOK = 1 << 27  # bytes of an executed notebook, with its figures: ours have a few MB
 DEEPEST = 50  # maps and lists within each other
 MOST = 2_000_000  # values, counted as often as they are referred to: aliases of aliases multiply
 DIGITS = 100  # of a number: more are no count, no seed and no size (a fingerprint of digits alone is a text)

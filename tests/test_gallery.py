@@ -1,10 +1,11 @@
 """The gallery and its pages: nothing lost, nothing let in, nothing fetched; of which code a rendered notebook is."""
 
-import fcntl
 import html.parser
 import json
+import os
 import re
 import shutil
+import time
 import warnings
 from pathlib import Path
 from urllib.parse import unquote
@@ -15,7 +16,7 @@ import yaml
 from nbformat import v4
 
 import lvmlib as lvm
-from lvmlib import fingerprint, gallery, page, plots
+from lvmlib import alarms, files, fingerprint, gallery, page, plots, training
 from lvmlib.errors import LVMError
 from lvmlib.params import ROOT
 
@@ -217,6 +218,76 @@ def test_hostile_text_is_shown_and_nothing_of_it_lives(site):
     assert "A widget" in shown and "FloatSlider" not in shown
 
 
+@pytest.mark.parametrize(
+    "rules, kept",
+    [
+        (
+            "#T_a th, #T_a_row0_col1.col0 {\n  text-align: left;\n color: #0a0; width: 10% }\n#T_a td { color: red }",
+            True,
+        ),
+        (" ", True),
+        ("#T_a, .warnings, main{font-size:0}", False),
+        ("main #T_a{font-size:0}", False),
+        ("#T_a{}main{font-size:0}", False),
+        ("#T_a{color:red;position:fixed}", False),
+        ("#T_a{color:red}}", False),
+        ("#T_a{color:red", False),
+        ("#T_a{{color:red}", False),
+        ("#T_a{color}", False),
+        ("#T_a{background-color:url(//x.org)}", False),
+        ("@import url(//x.org/a);", False),
+        ("#T_a{" + "color:red;" * page.LONGEST + "}", False),
+    ],
+)
+def test_the_style_of_a_table_reaches_no_further_than_tables(rules, kept):
+    assert page.clean(f"<style>{rules}</style>") == (f"<style>{rules}</style>" if kept else "")
+
+
+def test_no_style_takes_long_to_refuse():
+    began = time.process_time()  # 16 repetitions took a matching expression 11 s, and each more half as long again
+    assert page.clean("<style>#T_a{" + "color:x  " * 2000 + "!</style>") == ""
+    assert time.process_time() - began < 5
+
+
+ODD = {"version": {"version": 22}, "margin": {"epoch": [1], "margin": "abc"}, "checks": {"checks": 3},
+       "copy_last": {"epoch": [1, 2], "margin": [0.1, 0.2], "copy_last": {"margin": "x"}}, "gates": {"gates": [1]},
+       "warnings": {"warnings": [{"what": 1}]}, "warning": {"warnings": "x"}, "run": [1],
+       "links": {"links": 3}}  # fmt: skip
+
+
+def test_what_one_notebook_tells_costs_no_other_its_card(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "SHOWCASE", tmp_path)
+    for name, run in ODD.items():
+        notebook = executed(v4.new_markdown_cell("# A title"))
+        whole = {"state": "finished", "version": "v22", "data": "wikipedia"}
+        notebook.metadata["lvmlib"] = {"run": whole | run if isinstance(run, dict) else run}
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    index, counts = gallery.build(tmp_path / "site", tmp_path / "none", showcase=True)
+    assert counts["runs"] + counts["notebooks"] == counts["pages"] == len(ODD)
+    text = index.read_text(encoding="utf-8")
+    assert text.count(">damaged<") == text.count("what it tells of its run cannot be shown") == 7
+
+
+def test_no_file_is_read_without_a_limit(outputs, tmp_path, monkeypatch):
+    folder = tmp_path / "wikipedia" / "v22" / "seed0-amn"
+    shutil.copytree(outputs / "wikipedia" / "v22" / "seed0-amn", folder)
+    for name in ("fivecat.json", "train.ipynb"):
+        with open(folder / name, "ab") as file:
+            file.truncate(1 << 40)
+    card = gallery.run_card(folder)
+    assert "fivecat.json is larger than" in str(card["warnings"]) and card["state"] == "finished"
+    with pytest.raises(LVMError, match=r"train\.ipynb: not a notebook"):
+        page.read(folder / "train.ipynb")
+    (folder / "steps.csv").unlink()
+    os.mkfifo(folder / "steps.csv")
+    with pytest.raises(LVMError, match=r"steps\.csv is no plain file"):
+        training.open_run(folder)
+    with open(folder / "epochs.csv", "ab") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(LVMError, match=r"epochs\.csv is larger than 1024 MiB"):
+        training.open_run(folder)
+
+
 def test_a_folder_that_is_no_gallery_is_never_touched(outputs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -240,13 +311,18 @@ def test_the_old_gallery_stands_until_the_new_one_is_whole(outputs, tmp_path, mo
     monkeypatch.setattr(gallery, "render", render)
     (tmp_path / ".site.new" / "pages").mkdir(parents=True)  # as a killed build leaves it
     (tmp_path / ".site.new" / "pages" / "half.html").write_text("")
-    with open(tmp_path / ".site.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(LVMError, match="another process is building it"):
-            gallery.build(out, outputs)
+    other = f"process {os.getpid()} on .* since .* is building it"
+    with files.hold(tmp_path / ".site.lock", str), pytest.raises(LVMError, match=other):
+        gallery.build(out, outputs)
+    done = []
+    monkeypatch.setattr(gallery, "sync", lambda folder, files=True: done.append((folder.name, out.exists())))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: (done.append(path.name), rename(path, to))[1])
     gallery.build(out, outputs)
+    # On the disk before the names change, and the names after it.
+    assert done == [("pages", True), (".site.new", True), "site", ".site.new", (tmp_path.name, True)]
     assert (out / "index.html").stat().st_ino != before[out / "index.html"] and not list(out.rglob("half.html"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".site.lock", "site"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["site"]
 
 
 def test_an_empty_folder_is_said_so(tmp_path):
@@ -337,6 +413,8 @@ def house(tmp_path, monkeypatch):
     content["metadata"]["papermill"] = {"input_path": "notebooks/train.ipynb", "start_time": "2026-01-02T03:04:05"}
     injected = v4.new_code_cell("# Parameters\nseed = 2", metadata={"tags": ["injected-parameters"]})
     content["cells"].insert(2, json.loads(json.dumps(injected)))
+    for cell in content["cells"]:
+        cell |= {"execution_count": 1} if cell["cell_type"] == "code" else {}
     (tmp_path / "executed.ipynb").write_text(json.dumps(content), encoding="utf-8")
     assert fingerprint.stamp(tmp_path / "executed.ipynb", fingerprint.template("train"))
     yield tmp_path
@@ -392,6 +470,34 @@ def test_what_changed_while_it_ran_is_not_stamped(house):
     edit(house / "lvmlib" / "losses.py", "def ", "CHANGED = 1\n\n\ndef ")
     assert not fingerprint.stamp(house / "executed.ipynb", before)
     assert state(house) == ("stale", "it does not say by which code it was made")
+
+
+def test_what_was_not_executed_is_not_stamped(house):
+    content = json.loads((house / "executed.ipynb").read_text(encoding="utf-8"))
+    [c for c in content["cells"] if c["cell_type"] == "code"][-1]["execution_count"] = None
+    fingerprint.write(house / "executed.ipynb", content)
+    assert not fingerprint.stamp(house / "executed.ipynb", fingerprint.template("train"))
+    assert state(house).kind == "stale"
+
+
+def test_what_only_tells_of_a_run_makes_none_stale(house):
+    """But where alarms stop a run or send it back, it depends on them."""
+    before, watched = fingerprint.training(), fingerprint.training(watched=True)
+    assert before != watched
+    edit(house / "lvmlib" / "alarms.py", "not finite", "no number")
+    edit(house / "lvmlib" / "untrusted.py", "import annotations\n", "import annotations\nCHANGED = 1\n")
+    fingerprint.training.cache_clear()
+    assert fingerprint.training() == before and fingerprint.training(watched=True) not in (before, watched)
+    edit(house / "lvmlib" / "parallel.py", "import annotations\n", "import annotations\nCHANGED = 1\n")
+    fingerprint.training.cache_clear()
+    assert fingerprint.training() != before
+
+
+def test_a_run_that_alarms_stop_says_so_in_its_fingerprint(tmp_path):
+    own = lvm.version("v22", {"trouble": "stop"}, fast=True, model="amn", precision="float32")
+    run = lvm.train(own, lvm.dataset(own.data, own.horizon, own.context_length, own.fast), out=tmp_path / "run")
+    assert alarms.actions(own) == {"stop"}
+    assert run.record["software"]["sources"] == fingerprint.training(watched=True) != fingerprint.training()
 
 
 def test_a_run_says_by_which_code_it_was_trained(outputs):

@@ -31,7 +31,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lvmlib as lvm
-from lvmlib import LVMError, __main__, encode, files, plots, readout, summary, sweep, training, untrusted
+from lvmlib import LVMError, __main__, encode, files, page, plots, readout, summary, sweep, training, untrusted
 from lvmlib import vectors as V
 from lvmlib.params import ROOT, check_injected, data_name
 
@@ -411,14 +411,12 @@ class Tags(html.parser.HTMLParser):
 
 
 def rendered(*outputs) -> Tags:
-    """The tags of nbconvert's page of a notebook with these displayed."""
-    from nbconvert import HTMLExporter
-
+    """The tags of the page of a notebook with these displayed."""
     bundles = [{"text/html": o.to_html()} if hasattr(o, "to_html") else {"text/markdown": o.data} for o in outputs]
     shown = [nbformat.v4.new_output("display_data", data=b) for b in bundles]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=shown)])
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show()", outputs=shown)])
     tags = Tags()
-    tags.feed(HTMLExporter(embed_images=True).from_notebook_node(notebook)[0])
+    tags.feed(page.page(notebook))
     return tags
 
 
@@ -427,19 +425,21 @@ def test_a_rendered_page_shows_markup_from_data_and_does_not_take_it(tmp_path):
 
     named = V.open_store(V.write_store(made(name=MARKUP, titles=[f"{MARKUP} {i}" for i in range(3)]), tmp_path / "s"))
     frame = pd.DataFrame({MARKUP: named.articles["title"], "number": 1.0})
-    page = rendered(
+    hostile = rendered(
         plots.table(frame, caption=MARKUP, formats={"number": "{:.1f}"}),
         Markdown(f"**{named.name}**, {readout.escape(named.articles['title'].iloc[0])}"),
         plots.table(pd.DataFrame({"a": [readout.escape(MARKUP)]}), caption=named.name, escaped=True),
     )
     plain = rendered(plots.table(pd.DataFrame({"a": ["b"]})), Markdown("**a**, b"))
-    scripts = [[t for t, _ in p.found].count("script") for p in (page, plain)]
+    scripts = [[t for t, _ in p.found].count("script") for p in (hostile, plain)]
     assert scripts[0] == scripts[1]
-    assert not [t for t, a in page.found if t == "img" or "onerror" in a or a.get("href", "").startswith("javascript")]
-    assert "<script>bad()</script>" in "".join(page.text)  # told letter by letter
+    assert not [
+        t for t, a in hostile.found if t == "img" or "onerror" in a or a.get("href", "").startswith("javascript")
+    ]
+    assert "<script>bad()</script>" in "".join(hostile.text)  # told letter by letter
     # A formula opens and closes within neighbouring texts: here an element stands between them.
-    assert not [text for text in page.text if "javascript:bad" in text and "$" in text]
-    assert "".join(page.text).count("$\\href{javascript:bad}") >= 4
+    assert not [text for text in hostile.text if "javascript:bad" in text and "$" in text]
+    assert "".join(hostile.text).count("$\\href{javascript:bad}") >= 4
 
 
 def test_words_of_a_report_are_no_markup(place):

@@ -98,6 +98,18 @@ def test_what_breaks_unforeseen_is_shown_whole(outputs, trained):
     assert done.returncode != 0 and "No such kernel named nokernel" in done.stderr
 
 
+@pytest.mark.parametrize("option, words", [("--help", "Usage: "), ("--prepare-only", "Prepared, not executed: ")])
+def test_what_executes_nothing_leaves_the_run_as_it_is(outputs, trained, option, words):
+    folder = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, option)
+    assert done.returncode == 0 and not done.stderr and words in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    for left in outputs.glob("train.*.ipynb"):
+        assert "lvmlib" not in json.loads(left.read_text(encoding="utf-8"))["metadata"]
+        left.unlink()
+
+
 def test_a_backward_run_has_a_folder_of_its_own(outputs, trained):
     folder = outputs / "fast" / "wikipedia" / "v21"
     before = (folder / "seed0-amn" / "train.ipynb").read_bytes()

@@ -27,7 +27,11 @@ def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
     # A sweep that was killed may have left a job alive (on another machine, say): two must not train in one folder. The
     # lock is on the partial notebook itself, ends with the process, and moves with the file when it gets its name.
     with open(partial, "a") as lock, job_folder() as place:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{partial}: another job is at it; waiting for its end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if output.exists():
             partial.unlink(missing_ok=True)
             print(f"{output}: another job has made it")
