@@ -429,6 +429,7 @@ def test_a_rendered_page_shows_markup_from_data_and_does_not_take_it(tmp_path):
         plots.table(frame, caption=MARKUP, formats={"number": "{:.1f}"}),
         Markdown(f"**{named.name}**, {readout.escape(named.articles['title'].iloc[0])}"),
         plots.table(pd.DataFrame({"a": [readout.escape(MARKUP)]}), caption=named.name, escaped=True),
+        plots.alarms_table([Alarm(1, 1, "broken", MARKUP, MARKUP)]),
     )
     plain = rendered(plots.table(pd.DataFrame({"a": ["b"]})), Markdown("**a**, b"))
     scripts = [[t for t, _ in p.found].count("script") for p in (hostile, plain)]
