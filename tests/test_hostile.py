@@ -33,6 +33,7 @@ from packaging.utils import canonicalize_name
 import lvmlib as lvm
 from lvmlib import LVMError, __main__, encode, files, page, plots, readout, summary, sweep, training, untrusted
 from lvmlib import vectors as V
+from lvmlib.alarms import Alarm
 from lvmlib.params import ROOT, check_injected, data_name
 
 SETTINGS = {"model": "amn", "fast": True, "epochs": 2}
