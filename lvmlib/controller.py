@@ -7,6 +7,7 @@ holds the share of the gradient, `pi` either share by feedback, `constrained` ha
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -146,6 +147,14 @@ def constrained(violation: float, c: Control, state: State) -> tuple[float, Stat
     change = smoothed - state.last if state.weight else 0.0
     multiplier = clamp(state.integral + c.ki * violation + c.kp * change, 0.0, c.lambda_max)
     return multiplier, state._replace(weight=1.0, integral=multiplier, last=smoothed)
+
+
+def cooled(c: Control, cool: float, rewinds: int) -> Control:
+    """The control with the ceiling of λ that holds after so many rewinds: `cool` times lower at each, never below
+    lambda_min."""
+    if not rewinds:
+        return c
+    return dataclasses.replace(c, lambda_max=max(c.lambda_max * cool**rewinds, c.lambda_min))
 
 
 def by_gradient(c: Control) -> bool:

@@ -5,7 +5,6 @@ Axes: T context length, D vector dimension, K components.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import controller, readout, wikipedia
+from . import alarms, controller, readout, wikipedia
 from .errors import LVMError
 from .fivecat import PROFILES, judge, summarise
 from .models import Predictor, Weighted, tricks
@@ -97,6 +96,7 @@ def replay(
     control: Control | None = None,
     aim: float = 1.0,
     cap: float = 1.0,
+    told: Sequence[alarms.Alarm] | None = None,
 ) -> pd.DataFrame:
     """λ and ρ that a rule makes of the losses which a run logged, in open loop: those losses answered to the λ of then.
 
@@ -110,7 +110,10 @@ def replay(
     where it reads gradients, which are logged as multiples of λ. A rule with memory sees the logged steps as if no
     others had been (`exact`). λ is NaN where the rule reads a gradient that was not logged, in a step that the guard
     skipped. After a rewind the rule has the lower ceiling and the state of the epoch gone back to, as in training.
-    Raises LVMError where the losses of a constrained version are to serve another rule, or another's a constraint.
+    `told`: the run's alarms, `run.alarms`. Of a run that may go back in the midst of an epoch (`trouble`: rewind) those
+    of kind broken tell from where it went back, which the table of epochs does not.
+    Raises LVMError where the losses of a constrained version are to serve another rule, or another's a constraint; and
+    where alarms are needed and not given, or are not those of this run.
     """
     control = control or version.control
     if "constrained" in {control.rule, version.control.rule} and control.rule != version.control.rule:
@@ -125,23 +128,36 @@ def replay(
         now = controller.phase(version.schedule, epoch)
         wanted = now.fraction if math.isnan(now.rho_target) else now.rho_target
         now = now._replace(fraction=aim * wanted, rho_target=aim * wanted, rho_cap=cap * now.rho_cap)
-        own = _cooled(control, version, rewinds)
+        midst, at_end = _rewound(version, validated, told)
+        if midst:
+            rewinds, state = rewinds + midst, good
+        own = controller.cooled(control, alarms.guard(version).cool, rewinds)
         for row in steps[steps["epoch"] == epoch].to_dict("records"):
             made, state = _decided(own, now, row, state)
             rows.append({"epoch": epoch, "step": int(row["step"]), **made, "aim": now.rho_target, "cap": now.rho_cap})
-        if validated["rewound"] == 1:
+        if at_end:
             rewinds, state = rewinds + 1, good
         elif validated["novel_mrr"] > peak:
             peak, good = validated["novel_mrr"], state
     return pd.DataFrame(rows)
 
 
-def _cooled(control: Control, version: Version, rewinds: int) -> Control:
-    """The control with the ceiling of λ after so many rewinds, as `training` has it."""
-    if not rewinds:
-        return control
-    ceiling = max(control.lambda_max * version.rewind.cool**rewinds, control.lambda_min)
-    return dataclasses.replace(control, lambda_max=ceiling)
+def _rewound(version: Version, validated: Mapping, told: Sequence[alarms.Alarm] | None) -> tuple[int, bool]:
+    """How often an epoch was gone back from in its midst, and whether it was at its end; the table has the sum."""
+    epoch, count = int(validated["epoch"]), 0 if math.isnan(validated["rewound"]) else int(validated["rewound"])
+    may = alarms.action(version, "broken") == "rewind"
+    if told is None and may and count:
+        raise LVMError(
+            f"run of {version.name}: epoch {epoch} was gone back from, in its midst or at its end: the tables do not "
+            "say which; give the run's alarms (told=run.alarms)"
+        )
+    midst = sum(a.kind == "broken" and a.epoch == epoch for a in told or ()) if may else 0
+    if count - midst not in (0, 1):
+        raise LVMError(
+            f"run of {version.name}: by its table epoch {epoch} was gone back from {count} times, {midst} of them in "
+            "its midst by the alarms; give tables and alarms of one run"
+        )
+    return midst, count > midst
 
 
 def _decided(c: Control, now: controller.Phase, row: Mapping, state: controller.State) -> tuple[dict, controller.State]:

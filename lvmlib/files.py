@@ -70,13 +70,38 @@ def sync(folder: Path, files: bool = True) -> None:
 
 @contextlib.contextmanager
 def told(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
-    """What the system refuses inside, in words: LVMError with what, where, what to do, and what is `kept`."""
+    """What the system refuses inside, in words: LVMError with what, where, what to do, and what is `kept`.
+
+    Where the system names a file that is neither `path` nor what is made of it (something that the writer reads), that
+    one is told, and no disk is blamed."""
     try:
         yield
     except OSError as e:
+        if other := _elsewhere(e, path):
+            raise LVMError(
+                f"{path}: was not written, for something else failed: {other}: {e.strerror or e}. To do: mend that, "
+                f"then do the same again; {kept}"
+            ) from e
         what, advice = TROUBLE.get(e.errno, (f"{type(e).__name__}: {e.strerror or e}", "mend that"))
         said = "" if e.errno == errno.ENOENT else f"; {kept}"
         raise LVMError(f"{path}: cannot be written: {what}. To do: {advice}, then do the same again{said}") from e
+
+
+def _elsewhere(e: OSError, path: Path) -> str:
+    """The file that an error names, where that is not `path`, a partial of it, what is in these, or a folder that it
+    lies in; else empty."""
+    named = [
+        os.path.abspath(os.fsdecode(x)) for x in (e.filename, e.filename2) if isinstance(x, str | bytes | os.PathLike)
+    ]
+    target = os.path.abspath(path)
+    for name in named:  # of two, as where a file is copied to another, either may be what fails
+        if (
+            name == target
+            or name.startswith((target + ".", target + os.sep))
+            or target.startswith(name.rstrip(os.sep) + os.sep)
+        ):
+            return ""
+    return named[0] if named else ""
 
 
 @contextlib.contextmanager

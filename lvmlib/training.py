@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import hashlib
 import io
 import json
@@ -575,10 +574,11 @@ class Run:
         history, steps = self.history.to_dict("records"), self.steps.to_dict("records")
         for epoch in range(len(history) + 1, v.epochs + 1):
             started = time.perf_counter()
+            self.team.from_first(self._check_store)  # before it is read: a map of a file that was cut short ends us
             again = 0  # how often the epoch was gone back from in its midst, and trained anew
             while True:
                 learning_rate = optimizer.param_groups[0]["lr"]
-                control = self._cooled(rewinds)
+                control = controller.cooled(v.control, alarms.guard(v).cool, rewinds)
                 try:
                     begun = time.perf_counter()
                     with seeded(v.seed, epoch):
@@ -795,14 +795,6 @@ class Run:
                 f"{self.folder / 'last' / name}: does not fit this run ({said(e)}); restore the file, or train anew "
                 "with `fresh`"
             ) from e
-
-    def _cooled(self, rewinds: int) -> Control:
-        """The version's control with the ceiling of λ that holds after so many rewinds; never below lambda_min."""
-        control = self.version.control
-        if not rewinds:
-            return control
-        ceiling = max(control.lambda_max * alarms.guard(self.version).cool ** rewinds, control.lambda_min)
-        return dataclasses.replace(control, lambda_max=ceiling)
 
     def _write_tables(self) -> None:
         self.record["alarms"] = [a._asdict() for a in self.alarms]

@@ -301,12 +301,15 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
 def check_unchanged(store: Store) -> None:
     """Raise LVMError if the files of a store are not, or do not say, what they did when it was opened.
 
-    Where size, time of change and inode are the same, nothing is read; else all is, and equal content will do. What is
-    in memory alone never changes.
+    Where size, time of change and inode are the same, nothing is read; else all is, and equal content will do: that
+    state is then the one to compare with. What is in memory alone never changes.
     """
-    if store.opened is None or _state(store.opened[0]) == store.opened[1]:
+    if store.opened is None:
         return
-    folder = store.opened[0]
+    folder, known = store.opened
+    began, found = time.time(), _state(folder)
+    if found == known:
+        return
     try:
         now = open_store(folder).fingerprint
     except (LVMError, OSError) as e:
@@ -316,6 +319,9 @@ def check_unchanged(store: Store) -> None:
             f"{folder}: this store was changed while it was in use: its fingerprint was {store.fingerprint[:16]}, and "
             f"is {now[:16]} now"
         )
+    if _settled(folder, found, began):
+        known.clear()
+        known.update(found)
 
 
 def plain_name(name: str) -> str:
@@ -336,6 +342,13 @@ def _state(folder: Path) -> dict:
     return stats
 
 
+def _settled(folder: Path, found: dict, began: float) -> bool:
+    """Whether the state `found` before a check that `began` then stands for what was read: no file changed during the
+    check, or just before it."""
+    changed = max((stat["mtime_ns"] for stat in found.values()), default=0) / 1e9
+    return changed <= began - TICK and _state(folder) == found
+
+
 def _remembered(folder: Path, known: dict) -> str | None:
     """The fingerprint that a full check of files in just this state found; None if there was none."""
     try:
@@ -350,8 +363,7 @@ def _remembered(folder: Path, known: dict) -> str | None:
 def _remember(folder: Path, outcome: dict, began: float) -> None:
     """Write checked.json, unless a file changed during the check or just before it, or the folder is the package's own
     or cannot be written."""
-    changed = max(stat["mtime_ns"] for stat in outcome["files"].values()) / 1e9
-    if changed > began - TICK or _state(folder) != outcome["files"] or EMBEDDED in folder.resolve().parents:
+    if not _settled(folder, outcome["files"], began) or EMBEDDED in folder.resolve().parents:
         return
     with contextlib.suppress(LVMError):  # no right to write, a full disk: the next opening checks again
         text = json.dumps(outcome, indent=1) + "\n"

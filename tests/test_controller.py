@@ -3,6 +3,7 @@
 Tables are typed from the handbook, epoch by epoch; nothing is read from params/ to build them.
 """
 
+import dataclasses
 import itertools
 import math
 import random
@@ -501,3 +502,10 @@ def test_the_multiplier_goes_as_cooper_s_nupi(kp, ki, nu):
         assert state.integral == pytest.approx(multiplier().item(), abs=1e-5)
         seen.append(state.integral)
     assert min(seen[5:]) == 0 < max(seen)  # the projection, too
+
+
+def test_each_rewind_lowers_the_ceiling_and_never_below_the_floor():
+    c = dataclasses.replace(version("v22").control, lambda_min=0.01, lambda_max=0.08)
+    assert controller.cooled(c, 0.5, 0) == c
+    assert [controller.cooled(c, 0.5, n).lambda_max for n in (1, 2, 3, 4)] == [0.04, 0.02, 0.01, 0.01]
+    assert dataclasses.replace(controller.cooled(c, 0.5, 4), lambda_max=0.08) == c

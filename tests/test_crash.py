@@ -2,8 +2,12 @@
 that change. What the researcher is told, and that the last checkpoint goes on to the very end of an undisturbed run."""
 
 import contextlib
+import ctypes
 import errno
+import faulthandler
+import functools
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +25,7 @@ from test_training import guarded, make_data
 from test_training import version as toy
 
 import lvmlib as lvm
-from lvmlib import files, training, vectors
+from lvmlib import controller, files, training, vectors
 from lvmlib.errors import LVMError
 
 
@@ -85,8 +89,8 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
     """A small form of kill_runs.py: training with rewinds, and with its 5CAT (of encoding, see test_encode.py)."""
     chosen = ("share, rewinding", "v22 with its 5CAT")
     todo = [job for job in kill_runs.jobs(tmp_path, encoding=False) if job.name in chosen]
-    kills, ends = kill_runs.campaign(todo, 4, 5, tmp_path)
-    assert len(kills) == 4 and len(ends) > 1
+    kills, ends = kill_runs.campaign(todo, 4, 5, tmp_path, most=2)
+    assert len(kills) == 4 and len(ends) > 1  # at most 2 in a folder, so in several
     assert not any(ends.values()), ends
 
 
@@ -263,13 +267,21 @@ def test_a_finished_run_is_read_under_a_lock(data, whole, tmp_path):
 # Disks
 
 
+@functools.cache
+def own_mounts():
+    """Whether what this process mounts from now on is its own, and gone when it is killed (as by `unshare -m`)."""
+    if not hasattr(ctypes.CDLL(None), "unshare") or ctypes.CDLL(None).unshare(0x00020000):  # CLONE_NEWNS
+        return False
+    return not subprocess.run(["mount", "--make-rslave", "/"], check=False, capture_output=True).returncode
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A small disk of its own."""
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=False, capture_output=True)
-    if done.returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place]
+    if not own_mounts() or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("no small disk could be mounted here: needs root, and the right to mount")
     yield place
     subprocess.run(["umount", "-l", place], check=True)
@@ -365,6 +377,41 @@ def test_an_error_of_the_writer_is_passed_on_and_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
         files.write_whole(tmp_path / "file", fails)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_is_gone_is_named_and_no_disk_is_blamed(tmp_path):
+    """What the writer reads, in another folder or the target's own."""
+    for source in (tmp_path / "elsewhere" / "source", tmp_path / "source"):
+        said = rf"file: was not written, .*{source}: No such file or directory\. To do: .*untouched"
+        with pytest.raises(LVMError, match=said) as e:
+            files.write_whole(tmp_path / "file", lambda partial, s=source: shutil.copyfile(s, partial))
+        assert "folder is gone" not in str(e.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_takes_no_copy_is_blamed_though_the_source_is_named_too(tmp_path, number):
+    """So shutil.copyfile tells it: source first, then target."""
+
+    def copy(partial):
+        raise OSError(number, os.strerror(number), "/source", None, str(partial))
+
+    with pytest.raises(LVMError, match=r"file: cannot be written: the disk (is full|fails)"):
+        files.write_whole(tmp_path / "file", copy)
+
+
+def test_a_relative_target_is_known_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    for name in ("there/file", str(tmp_path / "there" / "file")):
+        for own in ("there", "there/file.partial", str(tmp_path / "there" / "file"), "there/file.x1/vectors.npy"):
+            with (
+                pytest.raises(LVMError, match="there/file: cannot be written: there is no right"),
+                files.told(Path(name)),
+            ):
+                raise PermissionError(errno.EACCES, "refused", own)
+        for other in ("there/filed", "there/other", "elsewhere"):
+            with pytest.raises(LVMError, match=f"{other}: refused"), files.told(Path(name)):
+                raise PermissionError(errno.EACCES, "refused", other)
 
 
 # Damaged and swapped files
@@ -504,28 +551,49 @@ def test_a_run_from_before_checkpoints_had_an_identity_goes_on(data, whole, tmp_
 # Clocks
 
 
-@pytest.mark.parametrize("hours", [-1, 24 * 365])
-def test_a_clock_that_jumps_changes_nothing(data, whole, tmp_path, monkeypatch, hours):
-    real, calls = time.time, []
-
-    def jumping():
-        calls.append(1)
-        return real() + 3600 * hours * (len(calls) % 2)
-
-    monkeypatch.setattr(time, "time", jumping)
-    folder = begun(data, tmp_path)
+def dated(folder, hours):
     for path in folder.rglob("*"):
-        os.utime(path, (real() + 3600 * hours,) * 2)
+        os.utime(path, (time.time() + 3600 * hours,) * 2)
+
+
+@pytest.mark.parametrize("hours", [-24 * 365, 24 * 365])
+def test_a_run_goes_on_and_is_used_again_whatever_its_files_are_dated(data, whole, tmp_path, hours):
+    folder = begun(data, tmp_path)
+    dated(folder, hours)
     goes_on(folder, data, whole)
+    dated(folder, hours)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    run = lvm.train(version(), data, folder)
+    assert run.found == "finished" and len(list(run)) == 3
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-def test_a_store_from_the_future_is_opened(data, tmp_path):
+def test_a_store_from_the_future_is_opened_trained_on_and_watched(data, tmp_path):
     """It is checked whole each time, since nobody knows whether it changes in the same second again."""
     folder = vectors.write_store(data.store, tmp_path / "store")
-    for path in folder.iterdir():
-        os.utime(path, (time.time() + 86400,) * 2)
+    dated(folder, 24)
     assert vectors.open_store(folder).fingerprint == data.store.fingerprint
     assert not (folder / vectors.CHECKED).exists()
+    own = version(data=str(folder))
+    wanted = undisturbed(own, vectors.dataset(str(folder)), tmp_path / "whole")
+    place = begun(vectors.dataset(str(folder)), tmp_path / "place", own=own)
+    dated(folder, 48)
+    goes_on(place, vectors.dataset(str(folder)), wanted, own)
+    rewritten(folder)
+    with pytest.raises(LVMError, match=r"vectors\.npy: its sha256 is not the one"):
+        vectors.open_store(folder)
+
+
+def test_a_check_before_the_clock_was_set_back_is_remembered_by_the_files_alone(stored, monkeypatch):
+    """checked.json names no time of its own: what was checked stays so, and a change is seen."""
+    wanted = vectors.open_store(stored).fingerprint
+    said = (stored / vectors.CHECKED).read_bytes()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 3600 * 24 * 365)
+    assert vectors.open_store(stored).fingerprint == wanted and (stored / vectors.CHECKED).read_bytes() == said
+    rewritten(stored)
+    with pytest.raises(LVMError, match=r"vectors\.npy: its sha256 is not the one"):
+        vectors.open_store(stored)
 
 
 # Stores that change under a run
@@ -564,13 +632,18 @@ def deleted(folder):
     (folder / "vectors.npy").unlink()
 
 
+def cut_short(folder):
+    """As `cp new.npy vectors.npy` begins: in place, under the map."""
+    os.truncate(folder / "vectors.npy", 0)
+
+
 def swapped(folder):
     """Another whole store takes the place of this one."""
     shutil.rmtree(folder)
     vectors.write_store(make_data(seed=9).store, folder)
 
 
-@pytest.mark.parametrize("change", [rewritten, blanked, replaced, deleted, swapped, shutil.rmtree])
+@pytest.mark.parametrize("change", [rewritten, blanked, replaced, deleted, cut_short, swapped, shutil.rmtree])
 def test_a_store_that_changes_under_a_run_is_told_and_put_back_it_goes_on(stored, tmp_path, change):
     own = version(data=str(stored))
     wanted = undisturbed(own, vectors.dataset(str(stored)), tmp_path / "whole")
@@ -587,6 +660,64 @@ def test_a_store_that_changes_under_a_run_is_told_and_put_back_it_goes_on(stored
     shutil.rmtree(stored, ignore_errors=True)
     (tmp_path / "kept").rename(stored)
     goes_on(place / "run", vectors.dataset(str(stored)), wanted, own)
+
+
+@pytest.mark.parametrize("change", [rewritten, replaced])
+def test_a_store_that_changes_within_an_epoch_is_told_at_its_end(stored, tmp_path, monkeypatch, change):
+    own, real, calls = version(data=str(stored)), controller.decide, []
+    wanted = undisturbed(own, vectors.dataset(str(stored)), tmp_path / "whole")
+    shutil.copytree(stored, tmp_path / "kept")
+    folder = begun(vectors.dataset(str(stored)), tmp_path / "place", own=own)
+
+    def decide(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            change(stored)
+        return real(*given)
+
+    monkeypatch.setattr(controller, "decide", decide)
+    with pytest.raises(LVMError, match=r"run: epoch 2 is not kept\. .*store: this store was changed"):
+        list(lvm.train(own, vectors.dataset(str(stored)), folder))
+    assert len(calls) > 2  # not before
+    shutil.rmtree(stored)
+    (tmp_path / "kept").rename(stored)
+    goes_on(folder, vectors.dataset(str(stored)), wanted, own)
+
+
+def test_a_store_cut_short_while_it_is_read_ends_the_process_and_the_checkpoint_goes_on(stored, tmp_path, monkeypatch):
+    """The system ends it (SIGBUS): no word can be said. What was written before is whole."""
+    own, real = version(data=str(stored)), controller.decide
+    wanted = undisturbed(own, vectors.dataset(str(stored)), tmp_path / "whole")
+    shutil.copytree(stored, tmp_path / "kept")
+    folder = begun(vectors.dataset(str(stored)), tmp_path / "place", own=own)
+    pid = os.fork()
+    if pid == 0:
+        faulthandler.disable()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        controller.decide = lambda *given: (cut_short(stored), real(*given))[1]
+        with contextlib.suppress(BaseException):
+            list(lvm.train(own, vectors.dataset(str(stored)), folder))
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] & 0x7F == signal.SIGBUS
+    shutil.rmtree(stored)
+    (tmp_path / "kept").rename(stored)
+    goes_on(folder, vectors.dataset(str(stored)), wanted, own)
+
+
+def test_a_store_that_was_touched_is_read_once_and_still_watched(stored, monkeypatch):
+    store, real, calls = vectors.open_store(stored), vectors.open_store, []
+    monkeypatch.setattr(vectors, "open_store", lambda folder: calls.append(folder) or real(folder))
+    os.utime(stored / "vectors.npy", (time.time() - 50,) * 2)
+    for _ in range(3):
+        vectors.check_unchanged(store)
+    assert len(calls) == 1
+    os.utime(stored / "vectors.npy", (time.time() + 50,) * 2)  # may change again in the same instant: not believed
+    for _ in range(2):
+        vectors.check_unchanged(store)
+    assert len(calls) == 3
+    rewritten(stored)
+    with pytest.raises(LVMError, match="this store was changed"):
+        vectors.check_unchanged(store)
 
 
 def test_a_store_that_changed_before_the_loop_is_told(stored, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import ipywidgets as widgets
@@ -140,6 +141,51 @@ def test_after_a_rewind_the_rule_goes_on_as_in_training(data, tmp_path, monkeypa
         assert again == pytest.approx(steps["lambda_eff"].to_numpy(), rel=1e-12)
         unaware = explore.replay(version, steps, epochs.assign(rewound=0.0))["lambda_eff"].to_numpy()
         assert unaware != pytest.approx(again, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["pi", "v23_unguarded"])
+def test_a_run_that_went_back_in_the_midst_of_epochs_is_replayed_by_its_alarms(name, data, tmp_path, monkeypatch):
+    """Once in epoch 2 (its 3rd batch), in epoch 4 once in its midst and once at its end: `rewound` is 1 and 2."""
+    more = {"pi": {"lambda_max": 10.0, "guard": "none", "ki": 0.05}, "v23_unguarded": {"guard": "none"}}
+    own = {"control": more[name], "rewind": {"fall": 0.1, "escape": 1.0, "cool": 0.5, "most": 3}, "trouble": "rewind"}
+    settings = {"model": "amn", "epochs": 5, "precision": "float32", "device": "cpu", "batch_size": 8, "log_every": 1}
+    run = lvm.train(lvm.version(name, own, **settings), data, tmp_path / "run")
+    a = run._batches
+    seen, real, score, mrr = [], losses.mse, training.validate, iter([0.20, 0.30, 0.31, 0.10, 0.29])
+
+    def mse(*given):
+        seen.append(1)
+        return real(*given) * (math.nan if len(seen) in (a + 3, 3 * a + 3 + 2) else 1)
+
+    monkeypatch.setattr(losses, "mse", mse)
+    monkeypatch.setattr(training, "validate", lambda *x: score(*x) | {"novel_mrr": next(mrr)})
+    monkeypatch.setattr(training.alarms, "due", lambda *_: ("go_on", ""))  # the toy's other alarms are not meant here
+    list(run)
+    record, epochs, steps = lvm.open_run(run.folder)
+    assert epochs["rewound"].tolist() == [0, 1, 0, 2, 0]
+    told = training.alarms.kept(record, "run.yaml")
+    assert [x.epoch for x in told] == [2, 4]
+    again = explore.replay(run.version, steps, epochs, told=told)["lambda_eff"].to_numpy()
+    assert again == pytest.approx(steps["lambda_eff"].to_numpy(), rel=1e-12)
+    only_ends = dataclasses.replace(run.version, trouble="go_on")
+    unaware = explore.replay(only_ends, steps, epochs.assign(rewound=[0, 1, 0, 1, 0]))["lambda_eff"].to_numpy()
+    assert unaware != pytest.approx(again, rel=1e-3)
+    with pytest.raises(lvm.LVMError, match=r"epoch 2 was gone back from, in its midst or at its end.*told=run\.alarms"):
+        explore.replay(run.version, steps, epochs)
+    with pytest.raises(lvm.LVMError, match="epoch 4 was gone back from 2 times, 0 of them in its midst"):
+        explore.replay(run.version, steps, epochs, told=told[:1])
+
+
+def test_a_version_without_rewind_cools_by_what_training_takes(data, tmp_path):
+    """`trouble: rewind` alone: it has no `rewind` of its own, and went back at the ends of two epochs."""
+    own = {"trouble": {"divergence": "rewind"}, "rewind": None, "optimizer": {"lr": 10.0}, "control": {"guard": "none"}}
+    settings = {"model": "amn", "epochs": 6, "precision": "float32", "device": "cpu", "log_every": 1}
+    run = lvm.train(lvm.version("v23_unguarded", own, **settings), data, tmp_path / "run")
+    list(run)
+    assert run.history["rewound"].sum() == 2
+    again = explore.replay(run.version, run.steps, run.history, told=run.alarms)["lambda_eff"].to_numpy()
+    assert again == pytest.approx(run.steps["lambda_eff"].to_numpy(), rel=1e-12)
+    assert run.steps["lambda_eff"].nunique() == 3
 
 
 def test_what_is_exact_of_a_run_logged_now_and_then(data, tmp_path):
@@ -333,8 +379,8 @@ def test_without_a_person_there_are_figures_and_no_trace_of_a_widget(tmp_path, m
     """On a world, which has no texts, and of a version without a rule to try."""
     outputs = executed(tmp_path, monkeypatch, False, 'version = "p6"\nmodel = "amn"\ndata = "world:rotation"')
     assert not [kind for kind in kinds(outputs) if "widget" in kind]
-    pictures = sum("image/png" in o.get("data", {}) for o in outputs)
-    said = json.dumps([{k: v for k, v in o.get("data", {}).items() if k != "image/png"} for o in outputs])
+    pictures = sum(any(k.startswith("image/") for k in o.get("data", {})) for o in outputs)
+    said = json.dumps([{k: v for k, v in o.get("data", {}).items() if not k.startswith("image/")} for o in outputs])
     assert (
         not re.search(r"children=|Dropdown\(|interactive\(|<script", said)
         and said.count("Sliders stand here in JupyterLab") == 2
