@@ -312,6 +312,43 @@ def test_interrupted_training_goes_on_and_the_notebook_restarts(lab, training, p
     assert asked.startswith("Do you want to restart the kernel")
 
 
+def until(page, reached):
+    """Wait for what is asked from here."""
+    for _ in range(LIMIT // 50):
+        if reached():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError("not reached")
+
+
+def drawn(picture):
+    """What an image widget shows: its bytes, in short."""
+    return picture.evaluate(
+        "async image => (await fetch(image.src)).arrayBuffer().then("
+        "bytes => [bytes.byteLength, new Uint8Array(bytes).reduce((a, b) => (31 * a + b) % 4294967291, 7)])"
+    )
+
+
+def test_sliders_move_what_they_should_and_back(lab, training, page):
+    open_notebook(page, lab, "explore.ipynb")
+    run_all(page)
+    assert_ran(settled(page))
+    output = page.locator(".jp-Notebook-cell.jp-mod-active .jp-OutputArea")
+    for source in ("def show_trick", "def show_rule", "def show_window"):
+        choose(page, source)
+        shown = output.locator("table" if source == "def show_window" else "img.widget-image")
+        shown.wait_for()
+        look = shown.inner_text if source == "def show_window" else lambda picture=shown: drawn(picture)
+        first = look()
+        slider = output.locator(".noUi-handle").first
+        for _ in range(3):
+            slider.press("ArrowRight")
+        until(page, lambda: look() != first)  # noqa: B023
+        for _ in range(3):
+            slider.press("ArrowLeft")
+        until(page, lambda: look() == first)  # noqa: B023
+
+
 def test_train_runs_to_its_verdict_and_shows_how_far_it_is(lab, training):
     cells = settled(training)
     assert_ran(cells)
