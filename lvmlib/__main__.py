@@ -19,6 +19,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -136,7 +137,7 @@ def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None,
     command += [f"notebooks/{name}.ipynb", str(_short(executed, ROOT)), *arguments]
     try:  # what the cells print is shown as it comes; papermill's own words only where it fails
         done = subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # papermill has been killed by then; the kernel sees it, and ends
         executed.unlink(missing_ok=True)
         raise
     if done.returncode:
@@ -267,7 +268,13 @@ def _short(path: Path, start: Path | None = None) -> Path:
     return path.relative_to(start) if path.is_relative_to(start) else path
 
 
+def _terminated(number: int, frame: object) -> None:
+    print("\nTerminated. What was finished is kept: the same command goes on from there.", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminated)  # else papermill and its kernel would train on, with nobody to stop them
     try:
         sys.exit(main(sys.argv[1:]))
     except LVMError as e:

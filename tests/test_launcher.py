@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pandas as pd
+import psutil
 import pytest
+from test_sweep import until
 
 from lvmlib import summary
 from lvmlib.errors import LVMError
@@ -108,6 +110,22 @@ def test_what_executes_nothing_leaves_the_run_as_it_is(outputs, trained, option,
     for left in outputs.glob("train.*.ipynb"):
         assert "lvmlib" not in json.loads(left.read_text(encoding="utf-8"))["metadata"]
         left.unlink()
+
+
+def test_terminated_it_ends_with_all_that_it_started(outputs):
+    """As `timeout` and schedulers do: SIGTERM to the process that was called, and to no other."""
+    command = [sys.executable, "-m", "lvmlib", "train", *ARGUMENTS, "-p", "version", "p6"]
+    called = psutil.Popen(command, env={**os.environ, "LVM_OUTPUTS": str(outputs)}, cwd=ROOT, text=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    run = outputs / "fast" / "wikipedia" / "p6" / "seed0-amn" / "run.yaml"
+    until(run.exists, called)
+    started = called.children(recursive=True)
+    assert len(started) >= 2  # papermill and a kernel
+    called.terminate()
+    _, said = called.communicate(timeout=60)
+    assert (called.returncode, said.count("the same command goes on from there")) == (143, 1)
+    assert psutil.wait_procs(started, timeout=60)[1] == []
+    assert not list(outputs.glob("train.*.ipynb")) and not run.with_name("train.ipynb").exists()
 
 
 def test_a_backward_run_has_a_folder_of_its_own(outputs, trained):
