@@ -3,12 +3,17 @@
 Each job is done once without a kill: its end is what the killed ones must come to, bit for bit but for wall times. A
 kill comes at a moment that is uniform over that job's usual wall time, often several times in a row on the same folder.
 The jobs run in forked processes of one thread, on data made here. tests/test_crash.py does a small form of it.
+
+`python tests/kill_runs.py KILLS SEED commands` does it to what a person starts: `python -m lvmlib train` with papermill
+and its kernel, and a sweep by snakemake, both on the embedded data in fast mode. All that was started is killed but the
+kernels, which have sessions of their own, and find out.
 """
 
 import os
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # forked processes cannot use the threads of their parent
+import contextlib
 import json
 import signal
 import sys
@@ -26,6 +31,7 @@ from test_training import guarded, make_data, version
 
 import lvmlib as lvm
 from lvmlib import training
+from lvmlib.params import ROOT
 
 AGAIN = 0.5  # how likely another kill follows on the same folder
 MOST = 4  # kills in one folder
@@ -38,6 +44,7 @@ class Job(NamedTuple):
     run: Callable[[Path], None]
     end: Callable[[Path], dict]
     reached: Callable[[Path], str]
+    command: bool = False  # `run` becomes another program
 
 
 class Kill(NamedTuple):
@@ -128,6 +135,44 @@ def encoding_job(source: Path) -> Job:
     return Job("encoding", run, end, reached)
 
 
+def command_job(name: str, arguments: list[str], folders: list[str]) -> Job:
+    """A program that trains and judges the runs in these folders, and leaves executed notebooks beside them."""
+
+    def run(folder: Path) -> None:
+        surroundings = {**os.environ, "LVM_OUTPUTS": str(folder), "PYTHONPATH": str(ROOT)}
+        with open(folder / "said.log", "a", encoding="utf-8") as said:
+            os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, *arguments], surroundings)
+
+    def one(folder: Path) -> dict:
+        left = trained(folder) | {"5CAT": (folder / "fivecat.json").read_bytes()}
+        for path in folder.glob("*.ipynb"):
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            left[path.name] = [c["execution_count"] is not None for c in cells if c["cell_type"] == "code"]
+        return left
+
+    def reached(folder: Path) -> str:
+        where = []
+        for run in (folder / name for name in folders):
+            there = epochs_reached(run)
+            judged = [n for n in ("train", "diagnostics", "fivecat") if (run / f"{n}.ipynb").exists()]
+            where.append(f"{there}, {' '.join(judged)} written" if judged else there)
+        return " | ".join(where)
+
+    return Job(name, run, lambda folder: {n: one(folder / n) for n in folders}, reached, command=True)
+
+
+def commands() -> list[Job]:
+    small = ["versions=p6 v22", "models=amn", "seeds=1", "fast=true"]
+    sweep = ["-m", "snakemake", "--cores", "2", "--quiet", "all", "--config", *small]
+    return [
+        command_job("train.ipynb", ["-m", "lvmlib", "train", "-p", "version", "v22", "-p", "model", "amn",
+                                    "-p", "fast", "True"], ["fast/wikipedia/v22/seed0-amn"]),
+        command_job("a sweep", sweep, [f"fast/wikipedia/{v}/seed0-amn" for v in ("p6", "v22")]),
+    ]  # fmt: skip
+
+
 def jobs(place: Path, encoding: bool = True) -> list[Job]:
     data = make_data()
     shared = {"control": {"guard": "none"}}
@@ -148,12 +193,14 @@ def started(job: Job, folder: Path) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            os.setsid()
+            os.setpgid(0, 0)
             job.run(folder)
         except BaseException as e:
             print(f"{job.name}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
+    with contextlib.suppress(PermissionError):  # it is another program already, and has done so itself
+        os.setpgid(pid, pid)  # here, too: a kill may come before it could
     return pid
 
 
@@ -176,7 +223,7 @@ def killed(job: Job, folder: Path, usual: float, seed: int, most: int, trial: in
         share = rng.uniform()
         pid = started(job, folder)
         time.sleep(share * usual)
-        os.kill(pid, signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)
         ended = os.waitpid(pid, 0)[1]
         if ended != signal.SIGKILL:
             assert ended == 0, f"{job.name}: failed before it was killed"
@@ -211,8 +258,9 @@ def campaign(
     """`kills` kills, job by job, `most` in one folder: each kill, and for each trial (job, number) where its end
     differs from the whole's."""
     found, ends, whole = [], {}, {}
-    (place / "first").mkdir()
-    todo[0].run(place / "first")  # here: what is imported at first use would else be most of every job's time
+    if not todo[0].command:
+        (place / "first").mkdir()
+        todo[0].run(place / "first")  # here: what is imported at first use would else be most of every job's time
     for job in todo:
         usual = timed(job, place / "whole" / job.name)
         whole[job.name] = usual, job.end(place / "whole" / job.name)
@@ -230,12 +278,12 @@ def campaign(
     return found, ends
 
 
-def main(kills: int = 30, seed: int = 0) -> int:
+def main(kills: int = 30, seed: int = 0, kind: str = "jobs") -> int:
     torch.set_num_threads(1)
     training.WAIT, training.commit = 2.0, lambda: "a commit"  # whoever edits meanwhile changes nothing
     with tempfile.TemporaryDirectory(prefix="lvm-kills-") as place:
         begun = time.monotonic()
-        todo = jobs(Path(place))
+        todo = commands() if kind == "commands" else jobs(Path(place))
         found, ends = campaign(todo, kills, seed, Path(place))
         rows = [
             {
@@ -261,4 +309,4 @@ def main(kills: int = 30, seed: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(*map(int, sys.argv[1:3]), *sys.argv[3:]))
