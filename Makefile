@@ -10,6 +10,7 @@ ARGS ?=
 BIN := .venv/bin
 # Versions are those of constraints.txt. `make test LOCK=` in a checkout without .venv takes the newest; `make lock` keeps them.
 LOCK ?= --constraint constraints.txt
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=900
 INSTALL = $(BIN)/python -m pip install --quiet $(LOCK) --editable
 
 .PHONY: train encode data sweep benchmark test audit lock lab notebooks showcase gallery help
@@ -59,8 +60,8 @@ test: .venv/test
 	-@$(BIN)/python tests/lock.py audit
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export LVM_OUTPUTS="$$outputs" LVM_FAST=1 && \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile && \
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest notebooks tests $(NBVAL) \
+		-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What is committed under outputs/showcase/ (but data-english-sentences, whose vectors are not ours): hours on 2 cores. Stopped, it goes on.
 showcase: .venv/export
