@@ -14,6 +14,7 @@ show() { cp "$LVM_OUTPUTS/wikipedia/$1/train.ipynb" "$shown/$2.ipynb"; }
 for version in p6 v1 v2 v21 v22; do
     for seed in 0 1 2; do train -p version $version -p seed $seed; done
     show $version/seed2 train-$version
+    for seed in 0 1 2; do train -p version $version -p model amn -p seed $seed; done
 done
 for model in gru lstm amn; do
     train -p version v22 -p model $model
@@ -29,13 +30,18 @@ for version in p6 v22; do
     done
 done
 
+# Read backward, for the arrow of time.
+for seed in 0 1 2; do
+    for version in p6 v22; do train -p version $version -p seed $seed -p direction backward; done
+    for version in p6 v1 v2 v21 v22; do train -p version $version -p model amn -p seed $seed -p direction backward; done
+done
+
 render encode encode -p benchmark True
 render data data
 render diagnostics diagnostics-v22 -p version v22 -p seed 2
-render compare compare -p train True -p versions "p6 v1 v2 v21 v22"
-render compare compare-amn -p train True -p model amn -p versions "p6 v1 v2 v21 v22"
-render compare compare-ours -p train True -p model amn -p precision float32 \
-    -p versions "p6 v22 margin bounded rank two_heads energy"
+render compare compare -p versions "p6 v1 v2 v21 v22"
+render compare compare-amn -p model amn -p versions "p6 v1 v2 v21 v22"
+render compare compare-ours -p train True -p model amn -p versions "p6 v22 margin bounded rank two_heads energy"
 render fivecat fivecat-v22 -p version v22 -p seed 2
 render fivecat fivecat-v22-amn -p version v22 -p model amn
 render explore explore -p version v22 -p seed 2
