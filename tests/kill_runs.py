@@ -155,7 +155,7 @@ def command_job(name: str, arguments: list[str], folders: list[str]) -> Job:
     def reached(folder: Path) -> str:
         where = []
         for run in (folder / name for name in folders):
-            there = epochs_reached(run)
+            there = epochs_reached(run).replace("after the end", "trained, not yet judged")
             judged = [n for n in ("train", "diagnostics", "fivecat") if (run / f"{n}.ipynb").exists()]
             where.append(f"{there}, {' '.join(judged)} written" if judged else there)
         return " | ".join(where)
