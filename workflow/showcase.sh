@@ -16,10 +16,8 @@ for version in p6 v1 v2 v21 v22; do
     show $version/seed2 train-$version
     for seed in 0 1 2; do train -p version $version -p model amn -p seed $seed; done
 done
-for model in gru lstm amn; do
-    train -p version v22 -p model $model
-    show v22/seed0-$model train-v22-$model
-done
+for model in gru lstm; do train -p version v22 -p model $model; done
+for model in gru lstm amn; do show v22/seed0-$model train-v22-$model; done
 for seed in 1 2; do train -p version v22 -p model lstm -p seed $seed; done
 for seed in 0 1 2; do
     train -p version v22 -p model lstm -p precision float32 -p seed $seed -p run_name seed$seed-lstm-float32
