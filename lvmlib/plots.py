@@ -736,6 +736,7 @@ def arrows(found: dict[str, Arrow]) -> Figure:
         axis.axvline(0, color=GREY)
         better = "right" if sign == 1 else "left"
         axis.set(title=f"{measure}: forward is better to the {better}", xlabel="forward − backward − that of copy last")
+        axis.locator_params(axis="x", nbins=6)  # labels of four digits touch where there are more
     said = [f"{n}\nseeds: {a.table['seeds'][0]}, articles: {a.table['articles'][0]}" for n, a in found.items()]
     axes[0].set_yticks(range(len(found)), said, fontsize="x-small")
     axes[0].invert_yaxis()

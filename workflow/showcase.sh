@@ -7,44 +7,59 @@ python=.venv/bin/python shown=outputs/showcase
 LVM_OUTPUTS=outputs/runs-$("$python" -c "from lvmlib import fingerprint; print(fingerprint.training())")
 export LVM_OUTPUTS
 
-train() { "$python" -m lvmlib train "$@"; }
-render() { "$python" -m lvmlib render "notebooks/$1.ipynb" "$shown/$2.ipynb" "${@:3}"; }
+# As many at a time as there are cores, but eight: each has a GPU's memory or some gigabytes to share with the others.
+cores=$(getconf _NPROCESSORS_ONLN)
+jobs=${JOBS:-$((cores < 8 ? cores : 8))}
+threads=$((cores > jobs ? cores / jobs : 1))
+# Lines on stdin, each the arguments of a `python -m lvmlib`; where one fails the others still run to their end.
+together() { OMP_NUM_THREADS=$threads xargs -P "$jobs" -L 1 "$python" -m lvmlib; }
+family() { # MODEL, OPTIONS: every version of the family with three seeds
+    for version in p6 v1 v2 v21 v22; do
+        for seed in 0 1 2; do echo train -p version $version -p model "$1" -p seed $seed "${@:2}"; done
+    done
+}
+page() { echo render "notebooks/$1.ipynb" "$shown/$2.ipynb" "${@:3}"; }
 show() { cp "$LVM_OUTPUTS/wikipedia/$1/train.ipynb" "$shown/$2.ipynb"; }
 
-for version in p6 v1 v2 v21 v22; do
-    for seed in 0 1 2; do train -p version $version -p seed $seed; done
-    show $version/seed2 train-$version
-    for seed in 0 1 2; do train -p version $version -p model amn -p seed $seed; done
-done
-for model in gru lstm; do train -p version v22 -p model $model; done
-for model in gru lstm amn; do show v22/seed0-$model train-v22-$model; done
-for seed in 1 2; do train -p version v22 -p model lstm -p seed $seed; done
-for seed in 0 1 2; do
-    train -p version v22 -p model lstm -p precision float32 -p seed $seed -p run_name seed$seed-lstm-float32
-done
-for version in p6 v22; do
+{ family amn && family amn -p direction backward; } | together # compare-ours needs them
+
+{ # the longest first
+    page controls controls -p datasets 400 -p repetitions 200
+    page compare compare-ours -p train True -p model amn -p versions '"p6 v22 margin bounded rank two_heads energy"'
     for seed in 0 1; do
-        train -p version $version -p precision float32 -p seed $seed -p run_name seed$seed-transformer-float32
+        for version in p6 v22; do
+            echo train -p version $version -p precision float32 -p seed $seed -p run_name seed$seed-transformer-float32
+        done
     done
-done
+    family transformer
+    for version in p6 v22; do
+        for seed in 0 1 2; do echo train -p version $version -p seed $seed -p direction backward; done
+    done
+    for seed in 0 1 2; do
+        echo train -p version v22 -p model lstm -p seed $seed
+        echo train -p version v22 -p model lstm -p precision float32 -p seed $seed -p run_name seed$seed-lstm-float32
+    done
+    echo train -p version v22 -p model gru
+    page data data
+} | together
 
-# Read backward, for the arrow of time.
-for seed in 0 1 2; do
-    for version in p6 v22; do train -p version $version -p seed $seed -p direction backward; done
-    for version in p6 v1 v2 v21 v22; do train -p version $version -p model amn -p seed $seed -p direction backward; done
-done
+for version in p6 v1 v2 v21 v22; do show $version/seed2 train-$version; done
+for model in gru lstm amn; do show v22/seed0-$model train-v22-$model; done
+{
+    page compare compare -p versions '"p6 v1 v2 v21 v22"'
+    page explore explore -p version v22 -p seed 2
+    page fivecat fivecat-v22-amn -p version v22 -p model amn
+    page compare compare-amn -p model amn -p versions '"p6 v1 v2 v21 v22"'
+    page fivecat fivecat-v22 -p version v22 -p seed 2
+    page diagnostics diagnostics-v22 -p version v22 -p seed 2
+} | together
 
-render encode encode -p benchmark True
-render data data
-render diagnostics diagnostics-v22 -p version v22 -p seed 2
-render compare compare -p versions "p6 v1 v2 v21 v22"
-render compare compare-amn -p model amn -p versions "p6 v1 v2 v21 v22"
-render compare compare-ours -p train True -p model amn -p versions "p6 v22 margin bounded rank two_heads energy"
-render fivecat fivecat-v22 -p version v22 -p seed 2
-render fivecat fivecat-v22-amn -p version v22 -p model amn
-render explore explore -p version v22 -p seed 2
-render inference inference -p version v22 -p seed 2
-render benchmark benchmark
-render controls controls -p datasets 400 -p repetitions 200
+# These measure times: one after the other, with all cores.
+jobs=1 threads=$cores
+{
+    page encode encode -p benchmark True
+    page inference inference -p version v22 -p seed 2
+    page benchmark benchmark
+} | together
 "$python" -m lvmlib table
 cp "$LVM_OUTPUTS"/showcase/versions.* "$shown"
