@@ -28,7 +28,7 @@ from pathlib import Path
 from . import fingerprint, page, parallel, untrusted
 from .encode import store_folder
 from .errors import LVMError, said
-from .files import write_whole
+from .files import set_aside, write_whole
 from .params import ROOT, check_given, data_name, files, outputs, version
 from .training import run_folder
 
@@ -191,12 +191,8 @@ def _keep(executed: Path, notebook: Path) -> None:
     One that stands there and was run with other parameters is set aside, as NAME.old-1.ipynb and so on.
     """
     notebook.parent.mkdir(parents=True, exist_ok=True)
-    if notebook.exists() and _given(notebook) != _given(executed):
-        old = next(p for i in range(1, 10**6) if not (p := notebook.with_suffix(f".old-{i}.ipynb")).exists())
-        for kind in (".ipynb", ".html"):
-            if notebook.with_suffix(kind).exists():
-                notebook.with_suffix(kind).rename(old.with_suffix(kind))
-        print(f"\nset aside  {_short(old)}: it was run with other parameters")
+    if notebook.exists() and fingerprint.given(notebook) != fingerprint.given(executed):
+        print(f"\nset aside  {_short(set_aside(notebook, '.html'))}: it was run with other parameters")
     executed.replace(notebook)
     page.write(notebook, notebook.with_suffix(".html"))
     print(f"\nnotebook  {_short(notebook)}\nHTML      {_short(notebook.with_suffix('.html'))}")
@@ -237,14 +233,6 @@ def _parameters(notebook: dict) -> dict:
                 values[node.targets[0].id] = ast.literal_eval(node.value)
     values["fast"] = values["fast"] or os.environ.get("LVM_FAST") == "1" or None
     return values
-
-
-def _given(notebook: Path) -> dict:
-    """What papermill was told to run it with; empty for a notebook that tells nothing."""
-    try:
-        return json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def _errors(executed: Path) -> list[str]:

@@ -58,6 +58,17 @@ def write_whole(path: Path, write: Callable[[Path], object], kept: str = UNTOUCH
             os.fsync(folder)
 
 
+def set_aside(path: Path, *companions: str) -> Path:
+    """Rename a file to NAME.old-1, NAME.old-2 and so on, before its suffix, the next that is free; and with it the
+    files of the same name and these suffixes. Returns its new path."""
+    old = next(p for i in range(1, 10**6) if not (p := path.with_suffix(f".old-{i}{path.suffix}")).exists())
+    with told(old):
+        for kind in (path.suffix, *companions):
+            if path.with_suffix(kind).exists():
+                path.with_suffix(kind).rename(old.with_suffix(kind))
+    return old
+
+
 def sync(folder: Path, files: bool = True) -> None:
     """Wait until a folder's files, and their names, are on the disk."""
     for path in [*(folder.iterdir() if files else []), folder]:

@@ -99,6 +99,14 @@ def template(name: str) -> dict:
         raise LVMError(f"{path}: not a notebook that can be read ({type(e).__name__}); restore the file") from e
 
 
+def given(path: Path) -> dict:
+    """What papermill was told to run this notebook with; empty for a notebook that tells nothing."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def state(content: dict) -> State:
     """Whether an executed notebook (as JSON) is of the present code."""
     own = content.get("metadata", {}).get("lvmlib", {})

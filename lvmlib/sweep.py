@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import files
+from . import files, fingerprint
 from .errors import LVMError
 from .params import Version, _nearest, outputs, version
 from .training import dataset_record, differences, open_run, run_folder
@@ -109,6 +109,18 @@ def hold() -> None:
     there = outputs()
     refused = "{}: another sweep is running there, {}; wait for it, or stop it"
     _HELD.enter_context(files.hold(there / "sweep.lock", lambda holder: refused.format(there, holder)))
+
+
+def keep(planned: Sweep) -> None:
+    """Set aside the comparisons that stand there and tell of what this sweep's will not: of other versions, fewer seeds
+    or other parameters. Snakemake deletes what it makes anew, and a smaller sweep would replace a larger one's page."""
+    for page, comparison in planned.comparisons.items():
+        told = dict(fingerprint.given(Path(page)))
+        versions = set(str(told.pop("versions", "")).split())
+        asked = {**comparison.parameters, "seeds": told.get("seeds")}
+        grows = versions <= set(comparison.runs.values()) and (told.get("seeds") or 0) <= comparison.parameters["seeds"]
+        if told and not (grows and told == asked):
+            print(f"{page}: of another sweep; set aside as {files.set_aside(Path(page)).name}")
 
 
 def _refuse_another(folder: Path, own: Version, data: dict) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import psutil
@@ -163,6 +164,35 @@ def test_a_comparison_is_of_the_versions_that_have_finished_a_run(outputs):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "change, stands",
+    [
+        ({}, True),
+        ({"versions": "v22"}, True),  # of the same sweep, before p6 had finished
+        ({"seeds": 1}, True),  # this sweep's page tells all that it did, and more
+        ({"seeds": 3}, False),
+        ({"versions": "p6 v1 v22"}, False),
+        ({"precision": "bfloat16"}, False),
+        ({"overrides": {"optimizer": {"lr": 1.0e-3}}}, False),
+    ],
+)
+def test_a_comparison_of_another_sweep_is_set_aside_and_not_replaced(outputs, capsys, change, stands):
+    planned = sweep.plan(SMALL | {"seeds": 2})
+    ((path, comparison),) = planned.comparisons.items()
+    page = Path(path)
+    page.parent.mkdir(parents=True)
+    told = comparison.parameters | {"versions": "p6 v22"} | change
+    text = json.dumps({"metadata": {"papermill": {"parameters": told}}})
+    page.write_text(text, encoding="utf-8")
+    sweep.keep(planned)
+    old = page.with_suffix(".old-1.ipynb")
+    assert (page.exists(), old.exists()) == (stands, not stands)
+    assert (page if stands else old).read_text(encoding="utf-8") == text
+    assert (old.name in capsys.readouterr().out) is not stands
+    sweep.keep(planned)
+    assert sorted(page.parent.iterdir()) == [page if stands else old]
+
+
 def test_a_job_takes_gpus_that_no_other_holds(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("notebook", WORKFLOW / "notebook.py")
     notebook = importlib.util.module_from_spec(spec)
@@ -273,11 +303,16 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, output
     assert [p.name for p in v22.iterdir() if p.suffix == ".ipynb"] == ["train.partial.ipynb"]
     assert lines(tmp_path) == ["diagnostics p6", "fivecat p6"]
 
+    page = outputs / "fast" / "wikipedia" / "compare-amn.ipynb"
+    larger = json.dumps({"metadata": {"papermill": {"parameters": {"versions": "p6 v1 v22", "seeds": 3}}}})
+    page.write_text(larger, encoding="utf-8")
+    os.utime(page, (1, 1))  # before the runs
     compared = snakemake(tree, "compare")
     said, _ = compared.communicate(timeout=300)
     assert compared.returncode == 0, said
     assert lines(tmp_path) == ["compare p6", "diagnostics p6", "fivecat p6"]
-    assert (outputs / "fast" / "wikipedia" / "compare-amn.ipynb").exists()
+    assert "compare-amn.old-1.ipynb" in said and page.exists()
+    assert page.with_name("compare-amn.old-1.ipynb").read_text(encoding="utf-8") == larger
 
     shutil.rmtree(v22)
     mended = snakemake(tree, "--dry-run")
