@@ -33,7 +33,7 @@ train: .venv/main
 	@$(BIN)/python -m lvmlib train -p version $(VERSION) $(if $(DATA),-r data "$(DATA)") $(ARGS)
 
 encode: .venv/encode
-	@test -n "$(SOURCE)" || { echo "SOURCE= is missing: a folder of .txt and .md files, or what README names, as in: make encode SOURCE=texts OUT=mine"; exit 2; }
+	@test -n "$(SOURCE)" || { echo "SOURCE= is missing: a folder of .txt and .md files, or what docs/data.md names, as in: make encode SOURCE=texts OUT=mine"; exit 2; }
 	@$(BIN)/python -m lvmlib encode -r source "$(SOURCE)" -r out "$(OUT)" $(ARGS)
 
 data: .venv/main

@@ -1,7 +1,7 @@
 # ruff: noqa: E501  (a row is a line)
 """Files and parameters made to do harm: none runs code, none writes outside outputs/, each ends in one LVMError.
 
-`python tests/test_hostile.py` prints the table of the README. What the importers and an exported folder are given is
+`python tests/test_hostile.py` prints the table of docs/safety.md. What the importers and an exported folder are given is
 tried by tests/test_importers.py (with fuzz_importers.py) and tests/test_export.py, and not repeated here.
 """
 
@@ -598,7 +598,7 @@ HAPPENS = {
 
 
 def markdown() -> str:
-    """The table of the README: a line for each way in."""
+    """The table of docs/safety.md: a line for each way in."""
     lines = ["| comes in by | tries | what happens |", "|---|---|---|"]
     for where in dict.fromkeys(row.where for row in ROWS):
         tries = [row.tries for row in ROWS if row.where == where]
@@ -606,8 +606,8 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-def test_the_readme_has_the_table():
-    assert markdown() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_docs_have_the_table():
+    assert markdown() in (ROOT / "docs" / "safety.md").read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
