@@ -25,6 +25,7 @@ import yaml
 
 from .errors import LVMError
 from .params import PARAMS, ROOT
+from .untrusted import NOTEBOOK, read_bytes
 
 ROOMS = Path(__file__).resolve().parent
 DIGITS = 12
@@ -102,9 +103,10 @@ def template(name: str) -> dict:
 def given(path: Path) -> dict:
     """What papermill was told to run this notebook with; empty for a notebook that tells nothing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
-    except (OSError, ValueError, KeyError, TypeError):
+        told = json.loads(read_bytes(path, NOTEBOOK))["metadata"]["papermill"]["parameters"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
+    return told if isinstance(told, dict) else {}
 
 
 def state(content: dict) -> State:

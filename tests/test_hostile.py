@@ -348,6 +348,20 @@ def test_nothing_is_written_through_a_link_in_a_runs_folder(place, name):
     assert place.listing() == before and not link.exists()
 
 
+def test_a_link_for_a_lock_is_replaced_and_what_it_leads_to_is_not_written_over(place):
+    lock = place.run.with_name(place.run.name + ".lock")
+    lock.symlink_to(place.precious)
+    before = place.listing()
+    assert len(list(resumed(place))) == 2
+    assert place.listing() == before and place.precious.read_text() == "mine" and not lock.exists()
+
+
+def test_a_pipe_by_the_name_of_a_partial_file_does_not_hold_a_run(place):
+    pipe = place.run / "run.yaml.partial"
+    os.mkfifo(pipe)
+    assert len(list(resumed(place))) == 2 and not pipe.exists()
+
+
 def test_nothing_is_written_through_a_link_in_a_stores_folder(place):
     """checked.json is written beside a store wherever it lies: by a name that can be foreseen."""
     for path in place.store.iterdir():

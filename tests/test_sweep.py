@@ -174,14 +174,13 @@ def test_a_comparison_is_of_the_versions_that_have_finished_a_run(outputs):
         ({"versions": "p6 v1 v22"}, False),
         ({"precision": "bfloat16"}, False),
         ({"overrides": {"optimizer": {"lr": 1.0e-3}}}, False),
+        ({"seeds": "3"}, False),  # as papermill's -r leaves it
+        ({"seeds": None}, False),
     ],
 )
 def test_a_comparison_of_another_sweep_is_set_aside_and_not_replaced(outputs, capsys, change, stands):
-    planned = sweep.plan(SMALL | {"seeds": 2})
-    ((path, comparison),) = planned.comparisons.items()
-    page = Path(path)
-    page.parent.mkdir(parents=True)
-    told = comparison.parameters | {"versions": "p6 v22"} | change
+    planned, page = with_a_page(("p6", "v22"))
+    told = planned.comparisons[str(page)].parameters | {"versions": "p6 v22"} | change
     text = json.dumps({"metadata": {"papermill": {"parameters": told}}})
     page.write_text(text, encoding="utf-8")
     sweep.keep(planned)
@@ -190,7 +189,59 @@ def test_a_comparison_of_another_sweep_is_set_aside_and_not_replaced(outputs, ca
     assert (page if stands else old).read_text(encoding="utf-8") == text
     assert (old.name in capsys.readouterr().out) is not stands
     sweep.keep(planned)
-    assert sorted(page.parent.iterdir()) == [page if stands else old]
+    assert sorted(page.parent.glob("*.ipynb")) == [page if stands else old]
+
+
+@pytest.mark.parametrize("text", ["damaged", '{"metadata": {"papermill": {"parameters": [1]}}}', "[" * 10**5])
+def test_a_comparison_that_tells_nothing_is_set_aside(outputs, text):
+    planned, page = with_a_page(("p6", "v22"))
+    page.write_text(text, encoding="utf-8")
+    sweep.keep(planned)
+    assert not page.exists() and page.with_suffix(".old-1.ipynb").read_text(encoding="utf-8") == text
+
+
+def test_a_comparison_of_more_than_has_finished_is_set_aside(outputs):
+    planned, page = with_a_page(("v22",))
+    told = planned.comparisons[str(page)].parameters | {"versions": "p6 v22"}
+    page.write_text(json.dumps({"metadata": {"papermill": {"parameters": told}}}), encoding="utf-8")
+    sweep.keep(planned)
+    assert not page.exists() and page.with_suffix(".old-1.ipynb").exists()
+
+
+def with_a_page(finished):
+    """A small sweep, of which these versions have finished, and where the page of its comparison belongs."""
+    planned = sweep.plan(SMALL | {"seeds": 2})
+    for folder, parameters in planned.runs.items():
+        if parameters["version"] in finished:
+            Path(folder).mkdir(parents=True)
+            (Path(folder) / "train.ipynb").touch()
+    return planned, Path(*planned.comparisons)
+
+
+def test_a_configuration_that_asks_for_python_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "sweep.yaml"
+    hostile = """{"__use_yte__": true, "versions": "?open('canary', 'w').write('ran')"}"""
+    file.write_text(hostile, encoding="utf-8")
+    with pytest.raises(LVMError, match="unknown key '__use_yte__'"):
+        sweep.plan(sweep.settings(file, {}))
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("text", ["a: [", "- p6", "!!python/object/apply:os.system [ls]"])
+def test_a_damaged_configuration_is_named(tmp_path, text):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(LVMError, match=r"sweep\.yaml: .*restore the file"):
+        sweep.settings(file, {})
+
+
+def test_what_the_command_line_gives_is_laid_on_the_configuration(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("versions: [p6]\noverrides: {optimizer: {lr: 1.0e-3}}", encoding="utf-8")
+    assert sweep.settings(file, {"versions": "v22", "overrides": {"epochs": 2}}) == {
+        "versions": "v22", "overrides": {"optimizer": {"lr": 1.0e-3}, "epochs": 2}
+    }  # fmt: skip
 
 
 def test_a_job_takes_gpus_that_no_other_holds(tmp_path, monkeypatch):
