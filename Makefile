@@ -59,7 +59,7 @@ lab: .venv/main
 test: .venv/test
 	-@$(BIN)/python tests/lock.py audit
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export LVM_OUTPUTS="$$outputs" LVM_FAST=1 && \
+	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export LVM_OUTPUTS="$$outputs" LVM_FAST=1 LVM_LOCKED=$(if $(LOCK),1) && \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest notebooks tests $(NBVAL) \
 		-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

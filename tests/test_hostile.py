@@ -561,12 +561,14 @@ def test_the_lock_names_no_host_no_path_and_not_torch():
 def test_what_is_installed_is_what_is_locked():
     found, _ = lock.reached()
     other = {n: d.version for n, d in found.items() if n not in lock.FREE and d.version != locked().get(n)}
+    assert not (other and os.environ.get("LVM_LOCKED")), other  # as `make test` says where it installed by the lock
     if other:
         pytest.skip(f"this environment was not made by make, or before the lock: {other}")
 
 
 def test_every_install_of_the_makefile_uses_the_lock():
     text = (ROOT / "Makefile").read_text()
+    assert "LVM_LOCKED=$(if $(LOCK),1)" in text
     assert text.count("pip install") == 1 and "LOCK ?= --constraint constraints.txt" in text
     assert "pip install --quiet $(LOCK) --editable" in text and text.count("$(INSTALL)") >= 5
 

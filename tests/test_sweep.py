@@ -223,6 +223,7 @@ def test_a_configuration_that_asks_for_python_is_not_run(tmp_path, monkeypatch):
     file = tmp_path / "sweep.yaml"
     hostile = """{"__use_yte__": true, "versions": "?open('canary', 'w').write('ran')"}"""
     file.write_text(hostile, encoding="utf-8")
+    assert "configfile:" not in (WORKFLOW / "Snakefile").read_text(encoding="utf-8")  # snakemake's reader would run it
     with pytest.raises(LVMError, match="unknown key '__use_yte__'"):
         sweep.plan(sweep.settings(file, {}))
     assert not (tmp_path / "canary").exists()
