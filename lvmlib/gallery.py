@@ -37,7 +37,7 @@ from .verdict import checklist
 MARK = "gallery.json"
 FORMAT = 1
 SHOWCASE = ROOT / "outputs" / "showcase"
-APART = ("gallery", "showcase", "datasets", "imported", "fast")  # under outputs/: no runs, or no real ones
+APART = ("gallery", "showcase", "datasets", "imported", "fast")  # under outputs/: no dataset's notebooks
 MARKS = {"passed": "✓", "failed": "✗", "open": "○"}
 OF_A_RUN = ("train", "diagnostics", "fivecat")
 # A line of train.ipynb's log, in rendered notebooks from before they carried what a card needs.
@@ -116,13 +116,15 @@ def _collect(root: Path, out: Path, showcase: bool, fast: bool) -> tuple[list[di
     """Cards of runs and of other notebooks; each with `notebooks`, the paths of those that it links to."""
     runs, others = [], []
     for top, quick in ((root, False), *(((root / "fast", True),) if fast else ())):
+        # A fast run lies deeper than `root` is searched: what is found in fast/ is a run of a dataset of that name.
         folders = sorted(p.parent for p in top.glob("*/*/*/run.yaml") if _shown(p, top))
         taken = set(folders)
         for folder in folders:
             found = [folder / f"{name}{part}.ipynb" for name in OF_A_RUN for part in ("", ".partial")]
             runs.append(run_card(folder) | {"fast": quick, "notebooks": [p for p in found if p.is_file()]})
         for path in sorted((*top.glob("*.ipynb"), *top.glob("*/*.ipynb"), *top.glob("*/*/*/*.ipynb"))):
-            if _shown(path, top) and path.parent not in taken and not path.name.endswith(".partial.ipynb"):
+            aside = path.parent in taken or path.relative_to(top).parts[0] in APART
+            if _shown(path, top) and not aside and not path.name.endswith(".partial.ipynb"):
                 others.append(notebook_card(path) | {"fast": quick, "notebooks": [path]})
     for path in sorted(SHOWCASE.glob("*.ipynb")) if showcase else ():
         card = showcase_card(path)
@@ -137,8 +139,7 @@ def _order(card: dict) -> tuple:
 
 
 def _shown(path: Path, top: Path) -> bool:
-    parts = path.relative_to(top).parts
-    return parts[0] not in APART and not any(p.startswith(".") or ".old-" in p for p in parts)
+    return not any(p.startswith(".") or ".old-" in p for p in path.relative_to(top).parts)
 
 
 def _page(path: Path, site: Path, names: set[str], card: dict, root: Path) -> dict | None:

@@ -321,6 +321,16 @@ def test_the_old_gallery_stands_until_the_new_one_is_whole(outputs, tmp_path, mo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["site"]
 
 
+@pytest.mark.parametrize("name", gallery.APART)
+def test_a_run_of_a_dataset_of_any_name_has_a_card(outputs, tmp_path, name):
+    root = tmp_path / "outputs"
+    shutil.copytree(outputs / "wikipedia" / "v22" / "unjudged", root / name / "v22" / "seed0-amn")
+    shutil.copytree(outputs / "fast", root / "fast", dirs_exist_ok=True)
+    for fast, runs in ((False, 1), (True, 2)):
+        _, counts = gallery.build(tmp_path / "site", root, fast=fast)
+        assert counts["runs"] == runs
+
+
 def test_an_empty_folder_is_said_so(tmp_path):
     with pytest.raises(LVMError, match="no run and no executed notebook"):
         gallery.build(root=tmp_path)
