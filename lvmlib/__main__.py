@@ -28,7 +28,7 @@ from pathlib import Path
 from . import fingerprint, page, parallel, untrusted
 from .encode import store_folder
 from .errors import LVMError, said
-from .files import set_aside, write_whole
+from .files import set_aside, told, write_whole
 from .params import ROOT, check_given, data_name, files, outputs, version
 from .training import run_folder
 
@@ -97,13 +97,11 @@ def render(arguments: list[str]) -> int:
     if len(arguments) < 2 or arguments[0].startswith("-") or not arguments[1].endswith(".ipynb"):
         print(USAGE, file=sys.stderr)
         return 2
-    executed, p = _execute(Path(arguments[0]).stem, arguments[2:])
+    executed, p = _execute(_notebook(arguments[0]), arguments[2:])
     if executed is None:
         return p
     notebook = Path(arguments[1])
-    notebook.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(notebook, lambda partial: shutil.copyfile(executed, partial))  # it may be on another disk
-    executed.unlink()
+    _move(executed, notebook)
     print(f"\nnotebook  {_short(notebook)}")
     return 0
 
@@ -119,6 +117,19 @@ def gallery(arguments: list[str]) -> int:
     index, counts = gallery.build(given.out, showcase=given.showcase, fast=given.fast)
     print(f"gallery   {_short(index)}\ncards     {counts['runs']} runs, {counts['notebooks']} other notebooks")
     return 0
+
+
+def _notebook(given: str) -> str:
+    """The name of one of our notebooks, which `given` is or leads to. Raises LVMError for any other: a fingerprint is
+    taken of notebooks/ alone."""
+    known = {path.stem: path.resolve() for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    for name, path in known.items():
+        if given == name or Path(given).resolve() == path:
+            return name
+    raise LVMError(
+        f"{given}: not one of notebooks/ here ({', '.join(known)}); name one of these, as in: python -m lvmlib render "
+        "notebooks/compare.ipynb OUT.ipynb. Your own notebook is run by: papermill NOTEBOOK OUT.ipynb"
+    )
 
 
 def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None, int]:
@@ -190,12 +201,19 @@ def _keep(executed: Path, notebook: Path) -> None:
 
     One that stands there and was run with other parameters is set aside, as NAME.old-1.ipynb and so on.
     """
-    notebook.parent.mkdir(parents=True, exist_ok=True)
     if notebook.exists() and fingerprint.given(notebook) != fingerprint.given(executed):
         print(f"\nset aside  {_short(set_aside(notebook, '.html'))}: it was run with other parameters")
-    executed.replace(notebook)
+    _move(executed, notebook)
     page.write(notebook, notebook.with_suffix(".html"))
     print(f"\nnotebook  {_short(notebook)}\nHTML      {_short(notebook.with_suffix('.html'))}")
+
+
+def _move(executed: Path, notebook: Path) -> None:
+    """Move an executed notebook to its place, which may be on another disk: it appears there whole or not at all."""
+    with told(notebook):
+        notebook.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(notebook, lambda partial: shutil.copyfile(executed, partial))
+    executed.unlink()
 
 
 def _tell_run(executed: Path, folder: Path) -> None:

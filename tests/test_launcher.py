@@ -1,15 +1,19 @@
 """`python -m lvmlib train`, and papermill from the root and from notebooks/: the same run in the same place."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import nbformat
 import pandas as pd
 import psutil
 import pytest
 from test_sweep import until
 
+from lvmlib import __main__ as launcher
 from lvmlib import summary
 from lvmlib.errors import LVMError
 from lvmlib.params import ROOT
@@ -199,3 +203,64 @@ def test_a_damaged_report_is_named(outputs, trained, tmp_path, content):
 def test_no_run_is_said_so(tmp_path):
     with pytest.raises(LVMError, match="no finished run"):
         summary.runs(root=tmp_path)
+
+
+def test_the_benchmark_goes_the_way_of_all_commands(tmp_path):
+    """Through the checks of parameters, into the folder that LVM_OUTPUTS names, and stamped."""
+    done = subprocess.run(["make", "--dry-run", "benchmark", "ARGS=-p seed 1"], check=True, capture_output=True,
+                          text=True, cwd=ROOT)  # fmt: skip
+    (line,) = [x for x in done.stdout.splitlines() if "notebooks/benchmark.ipynb" in x]
+    assert line.split("python ")[1] == (
+        '-m lvmlib render notebooks/benchmark.ipynb "${LVM_OUTPUTS:-outputs}/benchmark.ipynb" -p seed 1'
+    )
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text('"seed = print(1); other": 1\n', encoding="utf-8")
+    with pytest.raises(LVMError, match="is not one of this notebook's"):
+        launcher.main(["render", "notebooks/benchmark.ipynb", str(tmp_path / "out.ipynb"), "-f", str(theirs)])
+
+
+@pytest.mark.parametrize(
+    "given", ["my/compare.ipynb", "compare.ipynb", "my/compare", "nonesuch", "notebooks/x.ipynb", ".."]
+)
+def test_render_refuses_what_is_none_of_its_notebooks(tmp_path, monkeypatch, given):
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "compare.ipynb").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LVMError, match=r"not one of notebooks/ here \(benchmark, compare, "):
+        launcher.main(["render", given, "out.ipynb"])
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+@pytest.mark.parametrize("given", ["compare", "notebooks/compare.ipynb", str(ROOT / "notebooks" / "compare.ipynb")])
+def test_render_knows_its_notebooks_by_name_and_by_path(monkeypatch, given):
+    monkeypatch.chdir(ROOT)
+    assert launcher._notebook(given) == "compare"
+
+
+def executed(path: Path, *parameters: str) -> Path:
+    """A notebook as papermill leaves one: a parameters cell, and one that papermill has put after it."""
+    cells = [nbformat.v4.new_code_cell(source, execution_count=i + 1) for i, source in enumerate(parameters)]
+    for cell, tag in zip(cells, ("parameters", "injected-parameters"), strict=False):
+        cell["metadata"]["tags"] = [tag]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+def test_an_executed_notebook_moves_to_another_disk(tmp_path, monkeypatch, capsys):
+    """As where outputs/wikipedia is a link: a rename between folders fails there."""
+
+    def rename(source, target, real=os.replace):
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        real(source, target)
+
+    flushed = []
+    monkeypatch.setattr(os, "replace", rename)
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_ino))
+    ours = executed(tmp_path / "ours.ipynb", "fast = False")
+    wanted, place = ours.read_bytes(), tmp_path / "wikipedia" / "data.ipynb"
+    launcher._keep(ours, place)
+    assert place.read_bytes() == wanted and place.with_suffix(".html").exists() and not ours.exists()
+    assert place.stat().st_ino in flushed
+    assert "notebook  " in capsys.readouterr().out
