@@ -5,8 +5,8 @@ options, puts the executed notebook and its HTML copy into the run's folder, and
 `python -m lvmlib encode -p source FOLDER -p out NAME` and `python -m lvmlib data -p data NAME` do the same with
 notebooks/encode.ipynb and notebooks/data.ipynb; their notebooks lie in outputs/NAME/.
 `torchrun … -m lvmlib parallel FOLDER` is a process of several that train the run prepared in FOLDER (see `parallel`).
-`python -m lvmlib render diagnostics outputs/showcase/diagnostics-v22.ipynb -p version v22` executes any notebook into a
-file, which then says by which code it was made (see `fingerprint`).
+`python -m lvmlib render diagnostics outputs/showcase/diagnostics-v22.ipynb -p version v22` executes one of notebooks/
+into a file, which then says by which code it was made (see `fingerprint`).
 `python -m lvmlib gallery` makes a static site of what stands under outputs/ (see `gallery`).
 `python -m lvmlib table` draws the runs under outputs/ together into outputs/showcase/versions.csv and .png.
 """
@@ -16,19 +16,24 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import contextlib
+import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from . import fingerprint, page, parallel, untrusted
 from .encode import store_folder
 from .errors import LVMError, said
-from .files import set_aside, told, write_whole
+from .files import TROUBLE, set_aside, told, write_whole
 from .params import ROOT, check_given, data_name, files, outputs, version
 from .training import run_folder
 
@@ -39,6 +44,18 @@ USAGE = """usage: python -m lvmlib train [papermill options, such as -p version 
        python -m lvmlib render NOTEBOOK OUT.ipynb [papermill options]
        python -m lvmlib gallery [--out FOLDER] [--showcase] [--fast]
        python -m lvmlib table"""
+
+# papermill's own command, but that its kernel speaks through sockets in a folder of its own: Jupyter picks free TCP
+# ports and closes them before the kernel opens them again, and the kernel of a command beside this may be quicker.
+PAPERMILL = """
+import functools, sys
+from papermill import cli
+from traitlets.config import Config
+kernel = Config(KernelManager={"transport": "ipc", "connection_file": sys.argv.pop(1)})
+cli.execute_notebook = functools.partial(cli.execute_notebook, config=kernel)
+cli.papermill(prog_name="papermill")
+"""
+KEPT = "what was finished is kept, and the same command goes on from there"
 
 
 def main(arguments: list[str]) -> int:
@@ -138,37 +155,99 @@ def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None,
     The executed notebook is stamped with the code that it is of."""
     _check_parameters(name, arguments)
     before = fingerprint.template(name)
-    outputs().mkdir(parents=True, exist_ok=True)
-    # Executed aside: a refused run must not overwrite the notebook of the run that stands there. Paths start from the
-    # checkout, so that the notebook's metadata names no machine.
-    executed = outputs() / f"{name}.{os.getpid()}.ipynb"
+    executed = _aside(name)
     # Whoever calls, a person does not watch this kernel: one line an epoch.
     environment = {k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"}
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--stdout-file", "-"]
-    command += [f"notebooks/{name}.ipynb", str(_short(executed, ROOT)), *arguments]
-    try:  # what the cells print is shown as it comes; papermill's own words only where it fails
-        done = subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    environment["LVM_OUTPUTS"] = str(outputs().absolute())  # papermill and the kernel start from the checkout
+    try:
+        done = _papermill([f"notebooks/{name}.ipynb", str(_short(executed.absolute(), ROOT)), *arguments], environment)
     except (KeyboardInterrupt, SystemExit):  # papermill has been killed by then; the kernel sees it, and ends
         executed.unlink(missing_ok=True)
         raise
+    begun = executed.exists() and executed.stat().st_size > 0
+    if not begun:
+        executed.unlink(missing_ok=True)
     if done.returncode:
         errors = _errors(executed)
         if errors and errors[-1].startswith("LVMError: "):  # says all there is to say
             executed.unlink()
             print(f"\n{errors[-1]}", file=sys.stderr)
         else:
-            print(done.stderr, file=sys.stderr)
-            if executed.exists():
-                print(f"Failed; the notebook as far as it came: {_short(executed)}", file=sys.stderr)
+            print((not errors and _cause(done.stderr, executed)) or done.stderr, file=sys.stderr)
+            if begun:
+                print(f"Failed; the notebook as far as it came: {_short(_in_sight(executed))}", file=sys.stderr)
         return None, done.returncode
-    if not executed.exists():  # papermill was asked for help
+    if not begun:  # papermill was asked for help
         return None, 0
     if not fingerprint.ran(json.loads(executed.read_text(encoding="utf-8"))):
-        print(f"\nPrepared, not executed: {_short(executed)}")
+        print(f"\nPrepared, not executed: {_short(_in_sight(executed))}")
         return None, 0
-    if not fingerprint.stamp(executed, before):
+    with told(executed, KEPT):
+        certain = fingerprint.stamp(executed, before)
+    if not certain:
         print("The code was changed while the notebook ran: it does not count as of the present code.")
     return executed, _parameters(json.loads(executed.read_text(encoding="utf-8")))
+
+
+def _aside(name: str) -> Path:
+    """A new file in outputs() to execute a notebook into, which this process holds until it ends: a refused run must
+    not overwrite the notebook of the run that stands there.
+
+    It is hidden, so that what killed processes left is known, and nobody's: that is taken away. The lock is the
+    system's (flock); a process id would be another's in another container.
+    """
+    with told(outputs(), KEPT):
+        outputs().mkdir(parents=True, exist_ok=True)
+        for left in outputs().glob(".*.????????.partial.ipynb"):
+            with contextlib.suppress(OSError), open(left, "rb+") as other:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+        while True:
+            executed = outputs() / f".{name}.{secrets.token_hex(4)}.partial.ipynb"
+            file = os.open(executed, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            with contextlib.suppress(OSError):  # a file system that has no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if executed.exists():  # else another process took it away before it was held
+                return executed
+
+
+def _in_sight(executed: Path) -> Path:
+    """Give a notebook that did not come to its end, or not to its place, a name that is not hidden; its new path. By
+    its suffix it is none that the gallery shows."""
+    seen = executed.with_name(executed.name.removeprefix("."))
+    with told(seen, f"the notebook is {_short(executed)}"):
+        return executed.rename(seen)
+
+
+def _papermill(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """Run papermill in the checkout. What the cells print is shown as it comes; papermill's own words are kept."""
+    near = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # the name of a socket has some 100 characters at most
+    with tempfile.TemporaryDirectory(prefix="lvm-", dir=near, ignore_cleanup_errors=True) as place:
+        command = [sys.executable, "-c", PAPERMILL, f"{place}/kernel.json", "--no-progress-bar", "--stdout-file", "-"]
+        environment = environment | {"IPYTHONDIR": place, "JUPYTER_RUNTIME_DIR": place}
+        return subprocess.run(
+            [*command, *arguments], check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+
+def _cause(said: str, executed: Path) -> str:
+    """What papermill itself died of by its last words, on one line; empty where that is for it to tell."""
+    last = (said.strip().splitlines() or [""])[-1]
+    if last.endswith("DeadKernelError: Kernel died"):
+        return (
+            "LVMError: the kernel was killed, perhaps for want of memory, or because a store that it reads was cut "
+            f"short in place. To do: free some memory, or restore that store; {KEPT} (a training from its last "
+            "checkpoint, which is intact)"
+        )
+    refused = re.fullmatch(r"\w*Error: \[Errno (\d+)\] [^:]*(?:: '(.*)')?", last)
+    if not refused or int(refused[1]) not in TROUBLE:
+        return ""
+    number, where = int(refused[1]), [str(ROOT / refused[2])] if refused[2] else []
+    try:
+        with told(executed, KEPT):
+            raise OSError(number, os.strerror(number), *where)
+    except LVMError as e:
+        return f"LVMError: {e}"
 
 
 def _check_parameters(name: str, arguments: list[str]) -> None:
@@ -210,9 +289,13 @@ def _keep(executed: Path, notebook: Path) -> None:
 
 def _move(executed: Path, notebook: Path) -> None:
     """Move an executed notebook to its place, which may be on another disk: it appears there whole or not at all."""
-    with told(notebook):
-        notebook.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(notebook, lambda partial: shutil.copyfile(executed, partial))
+    try:
+        with told(notebook):
+            notebook.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(notebook, lambda partial: shutil.copyfile(executed, partial))
+    except LVMError:
+        print(f"\nThe executed notebook is {_short(_in_sight(executed))}", file=sys.stderr)
+        raise
     executed.unlink()
 
 
@@ -222,7 +305,8 @@ def _tell_run(executed: Path, folder: Path) -> None:
 
     content = json.loads(executed.read_text(encoding="utf-8"))
     content["metadata"].setdefault("lvmlib", {})["run"] = gallery.facts(folder)
-    fingerprint.write(executed, content)
+    with told(executed, KEPT):
+        fingerprint.write(executed, content)
 
 
 def _kept(p: dict) -> Path:
@@ -234,7 +318,8 @@ def table() -> int:
 
     frame = summary.runs()
     folder = outputs() / "showcase"
-    folder.mkdir(parents=True, exist_ok=True)
+    with told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "versions.csv", lambda p: frame.to_csv(p, index=False, float_format="%.6g"))
     plots.use_style()
     write_whole(folder / "versions.png", lambda p: plots.versions(frame).savefig(p, format="png", dpi=110))

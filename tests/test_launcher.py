@@ -1,10 +1,12 @@
 """`python -m lvmlib train`, and papermill from the root and from notebooks/: the same run in the same place."""
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nbformat
@@ -14,7 +16,7 @@ import pytest
 from test_sweep import until
 
 from lvmlib import __main__ as launcher
-from lvmlib import summary
+from lvmlib import gallery, summary
 from lvmlib.errors import LVMError
 from lvmlib.params import ROOT
 
@@ -264,3 +266,124 @@ def test_an_executed_notebook_moves_to_another_disk(tmp_path, monkeypatch, capsy
     assert place.read_bytes() == wanted and place.with_suffix(".html").exists() and not ours.exists()
     assert place.stat().st_ino in flushed
     assert "notebook  " in capsys.readouterr().out
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """In place of papermill's process: `started.does(path)` writes the executed notebook, or fails; `started` says how
+    it was called."""
+
+    def run(command, *, cwd, env, **options):
+        calls.path = Path(cwd) / next(x for x in command if x.endswith(".partial.ipynb"))
+        calls.command, calls.environment = command, env
+        said = calls.does(calls.path) or ""
+        return subprocess.CompletedProcess(command, 1 if said else 0, stderr=said)
+
+    calls = types.SimpleNamespace(does=lambda path: whole(path))
+    monkeypatch.setattr(launcher.subprocess, "run", run)
+    monkeypatch.setattr(launcher, "_check_parameters", lambda name, arguments: None)
+    return calls
+
+
+def whole(path):
+    """What papermill leaves of data.ipynb where nothing goes wrong."""
+    content = nbformat.read(ROOT / "notebooks" / "data.ipynb", as_version=4)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell["execution_count"] = 1
+    path.write_text(nbformat.writes(content), encoding="utf-8")
+
+
+def test_outputs_may_be_named_from_where_one_stands(tmp_path, monkeypatch, started):
+    """papermill and the kernel start from the checkout."""
+    monkeypatch.setenv("LVM_OUTPUTS", "mine")
+    monkeypatch.chdir(tmp_path)
+    assert launcher.main(["render", "data", "out.ipynb"]) == 0
+    assert started.environment["LVM_OUTPUTS"] == str(tmp_path / "mine") and started.path.parent == tmp_path / "mine"
+    assert Path("out.ipynb").exists() and not list(Path("mine").iterdir())
+
+
+def test_a_notebook_made_in_the_checkout_names_no_machine(tmp_path, monkeypatch, started):
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    monkeypatch.setattr(launcher, "ROOT", tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    for place, named in ((tmp_path, "outputs"), (tmp_path / "elsewhere", str(tmp_path / "outputs"))):
+        monkeypatch.chdir(place)
+        monkeypatch.setenv("LVM_OUTPUTS", named)
+        assert launcher.main(["render", "data", "out.ipynb"]) == 0
+        (given,) = [x for x in started.command if x.endswith(".partial.ipynb")]
+        assert given.startswith("outputs/.data.")
+
+
+def test_what_runs_is_hidden_and_held_and_what_a_killed_one_left_goes(tmp_path, monkeypatch, started):
+    """Two containers on one folder have the same process ids: no name and no age says whose a notebook is."""
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
+    killed, running, read = (tmp_path / f".{x}.partial.ipynb" for x in ("train.0123abcd", "data.4567cdef", "mine"))
+    failed = tmp_path / "train.89abcdef.partial.ipynb"
+    for path in (killed, running, read, failed):
+        path.write_text("{}")
+    there = []
+    with open(running) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for _ in range(2):
+            executed, _ = launcher._execute("data", [])
+            assert executed.name.startswith(".data.") and gallery._shown(executed, tmp_path) is False
+            there.append(executed)
+    assert len(set(there)) == 2 and all(path.exists() for path in (*there, running, read, failed))
+    assert not killed.exists()
+
+
+def test_a_failed_notebook_is_in_sight_but_in_no_gallery(tmp_path, monkeypatch, capsys, started):
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
+    started.does = lambda path: [whole(path), "ZeroDivisionError: division by zero"][1]
+    assert launcher.main(["data"]) == 1
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("data.") and left.name.endswith(".partial.ipynb")
+    said = capsys.readouterr().err
+    assert "ZeroDivisionError" in said and f"as far as it came: {left}" in said
+    assert gallery._collect(tmp_path, tmp_path / "gallery", False, False) == ([], [])
+
+
+DEAD = "Traceback\n  File x\nnbclient.exceptions.DeadKernelError: Kernel died\n"
+FULL = "Traceback\n  File x\nOSError: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("said, words", [(DEAD, "the kernel was killed, perhaps for want of memory"),
+                                         (FULL, "cannot be written: the disk is full. To do: free some room"),
+                                         (FULL[:-1] + ": '{}'\n", "cannot be written: the disk is full")])  # fmt: skip
+def test_what_ends_papermill_is_told_in_a_line(tmp_path, monkeypatch, capsys, started, said, words):
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
+    started.does = lambda path: [whole(path), said.format(path)][1]
+    assert launcher.main(["data"]) == 1
+    told, partial = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith("LVMError: ") and words in told and "the same command goes on" in told
+    assert partial == f"Failed; the notebook as far as it came: {next(tmp_path.iterdir())}"
+
+
+def test_a_disk_that_takes_nothing_is_told(tmp_path, monkeypatch, started):
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "file" / "outputs"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LVMError, match="a file stands where a folder should"):
+        launcher.main(["data"])
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "outputs"))
+    with pytest.raises(LVMError, match="a file stands where a folder should"):
+        launcher.main(["render", "data", str(tmp_path / "file" / "out.ipynb")])
+    (left,) = (tmp_path / "outputs").iterdir()
+    assert left.name.startswith("data.")  # what was executed is not lost
+    monkeypatch.setattr(launcher.fingerprint, "stamp", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    with pytest.raises(LVMError, match="disk is full"):
+        launcher.main(["data"])
+
+
+def test_papermills_kernel_has_sockets_and_a_history_of_its_own(tmp_path):
+    """By no port: Jupyter's choice of ports can be taken by the kernel of a command beside this."""
+    cell = nbformat.v4.new_code_cell(
+        "import os\nfrom ipykernel.connect import get_connection_info\n"
+        "print(get_connection_info(unpack=True)['transport'], os.environ['IPYTHONDIR'])"
+    )
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "small.ipynb")
+    paths = [str(tmp_path / name) for name in ("small.ipynb", "out.ipynb")]
+    done = launcher._papermill([*paths, "-k", "python3"], dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    said = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[0].outputs[0]["text"].split()
+    assert said[0] == "ipc" and said[1] != os.environ.get("IPYTHONDIR") and not Path(said[1]).exists()
