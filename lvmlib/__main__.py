@@ -34,8 +34,8 @@ from . import fingerprint, page, parallel, untrusted
 from .encode import store_folder
 from .errors import LVMError, said
 from .files import TROUBLE, set_aside, told, write_whole
-from .params import ROOT, check_given, data_name, files, outputs, version
-from .training import run_folder
+from .params import ROOT, Version, check_given, data_name, files, outputs, version
+from .training import differences, run_folder
 
 USAGE = """usage: python -m lvmlib train [papermill options, such as -p version v22 -p seed 1]
        python -m lvmlib encode -p source FOLDER -p out NAME [papermill options, such as -p unit sentence]
@@ -70,13 +70,17 @@ def main(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
+    begun = time.time()
     executed, p = _execute("train", arguments)
     if executed is None:
         return p
-    keys = ("data", "model", "epochs", "direction", "seed", "device", "precision", "fast")
-    folder = run_folder(version(p["version"], p["overrides"], **{k: p[k] for k in keys}), p["run_name"])
+    folder = run_folder(_version(p), p["run_name"])
     _tell_run(executed, folder)
-    _keep(executed, folder / "train.ipynb")
+    stood = _keep(executed, folder / "train.ipynb")
+    if stood and (folder / "run.yaml").stat().st_mtime < begun:
+        # The run was only opened. The new notebook tells of it what the old one told, and takes over its time: else a
+        # sweep would make diagnostics and 5CAT of that run again.
+        os.utime(folder / "train.ipynb", ns=(stood.st_atime_ns, stood.st_mtime_ns))
     report = json.loads((folder / "fivecat.json").read_text(encoding="utf-8"))
     print(f"verdict   {report['verdict']['text']}\nreading   {report['reading']['text']}")
     return 0
@@ -275,16 +279,38 @@ def _check_parameters(name: str, arguments: list[str]) -> None:
         check_given(parameters or {}, known)
 
 
-def _keep(executed: Path, notebook: Path) -> None:
+def _keep(executed: Path, notebook: Path) -> os.stat_result | None:
     """Move an executed notebook to its place, with an HTML copy, and say where they are.
 
-    One that stands there and was run with other parameters is set aside, as NAME.old-1.ipynb and so on.
+    One that stands there and was run with other parameters is set aside, as NAME.old-1.ipynb and so on; of one that is
+    replaced, what the system knows of it is returned.
     """
-    if notebook.exists() and fingerprint.given(notebook) != fingerprint.given(executed):
+    stood = notebook.stat() if notebook.exists() else None
+    if stood and not _alike(notebook, executed):
         print(f"\nset aside  {_short(set_aside(notebook, '.html'))}: it was run with other parameters")
+        stood = None
     _move(executed, notebook)
     page.write(notebook, notebook.with_suffix(".html"))
     print(f"\nnotebook  {_short(notebook)}\nHTML      {_short(notebook.with_suffix('.html'))}")
+    return stood
+
+
+def _alike(*notebooks: Path) -> bool:
+    """Whether two executed notebooks were run with the same parameters, given or not; those of train.ipynb, whether
+    they make the same run. A damaged notebook is like no other."""
+    try:
+        one, other = (_parameters(json.loads(path.read_text(encoding="utf-8"))) for path in notebooks)
+        if "version" in one:  # None is what the version says, which may be given as well
+            return not differences(*({"parameters": _version(p).to_dict()} for p in (one, other)))
+        return one == other
+    except Exception:  # whatever a damaged file makes its reader raise
+        return False
+
+
+def _version(p: dict) -> Version:
+    """The version that train.ipynb trains by these parameters."""
+    keys = ("data", "model", "epochs", "direction", "seed", "device", "precision", "trouble", "fast")
+    return version(p["version"], p["overrides"], **{k: p.get(k) for k in keys})
 
 
 def _move(executed: Path, notebook: Path) -> None:

@@ -244,7 +244,8 @@ def executed(path: Path, *parameters: str) -> Path:
     cells = [nbformat.v4.new_code_cell(source, execution_count=i + 1) for i, source in enumerate(parameters)]
     for cell, tag in zip(cells, ("parameters", "injected-parameters"), strict=False):
         cell["metadata"]["tags"] = [tag]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    told = {"papermill": {"parameters": {"given": list(parameters[1:])}}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=told), path)
     return path
 
 
@@ -387,3 +388,49 @@ def test_papermills_kernel_has_sockets_and_a_history_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     said = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[0].outputs[0]["text"].split()
     assert said[0] == "ipc" and said[1] != os.environ.get("IPYTHONDIR") and not Path(said[1]).exists()
+
+
+@pytest.mark.parametrize("by_hand, by_sweep", [
+    ("", 'version = "v22"\nmodel = "transformer"\nseed = 0'),
+    ("", 'data = "wikipedia"\nprecision = "float32"'),  # another precision would have been refused: it is this one
+    ("devices = 2", "epochs = 12"),
+])  # fmt: skip
+def test_a_notebook_of_the_same_run_is_not_set_aside(tmp_path, by_hand, by_sweep):
+    known = launcher._parameters(json.loads((ROOT / "notebooks" / "train.ipynb").read_text(encoding="utf-8")))
+    defaults = "\n".join(f"{name} = {value!r}" for name, value in known.items())
+    place = executed(tmp_path / "train.ipynb", defaults, by_sweep)
+    assert launcher._keep(executed(tmp_path / "ours.ipynb", defaults, by_hand), place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.html", "train.ipynb"]
+
+
+@pytest.mark.parametrize("there", ["seed = 1", "overrides = {'optimizer': {'lr': 1.0e-3}}", "trouble = 'stop'",
+                                   "version = 'nonesuch'", "x.y = 1", None])  # fmt: skip
+def test_a_notebook_of_another_run_and_a_damaged_one_are_set_aside(tmp_path, capsys, there):
+    known = launcher._parameters(json.loads((ROOT / "notebooks" / "train.ipynb").read_text(encoding="utf-8")))
+    defaults = "\n".join(f"{name} = {value!r}" for name, value in known.items())
+    place = executed(tmp_path / "train.ipynb", defaults, there or "")
+    if there is None:
+        place.write_bytes(b"[" * 100_000)
+    before = place.read_bytes()
+    assert launcher._keep(executed(tmp_path / "ours.ipynb", defaults, ""), place) is None
+    assert (tmp_path / "train.old-1.ipynb").read_bytes() == before and "set aside  " in capsys.readouterr().out
+
+
+def test_a_preflight_with_its_defaults_written_out_is_the_same(tmp_path):
+    place = executed(tmp_path / "data.ipynb", "data = 'wikipedia'\nsteps = 200\nfast = False")
+    launcher._keep(
+        executed(tmp_path / "a.ipynb", "data = 'wikipedia'\nsteps = 200\nfast = False", "steps = 200"), place
+    )
+    assert not list(tmp_path.glob("*.old-*"))
+    launcher._keep(executed(tmp_path / "a.ipynb", "data = 'wikipedia'\nsteps = 200\nfast = False", "steps = 0"), place)
+    assert len(list(tmp_path.glob("*.old-*.ipynb"))) == 1
+
+
+def test_a_run_that_is_only_opened_is_as_old_as_it_was(outputs, trained):
+    """By hand after a sweep, or the other way round: what a sweep made of the run stays newer than the run."""
+    notebook = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn" / "train.ipynb"
+    before, told = notebook.stat(), notebook.read_bytes()
+    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-p", "seed", "0")
+    assert done.returncode == 0 and "set aside" not in done.stdout, done.stderr
+    assert notebook.stat().st_mtime_ns == before.st_mtime_ns and notebook.read_bytes() != told
+    assert not list(notebook.parent.glob("*.old-*"))
