@@ -46,8 +46,7 @@ sweep: .venv/sweep
 
 # Alone on the machine: nothing else should run beside it.
 benchmark: .venv/main
-	@mkdir -p outputs
-	$(BIN)/python -m papermill --no-progress-bar notebooks/benchmark.ipynb outputs/benchmark.ipynb $(ARGS)
+	@$(BIN)/python -m lvmlib render notebooks/benchmark.ipynb "$${LVM_OUTPUTS:-outputs}/benchmark.ipynb" $(ARGS)
 
 gallery: .venv/main
 	@$(BIN)/python -m lvmlib gallery $(ARGS)
