@@ -33,7 +33,7 @@ train: .venv/main
 	@$(BIN)/python -m lvmlib train -p version $(VERSION) $(if $(DATA),-r data "$(DATA)") $(ARGS)
 
 encode: .venv/encode
-	@test -n "$(SOURCE)" || { echo "SOURCE= is missing: a folder of .txt and .md files, or what README names, as in: make encode SOURCE=texts OUT=mine"; exit 2; }
+	@test -n "$(SOURCE)" || { echo "SOURCE= is missing: a folder of .txt and .md files, or what docs/data.md names, as in: make encode SOURCE=texts OUT=mine"; exit 2; }
 	@$(BIN)/python -m lvmlib encode -r source "$(SOURCE)" -r out "$(OUT)" $(ARGS)
 
 data: .venv/main
@@ -46,8 +46,7 @@ sweep: .venv/sweep
 
 # Alone on the machine: nothing else should run beside it.
 benchmark: .venv/main
-	@mkdir -p outputs
-	$(BIN)/python -m papermill --no-progress-bar notebooks/benchmark.ipynb outputs/benchmark.ipynb $(ARGS)
+	@$(BIN)/python -m lvmlib render notebooks/benchmark.ipynb "$${LVM_OUTPUTS:-outputs}/benchmark.ipynb" $(ARGS)
 
 gallery: .venv/main
 	@$(BIN)/python -m lvmlib gallery $(ARGS)
@@ -59,7 +58,7 @@ lab: .venv/main
 test: .venv/test
 	-@$(BIN)/python tests/lock.py audit
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export LVM_OUTPUTS="$$outputs" LVM_FAST=1 && \
+	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export LVM_OUTPUTS="$$outputs" LVM_FAST=1 LVM_LOCKED=$(if $(LOCK),1) && \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest notebooks tests $(NBVAL) \
 		-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

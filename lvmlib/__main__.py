@@ -5,8 +5,8 @@ options, puts the executed notebook and its HTML copy into the run's folder, and
 `python -m lvmlib encode -p source FOLDER -p out NAME` and `python -m lvmlib data -p data NAME` do the same with
 notebooks/encode.ipynb and notebooks/data.ipynb; their notebooks lie in outputs/NAME/.
 `torchrun … -m lvmlib parallel FOLDER` is a process of several that train the run prepared in FOLDER (see `parallel`).
-`python -m lvmlib render diagnostics outputs/showcase/diagnostics-v22.ipynb -p version v22` executes any notebook into a
-file, which then says by which code it was made (see `fingerprint`).
+`python -m lvmlib render diagnostics outputs/showcase/diagnostics-v22.ipynb -p version v22` executes one of notebooks/
+into a file, which then says by which code it was made (see `fingerprint`).
 `python -m lvmlib gallery` makes a static site of what stands under outputs/ (see `gallery`).
 `python -m lvmlib table` draws the runs under outputs/ together into outputs/showcase/versions.csv and .png.
 """
@@ -16,21 +16,26 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import contextlib
+import fcntl
 import json
 import os
+import re
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from . import fingerprint, page, parallel, untrusted
 from .encode import store_folder
 from .errors import LVMError, said
-from .files import write_whole
-from .params import ROOT, check_given, data_name, files, outputs, version
-from .training import run_folder
+from .files import TROUBLE, set_aside, told, write_whole
+from .params import ROOT, Version, check_given, data_name, files, outputs, version
+from .training import differences, run_folder
 
 USAGE = """usage: python -m lvmlib train [papermill options, such as -p version v22 -p seed 1]
        python -m lvmlib encode -p source FOLDER -p out NAME [papermill options, such as -p unit sentence]
@@ -39,6 +44,18 @@ USAGE = """usage: python -m lvmlib train [papermill options, such as -p version 
        python -m lvmlib render NOTEBOOK OUT.ipynb [papermill options]
        python -m lvmlib gallery [--out FOLDER] [--showcase] [--fast]
        python -m lvmlib table"""
+
+# papermill's own command, but that its kernel speaks through sockets in a folder of its own: Jupyter picks free TCP
+# ports and closes them before the kernel opens them again, and the kernel of a command beside this may be quicker.
+PAPERMILL = """
+import functools, sys
+from papermill import cli
+from traitlets.config import Config
+kernel = Config(KernelManager={"transport": "ipc", "connection_file": sys.argv.pop(1)})
+cli.execute_notebook = functools.partial(cli.execute_notebook, config=kernel)
+cli.papermill(prog_name="papermill")
+"""
+KEPT = "what was finished is kept, and the same command goes on from there"
 
 
 def main(arguments: list[str]) -> int:
@@ -53,13 +70,17 @@ def main(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
+    begun = time.time()
     executed, p = _execute("train", arguments)
     if executed is None:
         return p
-    keys = ("data", "model", "epochs", "direction", "seed", "device", "precision", "fast")
-    folder = run_folder(version(p["version"], p["overrides"], **{k: p[k] for k in keys}), p["run_name"])
+    folder = run_folder(_version(p), p["run_name"])
     _tell_run(executed, folder)
-    _keep(executed, folder / "train.ipynb")
+    stood = _keep(executed, folder / "train.ipynb")
+    if stood and (folder / "run.yaml").stat().st_mtime < begun:
+        # The run was only opened. The new notebook tells of it what the old one told, and takes over its time: else a
+        # sweep would make diagnostics and 5CAT of that run again.
+        os.utime(folder / "train.ipynb", ns=(stood.st_atime_ns, stood.st_mtime_ns))
     report = json.loads((folder / "fivecat.json").read_text(encoding="utf-8"))
     print(f"verdict   {report['verdict']['text']}\nreading   {report['reading']['text']}")
     return 0
@@ -97,13 +118,11 @@ def render(arguments: list[str]) -> int:
     if len(arguments) < 2 or arguments[0].startswith("-") or not arguments[1].endswith(".ipynb"):
         print(USAGE, file=sys.stderr)
         return 2
-    executed, p = _execute(Path(arguments[0]).stem, arguments[2:])
+    executed, p = _execute(_notebook(arguments[0]), arguments[2:])
     if executed is None:
         return p
     notebook = Path(arguments[1])
-    notebook.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(notebook, lambda partial: shutil.copyfile(executed, partial))  # it may be on another disk
-    executed.unlink()
+    _move(executed, notebook)
     print(f"\nnotebook  {_short(notebook)}")
     return 0
 
@@ -121,43 +140,118 @@ def gallery(arguments: list[str]) -> int:
     return 0
 
 
+def _notebook(given: str) -> str:
+    """The name of one of our notebooks, which `given` is or leads to. Raises LVMError for any other: a fingerprint is
+    taken of notebooks/ alone."""
+    known = {path.stem: path.resolve() for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+    for name, path in known.items():
+        if given == name or Path(given).resolve() == path:
+            return name
+    raise LVMError(
+        f"{given}: not one of notebooks/ here ({', '.join(known)}); name one of these, as in: python -m lvmlib render "
+        "notebooks/compare.ipynb OUT.ipynb. Your own notebook is run by: papermill NOTEBOOK OUT.ipynb"
+    )
+
+
 def _execute(name: str, arguments: list[str]) -> tuple[Path, dict] | tuple[None, int]:
     """Execute notebooks/NAME.ipynb by papermill: the executed notebook and its parameters, or None and exit code.
 
     The executed notebook is stamped with the code that it is of."""
     _check_parameters(name, arguments)
     before = fingerprint.template(name)
-    outputs().mkdir(parents=True, exist_ok=True)
-    # Executed aside: a refused run must not overwrite the notebook of the run that stands there. Paths start from the
-    # checkout, so that the notebook's metadata names no machine.
-    executed = outputs() / f"{name}.{os.getpid()}.ipynb"
+    executed = _aside(name)
     # Whoever calls, a person does not watch this kernel: one line an epoch.
     environment = {k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"}
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--stdout-file", "-"]
-    command += [f"notebooks/{name}.ipynb", str(_short(executed, ROOT)), *arguments]
-    try:  # what the cells print is shown as it comes; papermill's own words only where it fails
-        done = subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    environment["LVM_OUTPUTS"] = str(outputs().absolute())  # papermill and the kernel start from the checkout
+    try:
+        done = _papermill([f"notebooks/{name}.ipynb", str(_short(executed.absolute(), ROOT)), *arguments], environment)
     except (KeyboardInterrupt, SystemExit):  # papermill has been killed by then; the kernel sees it, and ends
         executed.unlink(missing_ok=True)
         raise
+    begun = executed.exists() and executed.stat().st_size > 0
+    if not begun:
+        executed.unlink(missing_ok=True)
     if done.returncode:
         errors = _errors(executed)
         if errors and errors[-1].startswith("LVMError: "):  # says all there is to say
             executed.unlink()
             print(f"\n{errors[-1]}", file=sys.stderr)
         else:
-            print(done.stderr, file=sys.stderr)
-            if executed.exists():
-                print(f"Failed; the notebook as far as it came: {_short(executed)}", file=sys.stderr)
+            print((not errors and _cause(done.stderr, executed)) or done.stderr, file=sys.stderr)
+            if begun:
+                print(f"Failed; the notebook as far as it came: {_short(_in_sight(executed))}", file=sys.stderr)
         return None, done.returncode
-    if not executed.exists():  # papermill was asked for help
+    if not begun:  # papermill was asked for help
         return None, 0
     if not fingerprint.ran(json.loads(executed.read_text(encoding="utf-8"))):
-        print(f"\nPrepared, not executed: {_short(executed)}")
+        print(f"\nPrepared, not executed: {_short(_in_sight(executed))}")
         return None, 0
-    if not fingerprint.stamp(executed, before):
+    with told(executed, KEPT):
+        certain = fingerprint.stamp(executed, before)
+    if not certain:
         print("The code was changed while the notebook ran: it does not count as of the present code.")
     return executed, _parameters(json.loads(executed.read_text(encoding="utf-8")))
+
+
+def _aside(name: str) -> Path:
+    """A new file in outputs() to execute a notebook into, which this process holds until it ends: a refused run must
+    not overwrite the notebook of the run that stands there.
+
+    It is hidden, so that what killed processes left is known, and nobody's: that is taken away. The lock is the
+    system's (flock); a process id would be another's in another container.
+    """
+    with told(outputs(), KEPT):
+        outputs().mkdir(parents=True, exist_ok=True)
+        for left in outputs().glob(".*.????????.partial.ipynb"):
+            with contextlib.suppress(OSError), open(left, "rb+") as other:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+        while True:
+            executed = outputs() / f".{name}.{secrets.token_hex(4)}.partial.ipynb"
+            file = os.open(executed, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            with contextlib.suppress(OSError):  # a file system that has no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if executed.exists():  # else another process took it away before it was held
+                return executed
+
+
+def _in_sight(executed: Path) -> Path:
+    """Give a notebook that did not come to its end, or not to its place, a name that is not hidden; its new path. By
+    its suffix it is none that the gallery shows."""
+    seen = executed.with_name(executed.name.removeprefix("."))
+    with told(seen, f"the notebook is {_short(executed)}"):
+        return executed.rename(seen)
+
+
+def _papermill(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """Run papermill in the checkout. What the cells print is shown as it comes; papermill's own words are kept."""
+    near = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # the name of a socket has some 100 characters at most
+    with tempfile.TemporaryDirectory(prefix="lvm-", dir=near, ignore_cleanup_errors=True) as place:
+        command = [sys.executable, "-c", PAPERMILL, f"{place}/kernel.json", "--no-progress-bar", "--stdout-file", "-"]
+        environment = environment | {"IPYTHONDIR": place, "JUPYTER_RUNTIME_DIR": place}
+        return subprocess.run(
+            [*command, *arguments], check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+
+def _cause(said: str, executed: Path) -> str:
+    """What papermill itself died of by its last words, on one line; empty where that is for it to tell."""
+    last = (said.strip().splitlines() or [""])[-1]
+    if last.endswith("DeadKernelError: Kernel died"):
+        return (
+            "LVMError: the kernel was killed, perhaps for want of memory, or because a store that it reads was cut "
+            f"short in place. To do: free some memory, or restore that store; {KEPT} (a training from its last "
+            "checkpoint, which is intact)"
+        )
+    refused = re.fullmatch(r"\w*Error: \[Errno (\d+)\] [^:]*(?:: '(.*)')?", last)
+    if not refused or int(refused[1]) not in TROUBLE:
+        return ""
+    number, where = int(refused[1]), [str(ROOT / refused[2])] if refused[2] else []
+    try:
+        with told(executed, KEPT):
+            raise OSError(number, os.strerror(number), *where)
+    except LVMError as e:
+        return f"LVMError: {e}"
 
 
 def _check_parameters(name: str, arguments: list[str]) -> None:
@@ -185,21 +279,50 @@ def _check_parameters(name: str, arguments: list[str]) -> None:
         check_given(parameters or {}, known)
 
 
-def _keep(executed: Path, notebook: Path) -> None:
+def _keep(executed: Path, notebook: Path) -> os.stat_result | None:
     """Move an executed notebook to its place, with an HTML copy, and say where they are.
 
-    One that stands there and was run with other parameters is set aside, as NAME.old-1.ipynb and so on.
+    One that stands there and was run with other parameters is set aside, as NAME.old-1.ipynb and so on; of one that is
+    replaced, what the system knows of it is returned.
     """
-    notebook.parent.mkdir(parents=True, exist_ok=True)
-    if notebook.exists() and _given(notebook) != _given(executed):
-        old = next(p for i in range(1, 10**6) if not (p := notebook.with_suffix(f".old-{i}.ipynb")).exists())
-        for kind in (".ipynb", ".html"):
-            if notebook.with_suffix(kind).exists():
-                notebook.with_suffix(kind).rename(old.with_suffix(kind))
-        print(f"\nset aside  {_short(old)}: it was run with other parameters")
-    executed.replace(notebook)
+    stood = notebook.stat() if notebook.exists() else None
+    if stood and not _alike(notebook, executed):
+        print(f"\nset aside  {_short(set_aside(notebook, '.html'))}: it was run with other parameters")
+        stood = None
+    _move(executed, notebook)
     page.write(notebook, notebook.with_suffix(".html"))
     print(f"\nnotebook  {_short(notebook)}\nHTML      {_short(notebook.with_suffix('.html'))}")
+    return stood
+
+
+def _alike(*notebooks: Path) -> bool:
+    """Whether two executed notebooks were run with the same parameters, given or not; those of train.ipynb, whether
+    they make the same run. A damaged notebook is like no other."""
+    try:
+        one, other = (_parameters(json.loads(path.read_text(encoding="utf-8"))) for path in notebooks)
+        if "version" in one:  # None is what the version says, which may be given as well
+            return not differences(*({"parameters": _version(p).to_dict()} for p in (one, other)))
+        return one == other
+    except Exception:  # whatever a damaged file makes its reader raise
+        return False
+
+
+def _version(p: dict) -> Version:
+    """The version that train.ipynb trains by these parameters."""
+    keys = ("data", "model", "epochs", "direction", "seed", "device", "precision", "trouble", "fast")
+    return version(p["version"], p["overrides"], **{k: p.get(k) for k in keys})
+
+
+def _move(executed: Path, notebook: Path) -> None:
+    """Move an executed notebook to its place, which may be on another disk: it appears there whole or not at all."""
+    try:
+        with told(notebook):
+            notebook.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(notebook, lambda partial: shutil.copyfile(executed, partial))
+    except LVMError:
+        print(f"\nThe executed notebook is {_short(_in_sight(executed))}", file=sys.stderr)
+        raise
+    executed.unlink()
 
 
 def _tell_run(executed: Path, folder: Path) -> None:
@@ -208,7 +331,8 @@ def _tell_run(executed: Path, folder: Path) -> None:
 
     content = json.loads(executed.read_text(encoding="utf-8"))
     content["metadata"].setdefault("lvmlib", {})["run"] = gallery.facts(folder)
-    fingerprint.write(executed, content)
+    with told(executed, KEPT):
+        fingerprint.write(executed, content)
 
 
 def _kept(p: dict) -> Path:
@@ -220,7 +344,8 @@ def table() -> int:
 
     frame = summary.runs()
     folder = outputs() / "showcase"
-    folder.mkdir(parents=True, exist_ok=True)
+    with told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "versions.csv", lambda p: frame.to_csv(p, index=False, float_format="%.6g"))
     plots.use_style()
     write_whole(folder / "versions.png", lambda p: plots.versions(frame).savefig(p, format="png", dpi=110))
@@ -237,14 +362,6 @@ def _parameters(notebook: dict) -> dict:
                 values[node.targets[0].id] = ast.literal_eval(node.value)
     values["fast"] = values["fast"] or os.environ.get("LVM_FAST") == "1" or None
     return values
-
-
-def _given(notebook: Path) -> dict:
-    """What papermill was told to run it with; empty for a notebook that tells nothing."""
-    try:
-        return json.loads(notebook.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def _errors(executed: Path) -> list[str]:

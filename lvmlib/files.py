@@ -39,8 +39,8 @@ def write_whole(path: Path, write: Callable[[Path], object], kept: str = UNTOUCH
     partial = path.with_name(path.name + ".partial")
     with told(path, kept), _folder(path.parent) as folder:
         try:
-            if partial.is_symlink():
-                partial.unlink()  # it came with the folder, and would lead what is written elsewhere
+            with contextlib.suppress(FileNotFoundError):
+                partial.unlink()  # it may have come with the folder: a link leads elsewhere, a pipe waits for ever
             try:
                 write(partial)
             except Exception as e:  # torch and safetensors have errors of their own for a full disk
@@ -56,6 +56,19 @@ def write_whole(path: Path, write: Callable[[Path], object], kept: str = UNTOUCH
             raise
         with contextlib.suppress(OSError):  # a system that does not flush folders
             os.fsync(folder)
+
+
+def set_aside(path: Path, *companions: str) -> Path:
+    """Rename a file to NAME.old-1, NAME.old-2 and so on, before its suffix, the next that is free; and with it the
+    files of the same name and these suffixes. Returns its new path."""
+    kinds = (path.suffix, *companions)
+    olds = (path.with_suffix(f".old-{i}{path.suffix}") for i in range(1, 10**6))
+    old = next(p for p in olds if not any(p.with_suffix(kind).exists() for kind in kinds))
+    with told(old):
+        for kind in kinds:
+            if path.with_suffix(kind).exists():
+                path.with_suffix(kind).rename(old.with_suffix(kind))
+    return old
 
 
 def sync(folder: Path, files: bool = True) -> None:
@@ -149,8 +162,14 @@ def hold(lock: Path, refused: Callable[[str], str], wait: float = 0.0) -> Iterat
 def _opened(lock: Path) -> int:
     for _ in range(100):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # its holder has just ended, and taken the folder away
-            return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except FileNotFoundError:
+            pass  # its holder has just ended, and taken the folder away
+        except OSError as e:
+            if e.errno != errno.ELOOP:
+                raise
+            lock.unlink(missing_ok=True)  # a link, which came with the folder: what it leads to would be written over
     raise FileNotFoundError(errno.ENOENT, "cannot be made", str(lock))
 
 

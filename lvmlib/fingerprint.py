@@ -25,6 +25,7 @@ import yaml
 
 from .errors import LVMError
 from .params import PARAMS, ROOT
+from .untrusted import NOTEBOOK, read_bytes
 
 ROOMS = Path(__file__).resolve().parent
 DIGITS = 12
@@ -97,6 +98,15 @@ def template(name: str) -> dict:
         return notebook(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise LVMError(f"{path}: not a notebook that can be read ({type(e).__name__}); restore the file") from e
+
+
+def given(path: Path) -> dict:
+    """What papermill was told to run this notebook with; empty for a notebook that tells nothing."""
+    try:
+        told = json.loads(read_bytes(path, NOTEBOOK))["metadata"]["papermill"]["parameters"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def state(content: dict) -> State:

@@ -3,11 +3,13 @@
     outputs/gallery/
         index.html              the cards: what each run's folder says of it, nothing computed anew but the checklist
         pages/NAME.html         the notebooks, by `page`
-        gallery.json            the mark by which a gallery is known: no other folder is ever replaced
+        gallery.json            the mark by which a gallery is known, with a list of its pages
 
-It is built aside and then put in place of the last one. Each file stands alone: opened from disk or from any host,
-nothing is fetched. A run that is unfinished, damaged or of an older format has a card that says so. What was displayed
-is cleaned (see `page`), but notebooks are one's own: do not publish those of others without reading them.
+It is built aside and then put in place of the last one, file by file. What else lies in the folder stays (.git, CNAME:
+who publishes it keeps them there), and a folder that holds something and has no mark is refused. Each file stands
+alone: opened from disk or from any host, nothing is fetched. A run that is unfinished, damaged or of an older format
+has a card that says so. What was displayed is cleaned (see `page`), but notebooks are one's own: do not publish those
+of others without reading them.
 """
 
 from __future__ import annotations
@@ -25,19 +27,18 @@ from urllib.parse import quote
 
 from . import fingerprint
 from .errors import LVMError, said
-from .files import hold, sync
+from .files import hold, sync, told, write_whole
 from .fivecat import GATES, INSTRUMENT
-from .page import read, render, title
-from .page import write as write_page
+from .page import page, read, render, title
 from .params import ROOT, data_name, files, merge, outputs, resolved
 from .training import EARLIER, open_run
 from .untrusted import NOTEBOOK, read_bytes, read_json
 from .verdict import checklist
 
 MARK = "gallery.json"
-FORMAT = 1
+FORMAT = 2  # 1 had no list of pages: all HTML in pages/ was taken for its own
 SHOWCASE = ROOT / "outputs" / "showcase"
-APART = ("gallery", "showcase", "datasets", "imported", "fast")  # under outputs/: no runs, or no real ones
+APART = ("gallery", "showcase", "datasets", "imported", "fast")  # under outputs/: no dataset's notebooks
 MARKS = {"passed": "✓", "failed": "✗", "open": "○"}
 OF_A_RUN = ("train", "diagnostics", "fivecat")
 # A line of train.ipynb's log, in rendered notebooks from before they carried what a card needs.
@@ -54,15 +55,19 @@ def build(
     """
     root = Path(root or outputs())
     out = Path(out or root / "gallery")
-    _refuse(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = out.with_name(f".{out.name}.lock")
-    with hold(lock, lambda by: f"{out}: {by} is building it; wait for it"), contextlib.ExitStack() as stack:
-        new = out.with_name(f".{out.name}.new")
+    new = out.with_name(f".{out.name}.new")
+    with told(out), contextlib.ExitStack() as stack:
+        _refuse(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = out.with_name(f".{out.name}.gallery.lock")
+        stack.enter_context(hold(lock, lambda by: f"{out}: {by} is building it; wait for it"))
+        _refuse(new)
         if new.exists():  # of a build that was killed
             shutil.rmtree(new)
-        (new / "pages").mkdir(parents=True)
+        new.mkdir()
         stack.callback(shutil.rmtree, new, ignore_errors=True)
+        (new / MARK).write_text(json.dumps({"format": FORMAT}), encoding="utf-8")  # first: by it the next build knows
+        (new / "pages").mkdir()
         runs, others = _collect(root, out, showcase, fast)
         if not runs and not others:
             raise LVMError(
@@ -82,31 +87,63 @@ def build(
         index = render("index.html.j2", runs=runs, others=others, **about)
         (new / "index.html").write_text(index, encoding="utf-8")
         counts = {"runs": len(runs), "notebooks": len(others), "pages": len(names)}
-        (new / MARK).write_text(json.dumps({"format": FORMAT, "built": built, **counts}) + "\n", encoding="utf-8")
-        _swap(new, out)
+        _place(new, out, {"format": FORMAT, "built": built, **counts})
     return out / "index.html", counts
 
 
-def _refuse(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and not out.is_dir()) or (
-        out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()
+def _refuse(folder: Path) -> None:
+    """Raise LVMError where something else than a gallery, or a part of one, stands."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or (
+        folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file()
     ):  # fmt: skip
-        raise LVMError(f"{out}: is there and is no gallery (it has no {MARK}); name another folder, or move it away")
+        raise LVMError(f"{folder}: is there and is no gallery (it has no {MARK}); name another folder, or move it away")
 
 
-def _swap(new: Path, out: Path) -> None:
-    """Put `new` in the place of `out`. Killed between the two renames, the old one stands beside it until the next."""
-    for folder in (new / "pages", new):  # before the names change: after a power cut, it is the old or the new one
+def _own(out: Path) -> set[str]:
+    """The files in pages/ that galleries wrote. Raises LVMError where that cannot be told."""
+    _refuse(out)
+    pages = out / "pages"
+    if pages.is_symlink() or (pages.exists() and not pages.is_dir()):
+        raise LVMError(f"{pages}: is there and is no folder of a gallery; move it away")
+    there = {p.name for p in pages.iterdir()} if pages.is_dir() else set()
+    if not there:
+        return there
+    try:
+        record = read_json(out / MARK)
+        if record["format"] == 1:
+            return {name for name in there if name.endswith(".html")}
+        return there & set(record["files"])  # a list that came from elsewhere may name files of other folders
+    except Exception as e:
+        raise LVMError(f"{out / MARK}: cannot be read ({said(e)}); restore it, or move {out} away") from e
+
+
+def _place(new: Path, out: Path, record: dict) -> None:
+    """Put the gallery built in `new` over the one in `out`; what no gallery wrote stays there.
+
+    The index comes after the pages that it names, and pages that it names no more go last: wherever this ends, each
+    file is whole and each link leads somewhere, and the next build finishes it.
+    """
+    for folder in (new / "pages", new):  # before the names change: after a power cut, each file is the old or the new
         sync(folder)
-    old = out.with_name(f".{out.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
-    _refuse(out)  # it may have changed since
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    sync(out.parent, files=False)
-    shutil.rmtree(old, ignore_errors=True)
+    made, own = {p.name for p in (new / "pages").iterdir()}, _own(out)
+    if taken := sorted(n for n in made - own if (out / "pages" / n).exists()):
+        raise LVMError(f"{out / 'pages' / taken[0]}: is there and is of no gallery, which needs the name; move it away")
+    out.mkdir(exist_ok=True)
+    _mark(out, record, made | own)
+    (out / "pages").mkdir(exist_ok=True)
+    for name in sorted(made):
+        (new / "pages" / name).replace(out / "pages" / name)
+    sync(out / "pages", files=False)
+    (new / "index.html").replace(out / "index.html")
+    sync(out, files=False)
+    for name in own - made:
+        (out / "pages" / name).unlink()
+    _mark(out, record, made)
+
+
+def _mark(out: Path, record: dict, pages: set[str]) -> None:
+    text = json.dumps(record | {"files": sorted(pages)}) + "\n"
+    write_whole(out / MARK, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 # What there is
@@ -116,13 +153,15 @@ def _collect(root: Path, out: Path, showcase: bool, fast: bool) -> tuple[list[di
     """Cards of runs and of other notebooks; each with `notebooks`, the paths of those that it links to."""
     runs, others = [], []
     for top, quick in ((root, False), *(((root / "fast", True),) if fast else ())):
+        # A fast run lies deeper than `root` is searched: what is found in fast/ is a run of a dataset of that name.
         folders = sorted(p.parent for p in top.glob("*/*/*/run.yaml") if _shown(p, top))
         taken = set(folders)
         for folder in folders:
             found = [folder / f"{name}{part}.ipynb" for name in OF_A_RUN for part in ("", ".partial")]
             runs.append(run_card(folder) | {"fast": quick, "notebooks": [p for p in found if p.is_file()]})
         for path in sorted((*top.glob("*.ipynb"), *top.glob("*/*.ipynb"), *top.glob("*/*/*/*.ipynb"))):
-            if _shown(path, top) and path.parent not in taken and not path.name.endswith(".partial.ipynb"):
+            aside = path.parent in taken or path.relative_to(top).parts[0] in APART
+            if _shown(path, top) and not aside and not path.name.endswith(".partial.ipynb"):
                 others.append(notebook_card(path) | {"fast": quick, "notebooks": [path]})
     for path in sorted(SHOWCASE.glob("*.ipynb")) if showcase else ():
         card = showcase_card(path)
@@ -137,21 +176,21 @@ def _order(card: dict) -> tuple:
 
 
 def _shown(path: Path, top: Path) -> bool:
-    parts = path.relative_to(top).parts
-    return parts[0] not in APART and not any(p.startswith(".") or ".old-" in p for p in parts)
+    return not any(p.startswith(".") or ".old-" in p for p in path.relative_to(top).parts)
 
 
 def _page(path: Path, site: Path, names: set[str], card: dict, root: Path) -> dict | None:
     """Write a notebook's page into the site; its link, or None where it cannot be read, which the card then says."""
     start = root if path.is_relative_to(root) else path.parent.parent
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(path.relative_to(start).with_suffix("").parts)).strip("-.")
-    plain = plain or "notebook"
+    plain = plain[:200] or "notebook"  # a file's name has at most 255 bytes, and this one is of several
     name = next(n for i in range(10**6) if (n := plain + (f"-{i}" if i else "")) not in names)
     try:
-        write_page(path, site / "pages" / f"{name}.html", home="../index.html")
+        shown = page(read(path), home="../index.html").encode("utf-8")
     except Exception as e:  # one damaged notebook must not cost the gallery
         card.setdefault("warnings", []).append({"what": f"{path.name} cannot be shown", "detail": said(e)})
         return None
+    (site / "pages" / f"{name}.html").write_bytes(shown)  # a disk that does not take it is no damage of the notebook
     names.add(name)
     words = {"train": "Training", "diagnostics": "Diagnostics", "fivecat": "5CAT"}
     stem = path.stem.removesuffix(".partial")
@@ -167,7 +206,7 @@ def _sound(card: dict, **shown) -> dict:
     try:
         if not all(isinstance(w["what"], str) and isinstance(w["detail"], str) for w in card.get("warnings", [])):
             raise TypeError("`warnings` are no texts")
-        render("index.html.j2", **shown)
+        render("index.html.j2", **shown).encode("utf-8")
         return card
     except Exception as e:
         warning = {"what": "what it tells of its run cannot be shown", "detail": said(e)}

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import files
-from .errors import LVMError
-from .params import Version, _nearest, outputs, version
+from . import files, fingerprint, untrusted
+from .errors import LVMError, said
+from .params import Version, _nearest, merge, outputs, version
 from .training import dataset_record, differences, open_run, run_folder
 from .vectors import dataset
 
@@ -109,6 +109,36 @@ def hold() -> None:
     there = outputs()
     refused = "{}: another sweep is running there, {}; wait for it, or stop it"
     _HELD.enter_context(files.hold(there / "sweep.lock", lambda holder: refused.format(there, holder)))
+
+
+def keep(planned: Sweep) -> None:
+    """Set aside each comparison that stands there and tells of anything that the one which is due will not: other
+    versions, more seeds, other parameters. Snakemake deletes what it makes anew; a smaller sweep, or one of which less
+    has finished, would replace a larger one's page."""
+    for path, comparison in planned.comparisons.items():
+        page, due = Path(path), comparing(comparison)
+        if not page.exists() or not finished(comparison):
+            continue
+        told = fingerprint.given(page)
+        seeds = told.get("seeds")
+        grows = type(seeds) is int and seeds <= due["seeds"]
+        grows &= set(str(told.get("versions")).split()) <= set(due["versions"].split())
+        if not grows or told != {**due, "versions": told["versions"], "seeds": seeds}:
+            print(f"{page}: of another sweep; set aside as {files.set_aside(page).name}")
+
+
+def settings(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in `file`, changed by what the command line gave. Raises LVMError.
+
+    Snakemake's own reader would run the Python in a file that asks it to (`__use_yte__`).
+    """
+    try:
+        content = untrusted.read_yaml(file)
+    except (OSError, ValueError) as e:
+        raise LVMError(f"{file}: cannot be read ({said(e)}); restore the file") from e
+    if not isinstance(content, dict):
+        raise LVMError(f"{file}: holds no `key: value`; restore the file")
+    return merge(content, given)
 
 
 def _refuse_another(folder: Path, own: Version, data: dict) -> None:

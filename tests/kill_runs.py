@@ -273,7 +273,9 @@ def campaign(
         found += killed(job, folder, usual, seed, min(most, kills - len(found)), trial)
         if len(found) > before:
             ends[job.name, trial] = unlike(job.end(folder), wanted)
-            ends[job.name, trial] += [str(p) for end in ("partial", "lock") for p in folder.rglob(f"*.{end}")]
+            ends[job.name, trial] += [
+                str(p) for end in ("partial", "lock", "partial.ipynb") for p in folder.rglob(f"*.{end}")
+            ]
         trial += 1
     return found, ends
 

@@ -4,13 +4,16 @@ import re
 import tomllib
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
+from lvmlib import summary
 from lvmlib.params import PARAMS, ROOT, known_versions
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -66,9 +69,24 @@ def test_readme_snippet_runs(tmp_path, monkeypatch):
     assert len(names["run"].history) == 2 and "model" in set(names["report"].table["predictor"])
 
 
-def test_readme_links_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", README)
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("path", [ROOT / "README.md", *DOCS], ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_every_page_of_docs_can_be_found_from_the_readme():
+    assert [p.name for p in DOCS if f"](docs/{p.name})" not in README] == []
+
+
+def test_the_tables_of_results_are_those_of_the_runs():
+    """The whole table in docs/results.md, and in the README some rows of it, as the showcase's runs gave them."""
+    runs = pd.read_csv(ROOT / "outputs" / "showcase" / "versions.csv")
+    table = summary.markdown(summary.by_version(runs))
+    whole = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert table in whole
+    shown = README.split("\n".join(table.splitlines()[:2]))[1].split("\n\n")[0].strip().splitlines()
+    assert len(shown) > 5 and [row for row in shown if row not in whole.splitlines()] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,5 +1,6 @@
 """The gallery and its pages: nothing lost, nothing let in, nothing fetched; of which code a rendered notebook is."""
 
+import errno
 import html.parser
 import json
 import os
@@ -161,10 +162,6 @@ def test_a_card_a_run_says_what_its_files_say(outputs, site):
     assert f"copy last <span>{copy:.3f}</span>" in card
     assert "2026-01-02" in card and "Training</a>" in card and "Diagnostics</a>" in card
     assert "unfinished" in found["interrupted"] and "1 of 2 epochs" in found["interrupted"]
-    assert (
-        "run.yaml" not in found["wikipedia / v22 / broken-record"]
-        or "damaged" in found["wikipedia / v22 / broken-record"]
-    )
     for name in ("record", "table"):
         card = found[f"wikipedia / v22 / broken-{name}"]
         assert ">damaged<" in card and str(outputs) not in card and "not the folder of a run that can be read" in card
@@ -310,19 +307,168 @@ def test_the_old_gallery_stands_until_the_new_one_is_whole(outputs, tmp_path, mo
     assert {p: p.stat().st_ino for p in out.rglob("*")} == before
     monkeypatch.setattr(gallery, "render", render)
     (tmp_path / ".site.new" / "pages").mkdir(parents=True)  # as a killed build leaves it
+    (tmp_path / ".site.new" / "gallery.json").write_text("{")
     (tmp_path / ".site.new" / "pages" / "half.html").write_text("")
     other = f"process {os.getpid()} on .* since .* is building it"
-    with files.hold(tmp_path / ".site.lock", str), pytest.raises(LVMError, match=other):
+    with files.hold(tmp_path / ".site.gallery.lock", str), pytest.raises(LVMError, match=other):
         gallery.build(out, outputs)
     done = []
-    monkeypatch.setattr(gallery, "sync", lambda folder, files=True: done.append((folder.name, out.exists())))
-    rename = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda path, to: (done.append(path.name), rename(path, to))[1])
+    monkeypatch.setattr(gallery, "sync", lambda folder, files=True: done.append(folder.name))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: (done.append(path.suffix), replace(path, to))[1])
     gallery.build(out, outputs)
-    # On the disk before the names change, and the names after it.
-    assert done == [("pages", True), (".site.new", True), "site", ".site.new", (tmp_path.name, True)]
+    # On the disk before the names change; the index after its pages.
+    assert done == ["pages", ".site.new", *[".html"] * 4, "pages", ".html", "site"]
     assert (out / "index.html").stat().st_ino != before[out / "index.html"] and not list(out.rglob("half.html"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["site"]
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+    """Two committed notebooks, of which a gallery is built in no time: `few()` builds it in site/."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    for name in ("a", "b"):
+        nbformat.write(executed(v4.new_markdown_cell("# A title")), shelf / f"{name}.ipynb")
+    monkeypatch.setattr(gallery, "SHOWCASE", shelf)
+    return lambda out=tmp_path / "site": gallery.build(out, tmp_path / "none", showcase=True)
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def links(out):
+    return {attrs["href"] for attrs in Tags(out / "index.html").all("a")}
+
+
+def test_what_is_not_the_gallerys_stays_where_it_is(few, tmp_path):
+    out = tmp_path / "site"
+    few()
+    own = set(tree(out))
+    mine = {"site/.git/config": "[core]", "site/CNAME": "example.org", "site/pages/about.html": "of me",
+            ".site.old/a": "a", ".site.lock": "another's"}  # fmt: skip
+    for name, text in mine.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "shelf" / "b.ipynb").unlink()
+    few()
+    assert all((tmp_path / name).read_text() == text for name, text in mine.items())
+    assert len(links(out)) == 1 and set(tree(out)) == own - {"pages/shelf-b.html"} | {
+        ".git/config", "CNAME", "pages/about.html"}  # fmt: skip
+    (out / "pages" / "shelf-b.html").write_text("of me, too")
+    nbformat.write(executed(v4.new_markdown_cell("# Another")), tmp_path / "shelf" / "b.ipynb")
+    before = tree(out)
+    with pytest.raises(LVMError, match=r"shelf-b\.html: is there and is of no gallery"):
+        few()
+    assert tree(out) == before
+
+
+def test_what_is_built_aside_replaces_nothing_of_others(few, tmp_path):
+    (tmp_path / ".site.new").mkdir()
+    (tmp_path / ".site.new" / "thesis.txt").write_text("years of work")
+    with pytest.raises(LVMError, match=r"\.site\.new: is there and is no gallery"):
+        few()
+    assert (tmp_path / ".site.new" / "thesis.txt").read_text() == "years of work"
+
+
+def test_only_what_a_gallery_wrote_is_taken_for_its_own(few, tmp_path):
+    out = tmp_path / "site"
+    few()
+    stale = out / "pages" / "gone.html"
+    record = json.loads((out / "gallery.json").read_text(encoding="utf-8"))
+    stale.write_text("")
+    (tmp_path / "thesis.html").write_text("years of work")
+    (out / "gallery.json").write_text(json.dumps(record | {"files": ["gone.html", "../../thesis.html"]}))
+    for name in ("shelf-a.html", "shelf-b.html"):
+        (out / "pages" / name).unlink()
+    few()
+    assert not stale.exists() and (tmp_path / "thesis.html").exists()
+    stale.write_text("")
+    (out / "gallery.json").write_text('{"format": 1, "pages": 3}')  # of before it listed them
+    few()
+    assert not stale.exists() and len(links(out)) == 2
+    (out / "gallery.json").write_text("<<<<<<< HEAD")
+    with pytest.raises(LVMError, match=r"gallery\.json: cannot be read .*restore it, or move"):
+        few()
+    shutil.rmtree(out / "pages")
+    (out / "pages").symlink_to(tmp_path)
+    with pytest.raises(LVMError, match="is no folder of a gallery"):
+        few()
+
+
+@pytest.mark.parametrize("full", ["shelf-a.html", "index.html", "gallery.json"])
+def test_a_full_disk_leaves_the_good_gallery(few, tmp_path, monkeypatch, full):
+    few()
+    before = tree(tmp_path)
+
+    def refused(write):
+        def wrapped(path, content, **more):
+            if path.name.startswith(full):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(path, content, **more)
+
+        return wrapped
+
+    for name in ("write_text", "write_bytes"):
+        monkeypatch.setattr(Path, name, refused(getattr(Path, name)))
+    with pytest.raises(LVMError, match="site: cannot be written: the disk is full"):
+        few()
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made_is_said_so(few, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LVMError, match="site: cannot be written: a file stands where a folder should"):
+        few(tmp_path / "file" / "site")
+
+
+def test_wherever_it_ends_each_link_leads_somewhere(few, tmp_path, monkeypatch):
+    out = tmp_path / "site"
+    few()
+    replace, (a, b) = Path.replace, (tmp_path / "shelf" / f"{name}.ipynb" for name in "ab")
+    for ends in ("shelf-b2.html", "index.html"):
+        a.rename(a := a.with_name("a2.ipynb" if a.name == "a.ipynb" else "a.ipynb"))
+        b.rename(b := b.with_name("b2.ipynb"))
+
+        def ending(path, to, ends=ends):
+            if path.name == ends:
+                raise OSError(errno.EIO, "", str(path), 0, str(to))
+            return replace(path, to)
+
+        monkeypatch.setattr(Path, "replace", ending)
+        with pytest.raises(LVMError, match="site: cannot be written: the disk fails"):
+            few()
+        assert len(links(out)) == 2 and all((out / link).is_file() for link in links(out))
+    monkeypatch.setattr(Path, "replace", replace)
+    few()
+    assert set(tree(out)) == {"index.html", "gallery.json"} | links(out) and len(links(out)) == 2
+
+
+def test_a_text_that_is_no_unicode_costs_no_other_its_page(few, tmp_path):
+    odd = executed(v4.new_markdown_cell("# A \ud800 title"), name="compare")
+    (tmp_path / "shelf" / "odd.ipynb").write_text(json.dumps(odd), encoding="utf-8")
+    index, counts = few()
+    text = index.read_text(encoding="utf-8")
+    assert counts["pages"] == 2 and text.count(">damaged<") == 1 and "odd.ipynb cannot be shown" in text
+
+
+def test_a_long_name_costs_no_page(few, tmp_path):
+    for last in "ab":
+        name = "n" * 240 + last
+        nbformat.write(executed(v4.new_markdown_cell("# A title")), tmp_path / "shelf" / f"{name}.ipynb")
+    few()
+    assert len(links(tmp_path / "site")) == 4
+
+
+@pytest.mark.parametrize("name", gallery.APART)
+def test_a_run_of_a_dataset_of_any_name_has_a_card(outputs, tmp_path, name):
+    root = tmp_path / "outputs"
+    shutil.copytree(outputs / "wikipedia" / "v22" / "unjudged", root / name / "v22" / "seed0-amn")
+    shutil.copytree(outputs / "fast", root / "fast", dirs_exist_ok=True)
+    for fast, runs in ((False, 1), (True, 2)):
+        _, counts = gallery.build(tmp_path / "site", root, fast=fast)
+        assert counts["runs"] == runs
 
 
 def test_an_empty_folder_is_said_so(tmp_path):

@@ -1,7 +1,7 @@
 # ruff: noqa: E501  (a row is a line)
 """Files and parameters made to do harm: none runs code, none writes outside outputs/, each ends in one LVMError.
 
-`python tests/test_hostile.py` prints the table of the README. What the importers and an exported folder are given is
+`python tests/test_hostile.py` prints the table of docs/safety.md. What the importers and an exported folder are given is
 tried by tests/test_importers.py (with fuzz_importers.py) and tests/test_export.py, and not repeated here.
 """
 
@@ -348,6 +348,20 @@ def test_nothing_is_written_through_a_link_in_a_runs_folder(place, name):
     assert place.listing() == before and not link.exists()
 
 
+def test_a_link_for_a_lock_is_replaced_and_what_it_leads_to_is_not_written_over(place):
+    lock = place.run.with_name(place.run.name + ".lock")
+    lock.symlink_to(place.precious)
+    before = place.listing()
+    assert len(list(resumed(place))) == 2
+    assert place.listing() == before and place.precious.read_text() == "mine" and not lock.exists()
+
+
+def test_a_pipe_by_the_name_of_a_partial_file_does_not_hold_a_run(place):
+    pipe = place.run / "run.yaml.partial"
+    os.mkfifo(pipe)
+    assert len(list(resumed(place))) == 2 and not pipe.exists()
+
+
 def test_nothing_is_written_through_a_link_in_a_stores_folder(place):
     """checked.json is written beside a store wherever it lies: by a name that can be foreseen."""
     for path in place.store.iterdir():
@@ -547,12 +561,14 @@ def test_the_lock_names_no_host_no_path_and_not_torch():
 def test_what_is_installed_is_what_is_locked():
     found, _ = lock.reached()
     other = {n: d.version for n, d in found.items() if n not in lock.FREE and d.version != locked().get(n)}
+    assert not (other and os.environ.get("LVM_LOCKED")), other  # as `make test` says where it installed by the lock
     if other:
         pytest.skip(f"this environment was not made by make, or before the lock: {other}")
 
 
 def test_every_install_of_the_makefile_uses_the_lock():
     text = (ROOT / "Makefile").read_text()
+    assert "LVM_LOCKED=$(if $(LOCK),1)" in text
     assert text.count("pip install") == 1 and "LOCK ?= --constraint constraints.txt" in text
     assert "pip install --quiet $(LOCK) --editable" in text and text.count("$(INSTALL)") >= 5
 
@@ -598,7 +614,7 @@ HAPPENS = {
 
 
 def markdown() -> str:
-    """The table of the README: a line for each way in."""
+    """The table of docs/safety.md: a line for each way in."""
     lines = ["| comes in by | tries | what happens |", "|---|---|---|"]
     for where in dict.fromkeys(row.where for row in ROWS):
         tries = [row.tries for row in ROWS if row.where == where]
@@ -606,8 +622,8 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-def test_the_readme_has_the_table():
-    assert markdown() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_docs_have_the_table():
+    assert markdown() in (ROOT / "docs" / "safety.md").read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
 """`python -m lvmlib train`, and papermill from the root and from notebooks/: the same run in the same place."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import types
+from pathlib import Path
 
+import nbformat
 import pandas as pd
 import psutil
 import pytest
 from test_sweep import until
 
-from lvmlib import summary
+from lvmlib import __main__ as launcher
+from lvmlib import gallery, summary
 from lvmlib.errors import LVMError
 from lvmlib.params import ROOT
 
@@ -199,3 +205,232 @@ def test_a_damaged_report_is_named(outputs, trained, tmp_path, content):
 def test_no_run_is_said_so(tmp_path):
     with pytest.raises(LVMError, match="no finished run"):
         summary.runs(root=tmp_path)
+
+
+def test_the_benchmark_goes_the_way_of_all_commands(tmp_path):
+    """Through the checks of parameters, into the folder that LVM_OUTPUTS names, and stamped."""
+    done = subprocess.run(["make", "--dry-run", "benchmark", "ARGS=-p seed 1"], check=True, capture_output=True,
+                          text=True, cwd=ROOT)  # fmt: skip
+    (line,) = [x for x in done.stdout.splitlines() if "notebooks/benchmark.ipynb" in x]
+    assert line.split("python ")[1] == (
+        '-m lvmlib render notebooks/benchmark.ipynb "${LVM_OUTPUTS:-outputs}/benchmark.ipynb" -p seed 1'
+    )
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text('"seed = print(1); other": 1\n', encoding="utf-8")
+    with pytest.raises(LVMError, match="is not one of this notebook's"):
+        launcher.main(["render", "notebooks/benchmark.ipynb", str(tmp_path / "out.ipynb"), "-f", str(theirs)])
+
+
+@pytest.mark.parametrize(
+    "given", ["my/compare.ipynb", "compare.ipynb", "my/compare", "nonesuch", "notebooks/x.ipynb", ".."]
+)
+def test_render_refuses_what_is_none_of_its_notebooks(tmp_path, monkeypatch, given):
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "compare.ipynb").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LVMError, match=r"not one of notebooks/ here \(benchmark, compare, "):
+        launcher.main(["render", given, "out.ipynb"])
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+@pytest.mark.parametrize("given", ["compare", "notebooks/compare.ipynb", str(ROOT / "notebooks" / "compare.ipynb")])
+def test_render_knows_its_notebooks_by_name_and_by_path(monkeypatch, given):
+    monkeypatch.chdir(ROOT)
+    assert launcher._notebook(given) == "compare"
+
+
+def executed(path: Path, *parameters: str) -> Path:
+    """A notebook as papermill leaves one: a parameters cell, and one that papermill has put after it."""
+    cells = [nbformat.v4.new_code_cell(source, execution_count=i + 1) for i, source in enumerate(parameters)]
+    for cell, tag in zip(cells, ("parameters", "injected-parameters"), strict=False):
+        cell["metadata"]["tags"] = [tag]
+    told = {"papermill": {"parameters": {"given": list(parameters[1:])}}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=told), path)
+    return path
+
+
+def test_an_executed_notebook_moves_to_another_disk(tmp_path, monkeypatch, capsys):
+    """As where outputs/wikipedia is a link: a rename between folders fails there."""
+
+    def rename(source, target, real=os.replace):
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        real(source, target)
+
+    flushed = []
+    monkeypatch.setattr(os, "replace", rename)
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_ino))
+    ours = executed(tmp_path / "ours.ipynb", "fast = False")
+    wanted, place = ours.read_bytes(), tmp_path / "wikipedia" / "data.ipynb"
+    launcher._keep(ours, place)
+    assert place.read_bytes() == wanted and place.with_suffix(".html").exists() and not ours.exists()
+    assert place.stat().st_ino in flushed
+    assert "notebook  " in capsys.readouterr().out
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """In place of papermill's process: `started.does(path)` writes the executed notebook, or fails; `started` says how
+    it was called."""
+
+    def run(command, *, cwd, env, **options):
+        calls.path = Path(cwd) / next(x for x in command if x.endswith(".partial.ipynb"))
+        calls.command, calls.environment = command, env
+        said = calls.does(calls.path) or ""
+        return subprocess.CompletedProcess(command, 1 if said else 0, stderr=said)
+
+    calls = types.SimpleNamespace(does=lambda path: whole(path))
+    monkeypatch.setattr(launcher.subprocess, "run", run)
+    monkeypatch.setattr(launcher, "_check_parameters", lambda name, arguments: None)
+    return calls
+
+
+def whole(path):
+    """What papermill leaves of data.ipynb where nothing goes wrong."""
+    content = nbformat.read(ROOT / "notebooks" / "data.ipynb", as_version=4)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell["execution_count"] = 1
+    path.write_text(nbformat.writes(content), encoding="utf-8")
+
+
+def test_outputs_may_be_named_from_where_one_stands(tmp_path, monkeypatch, started):
+    """papermill and the kernel start from the checkout."""
+    monkeypatch.setenv("LVM_OUTPUTS", "mine")
+    monkeypatch.chdir(tmp_path)
+    assert launcher.main(["render", "data", "out.ipynb"]) == 0
+    assert started.environment["LVM_OUTPUTS"] == str(tmp_path / "mine") and started.path.parent == tmp_path / "mine"
+    assert Path("out.ipynb").exists() and not list(Path("mine").iterdir())
+
+
+def test_a_notebook_made_in_the_checkout_names_no_machine(tmp_path, monkeypatch, started):
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    monkeypatch.setattr(launcher, "ROOT", tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    for place, named in ((tmp_path, "outputs"), (tmp_path / "elsewhere", str(tmp_path / "outputs"))):
+        monkeypatch.chdir(place)
+        monkeypatch.setenv("LVM_OUTPUTS", named)
+        assert launcher.main(["render", "data", "out.ipynb"]) == 0
+        (given,) = [x for x in started.command if x.endswith(".partial.ipynb")]
+        assert given.startswith("outputs/.data.")
+
+
+def test_what_runs_is_hidden_and_held_and_what_a_killed_one_left_goes(tmp_path, monkeypatch, started):
+    """Two containers on one folder have the same process ids: no name and no age says whose a notebook is."""
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
+    killed, running, read = (tmp_path / f".{x}.partial.ipynb" for x in ("train.0123abcd", "data.4567cdef", "mine"))
+    failed = tmp_path / "train.89abcdef.partial.ipynb"
+    for path in (killed, running, read, failed):
+        path.write_text("{}")
+    there = []
+    with open(running) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for _ in range(2):
+            executed, _ = launcher._execute("data", [])
+            assert executed.name.startswith(".data.") and gallery._shown(executed, tmp_path) is False
+            there.append(executed)
+    assert len(set(there)) == 2 and all(path.exists() for path in (*there, running, read, failed))
+    assert not killed.exists()
+
+
+def test_a_failed_notebook_is_in_sight_but_in_no_gallery(tmp_path, monkeypatch, capsys, started):
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
+    started.does = lambda path: [whole(path), "ZeroDivisionError: division by zero"][1]
+    assert launcher.main(["data"]) == 1
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("data.") and left.name.endswith(".partial.ipynb")
+    said = capsys.readouterr().err
+    assert "ZeroDivisionError" in said and f"as far as it came: {left}" in said
+    assert gallery._collect(tmp_path, tmp_path / "gallery", False, False) == ([], [])
+
+
+DEAD = "Traceback\n  File x\nnbclient.exceptions.DeadKernelError: Kernel died\n"
+FULL = "Traceback\n  File x\nOSError: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("said, words", [(DEAD, "the kernel was killed, perhaps for want of memory"),
+                                         (FULL, "cannot be written: the disk is full. To do: free some room"),
+                                         (FULL[:-1] + ": '{}'\n", "cannot be written: the disk is full")])  # fmt: skip
+def test_what_ends_papermill_is_told_in_a_line(tmp_path, monkeypatch, capsys, started, said, words):
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
+    started.does = lambda path: [whole(path), said.format(path)][1]
+    assert launcher.main(["data"]) == 1
+    told, partial = capsys.readouterr().err.strip().splitlines()
+    assert told.startswith("LVMError: ") and words in told and "the same command goes on" in told
+    assert partial == f"Failed; the notebook as far as it came: {next(tmp_path.iterdir())}"
+
+
+def test_a_disk_that_takes_nothing_is_told(tmp_path, monkeypatch, started):
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "file" / "outputs"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LVMError, match="a file stands where a folder should"):
+        launcher.main(["data"])
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "outputs"))
+    with pytest.raises(LVMError, match="a file stands where a folder should"):
+        launcher.main(["render", "data", str(tmp_path / "file" / "out.ipynb")])
+    (left,) = (tmp_path / "outputs").iterdir()
+    assert left.name.startswith("data.")  # what was executed is not lost
+    monkeypatch.setattr(launcher.fingerprint, "stamp", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    with pytest.raises(LVMError, match="disk is full"):
+        launcher.main(["data"])
+
+
+def test_papermills_kernel_has_sockets_and_a_history_of_its_own(tmp_path):
+    """By no port: Jupyter's choice of ports can be taken by the kernel of a command beside this."""
+    cell = nbformat.v4.new_code_cell(
+        "import os\nfrom ipykernel.connect import get_connection_info\n"
+        "print(get_connection_info(unpack=True)['transport'], os.environ['IPYTHONDIR'])"
+    )
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "small.ipynb")
+    paths = [str(tmp_path / name) for name in ("small.ipynb", "out.ipynb")]
+    done = launcher._papermill([*paths, "-k", "python3"], dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    said = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[0].outputs[0]["text"].split()
+    assert said[0] == "ipc" and said[1] != os.environ.get("IPYTHONDIR") and not Path(said[1]).exists()
+
+
+@pytest.mark.parametrize("by_hand, by_sweep", [
+    ("", 'version = "v22"\nmodel = "transformer"\nseed = 0'),
+    ("", 'data = "wikipedia"\nprecision = "float32"'),  # another precision would have been refused: it is this one
+    ("devices = 2", "epochs = 12"),
+])  # fmt: skip
+def test_a_notebook_of_the_same_run_is_not_set_aside(tmp_path, by_hand, by_sweep):
+    known = launcher._parameters(json.loads((ROOT / "notebooks" / "train.ipynb").read_text(encoding="utf-8")))
+    defaults = "\n".join(f"{name} = {value!r}" for name, value in known.items())
+    place = executed(tmp_path / "train.ipynb", defaults, by_sweep)
+    assert launcher._keep(executed(tmp_path / "ours.ipynb", defaults, by_hand), place)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.html", "train.ipynb"]
+
+
+@pytest.mark.parametrize("there", ["seed = 1", "overrides = {'optimizer': {'lr': 1.0e-3}}", "trouble = 'stop'",
+                                   "version = 'nonesuch'", "x.y = 1", None])  # fmt: skip
+def test_a_notebook_of_another_run_and_a_damaged_one_are_set_aside(tmp_path, capsys, there):
+    known = launcher._parameters(json.loads((ROOT / "notebooks" / "train.ipynb").read_text(encoding="utf-8")))
+    defaults = "\n".join(f"{name} = {value!r}" for name, value in known.items())
+    place = executed(tmp_path / "train.ipynb", defaults, there or "")
+    if there is None:
+        place.write_bytes(b"[" * 100_000)
+    before = place.read_bytes()
+    assert launcher._keep(executed(tmp_path / "ours.ipynb", defaults, ""), place) is None
+    assert (tmp_path / "train.old-1.ipynb").read_bytes() == before and "set aside  " in capsys.readouterr().out
+
+
+def test_a_preflight_with_its_defaults_written_out_is_the_same(tmp_path):
+    place = executed(tmp_path / "data.ipynb", "data = 'wikipedia'\nsteps = 200\nfast = False")
+    launcher._keep(
+        executed(tmp_path / "a.ipynb", "data = 'wikipedia'\nsteps = 200\nfast = False", "steps = 200"), place
+    )
+    assert not list(tmp_path.glob("*.old-*"))
+    launcher._keep(executed(tmp_path / "a.ipynb", "data = 'wikipedia'\nsteps = 200\nfast = False", "steps = 0"), place)
+    assert len(list(tmp_path.glob("*.old-*.ipynb"))) == 1
+
+
+def test_a_run_that_is_only_opened_is_as_old_as_it_was(outputs, trained):
+    """By hand after a sweep, or the other way round: what a sweep made of the run stays newer than the run."""
+    notebook = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn" / "train.ipynb"
+    before, told = notebook.stat(), notebook.read_bytes()
+    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-p", "seed", "0")
+    assert done.returncode == 0 and "set aside" not in done.stdout, done.stderr
+    assert notebook.stat().st_mtime_ns == before.st_mtime_ns and notebook.read_bytes() != told
+    assert not list(notebook.parent.glob("*.old-*"))

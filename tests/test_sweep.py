@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import psutil
@@ -163,6 +164,87 @@ def test_a_comparison_is_of_the_versions_that_have_finished_a_run(outputs):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "change, stands",
+    [
+        ({}, True),
+        ({"versions": "v22"}, True),  # of the same sweep, before p6 had finished
+        ({"seeds": 1}, True),  # this sweep's page tells all that it did, and more
+        ({"seeds": 3}, False),
+        ({"versions": "p6 v1 v22"}, False),
+        ({"precision": "bfloat16"}, False),
+        ({"overrides": {"optimizer": {"lr": 1.0e-3}}}, False),
+        ({"seeds": "3"}, False),  # as papermill's -r leaves it
+        ({"seeds": None}, False),
+    ],
+)
+def test_a_comparison_of_another_sweep_is_set_aside_and_not_replaced(outputs, capsys, change, stands):
+    planned, page = with_a_page(("p6", "v22"))
+    told = planned.comparisons[str(page)].parameters | {"versions": "p6 v22"} | change
+    text = json.dumps({"metadata": {"papermill": {"parameters": told}}})
+    page.write_text(text, encoding="utf-8")
+    sweep.keep(planned)
+    old = page.with_suffix(".old-1.ipynb")
+    assert (page.exists(), old.exists()) == (stands, not stands)
+    assert (page if stands else old).read_text(encoding="utf-8") == text
+    assert (old.name in capsys.readouterr().out) is not stands
+    sweep.keep(planned)
+    assert sorted(page.parent.glob("*.ipynb")) == [page if stands else old]
+
+
+@pytest.mark.parametrize("text", ["damaged", '{"metadata": {"papermill": {"parameters": [1]}}}', "[" * 10**5])
+def test_a_comparison_that_tells_nothing_is_set_aside(outputs, text):
+    planned, page = with_a_page(("p6", "v22"))
+    page.write_text(text, encoding="utf-8")
+    sweep.keep(planned)
+    assert not page.exists() and page.with_suffix(".old-1.ipynb").read_text(encoding="utf-8") == text
+
+
+def test_a_comparison_of_more_than_has_finished_is_set_aside(outputs):
+    planned, page = with_a_page(("v22",))
+    told = planned.comparisons[str(page)].parameters | {"versions": "p6 v22"}
+    page.write_text(json.dumps({"metadata": {"papermill": {"parameters": told}}}), encoding="utf-8")
+    sweep.keep(planned)
+    assert not page.exists() and page.with_suffix(".old-1.ipynb").exists()
+
+
+def with_a_page(finished):
+    """A small sweep, of which these versions have finished, and where the page of its comparison belongs."""
+    planned = sweep.plan(SMALL | {"seeds": 2})
+    for folder, parameters in planned.runs.items():
+        if parameters["version"] in finished:
+            Path(folder).mkdir(parents=True)
+            (Path(folder) / "train.ipynb").touch()
+    return planned, Path(*planned.comparisons)
+
+
+def test_a_configuration_that_asks_for_python_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "sweep.yaml"
+    hostile = """{"__use_yte__": true, "versions": "?open('canary', 'w').write('ran')"}"""
+    file.write_text(hostile, encoding="utf-8")
+    assert "configfile:" not in (WORKFLOW / "Snakefile").read_text(encoding="utf-8")  # snakemake's reader would run it
+    with pytest.raises(LVMError, match="unknown key '__use_yte__'"):
+        sweep.plan(sweep.settings(file, {}))
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("text", ["a: [", "- p6", "!!python/object/apply:os.system [ls]"])
+def test_a_damaged_configuration_is_named(tmp_path, text):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(LVMError, match=r"sweep\.yaml: .*restore the file"):
+        sweep.settings(file, {})
+
+
+def test_what_the_command_line_gives_is_laid_on_the_configuration(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("versions: [p6]\noverrides: {optimizer: {lr: 1.0e-3}}", encoding="utf-8")
+    assert sweep.settings(file, {"versions": "v22", "overrides": {"epochs": 2}}) == {
+        "versions": "v22", "overrides": {"optimizer": {"lr": 1.0e-3}, "epochs": 2}
+    }  # fmt: skip
+
+
 def test_a_job_takes_gpus_that_no_other_holds(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("notebook", WORKFLOW / "notebook.py")
     notebook = importlib.util.module_from_spec(spec)
@@ -273,11 +355,16 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, output
     assert [p.name for p in v22.iterdir() if p.suffix == ".ipynb"] == ["train.partial.ipynb"]
     assert lines(tmp_path) == ["diagnostics p6", "fivecat p6"]
 
+    page = outputs / "fast" / "wikipedia" / "compare-amn.ipynb"
+    larger = json.dumps({"metadata": {"papermill": {"parameters": {"versions": "p6 v1 v22", "seeds": 3}}}})
+    page.write_text(larger, encoding="utf-8")
+    os.utime(page, (1, 1))  # before the runs
     compared = snakemake(tree, "compare")
     said, _ = compared.communicate(timeout=300)
     assert compared.returncode == 0, said
     assert lines(tmp_path) == ["compare p6", "diagnostics p6", "fivecat p6"]
-    assert (outputs / "fast" / "wikipedia" / "compare-amn.ipynb").exists()
+    assert "compare-amn.old-1.ipynb" in said and page.exists()
+    assert page.with_name("compare-amn.old-1.ipynb").read_text(encoding="utf-8") == larger
 
     shutil.rmtree(v22)
     mended = snakemake(tree, "--dry-run")

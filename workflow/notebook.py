@@ -24,6 +24,8 @@ def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
 
     partial = output.with_suffix(".partial.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
+    if partial.is_symlink():
+        partial.unlink()  # it came with the folder, and would lead what is written elsewhere
     # A sweep that was killed may have left a job alive (on another machine, say): two must not train in one folder. The
     # lock is on the partial notebook itself, ends with the process, and moves with the file when it gets its name.
     with open(partial, "a") as lock, job_folder() as place:
