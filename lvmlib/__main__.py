@@ -26,14 +26,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from . import fingerprint, page, parallel, untrusted
 from .encode import store_folder
 from .errors import LVMError, said
-from .files import TROUBLE, set_aside, told, write_whole
+from .files import TROUBLE, job_folder, set_aside, told, write_whole
 from .params import ROOT, Version, check_given, data_name, files, outputs, version
 from .training import differences, run_folder
 
@@ -225,8 +224,7 @@ def _in_sight(executed: Path) -> Path:
 
 def _papermill(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
     """Run papermill in the checkout. What the cells print is shown as it comes; papermill's own words are kept."""
-    near = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # the name of a socket has some 100 characters at most
-    with tempfile.TemporaryDirectory(prefix="lvm-", dir=near, ignore_cleanup_errors=True) as place:
+    with job_folder() as place:
         command = [sys.executable, "-c", PAPERMILL, f"{place}/kernel.json", "--no-progress-bar", "--stdout-file", "-"]
         environment = environment | {"IPYTHONDIR": place, "JUPYTER_RUNTIME_DIR": place}
         return subprocess.run(

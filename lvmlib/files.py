@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,6 +70,12 @@ def set_aside(path: Path, *companions: str) -> Path:
             if path.with_suffix(kind).exists():
                 path.with_suffix(kind).rename(old.with_suffix(kind))
     return old
+
+
+def job_folder() -> tempfile.TemporaryDirectory:
+    """A folder of a job's own, with a path that leaves room for the name of a socket (some 100 characters in all)."""
+    near = "/tmp" if len(tempfile.gettempdir()) > 60 else None
+    return tempfile.TemporaryDirectory(prefix="lvm-", dir=near, ignore_cleanup_errors=True)
 
 
 def sync(folder: Path, files: bool = True) -> None:

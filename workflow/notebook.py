@@ -21,6 +21,7 @@ def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
     from traitlets.config import Config
 
     from lvmlib import fingerprint
+    from lvmlib.files import job_folder
 
     partial = output.with_suffix(".partial.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -60,12 +61,6 @@ def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
         for gpu in held:
             gpu.close()
     return 0
-
-
-def job_folder() -> tempfile.TemporaryDirectory:
-    """A folder of the job's own, with a path that leaves room for the name of a socket (some 100 characters in all)."""
-    near = "/tmp" if len(tempfile.gettempdir()) > 60 else None
-    return tempfile.TemporaryDirectory(prefix="lvm-", dir=near, ignore_cleanup_errors=True)
 
 
 def hold_gpus(wanted: int) -> list:
