@@ -586,8 +586,9 @@ class Run:
                     begun = time.perf_counter()
                     with seeded(v.seed, epoch):
                         self.team.seed(v.seed, epoch)
+                        learned = scale if ranks else None
                         means, logged, memory = self._epoch(
-                            epoch, model, optimizer, articles["train"], scale if ranks else None, control, memory, highest
+                            epoch, model, optimizer, articles["train"], learned, control, memory, highest
                         )
                     self.rates.append(len(self.data.train) / (time.perf_counter() - begun))
                     self.team.agree(means["train_loss"], model)
@@ -815,7 +816,7 @@ class Run:
         self.record, self._behind = record, False  # finished when the folder says so
 
     def _cosine(self, highest: float, step: int) -> float:
-        """The learning rate of a step of the run, from 0 on: a function of the step alone, so that nothing is resumed."""
+        """The learning rate of a step of the run, from 0 on: of the step alone, so that nothing is resumed."""
         return highest * (1 + math.cos(math.pi * step / (self._batches * self.version.epochs))) / 2
 
     def _groups(self, model) -> list[dict]:
