@@ -751,7 +751,7 @@ def test_lowered_steps_are_those_of_autocast(name, data):
             with torch.autocast("cpu", torch.bfloat16):
                 raw, _, ranker = model.train().heads(context)
             ranks = (ranker * (y if ranker.ndim == 2 else y[:, None])).sum(-1).mean()
-                (raw - y).square().mean().add(ranks).backward()
+            (raw - y).square().mean().add(ranks).backward()
             found.append(raw.detach())
         lowered.hand_over()
         assert torch.equal(*found)
