@@ -82,10 +82,12 @@ def listwise(unit: Tensor, rivals: Tensor, there: Tensor, scale: Tensor) -> Tens
 
     `there` (B, C): which of them count; `scale`: 1 / temperature. InfoNCE with the target's own article for negatives
     (van den Oord et al. 2018, eq. 4): it asks for the rank that the novel MRR measures, and for no norm or cosine.
+    `unit` (B, D), or (B, K, D) for K rankers: the mean of their losses.
     """
-    logits = scale * torch.einsum("bd,bcd->bc", unit, rivals)
+    logits = scale * torch.einsum("b...d,bcd->b...c", unit, rivals)
+    there = there if unit.ndim == 2 else there[:, None]
     # Left out after the product with the scale, whose gradient would be 0 · ∞.
-    return -logits.masked_fill(~there, float("-inf")).log_softmax(1)[:, 0].mean()
+    return -logits.masked_fill(~there, float("-inf")).log_softmax(-1)[..., 0].mean()
 
 
 def shortfall(unit: Tensor, target: Tensor, context: Tensor, constraint: Constraint) -> Tensor:

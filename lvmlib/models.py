@@ -221,6 +221,69 @@ class TwoHeads(Predictor):
         return *self(context), self.ranker(context)[1]
 
 
+class Gated(Predictor):
+    """Bilinear's correction of copying, with weights that the context decides, and a product of two views of it:
+
+        raw = Σ_t w_t·context_t + A·drop(Σ_t v_t·context_t) + O·drop(P·context_T ⊙ Q·mean(context))·√D
+
+    w = w⁰ + f_w and v = v⁰ + f_v: a small network f sees each context vector in a few learned directions, and the
+    cosines among them, so that a last vector which says little can count for less. At the start f and O are near 0.
+    """
+
+    VIEW, HIDDEN, RANK = 16, 64, 128
+
+    def __init__(self, dim: int, context_length: int, dropout: float = 0.6):
+        super().__init__(dim, context_length)
+        pairs = torch.triu_indices(context_length, context_length, 1)
+        self.register_buffer("pairs", pairs, persistent=False)
+        last = torch.zeros(context_length)
+        last[-1] = 1.0
+        self.weights, self.mixture = nn.Parameter(last), nn.Parameter(last.clone())
+        self.metric = nn.Linear(dim, dim, bias=False)
+        nn.init.normal_(self.metric.weight, std=0.02 / math.sqrt(dim))
+        self.view = nn.Linear(dim, self.VIEW, bias=False)
+        self.hidden = nn.Linear(context_length * self.VIEW + pairs.shape[1], self.HIDDEN)
+        self.gate = nn.Linear(self.HIDDEN, 2 * context_length)
+        self.left, self.right = (nn.Linear(dim, self.RANK, bias=False) for _ in range(2))
+        self.product = nn.Linear(self.RANK, dim, bias=False)
+        nn.init.zeros_(self.gate.bias)
+        for near in (self.gate, self.product):
+            nn.init.normal_(near.weight, std=0.02 / math.sqrt(near.in_features))
+        self.drop, self.drop_hidden = nn.Dropout(dropout), nn.Dropout(dropout / 2)
+
+    def raw(self, context: Tensor) -> Tensor:
+        cosines = torch.einsum("bid,bjd->bij", context, context)[:, *self.pairs]
+        seen = torch.cat([self.view(context).flatten(1), 2 * cosines], 1)
+        w, v = self.gate(self.drop_hidden(F.gelu(self.hidden(seen)))).chunk(2, 1)
+        copied = torch.einsum("bt,btd->bd", self.weights + w, context)
+        mixed = torch.einsum("bt,btd->bd", self.mixture + v, context)
+        both = self.left(context[:, -1]) * self.right(context.mean(1)) * math.sqrt(self.dim)
+        return copied + self.metric(self.drop(mixed)) + self.product(self.drop(both))
+
+
+class Committee(Predictor):
+    """`point` as of two heads; the ranker is the sum of the unit vectors of `MEMBERS` rankers that share nothing.
+
+    Each member learns to rank by itself, from another start and with other dropout: in training `heads` gives all of
+    them, (B, MEMBERS, D), and the ranking loss is the mean of theirs. Trained on their sum they lean on each other, and
+    rank new articles no better than one of them.
+    """
+
+    MEMBERS = 3
+
+    def __init__(self, dim: int, context_length: int):
+        super().__init__(dim, context_length)
+        self.point = Bilinear(dim, context_length, averaging=True, dropout=0.9)
+        self.members = nn.ModuleList([Gated(dim, context_length) for _ in range(self.MEMBERS)])
+
+    def raw(self, context: Tensor) -> Tensor:
+        return self.point.raw(context)
+
+    def heads(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rankers = torch.stack([member(context)[1] for member in self.members], 1)
+        return *self(context), rankers if self.training else F.normalize(rankers.sum(1), dim=-1)
+
+
 class Sampler(Predictor):
     """A distribution over the next vector: a corrected copy of the context, and noise, on the unit sphere.
 
@@ -290,6 +353,7 @@ ARCHITECTURES = {
     "amn": AMN,
     "bilinear": Bilinear,
     "two_heads": TwoHeads,
+    "committee": Committee,
     "sampler": Sampler,
 }
 

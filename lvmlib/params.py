@@ -52,6 +52,7 @@ class Optimizer:
     weight_decay: float
     decay: Literal["all", "matrices"]  # what weight_decay shrinks
     clip_norm: float  # gradients are clipped to this total norm
+    schedule: Literal["plateau", "cosine"]  # of lr: halved where validation stands still, or down to 0 by a cosine
     plateau_factor: float  # ReduceLROnPlateau on the validation loss
     plateau_patience: int
 
@@ -197,7 +198,7 @@ class Version:
     horizon: int  # the target is this many chunks after the context
     context_length: int
     direction: Literal["forward", "backward"]  # backward reads the articles reversed: the control of the arrow of time
-    model: Literal["transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "sampler"]
+    model: Literal["transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "committee", "sampler"]
     epochs: int
     select: Literal["val_loss", "novel_mrr", "val_energy"]  # what the best checkpoint is best in, on validation
     batch_size: int
@@ -554,7 +555,7 @@ def _check(v: Version, where: str) -> None:
     needed = (
         "one with a single head: losses.mean_square or losses.listwise.weight is 0, and a head would stay untrained"
     )
-    need(v.model != "two_heads" or both, "model", v.model, needed)
+    need(v.model not in ("two_heads", "committee") or both, "model", v.model, needed)
     needed = "val_loss or novel_mrr, as losses.energy.weight is 0"
     need(v.select != "val_energy" or energy.weight > 0, "select", v.select, needed)
     need(

@@ -145,7 +145,7 @@ LATER = ("escape", *PULLS, "rho_gradient", "angle", "listwise", "novel_mrr", "te
 LATER += ("energy", "val_energy", *alarms.FACTS, "at_lambda_min", "at_lambda_max")
 EARLIER = {"direction": "forward", "select": "val_loss", "optimizer.decay": "all", "losses.mean_square": 1.0}
 EARLIER |= {"losses.listwise.weight": 0.0, "losses.listwise.temperature": 0.1, "losses.listwise.candidates": 128}
-EARLIER["losses.listwise.elsewhere"] = 0
+EARLIER |= {"losses.listwise.elsewhere": 0, "optimizer.schedule": "plateau"}
 EARLIER |= {"control.smoothing": 0.99, "control.measure": "value", "control.kp": 0.0, "control.ki": 0.1}
 EARLIER |= {"control.constraint": None, "rewind": None}
 EARLIER |= {"losses.energy.weight": 0.0, "losses.energy.samples": 8, "trouble": "go_on"}
@@ -577,14 +577,18 @@ class Run:
             self.team.from_first(self._check_store)  # before it is read: a map of a file that was cut short ends us
             again = 0  # how often the epoch was gone back from in its midst, and trained anew
             while True:
-                learning_rate = optimizer.param_groups[0]["lr"]
                 control = controller.cooled(v.control, alarms.guard(v).cool, rewinds)
+                highest = v.optimizer.lr * alarms.guard(v).cool ** rewinds
+                learning_rate = optimizer.param_groups[0]["lr"]
+                if v.optimizer.schedule == "cosine":
+                    learning_rate = self._cosine(highest, (epoch - 1) * self._batches)
                 try:
                     begun = time.perf_counter()
                     with seeded(v.seed, epoch):
                         self.team.seed(v.seed, epoch)
+                        learned = scale if ranks else None
                         means, logged, memory = self._epoch(
-                            epoch, model, optimizer, articles["train"], scale if ranks else None, control, memory
+                            epoch, model, optimizer, articles["train"], learned, control, memory, highest
                         )
                     self.rates.append(len(self.data.train) / (time.perf_counter() - begun))
                     self.team.agree(means["train_loss"], model)
@@ -598,7 +602,8 @@ class Run:
                     memory = self._rewind(model, optimizer, plateau, scale, peak)
                     rewinds, again = rewinds + 1, again + 1
             score = -val["novel_mrr"] if v.select == "novel_mrr" else val[v.select]
-            plateau.step(score)
+            if v.optimizer.schedule == "plateau":
+                plateau.step(score)
             # Of a constrained run, what keeps the bound in training beats what does not (Deb 2000, §3).
             missed = max(0.0, means["directional"] - FEASIBLE) if v.control.constraint else 0.0
             if (missed, score) < (short, best):
@@ -810,6 +815,10 @@ class Run:
         self._write("run.yaml", lambda p: p.write_text(text, encoding="utf-8"))
         self.record, self._behind = record, False  # finished when the folder says so
 
+    def _cosine(self, highest: float, step: int) -> float:
+        """The learning rate of a step of the run, from 0 on: of the step alone, so that nothing is resumed."""
+        return highest * (1 + math.cos(math.pi * step / (self._batches * self.version.epochs))) / 2
+
     def _groups(self, model) -> list[dict]:
         """The model's parameters as AdamW takes them: which of them decay."""
         if self.version.optimizer.decay == "all":
@@ -818,12 +827,21 @@ class Run:
         return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
 
     def _epoch(
-        self, epoch: int, model, optimizer, articles: Articles, scale, control: Control, memory: controller.State
+        self,
+        epoch: int,
+        model,
+        optimizer,
+        articles: Articles,
+        scale,
+        control: Control,
+        memory: controller.State,
+        highest: float,
     ) -> tuple[dict, list[dict], controller.State]:
         """One pass over the training windows: means over the epoch's windows, the rows to log, the controller's state.
 
         `scale`: the logarithm of 1 / temperature, for a version that has the listwise loss; else None. `control`: the
-        version's; `memory`: the controller's state before the first batch.
+        version's; `memory`: the controller's state before the first batch; `highest`: the learning rate that a cosine
+        begins with.
         """
         v, windows, vectors = self.version, self.data.train, articles.vectors
         longest = articles.longest if scale is not None else 0
@@ -841,6 +859,9 @@ class Run:
         before = None  # the step before this one
         acting.train()
         for i in range(last):
+            if v.optimizer.schedule == "cosine":
+                for group in optimizer.param_groups:
+                    group["lr"] = self._cosine(highest, done + i)
             index = order[i * v.batch_size : (i + 1) * v.batch_size]
             context, y = windows.batch(index, vectors)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):

@@ -24,6 +24,7 @@ CASES = {  # the version's name: model, epochs, overrides
     "pi": ("bilinear", 3, {"control": {"measure": "gradient"}}),
     "rank": ("amn", 3, {"losses": {"listwise": {"elsewhere": 7, "candidates": 5}}}),
     "margin": ("two_heads", 3, {}),
+    "committee": ("committee", 3, {}),
     "energy": ("sampler", 3, {}),
     "v23_unguarded": ("amn", 5, {"rewind": {"fall": 0.001, "escape": 1.0, "cool": 0.5, "most": 1}}),
 }

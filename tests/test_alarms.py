@@ -207,6 +207,7 @@ def test_good_runs_raise_nothing(name, data, tmp_path):
     """Every version as it is shipped, by the small model of its kind. The toy's losses ask for a λ above the range of
     v21 (their D is 24, not 768: the mean-square loss is 30 times as large), which the alarm tells as it is."""
     small = {"rank": "bilinear", "bounded": "bilinear", "two_heads": "two_heads", "margin": "two_heads"}
+    small["committee"] = "committee"
     own = version(name, epochs=4, data="toy", model=small.get(name, "sampler" if name == "energy" else "amn"))
     run = lvm.train(own, data, tmp_path / "run")
     list(run)

@@ -542,7 +542,7 @@ def test_onnx_gives_what_torch_gives(name, runtime, tmp_path, monkeypatch):
             raw, _, ranks = model.heads(x)
         np.testing.assert_allclose(point, raw.numpy(), atol=ONNX_TOLERANCE * float(raw.abs().max()), rtol=0)
         np.testing.assert_allclose(ranker, ranks.numpy(), atol=ONNX_TOLERANCE * float(ranks.abs().max()), rtol=0)
-    if name == "two_heads":
+    if name in ("two_heads", "committee"):
         assert not np.allclose(ranker, F.normalize(torch.from_numpy(point), dim=-1).numpy(), atol=1e-2)
 
 

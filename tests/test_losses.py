@@ -504,6 +504,15 @@ def test_listwise(scale):
     assert by_scale.item() == pytest.approx((above - below) / (2 * step), rel=1e-5)
 
 
+def test_listwise_of_several_rankers_is_the_mean_of_theirs():
+    raw, y, other = random_batch(2)
+    rivals, there = rivals_of(y)
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    each = [F.normalize(r, dim=-1) for r in (raw, y + raw / 2, other if other.shape == raw.shape else -raw)]
+    expected = sum(losses.listwise(unit, rivals, there, scale) for unit in each) / 3
+    torch.testing.assert_close(losses.listwise(torch.stack(each, 1), rivals, there, scale), expected)
+
+
 def test_mean_square_and_listwise_by_their_weights():
     raw, context, y = full_batch(4)
     rivals, there = rivals_of(y)

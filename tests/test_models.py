@@ -17,7 +17,7 @@ from lvmlib.errors import LVMError
 from lvmlib.vectors import make_store, windows
 
 T, H = 5, 512
-NAMES = ("transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "sampler")
+NAMES = ("transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "committee", "sampler")
 
 
 @functools.cache
@@ -252,6 +252,7 @@ def plain_sampler(w, context):
 
 PLAIN = {
     "two_heads": plain_two_heads,
+    "committee": plain_two_heads,  # its point; the rankers: below
     "transformer": plain_transformer,
     "gru": plain_gru,
     "lstm": plain_lstm,
@@ -346,8 +347,8 @@ def test_order_matters_but_to_amn(small):
     x = contexts()
     with torch.no_grad():
         change = (model(x)[0] - model(x.flip(1))[0]).abs().max()
-    # The sampler and the point of two heads begin with equal weights; they learn the order.
-    assert change < 1e-5 if name in ("amn", "sampler", "two_heads") else change > 1e-3
+    # The sampler and the point of several heads begin with equal weights; they learn the order.
+    assert change < 1e-5 if name in ("amn", "sampler", "two_heads", "committee") else change > 1e-3
 
 
 # Samples
@@ -404,6 +405,50 @@ def test_two_heads_are_two_bilinear_models_on_one_context():
     assert torch.equal(unit, model(x)[1])
     assert torch.nn.functional.cosine_similarity(unit, x.mean(1)).min() > 0.99  # the point begins as the mean
     assert torch.nn.functional.cosine_similarity(ranker, x[:, -1]).min() > 0.999  # and the ranker as copying
+
+
+def plain_gated(w, context):
+    """One window's ranker, by loops over plain numbers."""
+    length, dim = context.shape
+    seen = [float(row @ x) for x in context for row in w["view.weight"]]
+    seen += [2 * float(context[i] @ context[j]) for i in range(length) for j in range(i + 1, length)]
+    hidden = w["hidden.weight"] @ torch.tensor(seen) + w["hidden.bias"]
+    hidden = torch.tensor([h * 0.5 * (1 + math.erf(h / math.sqrt(2))) for h in hidden.tolist()])
+    gate = w["gate.weight"] @ hidden + w["gate.bias"]
+    copied = sum((w["weights"][t] + gate[t]) * context[t] for t in range(length))
+    mixed = sum((w["mixture"][t] + gate[length + t]) * context[t] for t in range(length))
+    mean = sum(context) / length
+    both = (w["left.weight"] @ context[-1]) * (w["right.weight"] @ mean) * math.sqrt(dim)
+    return copied + w["metric.weight"] @ mixed + w["product.weight"] @ both
+
+
+def test_a_committee_ranks_by_the_sum_of_its_members_unit_vectors():
+    x, model = contexts(size=6), models.build("committee", 24)
+    generator = torch.Generator().manual_seed(3)
+    for p in model.parameters():  # away from the start, where gate and product are near 0
+        p.data = torch.randn(p.shape, generator=generator) / 4
+    with torch.no_grad():
+        _, _, ranker = model.eval().heads(x)
+        members = []
+        for member in model.members:
+            w = {name: p for name, p in member.named_parameters()}
+            members.append(torch.stack([plain_gated(w, c) for c in x]))
+        votes = sum(m / m.norm(dim=1, keepdim=True) for m in members)
+        assert torch.allclose(ranker, votes / votes.norm(dim=1, keepdim=True), atol=1e-5)
+        for member in model.members:
+            member.drop.p = member.drop_hidden.p = 0.0
+        alone = model.train().heads(x)[2]
+    assert alone.shape == (6, 3, 24)
+    for i, m in enumerate(members):
+        assert torch.allclose(alone[:, i], m / m.norm(dim=1, keepdim=True), atol=1e-5)
+
+
+def test_a_committee_begins_as_copying():
+    x, model = contexts(384, size=50), build("committee", 384)
+    with torch.no_grad():
+        _, unit, ranker = model.eval().heads(x)
+    assert torch.nn.functional.cosine_similarity(unit, x.mean(1)).min() > 0.99
+    assert torch.nn.functional.cosine_similarity(ranker, x[:, -1]).min() > 0.999
 
 
 @pytest.mark.parametrize("name", ["amn", "bilinear"])

@@ -20,6 +20,7 @@ COMMON = {
     "device": "auto",
     "precision": "auto",
     "log_every": 200,
+    "optimizer.schedule": "plateau",
     "fast": False,
     "optimizer.lr": 5e-4,
     "optimizer.weight_decay": 0.01,
@@ -44,7 +45,7 @@ COMMON = {
     "rewind": None,
     "trouble": "go_on",
 }
-OURS = {"rank", "two_heads", "share", "pi", "bounded", "margin", "energy"}  # after the handbook's
+OURS = {"rank", "two_heads", "committee", "share", "pi", "bounded", "margin", "energy"}  # after the handbook's
 
 
 def row(

@@ -198,7 +198,7 @@ def test_every_version_trains(name, data, tmp_path):
 
 @pytest.mark.parametrize("model", models.ARCHITECTURES)
 def test_every_model_trains_and_reloads(model, data, tmp_path):
-    name = "two_heads" if model == "two_heads" else "v22"  # two heads need two losses
+    name = model if model in ("two_heads", "committee") else "v22"  # several heads need two losses
     v = version(name, model=model, epochs=1, overrides={"batch_size": 64})
     run = finish(lvm.train(v, data, tmp_path / "run"))
     again = lvm.train(v, data, tmp_path / "run")
@@ -239,11 +239,12 @@ def test_a_seed_decides_everything_and_leaves_the_stream_alone(data, tmp_path):
         ("transformer", 2, 1, "float32"),
         ("transformer", 2, 1, "bfloat16"),
         ("bilinear", 4, 2, "float32"),  # by the listwise loss: the temperature and the rivals' stream, too
+        ("committee", 4, 2, "float32"),  # its learning rate falls with every step
         ("sampler", 4, 2, "float32"),  # by the energy score: the samples' stream, too
     ],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(data, tmp_path, stop, model, epochs, precision):
-    name = {"bilinear": "rank", "sampler": "energy"}.get(model, "v22")
+    name = {"bilinear": "rank", "sampler": "energy", "committee": "committee"}.get(model, "v22")
     v = version(name, model=model, epochs=epochs, precision=precision)
     whole = finish(lvm.train(v, data, tmp_path / "whole"))
     part = iter(lvm.train(v, data, tmp_path / "part"))
@@ -558,6 +559,23 @@ def test_the_multiplier_of_a_run_is_the_sum_of_its_shortfalls(data, tmp_path):
     assert run.history["rho_gradient"].isna().all()  # there is no mean square to compare with
 
 
+def test_a_cosine_takes_the_learning_rate_from_its_height_to_0_step_by_step(data, tmp_path, monkeypatch):
+    v = version("rank", model="bilinear", epochs=3, batch_size=16, overrides={"optimizer": {"schedule": "cosine"}})
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(self, *arguments, **options):
+        rates.append({group["lr"] for group in self.param_groups})
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    run = finish(lvm.train(v, data, tmp_path / "run"))
+    batches = math.ceil(len(data.train) / 16)
+    expected = [v.optimizer.lr * math.cos(math.pi * i / (2 * 3 * batches)) ** 2 for i in range(3 * batches)]
+    assert all(len(r) == 1 for r in rates)
+    np.testing.assert_allclose([min(r) for r in rates], expected, rtol=1e-9)
+    np.testing.assert_allclose(run.history["learning_rate"], expected[::batches], rtol=1e-5)
+
+
 @pytest.mark.parametrize("name, model", [("share", "lstm"), ("pi", "amn"), ("bounded", "bilinear"), ("margin", "amn")])
 def test_an_interrupted_run_remembers_its_controller(data, tmp_path, name, model):
     v = version(name, model=model, log_every=1)
@@ -732,7 +750,8 @@ def test_lowered_steps_are_those_of_autocast(name, data):
             torch.manual_seed(step)
             with torch.autocast("cpu", torch.bfloat16):
                 raw, _, ranker = model.train().heads(context)
-            (raw - y).square().mean().add((ranker * y).sum(1).mean()).backward()
+            ranks = (ranker * (y if ranker.ndim == 2 else y[:, None])).sum(-1).mean()
+            (raw - y).square().mean().add(ranks).backward()
             found.append(raw.detach())
         lowered.hand_over()
         assert torch.equal(*found)
@@ -761,7 +780,7 @@ def test_clip_is_torchs(most):
     assert 2.0 < norm < 1e9  # both cases were met
 
 
-@pytest.mark.parametrize("name", ["p6", "v22", "v23_confident", "rank", "two_heads", "energy", "margin"])
+@pytest.mark.parametrize("name", ["p6", "v22", "v23_confident", "rank", "two_heads", "committee", "energy", "margin"])
 def test_backward_gives_the_gradient_of_the_total(name, data):
     v = lvm.version(name)
     torch.manual_seed(0)
