@@ -6,7 +6,8 @@ from .export import export, load
 from .fivecat import fivecat
 from .models import baselines
 from .params import changes, check_injected, known_versions, version, watched
-from .training import open_run, run_folder, train, validate
+from .runs import open_run, run_folder
+from .training import train, validate
 from .vectors import dataset
 from .verdict import checklist, comparison, reading, verdict
 

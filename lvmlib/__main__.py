@@ -34,7 +34,7 @@ from .encode import store_folder
 from .errors import LVMError, said
 from .files import TROUBLE, job_folder, set_aside, told, write_whole
 from .params import ROOT, Version, check_given, data_name, files, outputs, version
-from .training import differences, run_folder
+from .runs import differences, run_folder
 
 USAGE = """usage: python -m lvmlib train [papermill options, such as -p version v22 -p seed 1]
        python -m lvmlib encode -p source FOLDER -p out NAME [papermill options, such as -p unit sentence]

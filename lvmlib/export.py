@@ -40,7 +40,8 @@ from . import models, untrusted
 from .errors import LVMError, extra, said
 from .files import write_whole
 from .fivecat import INSTRUMENT, Report
-from .training import Run, check_best, open_run, pick_device
+from .runs import check_best, open_run
+from .training import Run, pick_device
 from .vectors import DIRECTIONS, writing
 from .verdict import reading, verdict
 

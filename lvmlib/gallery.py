@@ -31,7 +31,7 @@ from .files import hold, sync, told, write_whole
 from .fivecat import GATES, INSTRUMENT
 from .page import page, read, render, title
 from .params import ROOT, data_name, files, merge, outputs, resolved
-from .training import EARLIER, open_run
+from .runs import EARLIER, open_run
 from .untrusted import NOTEBOOK, read_bytes, read_json
 from .verdict import checklist
 

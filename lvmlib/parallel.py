@@ -371,7 +371,7 @@ def join(device: str) -> Team:
 def main(arguments: list[str]) -> int:
     """`python -m lvmlib parallel FOLDER`: train the run that stands prepared or interrupted in FOLDER; one of the
     processes of torchrun or srun."""
-    from . import params, training, vectors  # which know this room
+    from . import params, runs, training, vectors  # which know this room
 
     attached = arguments[1:] == [ATTACHED]
     if not arguments or (arguments[1:] and not attached):
@@ -381,7 +381,7 @@ def main(arguments: list[str]) -> int:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     folder, team = Path(arguments[0]), ALONE
     try:
-        version = params.resolved(training.open_run(folder)[0]["parameters"], f"{folder / 'run.yaml'}: parameters")
+        version = params.resolved(runs.open_run(folder)[0]["parameters"], f"{folder / 'run.yaml'}: parameters")
         team = join(version.device)
         data = vectors.dataset(
             version.data, version.horizon, version.context_length, fast=version.fast, direction=version.direction

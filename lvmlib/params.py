@@ -32,6 +32,7 @@ OUTPUTS = ROOT / "outputs"
 UNFIT = set('\\*?"<>|`${};')  # signs that no name of a folder made here has: those of paths, shells and markup
 LONGEST = 200  # bytes of such a name
 GENERATIVE = ("sampler",)  # the models that have samples
+SEVERAL_HEADS = ("two_heads", "committee")  # those whose ranker is another vector than their point
 ACTIONS = ("go_on", "stop", "rewind")  # what a run does at an alarm
 Steps = tuple[tuple[int, float], ...]  # ((first epoch, value), …): a value holds until the next first epoch
 
@@ -555,7 +556,7 @@ def _check(v: Version, where: str) -> None:
     needed = (
         "one with a single head: losses.mean_square or losses.listwise.weight is 0, and a head would stay untrained"
     )
-    need(v.model not in ("two_heads", "committee") or both, "model", v.model, needed)
+    need(v.model not in SEVERAL_HEADS or both, "model", v.model, needed)
     needed = "val_loss or novel_mrr, as losses.energy.weight is 0"
     need(v.select != "val_energy" or energy.weight > 0, "select", v.select, needed)
     need(

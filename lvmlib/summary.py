@@ -14,7 +14,8 @@ from . import untrusted
 from .errors import LVMError
 from .fivecat import INSTRUMENT, PROFILES
 from .params import Version, flat, known_versions, outputs, version
-from .training import EARLIER, NOT_COMPARED, open_run, run_folder, train
+from .runs import EARLIER, NOT_COMPARED, open_run, run_folder
+from .training import train
 from .vectors import Dataset, plain_name
 
 # column: (profile, split, gate, measure) of the 5CAT tables

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from . import files, fingerprint, untrusted
 from .errors import LVMError, said
 from .params import Version, _nearest, merge, outputs, version
-from .training import dataset_record, differences, open_run, run_folder
+from .runs import dataset_record, differences, open_run, run_folder
 from .vectors import dataset
 
 # workflow/sweep.yaml says what each of them means.

@@ -11,7 +11,7 @@ import yaml
 from test_training import make_data, same, version, weights, without_times
 
 import lvmlib as lvm
-from lvmlib import alarms, controller, losses, parallel, params, training
+from lvmlib import alarms, controller, losses, parallel, params, runs, training
 from lvmlib.errors import LVMError
 from lvmlib.health import Moments
 
@@ -37,7 +37,7 @@ def on(name="v22", trouble="go_on", epochs=3, model="amn", lr=None, batch_size=N
 
 def row(epoch, **values):
     """A good epoch, but for `values`."""
-    good = dict.fromkeys(training.EPOCH_COLUMNS, 0.0) | {
+    good = dict.fromkeys(runs.EPOCH_COLUMNS, 0.0) | {
         "mse": 0.002, "val_cos": 0.5, "margin": -0.2, "novel_mrr": 0.2, "gap": -0.1, "learning_rate": 5e-4,
         "effective_rank": 30.0, "rank_share": 0.3, "variance_share": 0.8, "lambda_eff": 0.01, "rho": 0.2,
     }  # fmt: skip
@@ -148,9 +148,9 @@ def test_one_alarm_a_kind_for_all_epochs():
 
 
 def test_rows_from_before_the_columns_were_logged_say_what_they_can():
-    old = [row(i, **dict.fromkeys(training.LATER, math.nan)) for i in (1, 2)]
+    old = [row(i, **dict.fromkeys(runs.LATER, math.nan)) for i in (1, 2)]
     assert told("v22", old) == {}
-    found = told("v22", [*old, row(3, **dict.fromkeys(training.LATER, math.nan), val_cos=-0.1)])
+    found = told("v22", [*old, row(3, **dict.fromkeys(runs.LATER, math.nan), val_cos=-0.1)])
     assert found["collapse"].what == "the validation cosine is -0.100: away from the targets"
 
 

@@ -25,7 +25,7 @@ from test_training import guarded, make_data
 from test_training import version as toy
 
 import lvmlib as lvm
-from lvmlib import controller, files, training, vectors
+from lvmlib import controller, files, runs, training, vectors
 from lvmlib.errors import LVMError
 
 
@@ -45,7 +45,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(training, "WAIT", 0.3)
+    monkeypatch.setattr(runs, "WAIT", 0.3)
     monkeypatch.setattr(training, "commit", lambda: "a commit")  # whoever edits meanwhile changes nothing
 
 
@@ -240,12 +240,12 @@ def test_a_second_process_is_told_who_trains(data, whole, tmp_path):
 
 
 def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "WAIT", 30.0)
+    monkeypatch.setattr(runs, "WAIT", 30.0)
     lock, stack = tmp_path / "run.lock", contextlib.ExitStack()
-    with another_process(lambda: stack.enter_context(training._held(tmp_path / "run"))) as pid:
+    with another_process(lambda: stack.enter_context(runs.held(tmp_path / "run"))) as pid:
         real = time.sleep
         monkeypatch.setattr(time, "sleep", lambda s: (os.kill(pid, signal.SIGKILL), real(s)))
-        with training._held(tmp_path / "run"):
+        with runs.held(tmp_path / "run"):
             assert f"process {os.getpid()} on" in lock.read_text()
         assert f"process {pid} on" in capsys.readouterr().out
     assert not lock.exists()
@@ -259,7 +259,7 @@ def test_a_lock_that_was_left_is_no_lock(data, whole, tmp_path):
 
 def test_a_finished_run_is_read_under_a_lock(data, whole, tmp_path):
     goes_on(tmp_path / "run", data, whole)
-    with another_process(lambda: training._held(tmp_path / "run").__enter__()):
+    with another_process(lambda: runs.held(tmp_path / "run").__enter__()):
         run = lvm.train(version(), data, tmp_path / "run")
         assert len(list(run)) == 3 and run.best
 

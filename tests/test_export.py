@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import yaml
 
 import lvmlib as lvm
-from lvmlib import models, vectors
+from lvmlib import models, params, vectors
 from lvmlib.errors import LVMError
 from lvmlib.export import CARD, CONFIG, FILES, ONNX_TOLERANCE, WEIGHTS, card, push, to_onnx
 
@@ -542,7 +542,7 @@ def test_onnx_gives_what_torch_gives(name, runtime, tmp_path, monkeypatch):
             raw, _, ranks = model.heads(x)
         np.testing.assert_allclose(point, raw.numpy(), atol=ONNX_TOLERANCE * float(raw.abs().max()), rtol=0)
         np.testing.assert_allclose(ranker, ranks.numpy(), atol=ONNX_TOLERANCE * float(ranks.abs().max()), rtol=0)
-    if name in ("two_heads", "committee"):
+    if name in params.SEVERAL_HEADS:
         assert not np.allclose(ranker, F.normalize(torch.from_numpy(point), dim=-1).numpy(), atol=1e-2)
 
 

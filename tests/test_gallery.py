@@ -17,7 +17,7 @@ import yaml
 from nbformat import v4
 
 import lvmlib as lvm
-from lvmlib import alarms, files, fingerprint, gallery, page, plots, training
+from lvmlib import alarms, files, fingerprint, gallery, page, plots, runs
 from lvmlib.errors import LVMError
 from lvmlib.params import ROOT
 
@@ -278,11 +278,11 @@ def test_no_file_is_read_without_a_limit(outputs, tmp_path, monkeypatch):
     (folder / "steps.csv").unlink()
     os.mkfifo(folder / "steps.csv")
     with pytest.raises(LVMError, match=r"steps\.csv is no plain file"):
-        training.open_run(folder)
+        runs.open_run(folder)
     with open(folder / "epochs.csv", "ab") as file:
         file.truncate(1 << 40)
     with pytest.raises(LVMError, match=r"epochs\.csv is larger than 1024 MiB"):
-        training.open_run(folder)
+        runs.open_run(folder)
 
 
 def test_a_folder_that_is_no_gallery_is_never_touched(outputs, tmp_path):
@@ -466,9 +466,9 @@ def test_a_run_of_a_dataset_of_any_name_has_a_card(outputs, tmp_path, name):
     root = tmp_path / "outputs"
     shutil.copytree(outputs / "wikipedia" / "v22" / "unjudged", root / name / "v22" / "seed0-amn")
     shutil.copytree(outputs / "fast", root / "fast", dirs_exist_ok=True)
-    for fast, runs in ((False, 1), (True, 2)):
+    for fast, whole in ((False, 1), (True, 2)):
         _, counts = gallery.build(tmp_path / "site", root, fast=fast)
-        assert counts["runs"] == runs
+        assert counts["runs"] == whole
 
 
 def test_an_empty_folder_is_said_so(tmp_path):

@@ -31,7 +31,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lvmlib as lvm
-from lvmlib import LVMError, __main__, encode, files, page, plots, readout, summary, sweep, training, untrusted
+from lvmlib import LVMError, __main__, encode, files, page, plots, readout, runs, summary, sweep, training, untrusted
 from lvmlib import vectors as V
 from lvmlib.alarms import Alarm
 from lvmlib.params import ROOT, check_injected, data_name
@@ -82,7 +82,7 @@ def best(place):
 
 
 def table(place):
-    return training.open_run(place.run)
+    return runs.open_run(place.run)
 
 
 def judged(place):

@@ -311,6 +311,8 @@ def test_the_models_with_samples_are_those_that_have_them():
     from lvmlib import models
 
     assert [name for name, kind in models.ARCHITECTURES.items() if hasattr(kind, "samples")] == list(params.GENERATIVE)
+    several = [name for name, kind in models.ARCHITECTURES.items() if "heads" in vars(kind)]
+    assert several == list(params.SEVERAL_HEADS)
 
 
 @pytest.mark.parametrize("overrides", ["optimizer.lr=1", ["epochs"], 3, [("epochs", 3)], True])
@@ -754,6 +756,8 @@ def test_a_dataset_named_in_digits_is_a_name():
         ("v22", "model", "two_heads", "a head would stay untrained"),
         ("two_heads", "losses.mean_square", 0.0, "a head would stay untrained"),
         ("two_heads", "losses.listwise.weight", 0.0, "a head would stay untrained"),
+        ("committee", "losses.mean_square", 0.0, "a head would stay untrained"),
+        ("v22", "optimizer.schedule", "linear", "plateau, cosine"),
         ("rank", "losses.listwise.candidates", 1, "at least 2"),
         ("bounded", "control.constraint", {"measure": "cosines", "at_least": 0.4}, "did you mean 'cosine'"),
         ("v22", "control.constraint", {"measure": "cosine"}, "missing"),

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import lvmlib as lvm
-from lvmlib import controller, files, losses, lowering, models, summary, training, vectors
+from lvmlib import controller, files, losses, lowering, models, params, runs, summary, training, vectors
 from lvmlib.errors import LVMError
 from lvmlib.fivecat import score
 
@@ -79,7 +79,7 @@ def test_a_run_leaves_what_the_readme_promises(data, tmp_path):
     assert record["dataset"]["fingerprint"] == data.store.fingerprint
     assert record["finished"]["peak_memory_mib"] > 0
     assert record["software"]["torch"] == torch.__version__
-    assert tuple(epochs.columns) == training.EPOCH_COLUMNS and epochs["epoch"].tolist() == [1, 2, 3]
+    assert tuple(epochs.columns) == runs.EPOCH_COLUMNS and epochs["epoch"].tolist() == [1, 2, 3]
     per_epoch = math.ceil(len(data.train) / 32)
     wanted = sorted({1, 3 * per_epoch, *range(2, 3 * per_epoch + 1, 2)})
     assert steps["step"].tolist() == wanted  # the first, every second, the last
@@ -198,7 +198,7 @@ def test_every_version_trains(name, data, tmp_path):
 
 @pytest.mark.parametrize("model", models.ARCHITECTURES)
 def test_every_model_trains_and_reloads(model, data, tmp_path):
-    name = model if model in ("two_heads", "committee") else "v22"  # several heads need two losses
+    name = model if model in params.SEVERAL_HEADS else "v22"  # several heads need two losses
     v = version(name, model=model, epochs=1, overrides={"batch_size": 64})
     run = finish(lvm.train(v, data, tmp_path / "run"))
     again = lvm.train(v, data, tmp_path / "run")
@@ -472,7 +472,7 @@ def test_backward_is_forward_on_the_articles_written_backwards(data, tmp_path):
     finish(run)
     found, wanted = (training.validate(run.best, d.val) for d in (backward, turned))
     assert found == pytest.approx(wanted, rel=1e-5)
-    assert training.run_folder(own).name == "seed0-amn-backward"
+    assert runs.run_folder(own).name == "seed0-amn-backward"
 
 
 def test_windows_of_the_other_direction_are_refused(data, tmp_path):
@@ -497,7 +497,7 @@ def test_a_run_from_before_a_column_was_logged_is_reused(data, tmp_path):
     folder = tmp_path / "run"
     finish(lvm.train(version(), data, out=folder))
     record = yaml.safe_load((folder / "run.yaml").read_text())
-    for key in training.EARLIER:  # nor did the first runs have these parameters
+    for key in runs.EARLIER:  # nor did the first runs have these parameters
         *inside, last = key.split(".")
         of = record["parameters"]
         for name in inside:
@@ -505,9 +505,7 @@ def test_a_run_from_before_a_column_was_logged_is_reused(data, tmp_path):
         del of[last]
     (folder / "run.yaml").write_text(yaml.safe_dump(record))
     for name in ("epochs.csv", "steps.csv"):
-        pd.read_csv(folder / name).drop(columns=list(training.LATER), errors="ignore").to_csv(
-            folder / name, index=False
-        )
+        pd.read_csv(folder / name).drop(columns=list(runs.LATER), errors="ignore").to_csv(folder / name, index=False)
     run = lvm.train(version(), data, out=folder)
     assert run.found == "finished" and run.history["escape"].isna().all() and run.history["val_cos"].notna().all()
     with pytest.raises(LVMError, match="direction: 'forward' there, 'backward' here"):
