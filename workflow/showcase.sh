@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 unset LVM_FAST OMP_NUM_THREADS
 python=.venv/bin/python shown=outputs/showcase
-versions="p6 v1 v2 v21 v22" ours="margin bounded rank two_heads energy"
+versions="p6 v1 v2 v21 v22" ours="margin bounded rank two_heads committee energy"
 LVM_OUTPUTS=outputs/runs-$("$python" -c "
 import hashlib, json, sys
 from lvmlib import fingerprint
