@@ -592,14 +592,12 @@ def convert(
             sheet["source_sha256"] = {key: store_format.sha256_file(path) for key, path in paths.items()}
             shutil.rmtree(scratch)
             try:
-                store = store_format.seal(partial, name or default_name(paths), articles, sheet)
+                store_format.seal(partial, name or default_name(paths), articles, sheet)
             except LVMError as e:
                 raise LVMError(str(e).replace(str(partial), str(folder))) from e
     except OSError as e:
         raise LVMError(f"{folder}: cannot be written ({e.strerror or e}); make room, or name another folder") from e
-    if store.texts is not None:
-        store.texts.path = folder / "texts.jsonl"  # it was opened under the partial name
-    return store
+    return store_format.open_store(folder)
 
 
 def _paths(files) -> dict[str, Path]:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from fuzz_importers import LENGTH, Runs, cut, dicts, world
 
+import lvmlib as lvm
 from lvmlib import importers as I
 from lvmlib import npz as npz_format
 from lvmlib import vectors as V
@@ -474,6 +475,15 @@ def test_opened_converts_once(tmp_path, monkeypatch):
     assert len(list((tmp_path / "outputs" / "imported").iterdir())) == 2
     alone = I.opened(str(paths["articles"]))
     assert alone.given is None and len(list((tmp_path / "outputs" / "imported").iterdir())) == 3
+
+
+def test_what_was_just_converted_can_be_trained_on(tmp_path, monkeypatch):
+    """A run asks before each epoch whether the store is still what was opened: it has to know its last place."""
+    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "outputs"))
+    data = V.dataset(str(article_file(tmp_path, *world())))
+    V.check_unchanged(data.store)
+    own = lvm.version("p6", {"batch_size": 64}, data="files", model="amn", epochs=1, device="cpu", precision="float32")
+    assert len(list(lvm.train(own, data, tmp_path / "run"))) == 1
 
 
 def test_a_damaged_conversion_says_what_to_delete(tmp_path, monkeypatch):

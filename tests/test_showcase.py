@@ -13,7 +13,8 @@ from lvmlib import __main__ as commands
 from lvmlib.params import ROOT
 
 SHOWN = ROOT / "outputs" / "showcase"
-NOT_OURS = {"data-english-sentences", "compare-english-random", "compare-english-topic"}  # its vectors are not ours to share
+# Their vectors are not ours to share.
+NOT_OURS = {"data-english-sentences", "compare-english-random", "compare-english-topic"}
 PYTHON = """#!/bin/bash
 # In place of the environment's Python: says what it was asked, and makes what is copied from a run.
 if [ "$1" = -c ]; then exec {python} "$@"; fi
