@@ -79,6 +79,25 @@ def test_it_makes_every_committed_notebook_by_parameters_that_there_are(script, 
     assert "7" not in threads and threads[-4:] == [""] * 4  # what measures has the machine's own number
 
 
+def test_started_again_it_does_what_was_not_done(script, tmp_path):
+    log = tmp_path / "log"
+    first = script('case "$*" in *"v22 -p model gru"*) exit 3 ;; esac' + MADE)
+    assert first.wait(timeout=300) == 123
+    before = log.read_text(encoding="utf-8").splitlines()
+    log.unlink()
+    page = tmp_path / "outputs" / "showcase" / "controls.ipynb"
+    made = 'if [ "$3" = render ]; then touch "$5"; fi\n' + MADE
+    assert script(made).wait(timeout=300) == 0  # the pages that were not there are made anew
+    after = log.read_text(encoding="utf-8").splitlines()
+    assert not {line for line in before if line.startswith("train") and "gru" not in line} & set(after)
+    assert any("gru" in line for line in after) and sum("render" in line for line in after) == 12 and page.exists()
+    log.unlink()
+    page.unlink()
+    assert script(made).wait(timeout=300) == 0
+    again = [shlex.split(line)[:2] for line in log.read_text(encoding="utf-8").splitlines()]
+    assert again == [["render", "notebooks/controls.ipynb"], ["table"]]
+
+
 def test_a_command_that_fails_is_named_and_stops_no_other_of_its_kind(script, tmp_path):
     running = script('case "$*" in *"v1 "*) exit 3 ;; esac' + MADE)
     _, said = running.communicate(timeout=300)

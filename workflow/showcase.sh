@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
 # All that is committed under outputs/showcase/, from nothing; called by `make showcase`. The runs have a folder of their
-# own, named by the code, versions and data that they are of: stopped, this goes on; after a change all is made anew.
+# own, named by the code, versions and data that they are of: stopped, this goes on; after a change there all is made anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 unset LVM_FAST OMP_NUM_THREADS
 python=.venv/bin/python shown=outputs/showcase
 versions="p6 v1 v2 v21 v22" ours="margin bounded rank two_heads committee energy"
-LVM_OUTPUTS=outputs/runs-$("$python" -c "
+read -r runs pages < <("$python" -c "
 import hashlib, json, sys
-from lvmlib import fingerprint
+from lvmlib import fingerprint, params
+def short(of): return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
 files = {f'params/{name}.yaml' for name in ['base', *sys.argv[1:]]}
 of = fingerprint.sources(['training', 'fivecat']).items()
-of = sorted((file, code) for file, code in of if not file.startswith('params') or file in files)
-print(hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12])" $versions $ours)
-export LVM_OUTPUTS
+templates = sorted((params.ROOT / 'notebooks').glob('*.ipynb'))
+print(short(sorted((file, code) for file, code in of if not file.startswith('params') or file in files)),
+      short([fingerprint.notebook(json.loads(t.read_text(encoding='utf-8'))) for t in templates]))" $versions $ours)
+export LVM_OUTPUTS=outputs/runs-$runs
+export DONE=$LVM_OUTPUTS/done-$pages # a file for each command that ended well, by this state of all notebooks and rooms
+mkdir -p "$DONE"
 
 # As many at a time as there are cores, but eight: each has a GPU's memory or some gigabytes to share with the others.
 cores=$("$python" -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
@@ -22,7 +26,11 @@ threads=$((cores > jobs ? cores / jobs : 1))
 # Terminated, all that was started ends, too. A shell that waits by `wait` hears of it at once, in a pipe only at its end.
 trap 'trap - TERM; kill 0' TERM
 # Lines on stdin, each the arguments of a `python -m lvmlib`; where one fails the others still run to their end.
-each() { xargs -P "$1" -L 1 sh -c '"$0" -m lvmlib "$@" || { echo "FAILED: $*" >&2; exit 1; }' "$python" <&0 & wait $!; }
+each() {
+    xargs -P "$1" -L 1 sh -c 'done=$DONE/$(printf %s "$*" | tr -c "A-Za-z0-9.-" _)
+        if [ -e "$done" ] && { [ "$1" != render ] || [ -e "$3" ]; }; then exit 0; fi
+        "$0" -m lvmlib "$@" && : >"$done" || { echo "FAILED: $*" >&2; exit 1; }' "$python" <&0 & wait $!
+}
 together() { OMP_NUM_THREADS=$threads each "$jobs"; }
 alone() { each 1; }
 family() { # MODEL, OPTIONS: every version of the family with three seeds
