@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from parallel_worker import CASES, case, data, without_chance
+from parallel_worker import BFLOAT16, CASES, case, data, without_chance
 from test_training import make_data, version
 
 import lvmlib as lvm
@@ -23,6 +23,7 @@ from lvmlib.errors import LVMError
 from lvmlib.params import ROOT
 
 EXACT = 1e-5
+ROUNDED = 0.01  # after ten steps in bfloat16, whose digits are eight
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,11 @@ def test_two_processes_have_the_losses_of_one(name, folder, tmp_path, monkeypatc
     list(lvm.train(case(name), data(), tmp_path / "one"))
     (_, one, one_steps), (record, two, two_steps) = history(tmp_path / "one"), history(folder / name)
     assert record["computed"]["processes"] == {1: 2} and len(one_steps) == 5 * len(one)
-    pd.testing.assert_frame_equal(two, one, rtol=EXACT, atol=EXACT)
-    pd.testing.assert_frame_equal(two_steps, one_steps, rtol=10 * EXACT, atol=10 * EXACT)
+    near = ROUNDED if name in BFLOAT16 else EXACT
+    pd.testing.assert_frame_equal(two, one, rtol=near, atol=near)
+    pd.testing.assert_frame_equal(two_steps, one_steps, rtol=10 * near, atol=10 * near)
     mine, theirs = weights(tmp_path / "one"), weights(folder / name)
-    assert all(torch.allclose(mine[k], theirs[k], rtol=0, atol=10 * EXACT) for k in mine)
+    assert all(torch.allclose(mine[k], theirs[k], rtol=0, atol=10 * near) for k in mine)
     if name == "v23_unguarded":
         assert one["rewound"].sum() == 1
 
