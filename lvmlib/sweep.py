@@ -92,6 +92,11 @@ def plan(config: Mapping[str, Any]) -> Sweep:
     return Sweep(runs, comparisons, c["threads"], c["gpus"])
 
 
+def training(planned: Sweep, folder: str) -> dict[str, Any]:
+    """The parameters of the run's train.ipynb, which alone makes use of several GPUs."""
+    return planned.runs[folder] | ({"devices": planned.gpus} if planned.gpus > 1 else {})
+
+
 def finished(comparison: Comparison) -> list[str]:
     """The executed train.ipynb of each of its runs that has finished."""
     there = (Path(folder) / "train.ipynb" for folder in comparison.runs)

@@ -245,6 +245,14 @@ def test_what_the_command_line_gives_is_laid_on_the_configuration(tmp_path):
     }  # fmt: skip
 
 
+def test_several_gpus_of_a_job_train_its_run():
+    for gpus, more in ((0, {}), (1, {}), (3, {"devices": 3})):
+        planned = sweep.plan(SMALL | {"gpus": gpus})
+        for folder, given in planned.runs.items():
+            assert sweep.training(planned, folder) == given | more and "devices" not in given
+    assert "values=training" in (WORKFLOW / "Snakefile").read_text(encoding="utf-8").split("use rule")[0]
+
+
 def test_a_job_takes_gpus_that_no_other_holds(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("notebook", WORKFLOW / "notebook.py")
     notebook = importlib.util.module_from_spec(spec)
