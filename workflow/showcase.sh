@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 unset LVM_FAST OMP_NUM_THREADS
 python=.venv/bin/python shown=outputs/showcase
-versions="p6 v1 v2 v21 v22" ours="margin bounded rank two_heads committee energy"
+versions="p6 v1 v2 v21 v22" ours="share pi margin bounded rank two_heads committee energy"
 read -r runs pages < <("$python" -c "
 import hashlib, json, sys
 from lvmlib import fingerprint, params
@@ -73,6 +73,7 @@ together < <(
     page compare compare-amn -p model amn -p versions "'$versions'"
     page fivecat fivecat-v22 -p version v22 -p seed 2
     page diagnostics diagnostics-v22 -p version v22 -p seed 2
+    page fivecat fivecat-energy -p version energy
 )
 
 alone < <( # these measure times: one after the other, with all cores
