@@ -23,7 +23,7 @@ from lvmlib.errors import LVMError
 from lvmlib.params import ROOT
 
 EXACT = 1e-5
-ROUNDED = 0.01  # after ten steps in bfloat16, whose digits are eight
+ROUNDED = 0.01  # after ten steps in bfloat16, of eight binary digits
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,11 @@ def test_two_processes_have_the_losses_of_one(name, folder, tmp_path, monkeypatc
     pd.testing.assert_frame_equal(two, one, rtol=near, atol=near)
     pd.testing.assert_frame_equal(two_steps, one_steps, rtol=10 * near, atol=10 * near)
     mine, theirs = weights(tmp_path / "one"), weights(folder / name)
-    assert all(torch.allclose(mine[k], theirs[k], rtol=0, atol=10 * near) for k in mine)
+    if name in BFLOAT16:  # the steps of Adam are as large where a gradient is all rounding: as a whole
+        apart = torch.cat([(mine[k] - theirs[k]).flatten() for k in mine])
+        assert apart.norm() < near * torch.cat([w.flatten() for w in mine.values()]).norm()
+    else:
+        assert all(torch.allclose(mine[k], theirs[k], rtol=0, atol=10 * near) for k in mine)
     if name == "v23_unguarded":
         assert one["rewound"].sum() == 1
 
