@@ -377,6 +377,7 @@ def card(config: Config, windows: Mapping[str, int], judged: dict | None, fast: 
     where = "after" if c.direction == "forward" else "before"
     gives = {
         "two_heads": "`model.heads(context)[2]`, of a head of its own, is the unit vector that ranks chunks.",
+        "gated": "`model.heads(context)[2]`, of a head of its own, is the unit vector that ranks chunks.",
         "committee": "`model.heads(context)[2]`, the sum of three rankers' unit vectors at length 1, ranks chunks.",
         "sampler": "The point is the mean of 32 samples; `model.samples(context, S)` draws others, (S, B, D).",
     }
@@ -494,8 +495,8 @@ def to_onnx(model: models.Predictor | str | os.PathLike, path: str | os.PathLike
     """Write a model, or that of an exported folder, as one ONNX file; returns its largest difference from torch.
 
     Input `context` (B, T, D) float32, any B; outputs `point` (B, D), the raw prediction, and `ranker` (B, D), the unit
-    vector that ranks chunks: the point at length 1, but for `two_heads` and `committee` that of the other heads. Of a
-    sampler the point alone is there, the mean of its 32 fixed samples; drawing more needs torch.
+    vector that ranks chunks: the point at length 1, but for `two_heads`, `gated` and `committee` that of the other
+    heads. Of a sampler the point alone is there, the mean of its 32 fixed samples; drawing more needs torch.
 
     The difference is relative to the largest magnitude of each output, over batches of 1, 3 and 64 random contexts of
     unit vectors, by ONNX Runtime on the CPU. Raises LVMError, and leaves no file, where it is above 1e-4

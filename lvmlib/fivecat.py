@@ -47,7 +47,7 @@ from .statistics import (
     median_over_articles,
     over_articles,
 )
-from .vectors import Dataset, Windows
+from .vectors import Dataset, Windows, on_device
 
 INSTRUMENT = 3  # raised whenever a definition changes: reports of different instruments do not compare
 PROFILES = ("calibrated", "original")
@@ -447,7 +447,7 @@ def judge(
     precision, device, batch_size = _precision(precision), device_of(model), batch_size or _batch_size(model)
 
     def both() -> tuple[pd.DataFrame, dict]:
-        with Gathering(windows, torch.from_numpy(windows.store.vectors).to(device), batch_size) as gathering:
+        with Gathering(windows, on_device(windows.store, device), batch_size) as gathering:
             frame = _judged(model, windows, seed, batch_size, precision, gathering, told)
             return frame, gathering.facts()
 
@@ -470,7 +470,7 @@ def _judged(
 ) -> pd.DataFrame:
     """The frame of `measure`; `gathering` is told of every batch, `told` of its size."""
     length, device, cut = windows.context_length, device_of(model), windows_key(windows)
-    vectors = torch.from_numpy(windows.store.vectors).to(device) if gathering is None else gathering.vectors
+    vectors = on_device(windows.store, device) if gathering is None else gathering.vectors
     articles, parts = Articles(windows, vectors), []
     steps = [((h - 1) * windows.horizon, h) for h in range(1, STEPS + 1)]
     offsets = [*OFFSETS, *(k for pair in steps for k in pair)]
@@ -618,7 +618,7 @@ def _finite(model: Predictor, context: Tensor, windows: Windows, index: np.ndarr
 def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataFrame:
     """The few columns of `measure` that need one pass of the model: article, target, loss, cosine, novel and possible
     rank."""
-    articles, parts = Articles(windows, torch.from_numpy(windows.store.vectors).to(device_of(model))), []
+    articles, parts = Articles(windows, on_device(windows.store, device_of(model))), []
     with _evaluating(model):
         for index in _batches(windows, batch_size):
             context, target = windows.batch(index, articles.vectors)

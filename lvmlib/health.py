@@ -26,7 +26,7 @@ from .kept import kept, windows_key
 from .models import Predictor, device_of
 from .retrieval import Articles
 from .statistics import over_articles
-from .vectors import Store, Windows
+from .vectors import Store, Windows, on_device
 
 NEIGHBOURS = 10  # k of the k-occurrence
 BANDS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # leading principal components left out when looking for escape
@@ -52,7 +52,7 @@ def health(model: Predictor, windows: Windows, batch_size: int = 512) -> dict:
     """
     training = model.training
     model.eval()
-    vectors = torch.from_numpy(windows.store.vectors).to(device_of(model))
+    vectors = on_device(windows.store, device_of(model))
     with Gathering(windows, vectors, batch_size) as gathering:
         for first in range(0, len(windows), batch_size):
             context, target = windows.batch(np.arange(first, min(first + batch_size, len(windows))), vectors)

@@ -261,6 +261,15 @@ class Gated(Predictor):
         return copied + self.metric(self.drop(mixed)) + self.product(self.drop(both))
 
 
+class GatedHeads(TwoHeads):
+    """As two heads, with one `Gated` for the ranker: a committee's member alone."""
+
+    def __init__(self, dim: int, context_length: int):
+        Predictor.__init__(self, dim, context_length)
+        self.point = Bilinear(dim, context_length, averaging=True, dropout=0.9)
+        self.ranker = Gated(dim, context_length)
+
+
 class Committee(Predictor):
     """`point` as of two heads; the ranker is the sum of the unit vectors of `MEMBERS` rankers that share nothing.
 
@@ -353,6 +362,7 @@ ARCHITECTURES = {
     "amn": AMN,
     "bilinear": Bilinear,
     "two_heads": TwoHeads,
+    "gated": GatedHeads,
     "committee": Committee,
     "sampler": Sampler,
 }

@@ -155,7 +155,8 @@ class Processes(Team):
         # Of the model alone: what stands in the loss itself (the temperature) has the whole gradient everywhere.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         with _together():
-            flat = self.fabric.all_reduce(torch.cat([g.flatten() for g in gradients]), reduce_op="sum")
+            flat = torch.cat([g.flatten() for g in gradients])
+            torch.distributed.all_reduce(flat)  # Fabric's own waits for all processes first, at every step
         parts = flat.split([g.numel() for g in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
@@ -165,7 +166,7 @@ class Processes(Team):
         figures = torch.zeros(self.size, 2, device=self.device)
         figures[self.rank] = torch.tensor([loss, float(length)])
         with _together():
-            figures = self.fabric.all_reduce(figures, reduce_op="sum")
+            torch.distributed.all_reduce(figures)
         low, high = figures.amin(0), figures.amax(0)
         if not bool((high - low <= AGREE * high.abs()).all()):
             raise LVMError(
@@ -188,7 +189,8 @@ class _Whole(torch.autograd.Function):
         whole = own.new_zeros(count, *own.shape[1:])
         whole[ctx.first : ctx.first + len(own)] = own[: max(0, count - ctx.first)]
         with _together():  # each row is one process's own and 0 from all others: their sum is exact
-            return team.fabric.all_reduce(whole, reduce_op="sum")
+            torch.distributed.all_reduce(whole)
+        return whole
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -203,9 +205,7 @@ def _together():
     """What fails in here fails because another process has ended."""
     try:
         yield
-    except LVMError:
-        raise
-    except torch.OutOfMemoryError:
+    except (LVMError, torch.OutOfMemoryError, torch.AcceleratorError):  # this process's own
         raise
     except RuntimeError as e:
         raise Lost(f"another process ended, or does not answer ({errors.said(e)})") from e

@@ -32,7 +32,7 @@ OUTPUTS = ROOT / "outputs"
 UNFIT = set('\\*?"<>|`${};')  # signs that no name of a folder made here has: those of paths, shells and markup
 LONGEST = 200  # bytes of such a name
 GENERATIVE = ("sampler",)  # the models that have samples
-SEVERAL_HEADS = ("two_heads", "committee")  # those whose ranker is another vector than their point
+SEVERAL_HEADS = ("two_heads", "gated", "committee")  # those whose ranker is another vector than their point
 ACTIONS = ("go_on", "stop", "rewind")  # what a run does at an alarm
 Steps = tuple[tuple[int, float], ...]  # ((first epoch, value), …): a value holds until the next first epoch
 
@@ -199,7 +199,7 @@ class Version:
     horizon: int  # the target is this many chunks after the context
     context_length: int
     direction: Literal["forward", "backward"]  # backward reads the articles reversed: the control of the arrow of time
-    model: Literal["transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "committee", "sampler"]
+    model: Literal["transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "gated", "committee", "sampler"]
     epochs: int
     select: Literal["val_loss", "novel_mrr", "val_energy"]  # what the best checkpoint is best in, on validation
     batch_size: int

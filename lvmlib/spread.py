@@ -35,7 +35,7 @@ from .errors import LVMError
 from .losses import distances
 from .models import Predictor, Weighted, device_of, fit_weights
 from .statistics import effective_articles, over_articles, paired
-from .vectors import Windows
+from .vectors import Windows, on_device
 
 SAMPLES = 39  # with the truth 40 places in the order
 TIE = 1e-6  # distances nearer than this are equal
@@ -106,7 +106,7 @@ def measure(
         raise LVMError(f"{type(model).__name__} has no samples; train a version whose model draws some (energy)")
     training, device = model.training, device_of(model)
     model.eval()
-    vectors, random = torch.from_numpy(windows.store.vectors).to(device), np.random.default_rng(seed)
+    vectors, random = on_device(windows.store, device), np.random.default_rng(seed)
     noise = torch.Generator(device).manual_seed(seed)
     parts = []
     for first in range(0, len(windows), batch_size):

@@ -76,7 +76,7 @@ from .runs import (
     open_run,
     run_folder,
 )
-from .vectors import DIRECTIONS, Dataset, Windows, check_unchanged
+from .vectors import DIRECTIONS, Dataset, Windows, check_unchanged, on_device
 
 EVALUATION_BATCH = 512
 GOOD = ("model", "optimizer", "plateau")  # what the checkpoints hold, without what the first ones did not
@@ -329,7 +329,7 @@ class Run:
                 self._write_good(model, optimizer, plateau, scale, memory, peak)
         if changed:
             self._write_tables()
-        vectors = torch.from_numpy(self.data.store.vectors).to(device)
+        vectors = on_device(self.data.store, device)
         articles = {s: Articles(getattr(self.data, s), vectors) for s in ("train", "val")}
         history, steps = self.history.to_dict("records"), self.steps.to_dict("records")
         for epoch in range(len(history) + 1, v.epochs + 1):
@@ -764,7 +764,7 @@ def validate(
     training = model.training
     model.eval()
     device = next(t.device for t in (*model.parameters(), *model.buffers()))
-    vectors = torch.from_numpy(windows.store.vectors).to(device) if vectors is None else vectors
+    vectors = on_device(windows.store, device) if vectors is None else vectors
     articles = Articles(windows, vectors) if articles is None else articles
     sums = torch.zeros(5, dtype=torch.float64)
     for first in range(0, len(windows), EVALUATION_BATCH):
@@ -801,7 +801,7 @@ def energy_score(
     training = model.training
     model.eval()
     device = models.device_of(model)
-    vectors = torch.from_numpy(windows.store.vectors).to(device) if vectors is None else vectors
+    vectors = on_device(windows.store, device) if vectors is None else vectors
     noise, total = torch.Generator(device).manual_seed(0), 0.0
     for first in range(0, len(windows), EVALUATION_BATCH):
         context, y = windows.batch(np.arange(first, min(first + EVALUATION_BATCH, len(windows))), vectors)

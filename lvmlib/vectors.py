@@ -15,7 +15,7 @@ A store is a folder:
 
 A window is a run of T consecutive chunks of one article and the target `horizon` chunks after the last of
 them. It is kept as one number, the row of its first chunk (8 bytes); vectors are gathered a batch at a time.
-Vectors and chunk table stay on disk, so a store may be larger than memory.
+Vectors and chunk table stay on disk, so a store may be larger than memory, or than a GPU's.
 """
 
 from __future__ import annotations
@@ -607,10 +607,10 @@ class Windows:
         """(B,) the rows of the targets of windows `index` (B,): `target[index]` without all the others."""
         return self.start[np.asarray(index)] + self.offsets[-1]
 
-    def batch(self, index, vectors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, index, vectors: torch.Tensor | OnDemand | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather windows `index` (B,): context (B, T, D) and target (B, D), float32.
 
-        `vectors` (M, D): the store's vectors as a tensor, where they already lie on a device.
+        `vectors` (M, D): the store's vectors for a device (`on_device`).
         """
         vectors = torch.from_numpy(self.store.vectors) if vectors is None else vectors
         rows = self.start[np.asarray(index)][:, None] + self.offsets  # (B, T + 1)
@@ -631,7 +631,33 @@ class Windows:
         return replace(self, start=self.start[keep])
 
 
-def announce(mapped: np.ndarray, rows: np.ndarray, read: torch.Tensor) -> None:
+class OnDemand:
+    """A store's vectors (M, D) for a device without room for them: rows are gathered in memory and sent as they are
+    asked for. It stands where the tensor on the device would: shape, device, and rows by index."""
+
+    def __init__(self, stored: torch.Tensor, device: torch.device):
+        self.stored, self.device, self.shape = stored, device, stored.shape
+
+    def __getitem__(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        return self.stored[rows if isinstance(rows, slice) else rows.to(self.stored.device)].to(self.device)
+
+    def index_select(self, dim: int, rows: torch.Tensor) -> torch.Tensor:
+        return self.stored.index_select(dim, rows.to(self.stored.device)).to(self.device)
+
+    def data_ptr(self) -> int:
+        return self.stored.data_ptr()
+
+
+def on_device(store: Store, device: torch.device) -> torch.Tensor | OnDemand:
+    """The store's vectors (M, D) where a model on `device` reads them: there, if they take no more than half of what is
+    free of a GPU's memory (the rest is for the model and its batches), else on demand. On a CPU they stay on disk."""
+    stored, device = torch.from_numpy(store.vectors), torch.device(device)
+    if device.type == "cuda" and stored.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return OnDemand(stored, device)
+    return stored.to(device)
+
+
+def announce(mapped: np.ndarray, rows: np.ndarray, read: torch.Tensor | OnDemand) -> None:
     """Tell the system which `rows` (B, R) of a memory-mapped array (M, D) are read next; does nothing if `read`, which
     they are taken from, is not that map itself.
 

@@ -17,7 +17,7 @@ from lvmlib.errors import LVMError
 from lvmlib.vectors import make_store, windows
 
 T, H = 5, 512
-NAMES = ("transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "committee", "sampler")
+NAMES = ("transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "gated", "committee", "sampler")
 
 
 @functools.cache
@@ -252,6 +252,7 @@ def plain_sampler(w, context):
 
 PLAIN = {
     "two_heads": plain_two_heads,
+    "gated": plain_two_heads,  # its point; the ranker: below
     "committee": plain_two_heads,  # its point; the rankers: below
     "transformer": plain_transformer,
     "gru": plain_gru,
@@ -348,7 +349,7 @@ def test_order_matters_but_to_amn(small):
     with torch.no_grad():
         change = (model(x)[0] - model(x.flip(1))[0]).abs().max()
     # The sampler and the point of several heads begin with equal weights; they learn the order.
-    assert change < 1e-5 if name in ("amn", "sampler", "two_heads", "committee") else change > 1e-3
+    assert change < 1e-5 if name in ("amn", "sampler", "two_heads", "gated", "committee") else change > 1e-3
 
 
 # Samples
@@ -443,8 +444,20 @@ def test_a_committee_ranks_by_the_sum_of_its_members_unit_vectors():
         assert torch.allclose(alone[:, i], m / m.norm(dim=1, keepdim=True), atol=1e-5)
 
 
-def test_a_committee_begins_as_copying():
-    x, model = contexts(384, size=50), build("committee", 384)
+def test_gated_heads_rank_as_a_member_of_a_committee_would():
+    x, model = contexts(size=6), models.build("gated", 24)
+    generator = torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator) / 4
+    with torch.no_grad():
+        w = dict(model.ranker.named_parameters())
+        plain = torch.stack([plain_gated(w, c) for c in x])
+        assert torch.allclose(model.eval().heads(x)[2], plain / plain.norm(dim=1, keepdim=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gated", "committee"])
+def test_a_committee_begins_as_copying(name):
+    x, model = contexts(384, size=50), build(name, 384)
     with torch.no_grad():
         _, unit, ranker = model.eval().heads(x)
     assert torch.nn.functional.cosine_similarity(unit, x.mean(1)).min() > 0.99

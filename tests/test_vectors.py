@@ -228,6 +228,29 @@ def test_batch_from_vectors_on_a_device_is_the_same():
     assert all(torch.equal(a, b) for a, b in zip(own, given, strict=True))
 
 
+def test_vectors_go_to_a_device_that_has_room_and_on_demand_to_one_that_has_not(tmp_path, monkeypatch):
+    store = V.open_store(V.write_store(random_store(5, np.float16), tmp_path / "s"))
+    assert V.on_device(store, "cpu").data_ptr() == store.vectors.ctypes.data  # the map itself
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * store.vectors.nbytes - 1, 0))
+    lazy = V.on_device(store, gpu)
+    assert isinstance(lazy, V.OnDemand) and lazy.device == gpu and lazy.shape == store.vectors.shape
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * store.vectors.nbytes, 0))
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append((len(self), device)))
+    V.on_device(store, gpu)
+    assert moved == [(len(store.vectors), gpu)]
+
+
+def test_on_demand_gives_what_the_tensor_gives():
+    w = V.windows(random_store(5, np.float16), "train")
+    whole, rows = torch.from_numpy(w.store.vectors), torch.tensor([[3, 1], [0, 7]])
+    lazy = V.OnDemand(whole, torch.device("cpu"))
+    assert torch.equal(lazy[rows], whole[rows]) and torch.equal(lazy[2:9], whole[2:9])
+    assert torch.equal(lazy.index_select(0, rows[0]), whole[rows[0]]) and lazy.data_ptr() == whole.data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(w.batch([0, 1], lazy), w.batch([0, 1]), strict=True))
+
+
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_batches_cover_all_in_order(size):
     w = V.windows(random_store(2), "train")
