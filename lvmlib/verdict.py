@@ -250,6 +250,8 @@ LABELS = {
     "collapsed": "the predictions hardly depend on the context",
     "escape": "the margin is bought by fleeing from the context: escape, not knowledge",
     "knowledge": "it tells the next chunk from the article's others better than any arithmetic on the context",
+    "knowledge, and escape": "it tells the next chunk from the article's others better than any arithmetic on the "
+    "context; the margin of its point is bought all the same by fleeing from the context",
     "below arithmetic": "arithmetic on the context, with no training, does it better",
     "not told apart": "it cannot be told from arithmetic on the context",
 }
@@ -260,9 +262,11 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
 
     By the novel MRR against the best of what it is compared with, on the same windows: knowledge where the interval of
     the difference lies above 0 on every split, and that among possible targets alone, too (else it may only know what
-    an article's opening looks like: no target). Else collapsed: the predictions' variance is below a tenth of the
-    targets' on every split; else escape: named so on a split (`Report.escapes`) and above arithmetic on none; else
-    below arithmetic where the difference lies below 0 on a split, otherwise not told apart.
+    an article's opening looks like: no target); knowledge, and escape where on a split its point's margin was bought
+    all the same (`health`: a ranker may know what the point of the same model does not). Else collapsed: the
+    predictions' variance is below a tenth of the targets' on every split; else escape: named so on a split
+    (`Report.escapes`) and above arithmetic on none; else below arithmetic where the difference lies below 0 on a
+    split, otherwise not told apart.
     """
     splits = [s for s in report.splits if s != "train"] or report.splits
     facts = {split: report.facts[split, "model"] for split in splits}
@@ -311,7 +315,7 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
                 f"{f['cosine paid']:+.3f} of cosine and {f['novel MRR paid']:+.3f} of novel MRR."
             )
     if set(outcome.values()) == {"above"}:
-        label = "knowledge"
+        label = "knowledge, and escape" if any(f["escape"] for f in facts.values()) else "knowledge"
     elif all(f["variance"] < COLLAPSED * f["variance of targets"] for f in facts.values()):
         label = "collapsed"
     elif "above" not in outcome.values() and any(report.escapes(split) for split in splits):
