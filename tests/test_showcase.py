@@ -14,7 +14,11 @@ from lvmlib.params import ROOT
 
 SHOWN = ROOT / "outputs" / "showcase"
 # Their vectors are not ours to share.
-NOT_OURS = {"data-english-sentences", *(f"compare-english-{cut}" for cut in ("random", "again", "topic", "margin"))}
+NOT_OURS = {
+    "data-english-sentences",
+    *(f"compare-english-{cut}" for cut in ("random", "again", "topic", "margin")),
+    *(f"compare-manuals-{cut}" for cut in ("random", "essays")),
+}
 PYTHON = """#!/bin/bash
 # In place of the environment's Python: says what it was asked, and makes what is copied from a run.
 if [ "$1" = -c ]; then exec {python} "$@"; fi
