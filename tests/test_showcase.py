@@ -16,6 +16,7 @@ SHOWN = ROOT / "outputs" / "showcase"
 # Their vectors are not ours to share.
 NOT_OURS = {
     "data-english-sentences",
+    "compare-english-and-manuals",
     *(f"compare-english-{cut}" for cut in ("random", "again", "topic", "margin")),
     *(f"compare-manuals-{cut}" for cut in ("random", "essays")),
 }
