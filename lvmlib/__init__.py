@@ -1,15 +1,17 @@
 """Latent Vector Models: training the P6b family and judging it by 5CAT. The notebooks are the program."""
 
-from .arrow import arrow
+from .baselines import baselines
+from .cli.parameters import check_injected
+from .config import changes, known_versions, version, watched
+from .data.open import dataset
 from .errors import LVMError
-from .export import export, load
-from .fivecat import fivecat
-from .models import baselines
-from .params import changes, check_injected, known_versions, version, watched
-from .runs import open_run, run_folder
-from .training import train, validate
-from .vectors import dataset
-from .verdict import checklist, comparison, reading, verdict
+from .evaluate import validate
+from .judge.arrow import arrow
+from .judge.fivecat import fivecat
+from .judge.rating import checklist, comparison, reading, verdict
+from .runs.folder import open_run, run_folder
+from .runs.run import train
+from .share.export import export, load
 
 __all__ = [
     "LVMError",

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from .params import Control, Gate, Schedule, Steps
+from .config import Control, Gate, Schedule, Steps
 
 TINY = 1e-12  # L_mse and L_dir are positive, but may underflow
 

@@ -1,5 +1,7 @@
 """The one exception of the project's own: bad input, told so that the reader knows what to do."""
 
+from __future__ import annotations
+
 import importlib
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .params import Constraint, Directional, Losses
+from .config import Constraint, Directional, Losses
 
 EPSILON = 1e-6  # keeps the ratio defined where both cosines vanish
 AT_RAW = ("mse", "directional", "floor", "norm", "orthogonality")  # the terms that see the raw prediction alone

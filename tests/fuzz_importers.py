@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lvmlib import importers
-from lvmlib import vectors as V
+from lvmlib.data import original as importers
+from lvmlib.data import store as V
 from lvmlib.errors import LVMError
 
 DIM, LENGTH = 4, 5

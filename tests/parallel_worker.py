@@ -12,8 +12,10 @@ import torch
 from test_training import make_data, version
 
 import lvmlib as lvm
-from lvmlib import losses, models, parallel, training, vectors
-from lvmlib.params import merge
+from lvmlib import loop, losses, models, windows
+from lvmlib.config import merge
+from lvmlib.runs import parallel
+from lvmlib.runs import run as training
 
 BATCH = 13  # uneven shares; of the last batch, one window, the second process has no share
 BFLOAT16 = {"v2"}
@@ -44,7 +46,7 @@ def case(name, **top):
 def data():
     """53 training windows: four batches of 13, and one of 1."""
     made = make_data()
-    return vectors.Dataset(made.store, made.train.at_most(4 * BATCH + 1), made.val, made.ood)
+    return windows.Dataset(made.store, made.train.at_most(4 * BATCH + 1), made.val, made.ood)
 
 
 def without_chance(put=setattr):
@@ -80,7 +82,7 @@ def together(folder: Path) -> None:
     team = parallel.join("cpu")
     if not team.first:
         training.write_whole = refused
-    with training.seeded(3, 1):
+    with loop.seeded(3, 1):
         team.seed(3, 1)
         kept = [team.heads(Dropping(), torch.zeros(4, 5, 24))[0] > 0 for _ in range(2)]
         common = torch.rand(3)

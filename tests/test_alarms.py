@@ -11,9 +11,13 @@ import yaml
 from test_training import make_data, same, version, weights, without_times
 
 import lvmlib as lvm
-from lvmlib import alarms, controller, losses, parallel, params, runs, training
+from lvmlib import config as params
+from lvmlib import controller, evaluate, losses
 from lvmlib.errors import LVMError
-from lvmlib.health import Moments
+from lvmlib.evaluate import Moments
+from lvmlib.runs import alarms, parallel
+from lvmlib.runs import folder as runs
+from lvmlib.runs import run as training
 
 BATCHES = 4
 
@@ -307,7 +311,7 @@ def test_at_the_last_step_of_an_epoch_gradient_weights_and_validation_are_looked
         alarms.finite(1, 4, 1e-3, last, model)
     told = alarms.broken(2, 9, 1e-3, math.nan, {"mse": 1.0, "lambda_eff": math.nan}, None, model)
     assert "first term that is not finite is lambda_eff" in str(told) and "since step 8, the first bias" in str(told)
-    real = training.validate
+    real = evaluate.validate
     monkeypatch.setattr(training, "validate", lambda *a: real(*a) | {"val_loss": math.inf})
     with pytest.raises(LVMError, match="val_loss is inf after epoch 1, step 3, where the mean loss was still"):
         list(lvm.train(on(), data, tmp_path / "run"))
@@ -367,7 +371,7 @@ def test_a_broken_step_stops_at_the_last_good_checkpoint(data, tmp_path, monkeyp
     assert (found.kind, found.epoch, found.step) == ("broken", 2, 5)
     again = lvm.train(own, data, tmp_path / "run")
     assert again.found == "finished" and again.alarms == run.alarms
-    assert np.isfinite(training.validate(again.best, data.val)["val_loss"])
+    assert np.isfinite(evaluate.validate(again.best, data.val)["val_loss"])
 
 
 @pytest.mark.parametrize("trouble", ["stop", "rewind"])

@@ -11,11 +11,13 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib import models, worlds
-from lvmlib.arrow import MEASURES, Arrow, arrow
+from lvmlib.baselines import Constant, Linear, untrained
+from lvmlib.data import worlds
+from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
+from lvmlib.judge.arrow import MEASURES, Arrow, arrow
 from lvmlib.statistics import over_seeds, sign_flip
-from lvmlib.vectors import make_store, windows
+from lvmlib.windows import windows
 
 T, DIM = 5, 10
 
@@ -49,7 +51,7 @@ def both_ways(horizon=2, **which):
 
 def seeds(first, count=3):
     generators = (torch.Generator().manual_seed(s) for s in range(first, first + count))
-    return [models.Linear(DIM, torch.randn(T * DIM, DIM, generator=g) / T) for g in generators]
+    return [Linear(DIM, torch.randn(T * DIM, DIM, generator=g) / T) for g in generators]
 
 
 def cos(a, b):
@@ -76,7 +78,7 @@ def test_arrow_is_that_of_the_plain_derivation(horizon):
     s, _ = store()
     cut = both_ways(horizon)
     forward, backward = seeds(0), seeds(10)
-    copy_last = models.untrained(DIM, T)["copy last"]
+    copy_last = untrained(DIM, T)["copy last"]
     found = arrow(forward, backward, cut)
     common = sorted(set(cut[0].target.tolist()) & set(cut[1].target.tolist()))
     assert 0 < len(common) < len(cut[0])
@@ -101,7 +103,7 @@ def test_arrow_is_that_of_the_plain_derivation(horizon):
         assert (row["seeds"], row["articles"], row["windows"]) == (3, len(set(s.article[common])), len(common))
 
 
-@pytest.mark.parametrize("compare", [None, models.untrained(DIM, T)["mean"]])
+@pytest.mark.parametrize("compare", [None, untrained(DIM, T)["mean"]])
 def test_the_sign_flips_when_the_articles_are_reversed(compare):
     """What was forward is backward: the same windows, and every difference with the other sign."""
     forward, backward = seeds(0), seeds(10)
@@ -122,7 +124,7 @@ def test_the_sign_flips_when_the_articles_are_reversed(compare):
 
 
 def test_copying_has_no_arrow_at_all():
-    simple = models.untrained(DIM, T)
+    simple = untrained(DIM, T)
     found = arrow([simple["copy last"]] * 2, [simple["copy last"]] * 2, both_ways())
     assert (found.table[["difference", "low", "high"]] == 0).all(axis=None)
     assert found.declared == "none"
@@ -137,7 +139,7 @@ def test_an_arrow_is_found_where_there_is_one():
     _, rotation = store(turn=True)
     weights = torch.zeros(T * DIM, DIM)
     weights[-DIM:] = torch.from_numpy(rotation.T).float()
-    knows = models.Linear(DIM, weights)
+    knows = Linear(DIM, weights)
     found = arrow([knows] * 2, [knows] * 2, both_ways(1, turn=True))
     assert found.declared == "forward"
     table = found.table.set_index("measure")
@@ -170,14 +172,14 @@ def test_a_constant_has_no_arrow_where_copying_has_one(name):
     """It reads nothing. Copying's own difference, taken off, would give it the opposite one."""
     store = worlds.world(name, dim=48, articles=200, length=20)
     cut = tuple(windows(store, "val", 2, direction=d) for d in ("forward", "backward"))
-    constant = models.Constant(48, T, torch.randn(48, generator=torch.Generator().manual_seed(0)))
+    constant = Constant(48, T, torch.randn(48, generator=torch.Generator().manual_seed(0)))
     found = arrow([constant], [constant], cut)
     row = found.table.set_index("measure").loc["novel MRR"]
     assert found.declared == "none" and abs(row["copying"]) > 3 * abs(row["forward"] - row["backward"])
 
 
 def test_few_articles_or_seeds_are_said():
-    simple = models.untrained(DIM, T)["mean"]
+    simple = untrained(DIM, T)["mean"]
     assert arrow([simple] * 3, [simple] * 3, both_ways()).caution == ""
     assert "one seed" in arrow([simple], [simple], both_ways()).caution
     caution = arrow([simple], [simple], both_ways(articles=2, length=30)).caution
@@ -186,7 +188,7 @@ def test_few_articles_or_seeds_are_said():
 
 def test_what_arrow_refuses():
     cut = both_ways()
-    mean = models.untrained(DIM, T)["mean"]
+    mean = untrained(DIM, T)["mean"]
     for forward, backward in (([mean], []), ([], []), ([mean] * 2, [mean])):
         with pytest.raises(LVMError, match=f"{len(forward)} forward and {len(backward)} backward models"):
             arrow(forward, backward, cut)

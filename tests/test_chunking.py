@@ -11,9 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lvmlib import chunking as C
+from lvmlib.data import open as open_module
+from lvmlib.data import store as V
 from lvmlib.errors import LVMError
-from lvmlib.sources import Document
+from lvmlib.text import chunking as C
+from lvmlib.text.sources import Document, documents
 
 HOW = 'needs the extra "encode": pip install -e ".[encode]"'
 pytest.importorskip("sentencex", reason=HOW)
@@ -412,11 +414,9 @@ def test_hostile_texts_are_cut_in_time():
 
 def test_the_slice_of_wikipedia_is_cut_into_the_embedded_datasets_paragraphs(tmp_path):
     pytest.importorskip("gensim", reason=HOW)
-    from lvmlib import vectors as V
-    from lvmlib.sources import documents
 
     C.write_chunks(documents("wikipedia"), tmp_path)
     texts, chunks, listed, _ = written(tmp_path)
-    shipped = V.open_store(V.EMBEDDED / "wikipedia")
+    shipped = V.open_store(open_module.EMBEDDED / "wikipedia")
     assert chunks.tolist() == np.stack([shipped.article, shipped.position], 1).tolist() and len(texts) == len(chunks)
     assert [row["title"] for row in listed] == shipped.articles["title"].tolist()

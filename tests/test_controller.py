@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from lvmlib import controller
+from lvmlib.config import Control, Gate, version
 from lvmlib.controller import Phase
-from lvmlib.params import Control, Gate, version
 
 NAN = float("nan")
 

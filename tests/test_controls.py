@@ -10,13 +10,15 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib import controls, models, worlds
-from lvmlib.arrow import arrow
+from lvmlib.baselines import untrained
+from lvmlib.config import version
+from lvmlib.data import worlds
 from lvmlib.errors import LVMError
-from lvmlib.fivecat import OFFSETS, fivecat, score
-from lvmlib.params import version
-from lvmlib.training import train
-from lvmlib.vectors import Dataset, windows
+from lvmlib.judge import controls
+from lvmlib.judge.arrow import arrow
+from lvmlib.judge.fivecat import OFFSETS, fivecat, score
+from lvmlib.runs.run import train
+from lvmlib.windows import Dataset, windows
 
 LENGTHS = {"train": [20, 9, 14, 30, 22], "val": [7, 25, 12, 19], "ood": [18, 16]}
 
@@ -114,7 +116,7 @@ def test_sides_leave_out_target_and_skipped_chunks():
 
 def test_figures_are_those_of_the_report(store):
     split = windows(store, "train")
-    model = models.untrained(16, 5)["mean"]
+    model = untrained(16, 5)["mean"]
     own = controls.figures(model, split)
     assert tuple(own.columns) == (*controls.FIGURES, "article")
     report = fivecat(model, {"train": split})
@@ -129,7 +131,7 @@ def test_figures_are_those_of_the_report(store):
 
 def test_gain_over_itself_is_nothing(store):
     split = windows(store, "train")
-    mean, copying = (controls.figures(models.untrained(16, 5)[n], split) for n in ("mean", "copy last"))
+    mean, copying = (controls.figures(untrained(16, 5)[n], split) for n in ("mean", "copy last"))
     assert (controls.gain(mean, mean).to_numpy() == 0).all()
     found = controls.gain(copying, mean).loc["cosine at the target"]
     assert found["value"] == pytest.approx((copying - mean)["cosine at the target"].mean())
@@ -156,7 +158,7 @@ def test_a_share_of_the_gain_is_the_ratio_of_means_and_its_interval_scatters_as_
 
 
 def test_main_figures_are_those_of_the_report(store):
-    model, other = models.untrained(16, 5)["mean"], models.untrained(16, 5)["copy last"]
+    model, other = untrained(16, 5)["mean"], untrained(16, 5)["copy last"]
     found = controls.main_figures(store, model, other)
     report = fivecat(model, {"val": windows(store, "val"), "ood": windows(store, "ood")})
     for gate, name in (("A", "novel margin"), ("B", "novel MRR"), ("D", "rolling on"), ("G", "weight of context[-1]")):
@@ -194,7 +196,7 @@ def test_lag_cosines_by_hand(store):
 
 def test_the_arrow_by_novel_mrr_raises_no_alarm_by_a_better_seed():
     """Without order, a predictor that is far better in one direction wins in cosine, and not in novel MRR."""
-    good, bad = worlds.exchangeable_law(16).optimal(2), models.untrained(16, 5)["copy last"]
+    good, bad = worlds.exchangeable_law(16).optimal(2), untrained(16, 5)["copy last"]
     declared, cosine = [], []
     for seed in range(40):
         made = controls.sample("exchangeable", {"val": [30, 12, 18, 25, 40, 9, 14, 33, 21, 16]}, dim=16, seed=seed)

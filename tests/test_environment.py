@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from lvmlib import summary
-from lvmlib.params import PARAMS, ROOT, known_versions
+from lvmlib.config import known_versions
+from lvmlib.io.paths import PARAMS, ROOT
+from lvmlib.report import summary
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,8 +15,14 @@ import torch
 from nbclient import NotebookClient
 
 import lvmlib as lvm
-from lvmlib import controller, explore, health, losses, models, readout, training, vectors
-from lvmlib.params import ROOT
+from lvmlib import controller, evaluate, losses
+from lvmlib.baselines import baselines
+from lvmlib.data import open
+from lvmlib.data import store as vectors
+from lvmlib.io.paths import ROOT
+from lvmlib.judge import health
+from lvmlib.report import explore, readout
+from lvmlib.runs import run as training
 
 DIM, T = 24, 5
 NOTEBOOK = ROOT / "notebooks" / "explore.ipynb"
@@ -30,7 +36,7 @@ def make_data(seed=0, articles=12, length=16, title="a{}"):
     split = np.array(["train", "train", "train", "val", "ood"])[np.arange(articles) % 5]
     frame = pd.DataFrame({"title": [title.format(i) for i in range(articles)], "split": split}, index=range(articles))
     place = np.repeat(np.arange(articles), length), np.tile(np.arange(length), articles)
-    return vectors.dataset(vectors.make_store("toy", x.reshape(-1, DIM).astype(np.float32), *place, frame))
+    return open.dataset(vectors.make_store("toy", x.reshape(-1, DIM).astype(np.float32), *place, frame))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +137,7 @@ def test_after_a_rewind_the_rule_goes_on_as_in_training(data, tmp_path, monkeypa
         "pi": {"control": {"lambda_max": 10.0, "guard": "none", "ki": 0.05}},
         "v23_unguarded": {"control": {"guard": "none"}},
     }.items():
-        told, real = iter([0.20, 0.30, 0.10, 0.29, 0.1, 0.28]), training.validate
+        told, real = iter([0.20, 0.30, 0.10, 0.29, 0.1, 0.28]), evaluate.validate
         with monkeypatch.context() as patch:
             patch.setattr(training, "validate", lambda *a, told=told, real=real: real(*a) | {"novel_mrr": next(told)})
             run = recorded(tmp_path / name, data, name, overrides={"rewind": rewind, **overrides}, epochs=6)
@@ -151,7 +157,7 @@ def test_a_run_that_went_back_in_the_midst_of_epochs_is_replayed_by_its_alarms(n
     settings = {"model": "amn", "epochs": 5, "precision": "float32", "device": "cpu", "batch_size": 8, "log_every": 1}
     run = lvm.train(lvm.version(name, own, **settings), data, tmp_path / "run")
     a = run._batches
-    seen, real, score, mrr = [], losses.mse, training.validate, iter([0.20, 0.30, 0.31, 0.10, 0.29])
+    seen, real, score, mrr = [], losses.mse, evaluate.validate, iter([0.20, 0.30, 0.31, 0.10, 0.29])
 
     def mse(*given):
         seen.append(1)
@@ -264,8 +270,8 @@ def test_a_window_is_told_with_ranks_and_its_texts_show_letter_by_letter():
     hostile = "<script>alert(1)</script> $x$ \\(y\\) | **z** <img src=x onerror=alert(2)>"
     texts = [f"{i} {hostile}" for i in range(len(data.store.vectors))]
     predictors = {
-        "copy <i>last</i>": models.baselines(data.train)["copy last"],
-        "mean": models.baselines(data.train)["mean"],
+        "copy <i>last</i>": baselines(data.train)["copy last"],
+        "mean": baselines(data.train)["mean"],
     }
     found = {n: readout.nearest(p, data.val, [2], texts, 2) for n, p in predictors.items()}
     page = explore.told(found, data.val)

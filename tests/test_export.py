@@ -19,9 +19,12 @@ import torch.nn.functional as F
 import yaml
 
 import lvmlib as lvm
-from lvmlib import models, params, vectors
+from lvmlib import config as params
+from lvmlib import models
+from lvmlib.data import open
+from lvmlib.data import store as vectors
 from lvmlib.errors import LVMError
-from lvmlib.export import CARD, CONFIG, FILES, ONNX_TOLERANCE, WEIGHTS, card, push, to_onnx
+from lvmlib.share.export import CARD, CONFIG, FILES, ONNX_TOLERANCE, WEIGHTS, card, push, to_onnx
 
 room = inspect.getmodule(push)  # `lvmlib.export` itself is the function
 DIM = 24
@@ -37,7 +40,7 @@ def make_data(articles=12, length=16):
     store = vectors.make_store(
         "toy", x.reshape(-1, DIM).astype(np.float32), ids, positions, frame, {"encoder": "a test's encoder."}
     )
-    return vectors.dataset(store)
+    return open.dataset(store)
 
 
 @pytest.fixture(scope="module")

@@ -18,17 +18,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvmlib import models
+from lvmlib.baselines import Constant, Linear, Weighted, untrained
+from lvmlib.data.open import dataset
+from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
-from lvmlib.health import health
-from lvmlib.params import ROOT
-from lvmlib.retrieval import negatives
+from lvmlib.evaluate import validate
+from lvmlib.io.paths import ROOT
+from lvmlib.judge import tricks
+from lvmlib.judge.health import health
+from lvmlib.judge.measure import negatives
+from lvmlib.judge.rating import reading
 from lvmlib.statistics import between, median_over_articles, over_articles
-from lvmlib.training import validate
-from lvmlib.vectors import Windows, dataset, make_store, windows
-from lvmlib.verdict import reading
+from lvmlib.windows import Windows, windows
 
 # By name, since the package's attribute `fivecat` is the function.
-module = importlib.import_module("lvmlib.fivecat")
+module = importlib.import_module("lvmlib.judge.fivecat")
 best_other, bins_delta, fivecat, measure = module.best_other, module.bins_delta, module.fivecat, module.measure
 Report, score, summarise = module.Report, module.score, module.summarise
 
@@ -119,12 +123,12 @@ class Hash(models.Predictor):
 
 
 def random_linear(dim, seed=0):
-    return models.Linear(dim, torch.randn(T * dim, dim, generator=torch.Generator().manual_seed(seed)))
+    return Linear(dim, torch.randn(T * dim, dim, generator=torch.Generator().manual_seed(seed)))
 
 
 PREDICTORS = {
     "linear": random_linear,
-    "weighted": lambda dim: models.Weighted(dim, torch.tensor([0.1, -0.2, 0.3, 0.5, 0.7])),
+    "weighted": lambda dim: Weighted(dim, torch.tensor([0.1, -0.2, 0.3, 0.5, 0.7])),
     "scan": Scan,
     "mean": lambda dim: mean_predictor(dim),
     "transformer": lambda dim: seeded_transformer(dim),
@@ -132,15 +136,15 @@ PREDICTORS = {
 
 
 def mean_predictor(dim):
-    return models.Weighted(dim, torch.full((T,), 1 / T))
+    return Weighted(dim, torch.full((T,), 1 / T))
 
 
 def copy_last(dim):
-    return models.Weighted(dim, torch.eye(T)[-1])
+    return Weighted(dim, torch.eye(T)[-1])
 
 
 def constant(dim):
-    return models.Constant(dim, T, torch.randn(dim, generator=torch.Generator().manual_seed(0)))
+    return Constant(dim, T, torch.randn(dim, generator=torch.Generator().manual_seed(0)))
 
 
 def seeded_transformer(dim):
@@ -387,7 +391,7 @@ def test_telling_openings_from_the_rest_gains_no_rank_among_possible_targets():
     x[:, :6, 0] = 4.0  # of context 5 and horizon 2, the first six are never a target
     split = ["val", "ood"]
     store = store_of({a: (split[a % 2], np.arange(20), x[a]) for a in range(60)})
-    avoiding = models.Constant(32, T, -torch.eye(32)[0] + 1e-3 * torch.ones(32))
+    avoiding = Constant(32, T, -torch.eye(32)[0] + 1e-3 * torch.ones(32))
     report = fivecat(avoiding, {s: windows(store, s, 2, T) for s in split})
     novel, possible = report.row("novel MRR"), report.row("possible MRR")
     assert novel["low"] > novel["chance"] and possible["low"] < possible["chance"] < possible["high"]
@@ -488,7 +492,7 @@ def test_a_stranger_that_equals_the_target_shares_its_place_in_the_hundred():
     twins = store_of({a: ("val", np.arange(len(first)), first) for a in (0, 1)})
     weights = np.zeros((T * store.dim, store.dim))
     weights[-store.dim :] = turn.T
-    frame = measure(models.Linear(store.dim, torch.from_numpy(weights).float()), windows(twins, "val", 1, T))
+    frame = measure(Linear(store.dim, torch.from_numpy(weights).float()), windows(twins, "val", 1, T))
     assert (frame["hundred"] == 0.5).all() and (frame["hundred candidates"] == 1 + len(first)).all()
     assert (frame["novel rank"] == 1).all()
 
@@ -497,7 +501,7 @@ def test_a_stranger_that_equals_the_target_shares_its_place_in_the_hundred():
 def test_other_context_lengths_and_horizons(length, horizon):
     store, _ = rotation()
     data = dataset(store, horizon, length)
-    report = fivecat(models.untrained(store.dim, length)["mean"], data)
+    report = fivecat(untrained(store.dim, length)["mean"], data)
     names = {f"without [{t}]" for t in range(-length, 0)} | {"shuffled", "reversed", "last from elsewhere"}
     table = report.rows("val").set_index("measure")
     assert names < set(table.index) and f"without [{-length - 1}]" not in table.index
@@ -568,10 +572,10 @@ def test_every_gate_shares_one_pass_over_each_distinct_input():
 
 def test_predictions_beyond_the_memory_lie_in_a_file_and_give_the_same(monkeypatch):
     cut = small_windows("val", 1)
-    model = models.tricks(cut.store.dim, T, 0.5, torch.eye(cut.store.dim)[:2])["mean − a·context[-2]"]
+    model = tricks.tricks(cut.store.dim, T, 0.5, torch.eye(cut.store.dim)[:2])["mean − a·context[-2]"]
     wanted = health(model, cut, batch_size=7)
     assert wanted["escape band"] is not None  # the predictions were read again
-    monkeypatch.setattr("lvmlib.health.IN_MEMORY", 10)
+    monkeypatch.setattr("lvmlib.judge.health.IN_MEMORY", 10)
     assert health(model, cut, batch_size=7) == wanted
 
 
@@ -622,7 +626,7 @@ def test_parts_of_predictions_that_are_known():
     """A mean lies along the mean, a difference of two along differences; and a stranger outside."""
     cut = dataset("wikipedia", 2, T).val.at_most(20)
     dim = cut.store.dim
-    weighted = lambda *w: models.Weighted(dim, torch.tensor(w))  # noqa: E731
+    weighted = lambda *w: Weighted(dim, torch.tensor(w))  # noqa: E731
     for model, part, sign in (
         (mean_predictor(dim), "along the mean", 1),
         (weighted(-0.2, -0.2, -0.2, -0.2, -0.2), "along the mean", -1),
@@ -1037,7 +1041,7 @@ def perfect_report(horizon):
     store, turn = rotation()
     weights = np.zeros((T * store.dim, store.dim))
     weights[-store.dim :] = np.linalg.matrix_power(turn, horizon).T
-    model = models.Linear(store.dim, torch.from_numpy(weights).float())
+    model = Linear(store.dim, torch.from_numpy(weights).float())
     return fivecat(model, dataset(store, horizon))
 
 
@@ -1114,7 +1118,7 @@ def test_the_mean_is_unmoved_by_order_and_moved_by_content():
 
 def test_a_predictor_of_nan_is_refused():
     store = small_store()
-    model = models.Linear(store.dim, torch.full((T * store.dim, store.dim), math.nan))
+    model = Linear(store.dim, torch.full((T * store.dim, store.dim), math.nan))
     with pytest.raises(LVMError, match="predicts NaN or infinite values on split val"):
         measure(model, windows(store, "val", 1, T))
 
@@ -1552,7 +1556,7 @@ def golden():
     store = make_store(
         "golden", arrays["vectors"], arrays["article_indices"], arrays["chunk_indices"], frame_of_articles(splits)
     )
-    model = models.Linear(store.dim, torch.from_numpy(arrays["weights"]))
+    model = Linear(store.dim, torch.from_numpy(arrays["weights"]))
     cut = {split: windows(store, split, 2, T) for split in ("val", "ood")}
     report = fivecat(model, cut)
     return figures, arrays, {split: (w, report.frames[split, "model"]) for split, w in cut.items()}, report

@@ -17,9 +17,14 @@ import yaml
 from nbformat import v4
 
 import lvmlib as lvm
-from lvmlib import alarms, files, fingerprint, gallery, page, plots, runs
 from lvmlib.errors import LVMError
-from lvmlib.params import ROOT
+from lvmlib.io import disk as files
+from lvmlib.io import stamp as fingerprint
+from lvmlib.io.paths import ROOT
+from lvmlib.report import plots
+from lvmlib.runs import alarms
+from lvmlib.runs import folder as runs
+from lvmlib.share import gallery, page
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="300"><script>alert(1)</script><circle r="40"/></svg>'

@@ -11,11 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib import health as module
-from lvmlib import models
-from lvmlib.health import BANDS, MATERIAL, health, leading_components
+from lvmlib.baselines import Constant, Linear, Weighted, fit_constant, fit_ridge, fit_weights, untrained
+from lvmlib.data.open import dataset
+from lvmlib.data.store import make_store
+from lvmlib.judge import health as module
+from lvmlib.judge import tricks
+from lvmlib.judge.health import BANDS, MATERIAL, health, leading_components
 from lvmlib.statistics import over_articles
-from lvmlib.vectors import dataset, make_store, windows
+from lvmlib.windows import windows
 
 T = 5
 
@@ -26,11 +29,11 @@ def wikipedia(horizon=1, direction="forward"):
 
 
 def random_linear(dim, seed=0):
-    return models.Linear(dim, torch.randn(T * dim, dim, generator=torch.Generator().manual_seed(seed)))
+    return Linear(dim, torch.randn(T * dim, dim, generator=torch.Generator().manual_seed(seed)))
 
 
 def weighted(dim, *weights):
-    return models.Weighted(dim, torch.tensor(weights))
+    return Weighted(dim, torch.tensor(weights))
 
 
 def unit(x):
@@ -110,7 +113,7 @@ def same_facts(a, b):
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_batches_change_nothing(batch_size):
     w = wikipedia().val.at_most(30)
-    trick = models.tricks(w.store.dim, T, 0.5, components(8))["mean − a·context[-2]"]
+    trick = tricks.tricks(w.store.dim, T, 0.5, components(8))["mean − a·context[-2]"]
     same_facts(health(trick, w), health(trick, w, batch_size=batch_size))
 
 
@@ -129,7 +132,7 @@ def test_facts_are_plain_numbers_and_the_model_stays_in_its_mode():
 def test_a_constant_predictor_has_one_rank_no_variance_and_hubs():
     w = wikipedia().val.at_most(60)
     vector = torch.randn(w.store.dim, generator=torch.Generator().manual_seed(0))
-    facts = health(models.Constant(w.store.dim, T, vector), w)
+    facts = health(Constant(w.store.dim, T, vector), w)
     assert facts["effective rank"] == 1 and facts["variance"] == pytest.approx(0, abs=1e-5)
     n = len(w.store.rows("val"))  # ten chunks are always the nearest, and the others never: skewness of a coin
     share = 10 / n
@@ -144,7 +147,7 @@ def test_copying_copies_all_and_knowing_copies_as_much_as_the_truth():
     assert last["weights"] == pytest.approx([0, 0, 0, 0, 1], abs=1e-3)
     _, target = w.batch(np.arange(len(w)))
 
-    class Oracle(models.Constant):
+    class Oracle(Constant):
         def raw(self, context):
             return target  # one batch, all windows
 
@@ -195,7 +198,7 @@ FACTS = ("margin bought", "cosine paid", "novel MRR paid")
 )
 def test_every_trick_is_named_escape(trick, strength, horizon):
     w = wikipedia(horizon).val
-    facts = health(models.tricks(w.store.dim, T, strength, components(8))[trick], w)
+    facts = health(tricks.tricks(w.store.dim, T, strength, components(8))[trick], w)
     assert facts["escape"] is True
     assert facts["margin bought"] >= facts["margin bought low"] > MATERIAL
     assert facts["cosine paid low"] > 0 and facts["novel MRR paid high"] > 0
@@ -206,10 +209,10 @@ def test_every_trick_is_named_escape(trick, strength, horizon):
 def test_no_plain_predictor_is_named_escape(horizon, direction):
     data = wikipedia(horizon, direction)
     dim = data.store.dim
-    fitted = {"constant": models.Constant(dim, T, models.fit_constant(data.train))}
-    fitted |= {"weighted mean": models.Weighted(dim, models.fit_weights(data.train))}
-    fitted |= {"mean, one vector less": models.tricks(dim, T, 0.15, components(8))["mean − a·context[-2]"]}
-    for name, model in (models.untrained(dim, T) | fitted).items():
+    fitted = {"constant": Constant(dim, T, fit_constant(data.train))}
+    fitted |= {"weighted mean": Weighted(dim, fit_weights(data.train))}
+    fitted |= {"mean, one vector less": tricks.tricks(dim, T, 0.15, components(8))["mean − a·context[-2]"]}
+    for name, model in (untrained(dim, T) | fitted).items():
         for split in (data.val, data.ood):
             facts = health(model, split)
             assert facts["escape"] is False, name
@@ -219,7 +222,7 @@ def test_no_plain_predictor_is_named_escape(horizon, direction):
 @pytest.mark.parametrize("horizon", [1, 2])
 def test_ridge_is_not_named_escape(horizon):
     data = wikipedia(horizon)
-    assert health(models.Linear(data.store.dim, models.fit_ridge(data.train)[0]), data.val)["escape"] is False
+    assert health(Linear(data.store.dim, fit_ridge(data.train)[0]), data.val)["escape"] is False
 
 
 @pytest.mark.parametrize("place", [-2, -1])
@@ -227,7 +230,7 @@ def test_what_an_escape_bought_and_paid_is_that_of_a_plain_derivation(place):
     """Take the negative mean weight out of each prediction, and see what becomes of margin, cosine and rank."""
     w = wikipedia(2).val.at_most(60)
     dim, store = w.store.dim, w.store
-    facts = health(models.tricks(dim, T, 0.5, components(8))[f"mean − a·context[{place}]"], w)
+    facts = health(tricks.tricks(dim, T, 0.5, components(8))[f"mean − a·context[{place}]"], w)
     contexts = [store.vectors[r].astype(float) for r in w.context_rows(np.arange(len(w)))]
     own = np.full(T, 0.2)
     own[place] -= 0.5

@@ -31,10 +31,22 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import lvmlib as lvm
-from lvmlib import LVMError, __main__, encode, files, page, plots, readout, runs, summary, sweep, training, untrusted
-from lvmlib import vectors as V
-from lvmlib.alarms import Alarm
-from lvmlib.params import ROOT, check_injected, data_name
+from lvmlib import LVMError, device
+from lvmlib import windows as windows_module
+from lvmlib.cli import commands as __main__
+from lvmlib.cli import sweep
+from lvmlib.cli.parameters import check_injected
+from lvmlib.config import data_name
+from lvmlib.data import store as V
+from lvmlib.io import disk as files
+from lvmlib.io import limits as untrusted
+from lvmlib.io.paths import ROOT
+from lvmlib.judge.rating import LABELS
+from lvmlib.report import plots, readout, summary
+from lvmlib.runs import folder as runs
+from lvmlib.runs.alarms import Alarm
+from lvmlib.share import page
+from lvmlib.text import build as encode
 
 SETTINGS = {"model": "amn", "fast": True, "epochs": 2}
 
@@ -257,7 +269,7 @@ ROWS = [
     Row("parameter `overrides`", "a key that is none", "unknown key '__class__'", versioned(overrides={"__class__": 1})),
     Row("parameter `overrides`", "a key of another kind", "unknown key", versioned(overrides={(1, 2): {}})),
     Row("parameter `overrides`", "a number of 10⁵ digits", "thousands of digits", versioned(overrides={"seed": 10**100_000})),
-    Row("parameter `overrides`", "a format string", "device", lambda p: training.pick_device("{0.__class__}")),
+    Row("parameter `overrides`", "a format string", "device", lambda p: device.pick_device("{0.__class__}")),
     Row("papermill's options", "code for a name (-p)", "is not one of", given("-p", "version = 1; import os; os.system('touch {}'); x", "1")),
     Row("papermill's options", "code for a name (-y)", "is not one of", given("-y", "{{'import os; os.mkdir(\"{}\"); x': 1}}")),
     Row("papermill's options", "code in bytes, which it writes unquoted", "a bytes", given("-y", f"version: !!binary {BINARY}")),
@@ -288,7 +300,7 @@ def begun(tmp_path_factory):
 def made(name="texts", titles=None, **sheet):
     """A small store of three articles, one of each split."""
     x = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
-    articles = pd.DataFrame({"title": titles or ["a", "b", "c"], "split": list(V.SPLITS)})
+    articles = pd.DataFrame({"title": titles or ["a", "b", "c"], "split": list(windows_module.SPLITS)})
     made = V.make_store(
         name,
         x / np.linalg.norm(x, axis=1, keepdims=True),
@@ -461,7 +473,6 @@ def test_a_rendered_page_shows_markup_from_data_and_does_not_take_it(tmp_path):
 def test_words_of_a_report_are_no_markup(place):
     label = "<script>bad()</script>"
     assert V.plain_name(label) != label and all(V.plain_name(word) == word for word in (*readout.QUANTILES.values(),))
-    from lvmlib.verdict import LABELS
 
     assert all(V.plain_name(word) == word for word in LABELS)
 

@@ -20,9 +20,11 @@ import pytest
 from fuzz_importers import LENGTH, Runs, cut, dicts, world
 
 import lvmlib as lvm
-from lvmlib import importers as I
-from lvmlib import npz as npz_format
-from lvmlib import vectors as V
+from lvmlib import windows as windows_module
+from lvmlib.data import npz as npz_format
+from lvmlib.data import open as open_module
+from lvmlib.data import original as I
+from lvmlib.data import store as V
 from lvmlib.errors import LVMError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -56,7 +58,7 @@ def check_windows(store, windows, horizon=2):
     """The store's windows are those of the files, in their order, vector for vector."""
     assert (store.given.horizon, store.given.context_length) == (horizon, LENGTH)
     for s, (contexts, targets, ids, at) in windows.items():
-        w = V.windows(store, s, horizon, LENGTH)
+        w = windows_module.windows(store, s, horizon, LENGTH)
         assert np.array_equal(store.vectors[w.context_rows(np.arange(len(w)))], contexts)
         assert np.array_equal(store.vectors[w.target], targets)
         assert np.array_equal(w.article, ids)
@@ -126,7 +128,7 @@ def test_repeated_chunks_are_told_apart_by_the_whole_context(tmp_path):
         saved(tmp_path, s, contexts=c, targets=t, article_ids=ids)
     store = I.convert({**paths, "articles": tmp_path / "articles.npz"}, tmp_path / "backwards")
     assert store.datasheet["counts"]["windows with several equal places in their article"] == 2
-    w = V.windows(store, "train")
+    w = windows_module.windows(store, "train")
     assert np.array_equal(store.vectors[w.context_rows(np.arange(len(w)))], backwards["train"][0])
     assert len(set(w.start)) == len(w)
 
@@ -188,12 +190,12 @@ def test_articles_alone_are_split(tmp_path):
     path = article_file(tmp_path, x, article, chunk, cpe_ids=np.array(["c"] * len(x), object))
     store = I.convert(path, tmp_path / "store", name="mine")
     assert store.name == "mine" and store.given is None and store.texts is None
-    assert set(store.articles["split"]) == set(V.SPLITS)
+    assert set(store.articles["split"]) == set(windows_module.SPLITS)
     assert store.articles.index.tolist() == sorted(set(article)) and store.articles["title"].iloc[0] == "article 2"
     assert "By article" in store.datasheet["split_rule"]
     assert store.datasheet["counts"] == {"chunks": len(x), "articles": 40}
     assert store.datasheet["left_out"] == ["cpe_ids (articles.npz)"]
-    assert len(V.dataset(store).train) > 0
+    assert len(open_module.dataset(store).train) > 0
 
 
 def test_sources_name_the_split(tmp_path):
@@ -312,7 +314,7 @@ def test_unnormalised_sequences(tmp_path):
     with_articles = I.convert({**paths, "articles": article_file(tmp_path, x, article, chunk)}, tmp_path / "a")
     assert np.array_equal(with_articles.vectors, x)
     alone = I.convert(paths, tmp_path / "b")
-    rows = V.windows(alone, "val").target
+    rows = windows_module.windows(alone, "val").target
     lone = np.isin(windows["val"][2], np.flatnonzero(np.bincount(article) == 7))
     assert np.allclose(alone.vectors[rows], windows["val"][1][~lone] / 3, atol=1e-6)
     assert alone.datasheet["counts"]["vectors in windows of val normalised"] == len(lone) * 6
@@ -338,9 +340,9 @@ def test_bad_article_vectors(tmp_path, value, what):
         touched = (w[2] == 22) | ((w[2] == 1) & (w[3] - 6 <= 2) & (w[3] >= 2))
         kept = [part[~touched] for part in w]
         check_windows(store, {s: kept})
-    for split in V.SPLITS:  # cut anew, no window crosses the place of a dropped vector either
-        starts = V.windows(V.Store(**{**vars(store), "given": None}), split).start
-        assert len(starts) and set(V.windows(store, split).start) == set(starts)
+    for split in windows_module.SPLITS:  # cut anew, no window crosses the place of a dropped vector either
+        starts = windows_module.windows(windows_module.Store(**{**vars(store), "given": None}), split).start
+        assert len(starts) and set(windows_module.windows(store, split).start) == set(starts)
 
 
 def test_bad_sequence_vectors(tmp_path):
@@ -375,7 +377,7 @@ def test_windows_across_a_gap(tmp_path):
     store = I.convert(files, tmp_path / "store", drop_bad=True)
     crossing = (ids == 3) & (at >= 6)
     assert store.datasheet["counts"]["windows across a gap"] == crossing.sum() > 0
-    assert len(V.windows(store, "train")) == (~crossing).sum()
+    assert len(windows_module.windows(store, "train")) == (~crossing).sum()
     saved(tmp_path, "train", contexts=c, targets=t, article_ids=ids)
     with pytest.raises(LVMError, match=r"window \d+ \(article 3\): crosses a gap"):
         I.convert(files, tmp_path / "by_vectors")
@@ -388,22 +390,24 @@ def test_windows_across_a_gap(tmp_path):
 
 @pytest.mark.parametrize("horizon", [1, 2])
 def test_round_trip_of_the_embedded_data(tmp_path, horizon):
-    data = V.dataset("wikipedia", horizon=horizon)
+    data = open_module.dataset("wikipedia", horizon=horizon)
     paths = I.export(data, tmp_path / "original")
     assert sorted(p.name for p in (tmp_path / "original").iterdir()) == sorted(p.name for p in paths.values())
     for path in paths.values():
         with np.load(path, allow_pickle=False) as z:  # no pickle is written
             assert all(len(z[name]) for name in z.files)
     store = I.convert(paths, tmp_path / "store")
-    back = V.dataset(store, horizon=horizon)
+    back = open_module.dataset(store, horizon=horizon)
     assert store.vectors.dtype == data.store.vectors.dtype and np.array_equal(store.vectors, data.store.vectors)
     assert np.array_equal(store.article, data.store.article) and np.array_equal(store.position, data.store.position)
     assert store.articles["title"].tolist() == data.store.articles["title"].tolist()
-    for split in V.SPLITS:
+    for split in windows_module.SPLITS:
         ours, theirs = getattr(back, split), getattr(data, split)
         assert np.array_equal(ours.start, theirs.start) and np.array_equal(ours.article, theirs.article)
-    alone = V.dataset(I.convert({s: paths[s] for s in V.SPLITS}, tmp_path / "alone"), horizon=horizon)
-    for split in V.SPLITS:
+    alone = open_module.dataset(
+        I.convert({s: paths[s] for s in windows_module.SPLITS}, tmp_path / "alone"), horizon=horizon
+    )
+    for split in windows_module.SPLITS:
         ours, theirs = getattr(alone, split), getattr(data, split)
         lone = np.bincount(theirs.article) < horizon  # a skipped chunk of these is in no file
         kept = np.flatnonzero(~lone[theirs.article])
@@ -419,7 +423,7 @@ def test_round_trip_with_texts_gaps_and_sources(tmp_path, longest):
     path = article_file(
         tmp_path, x, article, chunk, concept_texts=texts, article_sources=np.array(["a", "b"])[np.arange(40) % 2]
     )
-    data = V.dataset(I.convert(path, tmp_path / "first"))
+    data = open_module.dataset(I.convert(path, tmp_path / "first"))
     fits = longest == 10  # plain, unless one long text would blow it up
     with (
         contextlib.nullcontext() if fits else pytest.warns(UserWarning, match="texts .* left out .* stay in the store")
@@ -430,24 +434,24 @@ def test_round_trip_with_texts_gaps_and_sources(tmp_path, longest):
     store = I.convert(paths, tmp_path / "second")
     assert list(store.texts) == list(texts) if fits else store.texts is None
     assert store.articles["source"].tolist() == data.store.articles["source"].tolist()
-    for split in V.SPLITS:
-        assert np.array_equal(V.windows(store, split).start, getattr(data, split).start)
+    for split in windows_module.SPLITS:
+        assert np.array_equal(windows_module.windows(store, split).start, getattr(data, split).start)
 
 
 def test_round_trip_of_a_world(tmp_path):
-    data = V.dataset("world:rotation", fast=True)
+    data = open_module.dataset("world:rotation", fast=True)
     store = I.convert(I.export(data, tmp_path / "original"), tmp_path / "store")
-    for split in V.SPLITS:
-        assert np.array_equal(V.windows(store, split).start, getattr(data, split).start)
+    for split in windows_module.SPLITS:
+        assert np.array_equal(windows_module.windows(store, split).start, getattr(data, split).start)
     assert np.array_equal(store.vectors, data.store.vectors)
 
 
 def test_export_never_over_what_is_there(tmp_path):
-    data = V.dataset("wikipedia", fast=True)
+    data = open_module.dataset("wikipedia", fast=True)
     (tmp_path / "there").mkdir()
     with pytest.raises(LVMError, match="is there already"):
         I.export(data, tmp_path / "there")
-    backward = V.dataset("wikipedia", fast=True, direction="backward")
+    backward = open_module.dataset("wikipedia", fast=True, direction="backward")
     with pytest.raises(LVMError, match=r"read backwards.*export the dataset read forwards"):
         I.export(backward, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
@@ -480,7 +484,7 @@ def test_opened_converts_once(tmp_path, monkeypatch):
 def test_what_was_just_converted_can_be_trained_on(tmp_path, monkeypatch):
     """A run asks before each epoch whether the store is still what was opened: it has to know its last place."""
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "outputs"))
-    data = V.dataset(str(article_file(tmp_path, *world())))
+    data = open_module.dataset(str(article_file(tmp_path, *world())))
     V.check_unchanged(data.store)
     own = lvm.version("p6", {"batch_size": 64}, data="files", model="amn", epochs=1, device="cpu", precision="float32")
     assert len(list(lvm.train(own, data, tmp_path / "run"))) == 1
@@ -542,7 +546,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     path = article_file(tmp_path, x, article, chunk)
     command = ["out", "--articles", path.name, "--name", "n"]
     failed = subprocess.run(
-        [sys.executable, "-m", "lvmlib.importers", *command], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "lvmlib.data.original", *command], cwd=tmp_path, capture_output=True, text=True
     )
     assert failed.returncode == 1 and "--drop-bad" in failed.stderr and "Traceback" not in failed.stderr
     monkeypatch.chdir(tmp_path)

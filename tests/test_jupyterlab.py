@@ -19,7 +19,7 @@ import psutil
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 
-from lvmlib.params import ROOT
+from lvmlib.io.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LIMIT = 900_000  # ms, for anything that a busy machine may make slow

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from lvmlib import models
-from lvmlib.kept import Kept, kept, predictor_key, size, windows_key
-from lvmlib.vectors import make_store, windows
+from lvmlib.baselines import Linear, Weighted
+from lvmlib.data.store import make_store
+from lvmlib.judge.cache import Kept, kept, predictor_key, size, windows_key
+from lvmlib.windows import windows
 
-module = importlib.import_module("lvmlib.fivecat")  # the package's attribute `fivecat` is the function
+module = importlib.import_module("lvmlib.judge.fivecat")  # the package's attribute `fivecat` is the function
 T, DIM = 5, 8
 
 
@@ -28,7 +30,7 @@ def store(seed=0):
 
 
 def weighted(*weights):
-    return models.Weighted(DIM, torch.tensor(weights))
+    return Weighted(DIM, torch.tensor(weights))
 
 
 LAST = (0.0, 0.0, 0.0, 0.0, 1.0)
@@ -68,7 +70,7 @@ def test_what_differs_is_judged_anew_and_differs(counted):
     ways = {
         "the first": (weighted(*LAST), w, {}),
         "weights": (weighted(0.0, 0.0, 0.0, 0.001, 1.0), w, {}),
-        "class": (models.Linear(DIM, torch.randn(T * DIM, DIM, generator=torch.Generator().manual_seed(0))), w, {}),
+        "class": (Linear(DIM, torch.randn(T * DIM, DIM, generator=torch.Generator().manual_seed(0))), w, {}),
         "vectors": (weighted(*LAST), windows(store(1), "val", 1, T), {}),
         "horizon": (weighted(*LAST), windows(store(), "val", 2, T), {}),
         "direction": (weighted(*LAST), windows(store(), "val", 1, T, "backward"), {}),
@@ -87,7 +89,7 @@ def test_what_differs_is_judged_anew_and_differs(counted):
 
 
 def test_a_predictor_that_may_hold_more_than_its_weights_is_not_kept(counted):
-    class Louder(models.Weighted):
+    class Louder(Weighted):
         gain = 1.0
 
         def raw(self, context):

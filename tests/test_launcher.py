@@ -15,10 +15,11 @@ import psutil
 import pytest
 from test_sweep import until
 
-from lvmlib import __main__ as launcher
-from lvmlib import gallery, summary
+from lvmlib.cli import commands as launcher
 from lvmlib.errors import LVMError
-from lvmlib.params import ROOT
+from lvmlib.io.paths import ROOT
+from lvmlib.report import summary
+from lvmlib.share import gallery
 
 ARGUMENTS = ["-p", "model", "amn", "-p", "fast", "True", "-p", "precision", "float32"]
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lvmlib import losses, params
-from lvmlib.params import Floor
+from lvmlib import config as params
+from lvmlib import losses
+from lvmlib.config import Floor
 
 B, T, D = 4, 5, 6
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lvmlib.params import ROOT
+from lvmlib.io.paths import ROOT
 
 SCRIPT = ROOT / "workflow" / "manuals.py"
 SENTENCE = "A vector is read, and what follows it is told from those before it"

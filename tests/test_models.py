@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from lvmlib import models
+from lvmlib.baselines import baselines, fit_ridge, fit_weights
+from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
-from lvmlib.vectors import make_store, windows
+from lvmlib.windows import windows
 
 T, H = 5, 512
 NAMES = ("transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "gated", "committee", "sampler")
@@ -535,7 +537,7 @@ def design(w):
 
 def test_copy_last_mean_and_constant_are_exact():
     w = random_windows()
-    predictors = models.baselines(w)
+    predictors = baselines(w)
     assert list(predictors) == ["constant", "copy last", "mean", "weighted mean", "ridge"]
     x = contexts(6)
     raw, unit = predictors["constant"](x)
@@ -561,10 +563,10 @@ def test_fit_weights_is_least_squares(horizon):
     context, target = design(w)
     stacked = context.transpose(0, 2, 1).reshape(-1, T)  # a row for each coordinate of each window
     expected = np.linalg.lstsq(stacked, target.reshape(-1), rcond=None)[0]
-    found = models.fit_weights(w)
+    found = fit_weights(w)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
-    predicted = models.baselines(w)["weighted mean"](torch.from_numpy(context).float())[0]
+    predicted = baselines(w)["weighted mean"](torch.from_numpy(context).float())[0]
     np.testing.assert_allclose(predicted.numpy(), np.einsum("t,ntd->nd", expected, context), atol=1e-5)
 
 
@@ -583,7 +585,7 @@ def test_fit_weights_finds_the_generating_mixture():
                 for k, a in enumerate(angles, start=1)
             )
         )
-    found = models.fit_weights(windows(store_of(*articles), "train", horizon=1)).numpy()
+    found = fit_weights(windows(store_of(*articles), "train", horizon=1)).numpy()
     assert np.ptp(mixture) > 0.5
     np.testing.assert_allclose(found, mixture, atol=1e-4)
 
@@ -607,14 +609,14 @@ def held_out_errors(w):
 @pytest.mark.parametrize("seed", range(3))
 def test_fit_ridge_is_the_direct_solution_of_the_best_strength(horizon, seed):
     w = random_windows(horizon=horizon, seed=seed)
-    weights, strength = models.fit_ridge(w)
+    weights, strength = fit_ridge(w)
     assert strength == STRENGTHS[int(np.argmin(held_out_errors(w)))]
     context, target = design(w)
     x = context.reshape(len(context), -1)
     expected = plain_ridge(x, target, strength)  # the final fit is on all articles
     assert weights.shape == (T * 6, 6)
     np.testing.assert_allclose(weights.numpy(), expected, atol=1e-4)
-    predicted = models.baselines(w)["ridge"](torch.from_numpy(context).float())[0]
+    predicted = baselines(w)["ridge"](torch.from_numpy(context).float())[0]
     np.testing.assert_allclose(predicted.numpy(), x @ expected, atol=1e-4)
 
 
@@ -632,14 +634,14 @@ def test_the_strength_is_chosen_on_every_fifth_article(strange, expected):
         articles.append(np.array(x))
     w = windows(store_of(*articles), "train", horizon=1)
     assert STRENGTHS[int(np.argmin(held_out_errors(w)))] == expected
-    assert models.fit_ridge(w)[1] == expected
+    assert fit_ridge(w)[1] == expected
 
 
 @pytest.mark.parametrize("numbers", [(1, 2, 3), (0, 5, 10)])
 def test_without_articles_on_both_sides_the_middle_strength_is_taken(numbers):
     r = np.random.default_rng(0)
     w = windows(store_of(*(r.normal(size=(12, 6)) for _ in numbers), numbers=numbers), "train")
-    weights, strength = models.fit_ridge(w)
+    weights, strength = fit_ridge(w)
     context, target = design(w)
     assert strength == 30.0
     np.testing.assert_allclose(weights.numpy(), plain_ridge(context.reshape(len(context), -1), target, 30.0), atol=1e-5)
@@ -652,10 +654,10 @@ def test_near_constant_sequences_do_not_break_the_fits(noise):
     articles = [np.tile(r.normal(size=(1, 6)), (14, 1)) + noise * r.normal(size=(14, 6)) for _ in range(10)]
     w = windows(store_of(*articles), "train")
     context, target = (torch.from_numpy(a).float() for a in design(w))
-    for name, predictor in models.baselines(w).items():
+    for name, predictor in baselines(w).items():
         raw, unit = predictor(context)
         assert torch.isfinite(raw).all()
         if name != "constant":  # which does not know the article
             assert torch.nn.functional.cosine_similarity(unit, target).min() > 0.98, name
-    assert models.fit_weights(w).sum().item() == pytest.approx(1, abs=0.01)
-    assert models.fit_weights(w).abs().max() < 1.5
+    assert fit_weights(w).sum().item() == pytest.approx(1, abs=0.01)
+    assert fit_weights(w).abs().max() < 1.5

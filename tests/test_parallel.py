@@ -18,9 +18,11 @@ from parallel_worker import BFLOAT16, CASES, case, data, without_chance
 from test_training import make_data, version
 
 import lvmlib as lvm
-from lvmlib import parallel, training, vectors
+from lvmlib import loop
+from lvmlib.data import store as vectors
 from lvmlib.errors import LVMError
-from lvmlib.params import ROOT
+from lvmlib.io.paths import ROOT
+from lvmlib.runs import parallel
 
 EXACT = 1e-5
 ROUNDED = 0.01  # after ten steps in bfloat16, of eight binary digits
@@ -79,7 +81,7 @@ def test_each_process_drops_out_by_a_stream_of_its_own(folder):
     assert kept.float().mean() == pytest.approx(0.5, abs=0.03)
     alike = (kept[:, None] == kept).float().mean(2)[~torch.eye(8, dtype=bool)]
     assert alike.min() > 0.4 and alike.max() < 0.6
-    with training.seeded(3, 1):
+    with loop.seeded(3, 1):
         assert torch.equal(torch.rand(3), streams["common"])
 
 
@@ -90,7 +92,7 @@ def test_no_process_draws_from_the_common_stream():
         own.seed(3, 1)
         with own._own_stream():
             drawn.append(torch.rand(100))
-    with training.seeded(3, 1):
+    with loop.seeded(3, 1):
         drawn.append(torch.rand(100))
     assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
 

@@ -3,9 +3,12 @@
 import pytest
 import yaml
 
-from lvmlib import params
+from lvmlib import config as params
+from lvmlib import models
+from lvmlib.cli.parameters import check_injected
+from lvmlib.config import flat, version
 from lvmlib.errors import LVMError
-from lvmlib.params import check_injected, flat, version
+from lvmlib.io import paths
 
 # What every version shares: the handbook's "Common", §1 (P6 data) and the definition of prev.
 COMMON = {
@@ -219,7 +222,7 @@ def test_the_expected_timeline_of_v22():
 
 @pytest.mark.parametrize("name", [*TABLE, "base"])
 def test_a_file_begins_with_one_comment_line(name):
-    first, second = (params.PARAMS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[:2]
+    first, second = (paths.PARAMS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[:2]
     assert first.startswith("# ") and len(first) > 20 and not second.startswith("#")
     if name != "base":
         assert version(name).about == first[2:]
@@ -227,15 +230,15 @@ def test_a_file_begins_with_one_comment_line(name):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_file_says_only_what_differs(name):
-    own = yaml.safe_load((params.PARAMS / f"{name}.yaml").read_text(encoding="utf-8"))
+    own = yaml.safe_load((paths.PARAMS / f"{name}.yaml").read_text(encoding="utf-8"))
     assert own.pop("extends") == (PARENTS[name] or "base")
-    base = yaml.safe_load((params.PARAMS / "base.yaml").read_text(encoding="utf-8"))
+    base = yaml.safe_load((paths.PARAMS / "base.yaml").read_text(encoding="utf-8"))
     parent = {k: as_tuples(v) for k, v in flat(version(PARENTS[name]).to_dict() if PARENTS[name] else base).items()}
     assert not {k for k, v in flat(own).items() if k in parent and parent[k] == as_tuples(v)}
 
 
 def test_base_lists_every_parameter():
-    base = flat(yaml.safe_load((params.PARAMS / "base.yaml").read_text(encoding="utf-8")))
+    base = flat(yaml.safe_load((paths.PARAMS / "base.yaml").read_text(encoding="utf-8")))
     assert set(base) == set(flat(version("p6").to_dict())) - {"name", "about", "extends"}
 
 
@@ -308,7 +311,6 @@ def test_a_selection_by_energy_needs_the_energy_score():
 
 
 def test_the_models_with_samples_are_those_that_have_them():
-    from lvmlib import models
 
     assert [name for name, kind in models.ARCHITECTURES.items() if hasattr(kind, "samples")] == list(params.GENERATIVE)
     several = [name for name, kind in models.ARCHITECTURES.items() if kind.heads is not models.Predictor.heads]
@@ -495,7 +497,7 @@ def test_the_oldest_context_vector_may_be_prev():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An own params folder: write(NAME=text, …)."""
-    base = yaml.safe_load((params.PARAMS / "base.yaml").read_text(encoding="utf-8"))
+    base = yaml.safe_load((paths.PARAMS / "base.yaml").read_text(encoding="utf-8"))
     base = params.merge(base, {"epochs": 4, "optimizer": {"lr": 1.0e-3, "clip_norm": 2.0}})
     monkeypatch.setattr(params, "PARAMS", tmp_path)
 

@@ -12,15 +12,20 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib import advice, leaks, models, preflight, worlds
-from lvmlib.advice import Found
-from lvmlib.arrow import arrow
+from lvmlib.baselines import baselines, fit_ridge, fit_weights, untrained
+from lvmlib.data import worlds
+from lvmlib.data.open import dataset
+from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
-from lvmlib.fivecat import fivecat, score
-from lvmlib.leaks import Leak
-from lvmlib.probe import crossed_order_probe
+from lvmlib.judge.arrow import arrow
+from lvmlib.judge.fivecat import fivecat, score
+from lvmlib.preflight import advice, leaks
+from lvmlib.preflight import facts as preflight
+from lvmlib.preflight.advice import Found
+from lvmlib.preflight.leaks import Leak
+from lvmlib.preflight.probe import crossed_order_probe
 from lvmlib.statistics import articles_needed, over_articles, smallest_difference
-from lvmlib.vectors import Dataset, GivenWindows, dataset, make_store, windows
+from lvmlib.windows import Dataset, GivenWindows, windows
 
 D, LENGTHS = 12, (9, 25, 7, 30, 14, 3, 22, 17, 19, 28)
 SPLIT = ("train", "val", "train", "train", "ood", "train", "val", "ood", "train", "")
@@ -284,7 +289,7 @@ def test_titles_that_are_all_but_equal():
 def test_the_trivial_report_is_fivecat_s():
     data = dataset(worlds.rotation(articles=20, length=24, dim=8))
     data = replace(data, val=data.val.at_most(30), ood=data.ood.at_most(30))
-    trivial = models.baselines(data.train)
+    trivial = baselines(data.train)
     report = preflight.trivial_report(data, trivial)
     assert report.predictors == list(trivial) and report.splits == ["val", "ood"]
     plain = fivecat(trivial["ridge"], data, {"constant": trivial["constant"]})
@@ -304,7 +309,7 @@ def test_the_trivial_report_is_fivecat_s():
 def test_peeking_from_its_definition(horizon):
     store = uneven()
     own = windows(store, "val", horizon)
-    found = preflight.peeked(own, models.untrained(D, 5))
+    found = preflight.peeked(own, untrained(D, 5))
     plain = []
     for w in range(len(own)):
         t, start = own.target[w], own.start[w]
@@ -324,7 +329,7 @@ def test_peeking_from_its_definition(horizon):
 def test_peeking_knows_no_gap_and_says_where_nothing_is_left():
     store = make_store("ends", np.eye(7, dtype=np.float32), [0] * 7, range(7), table(["val"]))
     with pytest.raises(LVMError, match="no target has a chunk on either side"):
-        preflight.peeked(windows(store, "val"), models.untrained(7, 5))
+        preflight.peeked(windows(store, "val"), untrained(7, 5))
 
 
 # Forwards and backwards
@@ -340,8 +345,8 @@ def test_folds_are_fitted_as_the_models_are_without_the_articles_that_are_judged
     fits = preflight._fold_fits(whole, used, 4)
     for fold in (0, 3):
         kept = replace(whole, start=whole.start[~np.isin(whole.article, used[fold::4])])
-        torch.testing.assert_close(fits[fold]["weighted mean"].weights, models.fit_weights(kept), atol=1e-4, rtol=0)
-        ridges = [models.fit_ridge(kept, (s,))[0] for s in preflight.STRENGTHS]
+        torch.testing.assert_close(fits[fold]["weighted mean"].weights, fit_weights(kept), atol=1e-4, rtol=0)
+        ridges = [fit_ridge(kept, (s,))[0] for s in preflight.STRENGTHS]
         assert min(float((fits[fold]["ridge"].weights - r).abs().max()) for r in ridges) < 1e-4
 
 
@@ -428,8 +433,8 @@ def test_power_where_there_is_nothing_to_go_by():
 
 def examine(store, horizon=2, trained=False):
     data = dataset(store, horizon)
-    trivial = models.baselines(data.train)
-    small = {preflight.TRAINED: models.untrained(store.dim, 5)["mean"]} if trained else {}
+    trivial = baselines(data.train)
+    small = {preflight.TRAINED: untrained(store.dim, 5)["mean"]} if trained else {}
     order, arrows, peeked = {}, {}, None
     with contextlib.suppress(LVMError):
         order = {lag: crossed_order_probe(store, lag=lag) for lag in (1, 2)}
@@ -605,7 +610,7 @@ def test_figures_of_a_draw_are_said_to_be_so():
     assert found.draw == "" and "of a draw" not in advice.conclusion(found) + advice.answers(found)[1]
     for fewest, cut in ((2, False), (12, True)):
         part = preflight.drawn(data, {"train": 400, "val": 240, "ood": 240}, fewest=fewest)
-        drawn = replace(found, scored=preflight.scores(part, models.baselines(part.train)))
+        drawn = replace(found, scored=preflight.scores(part, baselines(part.train)))
         assert f"a draw of {12 if cut else 6} validation articles of 12" in advice.conclusion(drawn)
         assert ("a lower MRR" in advice.answers(drawn)[1]) is cut
         signal = advice.answers(replace(found, drawn=part))[0]

@@ -10,10 +10,12 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize
 
-from lvmlib import probe, worlds
+from lvmlib.data import worlds
+from lvmlib.data.open import dataset
+from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
-from lvmlib.probe import crossed_order_probe, order_probe
-from lvmlib.vectors import dataset, make_store
+from lvmlib.preflight import probe
+from lvmlib.preflight.probe import crossed_order_probe, order_probe
 
 SMALL = {"articles": 40, "length": 12, "dim": 16}
 

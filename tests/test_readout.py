@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from lvmlib import models
-from lvmlib import readout as R
+from lvmlib.baselines import Constant, Linear, Weighted
+from lvmlib.data.open import EMBEDDED
+from lvmlib.data.store import make_store, open_store
 from lvmlib.errors import LVMError
-from lvmlib.vectors import EMBEDDED, make_store, open_store, windows
+from lvmlib.report import readout as R
+from lvmlib.windows import windows
 
-measure = importlib.import_module("lvmlib.fivecat").measure  # the package's attribute `fivecat` is the function
+measure = importlib.import_module("lvmlib.judge.fivecat").measure  # the package's attribute `fivecat` is the function
 T = 5
 LENGTHS = {0: ("val", 12), 3: ("train", 9), 4: ("val", 15), 8: ("val", 7), 9: ("ood", 11)}
 
@@ -48,7 +51,7 @@ def val(request, store):
 @pytest.fixture
 def model(store):
     torch.manual_seed(0)
-    return models.Linear(store.dim, torch.randn(T * store.dim, store.dim))
+    return Linear(store.dim, torch.randn(T * store.dim, store.dim))
 
 
 def predicted(model, chunks):
@@ -100,7 +103,7 @@ def test_nearest_texts_are_those_of_a_plain_loop(store, val, texts, model):
 
 
 def test_the_context_is_left_out_though_it_lies_nearest(store, val, texts):
-    copy = models.Weighted(store.dim, torch.eye(T)[-1])
+    copy = Weighted(store.dim, torch.eye(T)[-1])
     found = R.nearest(copy, val, range(len(val)), texts, k=99)
     for _, part in found.groupby("window"):
         roles = {role: set(rows["row"]) for role, rows in part.groupby("role")}
@@ -125,7 +128,7 @@ def test_equal_cosines_share_their_rank(store, texts):
     vectors = store.vectors.copy()
     vectors[7:10] = vectors[6]  # window 0 of article 0: target 6, rows 5 to 11 are its candidates
     twins = make_store("twins", vectors, store.article, store.position, store.articles)
-    found = R.nearest(models.Constant(8, T, torch.tensor(vectors[6])), windows(twins, "val"), 0, texts, k=2)
+    found = R.nearest(Constant(8, T, torch.tensor(vectors[6])), windows(twins, "val"), 0, texts, k=2)
     assert found["rank"][found["role"] == "truth"].tolist() == [2.5]
     assert found["row"][found["role"] == "nearest in article"].tolist() == [6, 7]  # the first in reading order
 
@@ -296,7 +299,7 @@ def test_the_page_says_what_is_what(store, texts, model):
 
 def test_the_page_tells_nothing_twice(store, texts):
     val = windows(store, "val")
-    constant = models.Constant(8, T, torch.tensor(store.vectors[val.target[0]]))
+    constant = Constant(8, T, torch.tensor(store.vectors[val.target[0]]))
     page = "".join(Page(R.show(R.rollout(constant, val, 0, texts, 3), val).data).pieces)
     assert page.count(texts[val.target[0]]) == 1 and page.count("(as at step 1)") == 2 and "6, nearest, true" in page
     page = "".join(Page(R.show(R.nearest(constant, val, 0, texts, 1), val).data).pieces)
@@ -305,7 +308,7 @@ def test_the_page_tells_nothing_twice(store, texts):
 
 def test_the_skipped_chunk_is_named(store, texts):
     val = windows(store, "val")
-    constant = models.Constant(8, T, torch.tensor(store.vectors[val.target[0] - 1]))
+    constant = Constant(8, T, torch.tensor(store.vectors[val.target[0] - 1]))
     assert "5, skipped" in R.show(R.nearest(constant, val, 0, texts), val).data
 
 
@@ -334,7 +337,7 @@ def test_bad_calls(store, texts, model, call, index, change, message):
 @pytest.mark.parametrize("call", [R.nearest, R.rollout])
 def test_a_model_that_predicts_nan(store, texts, call):
     with pytest.raises(LVMError, match="NaN or infinite"):
-        call(models.Constant(8, T, torch.full((8,), torch.nan)), windows(store, "val"), [0], texts)
+        call(Constant(8, T, torch.full((8,), torch.nan)), windows(store, "val"), [0], texts)
 
 
 # --- the embedded data -----------------------------------------------------------------------------------------------
@@ -344,7 +347,7 @@ def test_embedded_data_is_credited():
     pytest.importorskip("gensim", reason='needs the extra "encode": pip install -e ".[encode]"')
     store = open_store(EMBEDDED / "wikipedia")
     texts, val = R.texts(store), windows(store, "val")
-    mean = models.Weighted(store.dim, torch.full((T,), 1 / T))
+    mean = Weighted(store.dim, torch.full((T,), 1 / T))
     chosen = R.choose(measure(mean, val))
     page = "".join(Page(R.show(R.nearest(mean, val, chosen["window"], texts), val, chosen).data).pieces)
     assert page.count("text: authors of English Wikipedia, CC BY-SA") == 1

@@ -13,9 +13,12 @@ import pytest
 import torch
 from scipy import stats
 
-from lvmlib import retrieval
-from lvmlib.retrieval import TIE, Articles, negatives
-from lvmlib.vectors import dataset, make_store, windows
+from lvmlib import ranking as retrieval
+from lvmlib.data.open import dataset
+from lvmlib.data.store import make_store
+from lvmlib.judge.measure import negatives
+from lvmlib.ranking import TIE, Articles
+from lvmlib.windows import windows
 
 T = 5
 DIM = 12

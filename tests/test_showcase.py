@@ -9,8 +9,8 @@ import time
 import psutil
 import pytest
 
-from lvmlib import __main__ as commands
-from lvmlib.params import ROOT
+from lvmlib.cli import commands
+from lvmlib.io.paths import ROOT
 
 SHOWN = ROOT / "outputs" / "showcase"
 # Their vectors are not ours to share.

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lvmlib import ready as R
-from lvmlib import sources as S
+from lvmlib.data import store as V
 from lvmlib.errors import LVMError
+from lvmlib.text import sources as S
+from lvmlib.text import tables as R
 
 HOW = 'needs the extra "encode": pip install -e ".[encode]"'
 pa = pytest.importorskip("pyarrow", reason=HOW)
@@ -311,7 +312,7 @@ def test_a_hostile_file_gives_one_clear_error(tmp_path, name):
 
 
 def test_text_with_lone_surrogates_passes_and_is_cleaned_when_it_is_cut(tmp_path):
-    chunking = pytest.importorskip("lvmlib.chunking")
+    chunking = pytest.importorskip("lvmlib.text.chunking")
     path = put(tmp_path / "t.jsonl", b'{"text": "A \\ud800 lone one. ' + b"x" * 80 + b'", "title": "\\udfff"}\n')
     (document,) = S.documents(str(path))
     assert document.title == "document 1"
@@ -546,7 +547,7 @@ def test_a_damaged_corpus_comes_with_its_command(nltk_data):
 
 
 def test_the_slice_of_wikipedia(monkeypatch):
-    wikipedia = pytest.importorskip("lvmlib.wikipedia")
+    wikipedia = pytest.importorskip("lvmlib.text.wikipedia")
     made = [("One", ["a", "b"]), ("Two", ["c"])]
     monkeypatch.setattr(wikipedia, "wikipedia_slice", lambda: (made, {"pages": 5, "articles": 2, "paragraphs": 3}))
     counts = {}
@@ -646,8 +647,6 @@ def test_rows_are_grouped_by_article_and_ordered_by_position(tmp_path, half, mon
 
 def test_what_is_grouped_is_a_store(tmp_path):
     import pandas as pd
-
-    from lvmlib import vectors as V
 
     path = put_vectors(tmp_path / "v.parquet", **SHUFFLED)
     with V.writing(tmp_path / "store") as partial:

@@ -5,9 +5,9 @@ import hashlib
 import numpy as np
 import pytest
 
-from lvmlib import splits
+from lvmlib.data import splits
+from lvmlib.data.splits import rule, split_articles
 from lvmlib.errors import LVMError
-from lvmlib.splits import rule, split_articles
 
 
 def topics(seed, sizes):

@@ -10,12 +10,26 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib import controls, models, plots
-from lvmlib import spread as module
+from lvmlib import models
+from lvmlib.baselines import Weighted, fit_weights
+from lvmlib.config import version
+from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
-from lvmlib.params import version
-from lvmlib.spread import Ensemble, FromContext, histogram, kolmogorov, measure, place, reading, references, spread
-from lvmlib.vectors import make_store, windows
+from lvmlib.judge import controls
+from lvmlib.judge import spread as module
+from lvmlib.judge.spread import (
+    Ensemble,
+    FromContext,
+    histogram,
+    kolmogorov,
+    measure,
+    place,
+    reading,
+    references,
+    spread,
+)
+from lvmlib.report import plots
+from lvmlib.windows import windows
 
 T, D = 2, 12
 ARTICLES, LENGTH = 30, 42
@@ -173,14 +187,14 @@ def test_references_are_what_their_names_say(draws):
     g = torch.Generator().manual_seed(0)
     drawn = {name: r.samples(context, 30, g) for name, r in refs.items()}
     assert all(x.shape == (30, 50, D) for x in drawn.values())
-    point = models.Weighted(D, models.fit_weights(draws["train"])).raw(context)
+    point = Weighted(D, fit_weights(draws["train"])).raw(context)
     torch.testing.assert_close(drawn["weighted mean, a point"], point.expand(30, -1, -1))
     rows = {tuple(y) for y in everything.tolist()}
     assert all(tuple(x) in rows for x in drawn["climatology"].flatten(0, 1).tolist())
     same = (drawn["context vectors"][:, :, None] == context).all(-1)  # (S, B, T)
     assert same.any(2).all() and same.float().mean((0, 1)) == pytest.approx([0.5, 0.5], abs=0.06)
     torch.testing.assert_close(drawn["weighted mean, dressed"].norm(dim=-1), torch.ones(30, 50))
-    residual = Ensemble(models.Weighted(D, torch.zeros(T)), target[:1])
+    residual = Ensemble(Weighted(D, torch.zeros(T)), target[:1])
     torch.testing.assert_close(residual.raw(context), target[:1].expand(50, -1))
     torch.testing.assert_close(FromContext(D, T).raw(context), context.mean(1))
 
@@ -196,7 +210,7 @@ def test_context_vectors_taken_once_each_would_score_too_low(draws):
 
 def test_a_model_without_samples_is_refused(draws):
     with pytest.raises(LVMError, match="Weighted has no samples; train a version"):
-        measure(models.Weighted(D, torch.ones(T)), draws["val"])
+        measure(Weighted(D, torch.ones(T)), draws["val"])
     found = spread(OnSphere(0.5), {"val": draws["val"].at_most(50)}, {})
     with pytest.raises(LVMError, match="no 'depth' of 'model' on split 'val'"):
         found.row("depth")

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 import lvmlib as lvm
-from lvmlib import sweep
+from lvmlib.cli import sweep
 from lvmlib.errors import LVMError
-from lvmlib.params import ROOT
+from lvmlib.io.paths import ROOT
 
 SMALL = {"fast": True, "models": ["amn"], "seeds": 1, "versions": ["p6", "v22"], "precision": "float32"}
 WORKFLOW = ROOT / "workflow"

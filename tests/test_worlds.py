@@ -13,14 +13,16 @@ import scipy.stats
 import torch
 import yaml
 
-from lvmlib import worlds
+from lvmlib.baselines import baselines, untrained
+from lvmlib.config import version
+from lvmlib.data import worlds
+from lvmlib.data.open import dataset
+from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
-from lvmlib.fivecat import score
-from lvmlib.models import baselines, untrained
-from lvmlib.params import version
+from lvmlib.judge.fivecat import score
+from lvmlib.runs.run import train
 from lvmlib.statistics import over_articles
-from lvmlib.training import train
-from lvmlib.vectors import SPLITS, dataset, make_store, windows
+from lvmlib.windows import SPLITS, windows
 
 
 def articles_of(store):

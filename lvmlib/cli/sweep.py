@@ -1,0 +1,190 @@
+"""What a sweep runs: versions × seeds × datasets × models from one configuration, behind workflow/Snakefile.
+
+Which run lies where, and with which parameters, is `run_folder`'s and `version`'s to say, as for a run by hand: a sweep
+takes up what `make train` has finished, and the other way round.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import Version, _nearest, merge, version
+from ..data.open import dataset
+from ..errors import LVMError, said
+from ..io import disk as files
+from ..io import limits as untrusted
+from ..io import stamp as fingerprint
+from ..io.paths import outputs
+from ..runs.folder import dataset_record, differences, open_run, run_folder
+
+# workflow/sweep.yaml says what each of them means.
+DEFAULTS = {"versions": None, "seeds": 1, "datasets": [None], "models": ["transformer"], "epochs": None}
+DEFAULTS |= {"precision": None, "fast": False, "overrides": {}, "threads": 1, "gpus": 0}
+_EXAMPLES = {"versions": ("p6", "v22"), "datasets": ("wikipedia", "world:converging"), "models": ("transformer", "amn")}
+WORDS = {"true": True, "false": False, "null": None}
+_HELD = contextlib.ExitStack()  # until the process ends
+atexit.register(_HELD.close)
+
+
+class Comparison(NamedTuple):
+    """A page of compare.ipynb."""
+
+    parameters: dict[str, Any]  # but `versions`: those of which a run has finished
+    runs: dict[str, str]  # the folder of each run, and its version
+
+
+class Sweep(NamedTuple):
+    """What is to be run; paths are absolute."""
+
+    runs: dict[str, dict[str, Any]]  # the folder of each run, and its notebooks' parameters
+    comparisons: dict[str, Comparison]  # the path of each executed compare.ipynb
+    threads: int  # of a job
+    gpus: int  # of a job
+
+
+def plan(config: Mapping[str, Any]) -> Sweep:
+    """All runs and comparisons of a configuration, whose keys are those of workflow/sweep.yaml.
+
+    A version that names an architecture of its own keeps it, as in compare.ipynb. Raises LVMError for an unknown key,
+    version, dataset or model, for an impossible value, and for a run that is done, but with other parameters.
+    """
+    for key in config:
+        if key not in DEFAULTS:
+            known = ", ".join(DEFAULTS)
+            raise LVMError(f"sweep: unknown key {key!r}{_nearest(key, DEFAULTS)}; workflow/sweep.yaml has {known}")
+    c = {**DEFAULTS, **_typed(config)}
+    for key, least in (("seeds", 1), ("threads", 1), ("gpus", 0)):
+        if type(c[key]) is not int or c[key] < least:
+            raise LVMError(f"sweep: {key} is {c[key]!r}; needed is a whole number from {least} on")
+    if not isinstance(c["fast"], bool):
+        raise LVMError(f"sweep: fast is {c['fast']!r}; needed is true or false")
+    given = {key: c[key] for key in ("epochs", "precision", "overrides") if c[key] not in (None, {})}
+    if c["fast"] or os.environ.get("LVM_FAST") == "1":
+        given["fast"] = True
+
+    runs: dict[str, dict[str, Any]] = {}
+    comparisons: dict[str, Comparison] = {}
+    for data, model, name in itertools.product(*(_listed(c[key], key) for key in ("datasets", "models", "versions"))):
+        # A version that has another model than base.yaml, as p6 has it, has named it.
+        named = version(name).model != version("p6").model
+        chosen = given | ({} if data is None else {"data": data}) | ({} if named else {"model": model})
+        for seed in range(c["seeds"]):
+            own = version(name, seed=seed, **chosen)
+            if not seed:
+                data_there = dataset_record(dataset(own.data, own.horizon, own.context_length, own.fast, own.direction))
+            folder = run_folder(own).absolute()
+            _refuse_another(folder, own, data_there)
+            chosen_here = {"version": name, "seed": seed, **chosen}
+            if runs.setdefault(str(folder), chosen_here) != chosen_here:
+                raise LVMError(
+                    f"sweep: {chosen_here} and {runs[str(folder)]} would both be {folder}; name datasets apart by "
+                    "the last part of their paths"
+                )
+            page = folder.parents[1] / f"compare-{model}.ipynb"
+            about = {"data": own.to_dict()["data"], "model": model, "seeds": c["seeds"], **given}
+            if "epochs" in about:  # compare.ipynb has no parameter of that name
+                about["overrides"] = {**about.get("overrides", {}), "epochs": about.pop("epochs")}
+            comparisons.setdefault(str(page), Comparison(about, {})).runs[str(folder)] = name
+    return Sweep(runs, comparisons, c["threads"], c["gpus"])
+
+
+def training(planned: Sweep, folder: str) -> dict[str, Any]:
+    """The parameters of the run's train.ipynb, which alone makes use of several GPUs."""
+    return planned.runs[folder] | ({"devices": planned.gpus} if planned.gpus > 1 else {})
+
+
+def finished(comparison: Comparison) -> list[str]:
+    """The executed train.ipynb of each of its runs that has finished."""
+    there = (Path(folder) / "train.ipynb" for folder in comparison.runs)
+    return [str(path) for path in there if path.exists()]
+
+
+def comparing(comparison: Comparison) -> dict[str, Any]:
+    """The parameters of compare.ipynb over what has finished."""
+    names = dict.fromkeys(comparison.runs[str(Path(path).parent)] for path in finished(comparison))
+    return comparison.parameters | {"versions": " ".join(names)}
+
+
+def hold() -> None:
+    """Make this process the one sweep of the outputs folder until it ends, however it ends. LVMError where one runs."""
+    there = outputs()
+    refused = "{}: another sweep is running there, {}; wait for it, or stop it"
+    _HELD.enter_context(files.hold(there / "sweep.lock", lambda holder: refused.format(there, holder)))
+
+
+def keep(planned: Sweep) -> None:
+    """Set aside each comparison that stands there and tells of anything that the one which is due will not: other
+    versions, more seeds, other parameters. Snakemake deletes what it makes anew; a smaller sweep, or one of which less
+    has finished, would replace a larger one's page."""
+    for path, comparison in planned.comparisons.items():
+        page, due = Path(path), comparing(comparison)
+        if not page.exists() or not finished(comparison):
+            continue
+        told = fingerprint.given(page)
+        seeds = told.get("seeds")
+        grows = type(seeds) is int and seeds <= due["seeds"]
+        grows &= set(str(told.get("versions")).split()) <= set(due["versions"].split())
+        if not grows or told != {**due, "versions": told["versions"], "seeds": seeds}:
+            print(f"{page}: of another sweep; set aside as {files.set_aside(page).name}")
+
+
+def settings(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in `file`, changed by what the command line gave. Raises LVMError.
+
+    Snakemake's own reader would run the Python in a file that asks it to (`__use_yte__`).
+    """
+    try:
+        content = untrusted.read_yaml(file)
+    except (OSError, ValueError) as e:
+        raise LVMError(f"{file}: cannot be read ({said(e)}); restore the file") from e
+    if not isinstance(content, dict):
+        raise LVMError(f"{file}: holds no `key: value`; restore the file")
+    return merge(content, given)
+
+
+def _refuse_another(folder: Path, own: Version, data: dict) -> None:
+    """Raises LVMError where a finished train.ipynb stands for a run that is not `own`: it would be taken for done."""
+    if not (folder / "train.ipynb").exists():
+        return
+    record = open_run(folder)[0]
+    there = record.get("computed", {}).get("precision")
+    ours = {
+        "parameters": own.to_dict(),
+        "dataset": data,
+        "computed": {"precision": there if own.precision == "auto" else own.precision},
+    }
+    if differing := differences(ours, record):
+        raise LVMError(
+            f"sweep: {folder} holds a run with other parameters or data ({'; '.join(differing)}); move that folder "
+            "away, or name another for all by LVM_OUTPUTS"
+        )
+
+
+def _typed(value: Any) -> Any:
+    """A value as YAML has it: `snakemake --config` leaves true, null and the leaves of what is nested as text."""
+    if isinstance(value, Mapping):
+        return {key: _typed(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_typed(x) for x in value]
+    if not isinstance(value, str):
+        return value
+    if value in WORDS:
+        return WORDS[value]
+    if re.fullmatch(r"[-+]?\d+", value):
+        return int(value)
+    return float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", value) else value
+
+
+def _listed(value: Any, key: str) -> list:
+    """A list of the configuration; from the command line it may be names with a space between."""
+    listed = value.split() if isinstance(value, str) else value
+    if not isinstance(listed, list) or not listed:
+        raise LVMError(f"sweep: {key} is {value!r}; needed is a list, such as [{', '.join(_EXAMPLES[key])}]")
+    return listed

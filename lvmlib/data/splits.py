@@ -1,0 +1,197 @@
+"""Train, validation and OOD: splits by whole articles, the same on every machine.
+
+Axes: M chunks, D vector dimension, A articles.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import LVMError
+from ..windows import blocks
+
+USABLE = 7  # chunks of an article that gives a window: 5 of context, horizon 2
+ARTICLES = (10, 5, 3)  # usable articles that validation and OOD have at least: the first that a corpus can give
+TREE = 5000  # articles that one topic tree holds; its memory grows with their square
+
+VAL_RULE = (
+    "val: of the remaining usable articles (of 7 chunks or more) in the order of sha256('SEED:TITLE'), as many as hold "
+    "12 % of the chunks; SEED is the first of 0, 1, 2, ... for which these are at least 10 articles (5 or 3 in a small "
+    "corpus) and at most 15 % of the chunks. train: the rest."
+)
+RULES = {
+    "topic": "By article. ood is a topic: Ward's linkage of the article centroids makes a tree; of its branches that "
+    "hold 10 to 20 % of the chunks and at least 10 usable articles (5 or 3 in a small corpus), the one whose articles' "
+    "median cosine to the nearest article outside it is lowest. Of more than 5,000 articles the tree takes those 5,000 "
+    "that come first in the order of sha256('tree:TITLE'), and the others go with the nearest of them. ",
+    "random": "By article. ood: drawn as val is, by sha256('ood:SEED:TITLE'). ",
+    "source": "By article. ood: all articles of the sources {names}. ",
+}
+
+
+def split_articles(
+    vectors: np.ndarray,
+    article: np.ndarray,
+    titles: Sequence[str],
+    ood: str = "topic",
+    sources: Sequence[str] | None = None,
+) -> np.ndarray:
+    """(A,) strings train, val, ood. `vectors` (M, D), may be memory-mapped; `article` (M,): 0 … A − 1; `titles`, and
+    `sources` where there are any, (A,). `ood`: topic, random, or source:NAME (several names with commas).
+
+    The rule stands in `rule(ood)`. Where a corpus is too small or too uneven for its shares, the nearest to them are
+    taken that leave each split 3 usable articles; a topic that is no branch is then an article with those nearest to
+    it. So whatever passes `check_articles` is split; it raises LVMError for what does not, and for an unknown `ood`.
+    """
+    kind, _ = _kind(ood)
+    size = np.bincount(article, minlength=len(titles))
+    usable, outside = size >= USABLE, check_articles(size, ood, sources)
+    centre = centroids(vectors, article, len(size)) if kind == "topic" else None
+    for at_least, loose in (*((a, False) for a in ARTICLES), (ARTICLES[-1], True)):
+        if kind == "topic":
+            outside = _topic(centre, titles, size, at_least, loose)
+        elif kind == "random":
+            drawn = _draw("ood:", titles, np.flatnonzero(usable), size, at_least, 2 * at_least, loose)
+            outside = None if drawn is None else np.isin(np.arange(len(size)), drawn)
+        if outside is None:
+            continue
+        val = _draw("", titles, np.flatnonzero(~outside & usable), size, at_least, at_least, loose)
+        if val is not None:
+            break
+    split = np.where(outside, "ood", "train")
+    split[val] = "val"
+    return split
+
+
+def check_articles(size: np.ndarray, ood: str = "topic", sources: Sequence[str] | None = None) -> np.ndarray | None:
+    """Raises LVMError unless articles of so many chunks, `size` (A,), can be split: needs no vector.
+
+    Gives (A,) whether an article is of the named sources, if `ood` names any.
+    """
+    kind, names = _kind(ood)
+    usable = size >= USABLE
+    if usable.sum() < 3 * ARTICLES[-1]:
+        raise LVMError(
+            f"only {usable.sum()} of {len(size)} articles have {USABLE} chunks or more; a split into train, val and "
+            f"ood needs {3 * ARTICLES[-1]} such: take more or longer articles, or smaller chunks"
+        )
+    if kind != "source":
+        return None
+    outside = _of_sources(names, sources, usable)
+    left = (usable & ~outside).sum()
+    if left < 2 * ARTICLES[-1]:
+        raise LVMError(
+            f"ood {ood!r}: leaves {left} articles of {USABLE} chunks or more, and train and val need "
+            f"{2 * ARTICLES[-1]}: name fewer sources, or take more articles"
+        )
+    return outside
+
+
+def rule(ood: str) -> str:
+    """How `split_articles` splits, in words."""
+    kind, names = _kind(ood)
+    return RULES[kind].replace("{names}", ", ".join(names)) + VAL_RULE
+
+
+def _kind(ood: str) -> tuple[str, list[str]]:
+    kind, colon, names = ood.partition(":") if isinstance(ood, str) else (repr(ood), "", "")
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    if kind not in RULES or bool(listed) != (kind == "source") or (colon and kind != "source"):
+        near = difflib.get_close_matches(kind, RULES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near and near[0] != ood else ""
+        raise LVMError(f"ood {ood!r}: unknown{hint}; known: topic, random, source:NAME[,NAME…]")
+    return kind, listed
+
+
+def centroids(vectors: np.ndarray, article: np.ndarray, count: int | None = None) -> np.ndarray:
+    """(A, D) float32: the mean vector of each article, made unit. `article` (M,): 0 … A − 1.
+
+    Reads block by block; what it gives is in memory whole: 4·A·D bytes, so 1.5 GB for a million articles of D = 384.
+    """
+    sums = np.zeros((count or int(article.max()) + 1, vectors.shape[1]), np.float32)
+    for first, block in blocks(vectors):
+        np.add.at(sums, article[first : first + len(block)], block.astype(np.float32))
+    norms = np.sqrt(np.einsum("ad,ad->a", sums, sums, dtype=np.float64))
+    sums /= np.maximum(norms, 1e-12).astype(np.float32)[:, None]
+    return sums
+
+
+def _topic(centre: np.ndarray, titles, size: np.ndarray, at_least: int, loose: bool) -> np.ndarray | None:
+    """(A,) whether an article is of the branch of the topic tree that stands farthest apart; None without a branch.
+
+    `loose`: without one, an article and those nearest to it, by `centre` (A, D), that stand farthest apart.
+    """
+    from scipy.cluster.hierarchy import linkage, to_tree
+
+    inside = np.arange(len(size))
+    if len(size) > TREE:
+        inside = np.sort(_ordered("tree:", titles, np.flatnonzero(size))[:TREE])
+        if loose and (size[inside] >= USABLE).sum() < 3 * at_least:
+            inside = np.sort(_ordered("tree:", titles, np.flatnonzero(size >= USABLE))[:TREE])
+    of_tree, within = centre[inside].astype(np.float64), size[inside]
+    usable, share = within >= USABLE, within / within.sum()
+    cosine = of_tree @ of_tree.T
+    branches = []
+    for node in to_tree(linkage(of_tree, "ward"), rd=True)[1]:
+        if node.count > 0.9 * len(inside):
+            continue
+        branch = np.isin(np.arange(len(inside)), node.pre_order())
+        enough = usable[branch].sum() >= at_least and usable[~branch].sum() >= 2 * at_least
+        if enough and 0.10 <= within[branch].sum() / within.sum() <= 0.20:
+            branches.append((0, np.median(cosine[branch][:, ~branch].max(1)), branch))
+    for article in np.flatnonzero(usable) if loose and not branches else ():
+        near = np.flatnonzero(usable)
+        near = near[np.argsort(-cosine[article, near], kind="stable")]
+        count = np.clip((share[near].cumsum() < 0.12).sum() + 1, at_least, len(near) - 2 * at_least)
+        branch = np.isin(np.arange(len(inside)), near[:count])
+        apart = np.median(cosine[branch][:, near[count:]].max(1))
+        branches.append((max(share[branch].sum(), 0.20), apart, branch))
+    if not branches:
+        return None
+    branch = min(branches, key=lambda b: b[:2])[2]
+    outside = np.zeros(len(size), bool)
+    outside[inside] = branch
+    others = np.setdiff1d(np.arange(len(size)), inside)
+    for part in np.array_split(others, max(1, len(others) // 4096)):
+        outside[part] = branch[(centre[part] @ centre[inside].T).argmax(1)] if len(part) else []
+    return outside
+
+
+def _of_sources(names: list[str], sources, usable: np.ndarray) -> np.ndarray:
+    there = sorted(set(map(str, sources))) if sources is not None else []
+    for name in names:
+        if name not in there:
+            shown = ", ".join(there[:20]) or "none: this dataset has no sources"
+            raise LVMError(f"ood: no article has the source {name!r}; there are: {shown}")
+    outside = np.isin(np.asarray(sources, dtype=str), names)
+    if (outside & usable).sum() < ARTICLES[-1]:
+        raise LVMError(
+            f"ood: the sources {', '.join(names)} hold too few usable articles ({(outside & usable).sum()} of "
+            f"{USABLE} chunks or more, and {ARTICLES[-1]} are needed); name more sources"
+        )
+    return outside
+
+
+def _ordered(salt: str, titles: Sequence[str], articles: np.ndarray) -> np.ndarray:
+    return np.array(sorted(articles, key=lambda a: hashlib.sha256(f"{salt}{titles[a]}".encode()).digest()), dtype=int)
+
+
+def _draw(salt: str, titles, free: np.ndarray, size: np.ndarray, at_least: int, leave: int, loose: bool):
+    """Of the articles `free`, a random draw that holds 12 to 15 % of the chunks and leaves `leave` articles: its
+    numbers; None if there is none, or, if `loose`, the draw that comes nearest."""
+    nearest = np.inf, None
+    for seed in range(1000 if len(size) <= TREE else 20):  # of many articles the first draw will do
+        order = _ordered(f"{salt}{seed}:", titles, free)
+        share = size[order].cumsum() / size.sum()
+        count = int((share < 0.12).sum()) + 1  # the fewest that hold 12 %
+        if at_least <= count <= len(order) - leave and share[count - 1] <= 0.15:
+            return order[:count]
+        count = min(max(count, at_least), len(order) - leave)
+        if loose and count >= at_least:
+            off = max(0.12 - share[count - 1], share[count - 1] - 0.15)
+            nearest = min(nearest, (off, order[:count]), key=lambda n: n[0])
+    return nearest[1]

