@@ -2,7 +2,7 @@
 
 Each job is done once without a kill: its end is what the killed ones must come to, bit for bit but for wall times. A
 kill comes at a moment that is uniform over that job's usual wall time, often several times in a row on the same folder.
-The jobs run in forked processes of one thread, on data made here. tests/test_crash.py does a small form of it.
+The jobs run in forked processes of one thread, on data made here. tests/runs/test_crash.py does a small form of it.
 
 `python tests/kill_runs.py KILLS SEED commands` does it to what a person starts: `python -m lvmlib train` with papermill
 and its kernel, and a sweep by snakemake, both on the embedded data in fast mode. All that was started is killed but the
@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from test_training import guarded, make_data, version
+from toys import guarded, make_data, version
 
 import lvmlib as lvm
 from lvmlib.io import stamp

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_training import make_data, version
+from toys import make_data, version
 
 import lvmlib as lvm
 from lvmlib import loop, losses, models, windows

@@ -1,8 +1,8 @@
 # ruff: noqa: E501  (a row is a line)
 """Files and parameters made to do harm: none runs code, none writes outside outputs/, each ends in one LVMError.
 
-`python tests/test_hostile.py` prints the table of docs/safety.md. What the importers and an exported folder are given is
-tried by tests/test_importers.py (with fuzz_importers.py) and tests/test_export.py, and not repeated here.
+`python tests/share/test_hostile.py` prints the table of docs/safety.md. What the importers and an exported folder are given is
+tried by tests/data/test_original.py (with fuzz_importers.py) and tests/share/test_export.py, and not repeated here.
 """
 
 import ast

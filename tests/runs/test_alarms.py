@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from test_training import make_data, same, version, weights, without_times
+from toys import make_data, same, version, weights, without_times
 
 import lvmlib as lvm
 from lvmlib import config as params

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from toys import DIM, finish, guarded, make_data, same, version, weights, without_times
 
 import lvmlib as lvm
 from lvmlib import config as params
@@ -31,52 +32,10 @@ from lvmlib.report import summary
 from lvmlib.runs import folder as runs
 from lvmlib.runs import run as training
 
-DIM = 24
-
-
-def make_data(seed=0, articles=12, length=16):
-    """Articles that drift from a topic, so that there is something to learn."""
-    random = np.random.default_rng(seed)
-    x = random.standard_normal((articles, 1, DIM)) + 0.8 * random.standard_normal((articles, length, DIM))
-    x /= np.linalg.norm(x, axis=-1, keepdims=True)
-    split = np.array(["train", "train", "train", "val", "ood"])[np.arange(articles) % 5]
-    frame = pd.DataFrame({"title": [f"a{i}" for i in range(articles)], "split": split}, index=range(articles))
-    store = vectors.make_store(
-        "toy",
-        x.reshape(-1, DIM).astype(np.float32),
-        np.repeat(np.arange(articles), length),
-        np.tile(np.arange(length), articles),
-        frame,
-    )
-    return open.dataset(store)
-
 
 @pytest.fixture(scope="module")
 def data():
     return make_data()
-
-
-def version(name="v22", **top):
-    settings = {"model": "amn", "epochs": 3, "precision": "float32", "device": "cpu", "log_every": 2} | top
-    return lvm.version(name, settings.pop("overrides", None), **settings)
-
-
-def weights(folder, name="best.safetensors"):
-    return safetensors.torch.load_file(folder / name)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def finish(run):
-    rows = list(run)
-    assert run.finished and len(rows) == len(run)
-    return run
-
-
-def without_times(frame):
-    return frame.drop(columns="seconds", errors="ignore")
 
 
 # The folder
@@ -302,7 +261,7 @@ import os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import lvmlib as lvm
-from test_training import make_data, version
+from toys import make_data, version
 writes = 0
 real = os.replace
 def replace(a, b):
@@ -319,7 +278,7 @@ list(lvm.train(version(), make_data(), Path({folder!r})))
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 6, 7, 9, 14, 17, 18])
 def test_killed_at_any_write_it_goes_on_to_the_same_end(data, tmp_path, at):
     """The process dies before its n-th file appears: start tables, best, state, tables of an epoch, run.yaml …"""
-    code = KILLED.format(tests=str(Path(__file__).parent), at=at, folder=str(tmp_path / "run"))
+    code = KILLED.format(tests=str(Path(__file__).parents[1]), at=at, folder=str(tmp_path / "run"))
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
     run = finish(lvm.train(version(), data, tmp_path / "run"))
@@ -652,11 +611,6 @@ def test_the_best_of_a_constrained_run_keeps_its_bound_first(data, tmp_path):
 
 
 # The escape guard
-
-
-def guarded(fall=0.03, escape=0.9, cool=0.5, most=2, lr=0.01, name="v22", **top):
-    settings = {"optimizer": {"lr": lr}, "rewind": {"fall": fall, "escape": escape, "cool": cool, "most": most}}
-    return version(name, overrides=lvm.params.merge(settings, top.pop("overrides", {})), **{"epochs": 9} | top)
 
 
 def state_of(folder):

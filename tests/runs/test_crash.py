@@ -21,8 +21,8 @@ import safetensors.torch
 import torch
 import yaml
 from kill_runs import trained, unlike
-from test_training import guarded, make_data
-from test_training import version as toy
+from toys import guarded, make_data
+from toys import version as toy
 
 import lvmlib as lvm
 from lvmlib import controller

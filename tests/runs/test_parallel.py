@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from parallel_worker import BFLOAT16, CASES, case, data, without_chance
-from test_training import make_data, version
+from toys import make_data, version
 
 import lvmlib as lvm
 from lvmlib import loop
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 def worker(patch):
     patch.setattr(parallel, "PROCESS", ("parallel_worker",))
-    patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
 
 
 def history(folder):

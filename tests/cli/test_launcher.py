@@ -13,7 +13,7 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
-from test_sweep import until
+from toys import until
 
 from lvmlib.cli import commands as launcher
 from lvmlib.errors import LVMError

@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
 import yaml
+from toys import until
 
 import lvmlib as lvm
 from lvmlib.cli import sweep
@@ -313,14 +313,6 @@ def snakemake(tree, *arguments):
     command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
     return subprocess.Popen(command, cwd=tree, env=environment, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-
-
-def until(condition, sweeping=None, seconds=300):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert sweeping is None or sweeping.poll() is None, sweeping.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def alive(pid):
