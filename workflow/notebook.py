@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main(name: str, output: Path, parameters: dict, gpus: int) -> int:
     import papermill
-    from lvmlib.files import job_folder
     from traitlets.config import Config
 
-    from lvmlib import fingerprint
+    from lvmlib.io import stamp as fingerprint
+    from lvmlib.io.disk import job_folder
 
     partial = output.with_suffix(".partial.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)

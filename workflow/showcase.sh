@@ -8,7 +8,8 @@ python=.venv/bin/python shown=outputs/showcase
 versions="p6 v1 v2 v21 v22" ours="share pi margin bounded rank two_heads committee energy"
 read -r runs pages < <("$python" -c "
 import hashlib, json, sys
-from lvmlib import fingerprint, params
+from lvmlib.io import stamp as fingerprint
+from lvmlib.io import paths as params
 def short(of): return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
 files = {f'params/{name}.yaml' for name in ['base', *sys.argv[1:]]}
 of = fingerprint.sources(['training', 'fivecat']).items()

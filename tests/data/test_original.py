@@ -22,7 +22,6 @@ from fuzz_importers import LENGTH, Runs, cut, dicts, world
 import lvmlib as lvm
 from lvmlib import windows as windows_module
 from lvmlib.data import npz as npz_format
-from lvmlib.data import open as open_module
 from lvmlib.data import original as I
 from lvmlib.data import store as V
 from lvmlib.errors import LVMError
@@ -195,7 +194,7 @@ def test_articles_alone_are_split(tmp_path):
     assert "By article" in store.datasheet["split_rule"]
     assert store.datasheet["counts"] == {"chunks": len(x), "articles": 40}
     assert store.datasheet["left_out"] == ["cpe_ids (articles.npz)"]
-    assert len(open_module.dataset(store).train) > 0
+    assert len(lvm.dataset(store).train) > 0
 
 
 def test_sources_name_the_split(tmp_path):
@@ -390,23 +389,21 @@ def test_windows_across_a_gap(tmp_path):
 
 @pytest.mark.parametrize("horizon", [1, 2])
 def test_round_trip_of_the_embedded_data(tmp_path, horizon):
-    data = open_module.dataset("wikipedia", horizon=horizon)
+    data = lvm.dataset("wikipedia", horizon=horizon)
     paths = I.export(data, tmp_path / "original")
     assert sorted(p.name for p in (tmp_path / "original").iterdir()) == sorted(p.name for p in paths.values())
     for path in paths.values():
         with np.load(path, allow_pickle=False) as z:  # no pickle is written
             assert all(len(z[name]) for name in z.files)
     store = I.convert(paths, tmp_path / "store")
-    back = open_module.dataset(store, horizon=horizon)
+    back = lvm.dataset(store, horizon=horizon)
     assert store.vectors.dtype == data.store.vectors.dtype and np.array_equal(store.vectors, data.store.vectors)
     assert np.array_equal(store.article, data.store.article) and np.array_equal(store.position, data.store.position)
     assert store.articles["title"].tolist() == data.store.articles["title"].tolist()
     for split in windows_module.SPLITS:
         ours, theirs = getattr(back, split), getattr(data, split)
         assert np.array_equal(ours.start, theirs.start) and np.array_equal(ours.article, theirs.article)
-    alone = open_module.dataset(
-        I.convert({s: paths[s] for s in windows_module.SPLITS}, tmp_path / "alone"), horizon=horizon
-    )
+    alone = lvm.dataset(I.convert({s: paths[s] for s in windows_module.SPLITS}, tmp_path / "alone"), horizon=horizon)
     for split in windows_module.SPLITS:
         ours, theirs = getattr(alone, split), getattr(data, split)
         lone = np.bincount(theirs.article) < horizon  # a skipped chunk of these is in no file
@@ -423,7 +420,7 @@ def test_round_trip_with_texts_gaps_and_sources(tmp_path, longest):
     path = article_file(
         tmp_path, x, article, chunk, concept_texts=texts, article_sources=np.array(["a", "b"])[np.arange(40) % 2]
     )
-    data = open_module.dataset(I.convert(path, tmp_path / "first"))
+    data = lvm.dataset(I.convert(path, tmp_path / "first"))
     fits = longest == 10  # plain, unless one long text would blow it up
     with (
         contextlib.nullcontext() if fits else pytest.warns(UserWarning, match="texts .* left out .* stay in the store")
@@ -439,7 +436,7 @@ def test_round_trip_with_texts_gaps_and_sources(tmp_path, longest):
 
 
 def test_round_trip_of_a_world(tmp_path):
-    data = open_module.dataset("world:rotation", fast=True)
+    data = lvm.dataset("world:rotation", fast=True)
     store = I.convert(I.export(data, tmp_path / "original"), tmp_path / "store")
     for split in windows_module.SPLITS:
         assert np.array_equal(windows_module.windows(store, split).start, getattr(data, split).start)
@@ -447,11 +444,11 @@ def test_round_trip_of_a_world(tmp_path):
 
 
 def test_export_never_over_what_is_there(tmp_path):
-    data = open_module.dataset("wikipedia", fast=True)
+    data = lvm.dataset("wikipedia", fast=True)
     (tmp_path / "there").mkdir()
     with pytest.raises(LVMError, match="is there already"):
         I.export(data, tmp_path / "there")
-    backward = open_module.dataset("wikipedia", fast=True, direction="backward")
+    backward = lvm.dataset("wikipedia", fast=True, direction="backward")
     with pytest.raises(LVMError, match=r"read backwards.*export the dataset read forwards"):
         I.export(backward, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
@@ -484,7 +481,7 @@ def test_opened_converts_once(tmp_path, monkeypatch):
 def test_what_was_just_converted_can_be_trained_on(tmp_path, monkeypatch):
     """A run asks before each epoch whether the store is still what was opened: it has to know its last place."""
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "outputs"))
-    data = open_module.dataset(str(article_file(tmp_path, *world())))
+    data = lvm.dataset(str(article_file(tmp_path, *world())))
     V.check_unchanged(data.store)
     own = lvm.version("p6", {"batch_size": 64}, data="files", model="amn", epochs=1, device="cpu", precision="float32")
     assert len(list(lvm.train(own, data, tmp_path / "run"))) == 1
@@ -561,8 +558,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 MEASURE = """
 import json, sys, threading, time, tracemalloc
 from pathlib import Path
-from lvmlib import importers as I, npz, vectors as V
-npz.BLOCK_BYTES, V.BLOCK_VALUES = 1 << 18, 1 << 15
+from lvmlib import windows
+from lvmlib.data import npz, original as I, store as V
+npz.BLOCK_BYTES, windows.BLOCK_VALUES = 1 << 18, 1 << 15
 top = Path(sys.argv[1])
 I.convert(top / "warm.npz", top / "warm", ood="random")  # what is loaded on first use
 peak, done = [0], threading.Event()

@@ -1,6 +1,7 @@
 """The vector store: windows re-derived in plain loops, round trip, and every damaged or hostile file refused."""
 
 import json
+import mmap
 import os
 import pickle
 import shutil
@@ -14,11 +15,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lvmlib as lvm
 from lvmlib import windows as windows_module
 from lvmlib.data import checks as checks_module
-from lvmlib.data import open as open_module
 from lvmlib.data import store as V
 from lvmlib.errors import LVMError
+from lvmlib.io.paths import EMBEDDED
 
 DIM = 6
 
@@ -93,7 +95,7 @@ def test_windows_and_rows_by_runs_are_those_of_the_definition(table, length, hor
     if not article:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(V, "BLOCK_VALUES", block)  # runs across the borders of blocks
+        patch.setattr(windows_module, "BLOCK_VALUES", block)  # runs across the borders of blocks
         store = V.make_store("any", np.ones((len(article), 1), np.float32), article, position, frame)
         inside = [i for i, a in enumerate(article) if frame.loc[a, "split"] == split]
         assert store.rows(split).tolist() == inside
@@ -116,7 +118,7 @@ def test_ranges(runs):
 
 @pytest.mark.parametrize("row", [7, 8, 9, 15, 16])
 def test_a_table_that_is_wrong_at_the_border_of_a_block(monkeypatch, row):
-    monkeypatch.setattr(V, "BLOCK_VALUES", 8)
+    monkeypatch.setattr(windows_module, "BLOCK_VALUES", 8)
     frame = pd.DataFrame({"title": ["a", "b"], "split": ["train", "val"]}, index=[0, 1])
     position = list(range(20))
     position[row] = position[row - 1]
@@ -211,7 +213,7 @@ def test_a_batch_announces_the_pages_of_its_windows_and_no_others(tmp_path, dire
     class Mapped(np.memmap):
         base = Area()
 
-    monkeypatch.setattr(V.mmap, "mmap", Area)
+    monkeypatch.setattr(mmap, "mmap", Area)
     mapped = store.vectors.view(Mapped)
     index = np.arange(len(w))[::5]
     windows_module.announce(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors))
@@ -219,7 +221,7 @@ def test_a_batch_announces_the_pages_of_its_windows_and_no_others(tmp_path, dire
     for i, (begin, end) in zip(index, said, strict=True):
         rows = sorted([w.start[i], w.target[i]])
         first, last = header + 4 * wide * rows[0], header + 4 * wide * (rows[1] + 1)
-        assert begin % V.mmap.PAGESIZE == 0 and first - V.mmap.PAGESIZE < begin <= first and end == last
+        assert begin % mmap.PAGESIZE == 0 and first - mmap.PAGESIZE < begin <= first and end == last
     windows_module.announce(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors.copy()))
     windows_module.announce(mapped, np.zeros((0, 6), int), torch.from_numpy(store.vectors))
     assert len(said) == len(index)  # vectors that lie elsewhere are not read from the map, and no rows are no pages
@@ -776,7 +778,7 @@ def test_columns_are_views_of_the_map(known):
         base = column
         while isinstance(base, np.ndarray):
             base = base.base
-        assert isinstance(base, V.mmap.mmap)
+        assert isinstance(base, mmap.mmap)
 
 
 def test_texts_and_given_windows_of_a_remembered_check(tmp_path, checks, monkeypatch):
@@ -957,7 +959,7 @@ def test_article_numbers_that_cannot_be_kept(folder, number):
 
 
 def test_dataset_from_a_folder_and_from_a_store(folder):
-    a, b = open_module.dataset(str(folder), horizon=1), open_module.dataset(V.open_store(folder), horizon=1)
+    a, b = lvm.dataset(str(folder), horizon=1), lvm.dataset(V.open_store(folder), horizon=1)
     for split in windows_module.SPLITS:
         assert np.array_equal(getattr(a, split).start, getattr(b, split).start)
         assert getattr(a, split).split == split and getattr(a, split).horizon == 1
@@ -970,21 +972,21 @@ def test_dataset_from_a_folder_and_from_a_store(folder):
 )
 def test_unknown_data_names_the_known(name):
     with pytest.raises(LVMError, match="wikipedia"):
-        open_module.dataset(name)
+        lvm.dataset(name)
 
 
 @pytest.mark.parametrize("name", ["..", "."])
 def test_a_folder_that_is_no_store(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LVMError, match="missing; a store folder holds"):
-        open_module.dataset(name)
+        lvm.dataset(name)
 
 
 def test_every_article_too_short():
     frame = pd.DataFrame({"title": ["a", "b", "c"], "split": list(windows_module.SPLITS)}, index=[0, 1, 2])
     store = V.make_store("short", np.eye(9, dtype=np.float32), np.repeat([0, 1, 2], 3), np.tile(np.arange(3), 3), frame)
     with pytest.raises(LVMError, match=r"short, split train: no article is long enough.*longest article has 3"):
-        open_module.dataset(store)
+        lvm.dataset(store)
 
 
 @pytest.mark.parametrize("missing", windows_module.SPLITS)
@@ -993,16 +995,16 @@ def test_a_split_without_articles(missing):
     x, article, position = np.eye(30, dtype=np.float32), np.repeat([0, 1, 2], 10), np.tile(np.arange(10), 3)
     store = V.make_store("hole", x, article, position, frame)
     with pytest.raises(LVMError, match=f"split {missing}: no article"):
-        open_module.dataset(store)
+        lvm.dataset(store)
 
 
 def test_embedded_wikipedia():
-    store = V.open_store(open_module.EMBEDDED / "wikipedia")
+    store = V.open_store(EMBEDDED / "wikipedia")
     assert store.dim == 384 and store.vectors.dtype == np.float16
-    data = open_module.dataset("wikipedia", horizon=2)
+    data = lvm.dataset("wikipedia", horizon=2)
     sets = [set(getattr(data, s).article) for s in windows_module.SPLITS]
     assert min(map(len, sets)) >= 10 and not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
-    fast = open_module.dataset("wikipedia", fast=True)
+    fast = lvm.dataset("wikipedia", fast=True)
     assert [len(getattr(fast, s)) for s in windows_module.SPLITS] == [512, 128, 128]
 
 
@@ -1071,7 +1073,7 @@ def test_a_selection_keeps_its_direction():
 
 
 def test_dataset_reads_every_split_in_its_direction():
-    ahead, back = (open_module.dataset("wikipedia", direction=d) for d in ("forward", "backward"))
+    ahead, back = (lvm.dataset("wikipedia", direction=d) for d in ("forward", "backward"))
     for split in windows_module.SPLITS:
         one, two = getattr(ahead, split), getattr(back, split)
         assert (one.step, two.step, len(one)) == (1, -1, len(two))
@@ -1222,8 +1224,8 @@ def test_a_dataset_made_here_is_known_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
     store = random_store(3, gaps=False)
     V.write_store(store, tmp_path / "datasets" / "mine")
-    assert open_module.dataset("mine", horizon=1, context_length=3).store.fingerprint == store.fingerprint
+    assert lvm.dataset("mine", horizon=1, context_length=3).store.fingerprint == store.fingerprint
     with pytest.raises(LVMError, match=r"neither one of wikipedia, mine, nor world:NAME.*encode\.ipynb"):
-        open_module.dataset("theirs")
+        lvm.dataset("theirs")
     with pytest.raises(LVMError, match="neither one of"):
-        open_module.dataset("../datasets/mine")
+        lvm.dataset("../datasets/mine")

@@ -15,9 +15,8 @@ import torch
 from nbclient import NotebookClient
 
 import lvmlib as lvm
-from lvmlib import controller, evaluate, losses
+from lvmlib import config, controller, evaluate, losses
 from lvmlib.baselines import baselines
-from lvmlib.data import open
 from lvmlib.data import store as vectors
 from lvmlib.io.paths import ROOT
 from lvmlib.judge import health
@@ -36,7 +35,7 @@ def make_data(seed=0, articles=12, length=16, title="a{}"):
     split = np.array(["train", "train", "train", "val", "ood"])[np.arange(articles) % 5]
     frame = pd.DataFrame({"title": [title.format(i) for i in range(articles)], "split": split}, index=range(articles))
     place = np.repeat(np.arange(articles), length), np.tile(np.arange(length), articles)
-    return open.dataset(vectors.make_store("toy", x.reshape(-1, DIM).astype(np.float32), *place, frame))
+    return lvm.dataset(vectors.make_store("toy", x.reshape(-1, DIM).astype(np.float32), *place, frame))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def test_a_runs_own_rule_gives_the_recorded_lambda_to_the_last_bit(name, data, t
 
 @pytest.mark.parametrize("name", BY_GRADIENT)
 def test_of_rules_that_read_gradients_the_recorded_lambda_comes_out_to_rounding(name, data, tmp_path):
-    overrides = lvm.params.merge(BY_GRADIENT[name], {"control": {"lambda_max": 10.0}})
+    overrides = config.merge(BY_GRADIENT[name], {"control": {"lambda_max": 10.0}})
     version, steps, epochs = recorded(tmp_path / "run", data, name, overrides=overrides)
     again = explore.replay(version, steps, epochs)
     assert steps["lambda_eff"].nunique() > 10 and steps["lambda_eff"].max() < 10

@@ -26,7 +26,6 @@ from toys import version as toy
 
 import lvmlib as lvm
 from lvmlib import controller
-from lvmlib.data import open
 from lvmlib.data import store as vectors
 from lvmlib.errors import LVMError
 from lvmlib.io import disk as files
@@ -580,10 +579,10 @@ def test_a_store_from_the_future_is_opened_trained_on_and_watched(data, tmp_path
     assert vectors.open_store(folder).fingerprint == data.store.fingerprint
     assert not (folder / vectors.CHECKED).exists()
     own = version(data=str(folder))
-    wanted = undisturbed(own, open.dataset(str(folder)), tmp_path / "whole")
-    place = begun(open.dataset(str(folder)), tmp_path / "place", own=own)
+    wanted = undisturbed(own, lvm.dataset(str(folder)), tmp_path / "whole")
+    place = begun(lvm.dataset(str(folder)), tmp_path / "place", own=own)
     dated(folder, 48)
-    goes_on(place, open.dataset(str(folder)), wanted, own)
+    goes_on(place, lvm.dataset(str(folder)), wanted, own)
     rewritten(folder)
     with pytest.raises(LVMError, match=r"vectors\.npy: its sha256 is not the one"):
         vectors.open_store(folder)
@@ -651,10 +650,10 @@ def swapped(folder):
 @pytest.mark.parametrize("change", [rewritten, blanked, replaced, deleted, cut_short, swapped, shutil.rmtree])
 def test_a_store_that_changes_under_a_run_is_told_and_put_back_it_goes_on(stored, tmp_path, change):
     own = version(data=str(stored))
-    wanted = undisturbed(own, open.dataset(str(stored)), tmp_path / "whole")
+    wanted = undisturbed(own, lvm.dataset(str(stored)), tmp_path / "whole")
     shutil.copytree(stored, tmp_path / "kept")
     place = tmp_path / "place"
-    rows = iter(lvm.train(own, open.dataset(str(stored)), place / "run"))
+    rows = iter(lvm.train(own, lvm.dataset(str(stored)), place / "run"))
     next(rows)
     before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file() and p.suffix != ".lock"}
     change(stored)
@@ -664,15 +663,15 @@ def test_a_store_that_changes_under_a_run_is_told_and_put_back_it_goes_on(stored
     assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
     shutil.rmtree(stored, ignore_errors=True)
     (tmp_path / "kept").rename(stored)
-    goes_on(place / "run", open.dataset(str(stored)), wanted, own)
+    goes_on(place / "run", lvm.dataset(str(stored)), wanted, own)
 
 
 @pytest.mark.parametrize("change", [rewritten, replaced])
 def test_a_store_that_changes_within_an_epoch_is_told_at_its_end(stored, tmp_path, monkeypatch, change):
     own, real, calls = version(data=str(stored)), controller.decide, []
-    wanted = undisturbed(own, open.dataset(str(stored)), tmp_path / "whole")
+    wanted = undisturbed(own, lvm.dataset(str(stored)), tmp_path / "whole")
     shutil.copytree(stored, tmp_path / "kept")
-    folder = begun(open.dataset(str(stored)), tmp_path / "place", own=own)
+    folder = begun(lvm.dataset(str(stored)), tmp_path / "place", own=own)
 
     def decide(*given):
         calls.append(1)
@@ -682,31 +681,31 @@ def test_a_store_that_changes_within_an_epoch_is_told_at_its_end(stored, tmp_pat
 
     monkeypatch.setattr(controller, "decide", decide)
     with pytest.raises(LVMError, match=r"run: epoch 2 is not kept\. .*store: this store was changed"):
-        list(lvm.train(own, open.dataset(str(stored)), folder))
+        list(lvm.train(own, lvm.dataset(str(stored)), folder))
     assert len(calls) > 2  # not before
     shutil.rmtree(stored)
     (tmp_path / "kept").rename(stored)
-    goes_on(folder, open.dataset(str(stored)), wanted, own)
+    goes_on(folder, lvm.dataset(str(stored)), wanted, own)
 
 
 def test_a_store_cut_short_while_it_is_read_ends_the_process_and_the_checkpoint_goes_on(stored, tmp_path, monkeypatch):
     """The system ends it (SIGBUS): no word can be said. What was written before is whole."""
     own, real = version(data=str(stored)), controller.decide
-    wanted = undisturbed(own, open.dataset(str(stored)), tmp_path / "whole")
+    wanted = undisturbed(own, lvm.dataset(str(stored)), tmp_path / "whole")
     shutil.copytree(stored, tmp_path / "kept")
-    folder = begun(open.dataset(str(stored)), tmp_path / "place", own=own)
+    folder = begun(lvm.dataset(str(stored)), tmp_path / "place", own=own)
     pid = os.fork()
     if pid == 0:
         faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         controller.decide = lambda *given: (cut_short(stored), real(*given))[1]
         with contextlib.suppress(BaseException):
-            list(lvm.train(own, open.dataset(str(stored)), folder))
+            list(lvm.train(own, lvm.dataset(str(stored)), folder))
         os._exit(0)
     assert os.waitpid(pid, 0)[1] & 0x7F == signal.SIGBUS
     shutil.rmtree(stored)
     (tmp_path / "kept").rename(stored)
-    goes_on(folder, open.dataset(str(stored)), wanted, own)
+    goes_on(folder, lvm.dataset(str(stored)), wanted, own)
 
 
 def test_a_store_that_was_touched_is_read_once_and_still_watched(stored, monkeypatch):
@@ -726,7 +725,7 @@ def test_a_store_that_was_touched_is_read_once_and_still_watched(stored, monkeyp
 
 
 def test_a_store_that_changed_before_the_loop_is_told(stored, tmp_path):
-    run = lvm.train(version(data=str(stored)), open.dataset(str(stored)), tmp_path / "run")
+    run = lvm.train(version(data=str(stored)), lvm.dataset(str(stored)), tmp_path / "run")
     replaced(stored)
     with pytest.raises(LVMError, match="this store was changed"):
         next(iter(run))
@@ -734,7 +733,7 @@ def test_a_store_that_changed_before_the_loop_is_told(stored, tmp_path):
 
 
 def test_a_store_copied_onto_itself_is_the_same_store(stored, tmp_path):
-    rows = iter(lvm.train(version(data=str(stored)), open.dataset(str(stored)), tmp_path / "run"))
+    rows = iter(lvm.train(version(data=str(stored)), lvm.dataset(str(stored)), tmp_path / "run"))
     next(rows)
     content = {p: p.read_bytes() for p in stored.iterdir()}
     for path, text in content.items():

@@ -21,7 +21,6 @@ from lvmlib import config as params
 from lvmlib import controller, evaluate, loop, losses, models, windows
 from lvmlib import device as device_module
 from lvmlib import loop as lowering
-from lvmlib.data import open
 from lvmlib.data import store as vectors
 from lvmlib.errors import LVMError
 from lvmlib.io import disk as files
@@ -460,8 +459,8 @@ def reversed_store(store):
 
 def test_backward_is_forward_on_the_articles_written_backwards(data, tmp_path):
     """The same windows in another order: so the same validation figures of the same weights."""
-    backward = open.dataset(data.store, direction="backward")
-    turned = open.dataset(reversed_store(data.store))
+    backward = lvm.dataset(data.store, direction="backward")
+    turned = lvm.dataset(reversed_store(data.store))
     own = version(direction="backward", epochs=1)
     run = lvm.train(own, backward, out=tmp_path / "run")
     finish(run)
@@ -504,12 +503,12 @@ def test_a_run_from_before_a_column_was_logged_is_reused(data, tmp_path):
     run = lvm.train(version(), data, out=folder)
     assert run.found == "finished" and run.history["escape"].isna().all() and run.history["val_cos"].notna().all()
     with pytest.raises(LVMError, match="direction: 'forward' there, 'backward' here"):
-        lvm.train(version(direction="backward"), open.dataset(data.store, direction="backward"), out=folder)
+        lvm.train(version(direction="backward"), lvm.dataset(data.store, direction="backward"), out=folder)
 
 
 def test_pairs_of_directions_are_found(data, tmp_path, monkeypatch):
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
-    backward = open.dataset(data.store, direction="backward")
+    backward = lvm.dataset(data.store, direction="backward")
     for seed, ways in ((0, ("forward", "backward")), (1, ("forward",)), (2, ("forward", "backward"))):
         for way in ways:
             finish(lvm.train(version(direction=way, seed=seed, epochs=1), data if way == "forward" else backward))

@@ -21,7 +21,6 @@ import yaml
 import lvmlib as lvm
 from lvmlib import config as params
 from lvmlib import models
-from lvmlib.data import open
 from lvmlib.data import store as vectors
 from lvmlib.errors import LVMError
 from lvmlib.share.export import CARD, CONFIG, FILES, ONNX_TOLERANCE, WEIGHTS, card, push, to_onnx
@@ -40,7 +39,7 @@ def make_data(articles=12, length=16):
     store = vectors.make_store(
         "toy", x.reshape(-1, DIM).astype(np.float32), ids, positions, frame, {"encoder": "a test's encoder."}
     )
-    return open.dataset(store)
+    return lvm.dataset(store)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ tried by tests/data/test_original.py (with fuzz_importers.py) and tests/share/te
 
 import ast
 import base64
+import dataclasses
 import hashlib
 import html.parser
 import json
@@ -308,7 +309,7 @@ def made(name="texts", titles=None, **sheet):
         np.tile(np.arange(10), 3),
         articles,
     )
-    return V.replace(made, datasheet=sheet)
+    return dataclasses.replace(made, datasheet=sheet)
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmlib.data import open as open_module
 from lvmlib.data import store as V
 from lvmlib.data.store import open_store
 from lvmlib.errors import LVMError
+from lvmlib.io.paths import EMBEDDED
 from lvmlib.report import readout
 from lvmlib.text import build as E
 from lvmlib.text import encoders as N
@@ -854,7 +854,7 @@ def test_the_slice_keeps_its_licence(tmp_path, hashed):
     pytest.importorskip("gensim", reason=HOW)
 
     store = make("wikipedia", tmp_path / "out", articles=24, ood="random", shard=4096)
-    shipped = open_store(open_module.EMBEDDED / "wikipedia")
+    shipped = open_store(EMBEDDED / "wikipedia")
     assert "CC BY-SA" in store.datasheet["licence"] and store.datasheet["source_sha256"] == wikipedia.SLICE_SHA256
     assert (
         store.articles["title"].tolist() == shipped.articles["title"].tolist()[:24]

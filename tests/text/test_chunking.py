@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lvmlib.data import open as open_module
 from lvmlib.data import store as V
 from lvmlib.errors import LVMError
+from lvmlib.io.paths import EMBEDDED
 from lvmlib.text import chunking as C
 from lvmlib.text.sources import Document, documents
 
@@ -417,6 +417,6 @@ def test_the_slice_of_wikipedia_is_cut_into_the_embedded_datasets_paragraphs(tmp
 
     C.write_chunks(documents("wikipedia"), tmp_path)
     texts, chunks, listed, _ = written(tmp_path)
-    shipped = V.open_store(open_module.EMBEDDED / "wikipedia")
+    shipped = V.open_store(EMBEDDED / "wikipedia")
     assert chunks.tolist() == np.stack([shipped.article, shipped.position], 1).tolist() and len(texts) == len(chunks)
     assert [row["title"] for row in listed] == shipped.articles["title"].tolist()

