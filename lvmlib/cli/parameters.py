@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection, Iterable, Mapping
 
-from ..config import _merged, _nearest
 from ..errors import LVMError
 from ..io import limits as untrusted
+from ..io.inherit import nearest, read
+from ..io.paths import PARAMS
 
 
 def check_injected(cells: list[str]) -> None:
@@ -37,12 +38,12 @@ def check_names(names: Iterable[str], known: Collection[str]) -> None:
         if name not in known:
             also = (
                 f", or in `-y 'overrides: {{{name}: …}}'`"
-                if "overrides" in known and name in _merged("base")[0]
+                if "overrides" in known and name in read(PARAMS, "base")[0]
                 else ""
             )
             raise LVMError(
                 f"parameter {str(name)[:80]!r} is not one of this notebook's"
-                f"{_nearest(str(name)[:80], known) if not also else ''}; known: {', '.join(sorted(known))}{also}"
+                f"{nearest(str(name)[:80], known) if not also else ''}; known: {', '.join(sorted(known))}{also}"
             )
 
 

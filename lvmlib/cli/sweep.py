@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import Version, _nearest, merge, version
+from ..config import Version, merge, version
 from ..data.open import dataset
 from ..errors import LVMError, said
 from ..io import disk as files
 from ..io import limits as untrusted
 from ..io import stamp as fingerprint
+from ..io.inherit import nearest
 from ..io.paths import outputs
 from ..runs.folder import dataset_record, differences, open_run, run_folder
 
@@ -58,7 +59,7 @@ def plan(config: Mapping[str, Any]) -> Sweep:
     for key in config:
         if key not in DEFAULTS:
             known = ", ".join(DEFAULTS)
-            raise LVMError(f"sweep: unknown key {key!r}{_nearest(key, DEFAULTS)}; workflow/sweep.yaml has {known}")
+            raise LVMError(f"sweep: unknown key {key!r}{nearest(key, DEFAULTS)}; workflow/sweep.yaml has {known}")
     c = {**DEFAULTS, **_typed(config)}
     for key, least in (("seeds", 1), ("threads", 1), ("gpus", 0)):
         if type(c[key]) is not int or c[key] < least:

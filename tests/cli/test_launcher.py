@@ -78,7 +78,7 @@ def test_papermill_from_root_and_from_notebooks_meet_in_one_run(outputs, trained
         (["-p", "version", "v24"], "unknown version 'v24'"),
         (["-p", "version", "22"], "unknown version 22 (did you mean 'v22'?)"),
         (["-p", "verison", "v21"], "parameter 'verison' is not one of this notebook's (did you mean 'version'?)"),
-        (["-p", "epochs", "three"], "epochs is 'three'; needed is a whole number"),
+        (["-p", "epochs", "three"], "epochs is 'three'"),
         (["-y", "overrides: {losses: {flor: {tau: 0.1}}}"], "unknown key 'losses.flor' (did you mean 'floor'?)"),
         (["-p", "data", "wikipedai"], "data 'wikipedai'"),
         (["-p", "run_name", "../../elsewhere"], "run_name"),
