@@ -343,7 +343,7 @@ def test_a_failed_notebook_is_in_sight_but_in_no_gallery(tmp_path, monkeypatch, 
     assert left.name.startswith("data.") and left.name.endswith(".partial.ipynb")
     said = capsys.readouterr().err
     assert "ZeroDivisionError" in said and f"as far as it came: {left}" in said
-    assert gallery._collect(tmp_path, tmp_path / "gallery", False, False) == ([], [])
+    assert gallery._collect(tmp_path, False, False) == []
 
 
 DEAD = "Traceback\n  File x\nnbclient.exceptions.DeadKernelError: Kernel died\n"
