@@ -98,6 +98,7 @@ class Losses:
     floor: Floor
     norm: float  # η
     orthogonality: float  # κ
+    extra: dict[str, float] = dataclasses.field(default_factory=dict)  # weights of terms of your own, by name
 
 
 @dataclass(frozen=True)
@@ -382,7 +383,7 @@ def _build(cls, content: Mapping, where: str, prefix: str = ""):
                 f"{where}: unknown key {prefix + str(key)!r}{_nearest(key, hints)}; known here: {', '.join(hints)}"
             )
     values = {k: _value(hints[k], v, where, prefix + k) for k, v in content.items()}
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in content and f.default is dataclasses.MISSING]
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in content and f.default is f.default_factory]
     if missing:
         raise LVMError(f"{where}: key {prefix + missing[0]!r} is missing")
     return cls(**values)
@@ -408,6 +409,10 @@ def _value(kind, value, where: str, key: str):
         return None if value is None else _value(args[0], value, where, key)
     if origin is types.UnionType:  # text, or a group of keys
         return _value(args[isinstance(value, Mapping)], value, where, key)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise refuse("a group of keys")
+        return {str(k): _value(args[1], v, where, f"{key}.{k}") for k, v in value.items()}
     if origin is Literal:
         if value not in args or not isinstance(value, str):
             raise refuse("one of " + ", ".join(args) + (_nearest(value, args) if isinstance(value, str) else ""))

@@ -136,7 +136,7 @@ def replay(
         midst, at_end = _rewound(version, validated, told)
         if midst:
             rewinds, state = rewinds + midst, good
-        own = controller.cooled(control, alarms.guard(version).cool, rewinds)
+        own = controller.cooled(control, version.rewind.cool if version.rewind else 1.0, rewinds)
         for row in steps[steps["epoch"] == epoch].to_dict("records"):
             made, state = _decided(own, now, row, state)
             rows.append({"epoch": epoch, "step": int(row["step"]), **made, "aim": now.rho_target, "cap": now.rho_cap})
@@ -150,7 +150,7 @@ def replay(
 def _rewound(version: Version, validated: Mapping, told: Sequence[alarms.Alarm] | None) -> tuple[int, bool]:
     """How often an epoch was gone back from in its midst, and whether it was at its end; the table has the sum."""
     epoch, count = int(validated["epoch"]), 0 if math.isnan(validated["rewound"]) else int(validated["rewound"])
-    may = alarms.action(version, "broken") == "rewind"
+    may = False
     if told is None and may and count:
         raise LVMError(
             f"run of {version.name}: epoch {epoch} was gone back from, in its midst or at its end: the tables do not "

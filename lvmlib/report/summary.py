@@ -16,7 +16,7 @@ from ..errors import LVMError
 from ..io import limits as untrusted
 from ..io.paths import outputs
 from ..judge.fivecat import INSTRUMENT, PROFILES
-from ..runs.folder import EARLIER, NOT_COMPARED, open_run, run_folder
+from ..runs.folder import NOT_COMPARED, open_run, run_folder
 from ..runs.run import train
 from ..windows import Dataset
 
@@ -113,7 +113,7 @@ def judged(folders: Sequence[Path]) -> pd.DataFrame:
 
 def _settings(parameters: dict) -> dict:
     free = (*NOT_COMPARED, "seed", "model", "direction")
-    return {k: v for k, v in (EARLIER | flat(parameters)).items() if not k.startswith(free)}
+    return {k: v for k, v in flat(parameters).items() if not k.startswith(free)}
 
 
 def by_version(frame: pd.DataFrame) -> pd.DataFrame:

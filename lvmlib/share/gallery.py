@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..config import data_name, files, merge, resolved
+from ..config import data_name, files, resolved
 from ..errors import LVMError, said
 from ..io import stamp as fingerprint
 from ..io.disk import hold, sync, told, write_whole
@@ -33,7 +33,7 @@ from ..io.limits import NOTEBOOK, read_bytes, read_json
 from ..io.paths import ROOT, outputs
 from ..judge.fivecat import GATES, INSTRUMENT
 from ..judge.rating import checklist
-from ..runs.folder import EARLIER, open_run
+from ..runs.folder import open_run
 from .page import page, read, render, title
 
 MARK = "gallery.json"
@@ -270,7 +270,7 @@ def facts(folder: Path) -> dict[str, Any]:
         detail = f"by 5CAT instrument {found['instrument']}, this is {INSTRUMENT}; run train.ipynb for it again"
         warnings.append({"what": "judged by an older instrument", "detail": detail})
     try:
-        version = resolved(_as_now(p), str(folder))
+        version = resolved(p, str(folder))
         broken = [c for c in checklist(version, history, steps) if c.held is False] if len(history) else []
         found["checks"] = [{"what": c.check, "detail": f"{c.measured}, wanted {c.wanted}"
                             + (f"; first at {c.broke}" if c.broke else "")} for c in broken]  # fmt: skip
@@ -384,16 +384,6 @@ def _alarm(alarm: Any) -> dict[str, str]:
     when = ", ".join(f"{key} {alarm[key]}" for key in ("epoch", "step") if alarm.get(key) is not None)
     detail = ". ".join(str(alarm[key]).rstrip(".") for key in ("what", "do") if alarm.get(key))
     return {"what": f"{alarm.get('kind') or 'alarm'}" + (f" ({when})" if when else ""), "detail": detail}
-
-
-def _as_now(parameters: Mapping) -> dict:
-    """A run's parameters with what was no parameter yet, at the value that it ran with."""
-    earlier: dict = {}
-    for key, value in EARLIER.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        earlier = merge(earlier, value)
-    return merge(earlier, parameters)
 
 
 def _finite(values) -> list[float | None]:
