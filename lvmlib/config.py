@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import field, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -117,6 +117,7 @@ class Losses(Group):
     floor: Floor
     norm: Weight  # η
     orthogonality: Weight  # κ
+    extra: dict[Text, Weight] = field(default_factory=dict)  # weights of terms of your own, by name
 
 
 @group

@@ -4,7 +4,7 @@
 options, puts the executed notebook and its HTML copy into the run's folder, and prints where they are and the verdict.
 `python -m lvmlib encode -p source FOLDER -p out NAME` and `python -m lvmlib data -p data NAME` do the same with
 notebooks/encode.ipynb and notebooks/data.ipynb; their notebooks lie in outputs/NAME/.
-`torchrun … -m lvmlib parallel FOLDER` is a process of several that train the run prepared in FOLDER (see `parallel`).
+`torchrun … -m lvmlib parallel FOLDER` is a process of several that train the run prepared in FOLDER (see `runs.worker`).
 `python -m lvmlib render diagnostics outputs/showcase/diagnostics-v22.ipynb -p version v22` executes one of notebooks/
 into a file, which then says by which code it was made (see `fingerprint`).
 `python -m lvmlib gallery` makes a static site of what stands under outputs/ (see `gallery`).
@@ -36,7 +36,7 @@ from ..io import stamp as fingerprint
 from ..io.disk import TROUBLE, job_folder, set_aside, told, write_whole
 from ..io.paths import ROOT, outputs
 from ..report import plots, summary
-from ..runs import parallel
+from ..runs import worker
 from ..runs.folder import differences, run_folder
 from ..share import gallery as gallery_module
 from ..share import page
@@ -65,7 +65,7 @@ KEPT = "what was finished is kept, and the same command goes on from there"
 
 
 def main(arguments: list[str]) -> int:
-    commands = {"train": train, "encode": encode, "data": preflight, "parallel": parallel.main}
+    commands = {"train": train, "encode": encode, "data": preflight, "parallel": worker.main}
     commands |= {"render": render, "gallery": gallery}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])

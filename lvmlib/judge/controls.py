@@ -8,6 +8,7 @@ The worlds are those of `worlds.py`; the instrument is `fivecat`, `arrow` and `p
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -16,13 +17,12 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from .. import controller, losses, models
+from .. import controller, loop
 from ..baselines import Linear
 from ..config import Version
 from ..data.store import make_store
 from ..data.worlds import world
 from ..errors import LVMError
-from ..loop import seeded
 from ..models import Predictor
 from ..statistics import over_articles, over_seeds, paired
 from ..windows import DIRECTIONS, Store, Windows, windows
@@ -58,55 +58,26 @@ def both_ways(store: Store, splits: Sequence[str] = ("train", "val"), horizon: i
 def brief(version: Version, train: Windows, steps: int, seed: int, learning_rate: float) -> Predictor:
     """`version` trained for a few steps by its own losses, schedule and controller, in eval mode.
 
-    As `training.Run` does it, in memory and in float32, without checkpoints, logs and validation. The schedule's epochs
-    are spread over the steps. Raises LVMError for a version with the listwise loss, which needs an article's chunks.
+    By the steps of a run (`loop.step`), in memory and in float32, without checkpoints, logs and validation. The
+    schedule's epochs are spread over the steps. Raises LVMError for a version with the listwise loss, which needs an
+    article's chunks.
     """
     if version.losses.listwise.weight:
         raise LVMError(
             f"version {version.name}: its listwise loss (losses.listwise.weight) compares with the chunks of whole "
             "articles, which a brief training does not have; train it with lvm.train"
         )
-    with seeded(seed, 0):
-        model = models.build(version.model, train.store.dim, train.context_length)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, weight_decay=version.optimizer.weight_decay, fused=True
-    )
-    vectors, size, state = torch.from_numpy(train.store.vectors), version.batch_size, controller.START
-    with seeded(seed, 1):
+    optimizer = dataclasses.replace(version.optimizer, lr=learning_rate, decay="all")
+    own = dataclasses.replace(version, seed=seed, optimizer=optimizer)
+    state = loop.start(own, train.store.dim, torch.device("cpu"))
+    task, size = loop.Task(own, train, torch.from_numpy(train.store.vectors)), own.batch_size
+    with loop.seeded(seed, 1):
         rounds = math.ceil(steps * size / len(train))
         order = torch.cat([torch.randperm(len(train)) for _ in range(rounds)]).numpy()
         for i in range(steps):
-            now = controller.phase(version.schedule, 1 + i * version.epochs // steps)
-            context, target = train.batch(order[i * size : (i + 1) * size], vectors)
-            raw, unit = model(context)
-            margin = now.margin if version.control.rule != "none" else 0.0
-            energy = version.losses.energy
-            samples = model.samples(context, energy.samples) if energy.weight else None
-            terms = losses.terms(
-                raw,
-                unit,
-                context,
-                target,
-                margin,
-                version.losses,
-                constraint=version.control.constraint,
-                samples=samples,
-            )
-            with torch.no_grad():
-                pos = losses.cosine(unit, target).mean()
-                neg = losses.cosine(unit, context[:, version.losses.directional.prev]).mean()
-            values = torch.stack([terms.mse, terms.directional, pos, neg]).tolist()
-            pulls = (math.nan, math.nan)
-            if controller.by_gradient(version.control):
-                pulled = losses.pulls(losses.gradients(terms, raw), raw)
-                pulls = version.losses.mean_square * float(pulled["pull_mse"]), float(pulled["pull_directional"])
-            decision = controller.decide(version.control, now, *values, state, pulls)
-            state = decision.state
-            optimizer.zero_grad(set_to_none=True)
-            terms.total(version.losses, decision.lambda_eff).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), version.optimizer.clip_norm)
-            optimizer.step()
-    return model.eval()
+            now = controller.phase(own.schedule, 1 + i * own.epochs // steps)
+            loop.step(state, task, order[i * size : (i + 1) * size], own.control, now)
+    return state.model.eval()
 
 
 def quick_ridge(train: Windows, strength: float = 10.0, most: int = 600) -> Linear:

@@ -44,7 +44,8 @@ from ..io import limits as untrusted
 from ..io.disk import write_whole
 from ..judge.fivecat import INSTRUMENT, Report
 from ..judge.rating import reading, verdict
-from ..runs.folder import check_best, open_run
+from ..runs.checkpoint import check_best
+from ..runs.folder import open_run
 from ..runs.run import Run
 from ..windows import DIRECTIONS
 
