@@ -21,19 +21,12 @@ from pandas.io.formats.style import Styler
 from ..config import Version, data_name
 from ..controller import by_gradient
 from ..judge.arrow import MEASURES, Arrow
-from ..judge.fivecat import (
-    COHERENCE,
-    GATES,
-    GENERALISES,
-    OFFSETS,
-    ORIGINAL_OFFSETS,
-    STEPS,
-    THRESHOLDS,
-    Report,
-    ablations,
-)
+from ..judge.fivecat import Report
+from ..judge.gates import GATES, GENERALISES, THRESHOLDS
+from ..judge.measure import OFFSETS, STEPS, ablations
 from ..judge.rating import MARGIN_RISE, RECALL, RHO_TOLERANCE, SPIKE, VAL_COS, Check, Verdict
 from ..judge.spread import Spread, histogram
+from ..judge.table import COHERENCE, ORIGINAL_OFFSETS
 from ..runs import alarms
 from ..statistics import chance_recall, over_articles
 
@@ -473,16 +466,15 @@ def offset_sweep(report: Report, split: str) -> Figure:
     figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
     offsets = OFFSETS if report.profile == "calibrated" else ORIGINAL_OFFSETS
     for i, name in enumerate(report.predictors):
-        frame = report.frames[split, name]
-        sweep = frame[[f"offset {k:+d}" for k in offsets]]
-        if report.profile == "original":
-            sweep = sweep.dropna()
-        points = [over_articles(sweep[c], frame["article"][sweep.index]) for c in sweep]
+        measured = report.frames[split, name]
+        sweep = measured.at(offsets)  # (N, K)
+        shown = ~np.isnan(sweep).any(1) if report.profile == "original" else slice(None)
+        points = [over_articles(cosine, measured.article[shown]) for cosine in sweep[shown].T]
         mean, low, high = np.array(points).T
         axis.plot(offsets, mean, marker="os^vDP"[i % 6], ms=4, **_look(i), label=name)
         if name == "model":
             axis.fill_between(offsets, low, high, color=INK, alpha=0.2, lw=0, label="95 % over articles")
-            axis.axhline(frame["cosine_article"].mean(), color=GREY, label="model, any chunk of the article")
+            axis.axhline(measured.cosine_article.mean(), color=GREY, label="model, any chunk of the article")
     last = -report.horizon  # the last chunk that was read
     axis.axvspan(last - report.context_length + 0.5, last + 0.5, color="0.90", lw=0, zorder=0, label="the context")
     if report.horizon > 1:
@@ -505,17 +497,17 @@ def recall_curve(report: Report, split: str) -> Figure:
     """Gate B: share of targets in the first k of their article, up to its length, context left in and left out, against
     chance; the model with its interval."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    for axis, prefix, title in zip(
-        axes, ("novel ", ""), ("the context left out", "the whole article (as the original)"), strict=True
+    for axis, kind, title in zip(
+        axes, ("novel", "all"), ("the context left out", "the whole article (as the original)"), strict=True
     ):
-        n = report.frames[split, "model"][prefix + "candidates"].to_numpy()
+        n = report.frames[split, "model"].candidates[kind]
         k = np.unique(np.geomspace(1, n.max(), 40).round().astype(int))
         for i, name in enumerate(report.predictors):
-            frame = report.frames[split, name]
-            hits = frame[[prefix + "rank"]].to_numpy() <= k
+            measured = report.frames[split, name]
+            hits = measured.ranks[kind][:, None] <= k
             axis.plot(k, 100 * hits.mean(0), **_look(i), label=name)
             if name == "model":
-                band = np.array([over_articles(h, frame["article"], share=True)[1:] for h in hits.T])
+                band = np.array([over_articles(h, measured.article, share=True)[1:] for h in hits.T])
                 axis.fill_between(k, *(100 * band.T), color=INK, alpha=0.2, lw=0, label="95 % over articles")
         axis.plot(k, [100 * chance_recall(n, j).mean() for j in k], color=GREY, label="chance")
         axis.set(title=f"Candidates: {title}", xlabel="k", xscale="log", xticks=[1, 5, 10, 50, 100])
@@ -563,17 +555,19 @@ def rollouts(report: Report, split: str) -> Figure:
     figure, (cosine, alike) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     steps = range(1, STEPS + 1)
     for i, name in enumerate(report.predictors):
-        frame = report.frames[split, name]
-        whole = frame[[f"rollout {h}" for h in steps]].dropna()
-        cosine.plot(steps, whole.mean(), marker="os^vDP"[i % 6], ms=5, **_look(i), label=name)
-        similar = frame.loc[whole.index, [f"similarity {h}" for h in steps[1:]]].mean()
+        measured = report.frames[split, name]
+        complete = ~np.isnan(measured.rollout).any(1)
+        whole = measured.rollout[complete]  # (N, H)
+        cosine.plot(steps, whole.mean(0), marker="os^vDP"[i % 6], ms=5, **_look(i), label=name)
+        similar = measured.similarity[complete].mean(0)
         alike.plot(steps[1:], similar, marker="os^vDP"[i % 6], ms=5, **_look(i), label=name)
         if name == "model":
-            for h in steps:
-                _, low, high = over_articles(whole[f"rollout {h}"], frame["article"][whole.index])
+            for h, step in zip(steps, whole.T, strict=True):
+                _, low, high = over_articles(step, measured.article[complete])
                 cosine.plot([h, h], [low, high], color=INK, lw=1)
-            chance = frame.loc[whole.index, [f"rollout chance {h}" for h in steps]].mean()
-            cosine.plot(steps, chance, color=GREY, label="model, any chunk of the article")
+            cosine.plot(
+                steps, measured.rollout_chance[complete].mean(0), color=GREY, label="model, any chunk of the article"
+            )
     title = f"Gate D, {split}: its own predictions as context"
     cosine.set(title=title, xlabel="rollout step", ylabel="mean cosine with the chunk", xticks=list(steps))
     alike.axhline(1, color=GREY, label="frozen")
@@ -592,15 +586,12 @@ def generalisation(report: Report) -> Figure:
     """Gate E: cosine at the target by coherence of the context, validation beside OOD; and their difference."""
     figure, (level, gap) = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
     for i, (split, marker) in enumerate((("val", "o-"), ("ood", "^--"))):
-        frame = report.frames[split, "model"]
-        edges = np.quantile(frame["coherence"], np.linspace(0, 1, 7))
-        place = np.clip(np.searchsorted(edges, frame["coherence"], side="right") - 1, 0, 5)
+        measured = report.frames[split, "model"]
+        edges = np.quantile(measured.coherence, np.linspace(0, 1, 7))
+        place = np.clip(np.searchsorted(edges, measured.coherence, side="right") - 1, 0, 5)
+        sixths = [place == b for b in range(6)]
         found = [
-            (
-                frame["coherence"][place == b].mean(),
-                *over_articles(frame["cosine"][place == b], frame["article"][place == b]),
-            )
-            for b in range(6)
+            (measured.coherence[b].mean(), *over_articles(measured.cosine[b], measured.article[b])) for b in sixths
         ]
         x, mean, low, high = np.array(found).T
         level.errorbar(
@@ -658,7 +649,7 @@ def make_up(report: Report, split: str) -> Figure:
     parts = ("along the mean", "along differences", "outside the context")
     left = np.zeros(len(report.predictors))
     for k, name in enumerate(parts):
-        size = np.array([report.frames[split, p][name].abs().mean() for p in report.predictors])
+        size = np.array([np.abs(report.frames[split, p].parts[name]).mean() for p in report.predictors])
         part.barh(
             report.predictors,
             size,

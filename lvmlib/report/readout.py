@@ -54,7 +54,7 @@ def choose(frame: pd.DataFrame, count: int = 5) -> pd.DataFrame:
     """
     if count < 1 or not len(frame):
         raise LVMError(f"{count} of {len(frame)} windows cannot be chosen; take at least one of at least one")
-    rank, article = frame["novel rank"].to_numpy(), frame["article"].to_numpy()
+    rank, article = np.asarray(frame["novel rank"]), np.asarray(frame["article"])
     quantiles = np.linspace(0, 1, min(count, len(frame))) if min(count, len(frame)) > 1 else np.array([0.5])
     taken: list[int] = []
     said = []
