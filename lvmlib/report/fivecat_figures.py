@@ -6,8 +6,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..judge.fivecat import COHERENCE, GENERALISES, OFFSETS, ORIGINAL_OFFSETS, STEPS, Report, ablations
+from ..judge.fivecat import Report
+from ..judge.gates import GENERALISES
+from ..judge.measure import OFFSETS, STEPS, ablations
 from ..judge.spread import Spread, histogram
+from ..judge.table import COHERENCE, ORIGINAL_OFFSETS
 from ..statistics import chance_recall, over_articles
 from .style import GREY, HATCHES, INK, MARKERS, look, marked, reach, title
 
@@ -20,16 +23,15 @@ def offset_sweep(report: Report, split: str) -> Figure:
     figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
     offsets = OFFSETS if report.profile == "calibrated" else ORIGINAL_OFFSETS
     for i, name in enumerate(report.predictors):
-        frame = report.frames[split, name]
-        sweep = frame[[f"offset {k:+d}" for k in offsets]]
-        if report.profile == "original":
-            sweep = sweep.dropna()
-        points = [over_articles(sweep[c], frame["article"][sweep.index]) for c in sweep]
+        measured = report.frames[split, name]
+        sweep = measured.at(offsets)  # (N, K)
+        shown = ~np.isnan(sweep).any(1) if report.profile == "original" else slice(None)
+        points = [over_articles(cosine, measured.article[shown]) for cosine in sweep[shown].T]
         mean, low, high = np.array(points).T
         axis.plot(offsets, mean, **marked(i) | {"ms": 4}, label=name)
         if name == "model":
             axis.fill_between(offsets, low, high, color=INK, alpha=0.2, lw=0, label="95 % over articles")
-            axis.axhline(frame["cosine_article"].mean(), color=GREY, label="model, any chunk of the article")
+            axis.axhline(measured.cosine_article.mean(), color=GREY, label="model, any chunk of the article")
     last = -report.horizon  # the last context vector
     axis.axvspan(last - report.context_length + 0.5, last + 0.5, color="0.90", lw=0, zorder=0, label="the context")
     if report.horizon > 1:
@@ -50,17 +52,17 @@ def offset_sweep(report: Report, split: str) -> Figure:
 def recall_curve(report: Report, split: str) -> Figure:
     """Return gate B: share of targets in the first k of their article, with and without the context, and chance."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    kinds = {"novel ": "the context left out", "": "the whole article (as the original)"}
-    for axis, (prefix, name) in zip(axes, kinds.items(), strict=True):
-        n = report.frames[split, "model"][prefix + "candidates"].to_numpy()
+    kinds = {"novel": "the context left out", "all": "the whole article (as the original)"}
+    for axis, (kind, name) in zip(axes, kinds.items(), strict=True):
+        n = report.frames[split, "model"].candidates[kind]
         k = np.unique(np.geomspace(1, n.max(), 40).round().astype(int))
         axis.set(title=f"Candidates: {name}", xlabel="k", xscale="log", xticks=[1, 5, 10, 50, 100])
         for i, predictor in enumerate(report.predictors):
-            frame = report.frames[split, predictor]
-            hits = frame[[prefix + "rank"]].to_numpy() <= k
+            measured = report.frames[split, predictor]
+            hits = measured.ranks[kind][:, None] <= k
             axis.plot(k, 100 * hits.mean(0), **look(i), label=predictor)
             if predictor == "model":
-                band = np.array([over_articles(h, frame["article"], share=True)[1:] for h in hits.T])
+                band = np.array([over_articles(h, measured.article, share=True)[1:] for h in hits.T])
                 axis.fill_between(k, *(100 * band.T), color=INK, alpha=0.2, lw=0, label="95 % over articles")
         axis.plot(k, [100 * chance_recall(n, j).mean() for j in k], color=GREY, label="chance")
         axis.xaxis.set_major_formatter("{x:.0f}")
@@ -95,16 +97,17 @@ def rollouts(report: Report, split: str) -> Figure:
     figure, (cosine, alike) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     steps = range(1, STEPS + 1)
     for i, name in enumerate(report.predictors):
-        frame = report.frames[split, name]
-        whole = frame[[f"rollout {h}" for h in steps]].dropna()
-        cosine.plot(steps, whole.mean(), **marked(i), label=name)
-        similar = frame.loc[whole.index, [f"similarity {h}" for h in steps[1:]]].mean()
+        measured = report.frames[split, name]
+        complete = ~np.isnan(measured.rollout).any(1)
+        whole = measured.rollout[complete]  # (N, H)
+        cosine.plot(steps, whole.mean(0), **marked(i), label=name)
+        similar = measured.similarity[complete].mean(0)
         alike.plot(steps[1:], similar, **marked(i), label=name)
         if name == "model":
-            for h in steps:
-                _, low, high = over_articles(whole[f"rollout {h}"], frame["article"][whole.index])
+            for h, step in zip(steps, whole.T, strict=True):
+                _, low, high = over_articles(step, measured.article[complete])
                 cosine.plot([h, h], [low, high], color=INK, lw=1)
-            chance = frame.loc[whole.index, [f"rollout chance {h}" for h in steps]].mean()
+            chance = measured.rollout_chance[complete].mean(0)
             cosine.plot(steps, chance, color=GREY, label="model, any chunk of the article")
     cosine.set(title=f"Gate D, {split}: its own predictions as context", ylabel="mean cosine with the chunk")
     alike.axhline(1, color=GREY, label="frozen")
@@ -119,11 +122,13 @@ def generalisation(report: Report) -> Figure:
     """Return gate E: cosine at the target by coherence of the context, validation and OOD; and their difference."""
     figure, (level, gap) = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
     for i, (split, marker) in enumerate((("val", "o-"), ("ood", "^--"))):
-        frame = report.frames[split, "model"]
-        edges = np.quantile(frame["coherence"], np.linspace(0, 1, 7))
-        place = np.clip(np.searchsorted(edges, frame["coherence"], side="right") - 1, 0, 5)
-        sixths = [frame[place == b] for b in range(6)]
-        points = [(f["coherence"].mean(), *over_articles(f["cosine"], f["article"])) for f in sixths]
+        measured = report.frames[split, "model"]
+        edges = np.quantile(measured.coherence, np.linspace(0, 1, 7))
+        place = np.clip(np.searchsorted(edges, measured.coherence, side="right") - 1, 0, 5)
+        sixths = [place == b for b in range(6)]
+        points = [
+            (measured.coherence[b].mean(), *over_articles(measured.cosine[b], measured.article[b])) for b in sixths
+        ]
         x, mean, low, high = np.array(points).T
         error = reach({"value": mean, "low": low, "high": high})
         level.errorbar(x, mean, error, fmt=marker, capsize=3, color=look(i)["color"], label=split)
@@ -172,7 +177,7 @@ def make_up(report: Report, split: str) -> Figure:
     left = np.zeros(len(report.predictors))
     parts = {"along the mean": "0.35", "along differences": "0.62", "outside the context": "0.85"}
     for (name, color), hatch in zip(parts.items(), HATCHES, strict=False):
-        size = np.array([report.frames[split, p][name].abs().mean() for p in report.predictors])
+        size = np.array([np.abs(report.frames[split, p].parts[name]).mean() for p in report.predictors])
         part.barh(report.predictors, size, left=left, color=color, hatch=hatch, edgecolor="white", label=name)
         left += size
     part.invert_yaxis()

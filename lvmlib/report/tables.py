@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from ..judge.fivecat import GATES, THRESHOLDS, Report
+from ..judge.fivecat import Report
+from ..judge.gates import GATES, THRESHOLDS
 from ..judge.rating import Check, Verdict
 from ..judge.spread import Spread
 from ..losses import Terms

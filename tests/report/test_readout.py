@@ -120,7 +120,7 @@ def test_ranks_are_those_of_5cat(store, texts, model):
     truth = R.nearest(model, val, range(len(val)), texts).query("role == 'truth'")
     frame = measure(model, val)
     assert truth["rank"].tolist() == frame["novel rank"].tolist()
-    assert truth["candidates"].tolist() == frame["novel candidates"].tolist()
+    assert truth["candidates"].tolist() == frame.candidates["novel"].tolist()
     assert np.allclose(truth["cosine"], frame["cosine"], atol=1e-6)
 
 
@@ -171,9 +171,9 @@ def test_rollout_cosines_are_those_of_5cat(store, texts, model):
     val = windows(store, "val")
     found = R.rollout(model, val, range(len(val)), texts)
     table = found[found["role"] == "truth"].pivot(index="window", columns="step", values="cosine")
-    frame = measure(model, val)
-    assert np.allclose(table[1], frame["rollout 1"], atol=1e-6)
-    assert np.allclose(table[2], frame["rollout 2"], atol=1e-6, equal_nan=True)
+    rolled = measure(model, val).rollout
+    assert np.allclose(table[1], rolled[:, 0], atol=1e-6)
+    assert np.allclose(table[2], rolled[:, 1], atol=1e-6, equal_nan=True)
 
 
 def test_models_are_left_as_they_were(store, texts):

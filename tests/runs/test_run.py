@@ -208,7 +208,7 @@ def test_vectors_on_demand_train_and_are_judged_alike(data, tmp_path, monkeypatc
         reports[on_demand] = lvm.fivecat(lazy.best, data)
         monkeypatch.undo()
     for key, frame in reports[False].frames.items():
-        pd.testing.assert_frame_equal(reports[True].frames[key], frame)
+        np.testing.assert_equal(vars(reports[True].frames[key]), vars(frame))
 
 
 def test_a_seed_decides_everything_and_leaves_the_stream_alone(data, tmp_path):
