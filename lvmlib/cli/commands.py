@@ -4,7 +4,7 @@
 options, puts the executed notebook and its HTML copy into the run's folder, and prints where they are and the verdict.
 `python -m lvmlib encode -p source FOLDER -p out NAME` and `python -m lvmlib data -p data NAME` do the same with
 notebooks/encode.ipynb and notebooks/data.ipynb; their notebooks lie in outputs/NAME/.
-`torchrun … -m lvmlib parallel FOLDER` is a process of several that train the run prepared in FOLDER (see `runs.worker`).
+`torchrun … -m lvmlib parallel FOLDER` is a process of several that train the run prepared in FOLDER (`runs.worker`).
 `python -m lvmlib render diagnostics outputs/showcase/diagnostics-v22.ipynb -p version v22` executes one of notebooks/
 into a file, which then says by which code it was made (see `fingerprint`).
 `python -m lvmlib gallery` makes a static site of what stands under outputs/ (see `gallery`).
