@@ -7,30 +7,38 @@ takes up what `make train` has finished, and the other way round.
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
 import itertools
+import json
+import math
 import os
 import re
+import subprocess
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from ..config import Version, _nearest, merge, version
 from ..data.open import dataset
-from ..errors import LVMError, said
-from ..io import disk as files
-from ..io import limits as untrusted
-from ..io import stamp as fingerprint
+from ..errors import LVMError, format_error
+from ..io import limits, stamp
+from ..io.disk import lock, set_aside
 from ..io.paths import outputs
 from ..runs.folder import dataset_record, differences, open_run, run_folder
+from .execute import execute, move
 
 # workflow/sweep.yaml says what each of them means.
 DEFAULTS = {"versions": None, "seeds": 1, "datasets": [None], "models": ["transformer"], "epochs": None}
 DEFAULTS |= {"precision": None, "fast": False, "overrides": {}, "threads": 1, "gpus": 0}
 _EXAMPLES = {"versions": ("p6", "v22"), "datasets": ("wikipedia", "world:converging"), "models": ("transformer", "amn")}
 WORDS = {"true": True, "false": False, "null": None}
-_HELD = contextlib.ExitStack()  # until the process ends
-atexit.register(_HELD.close)
+_LOCKS = contextlib.ExitStack()  # until the process ends
+atexit.register(_LOCKS.close)
 
 
 class Comparison(NamedTuple):
@@ -116,7 +124,7 @@ def hold() -> None:
     """Make this process the one sweep of the outputs folder until it ends, however it ends. LVMError where one runs."""
     there = outputs()
     refused = "{}: another sweep is running there, {}; wait for it, or stop it"
-    _HELD.enter_context(files.hold(there / "sweep.lock", lambda holder: refused.format(there, holder)))
+    _LOCKS.enter_context(lock(there / "sweep.lock", lambda holder: refused.format(there, holder)))
 
 
 def keep(planned: Sweep) -> None:
@@ -127,12 +135,73 @@ def keep(planned: Sweep) -> None:
         page, due = Path(path), comparing(comparison)
         if not page.exists() or not finished(comparison):
             continue
-        told = fingerprint.given(page)
+        told = stamp.given(page)
         seeds = told.get("seeds")
         grows = type(seeds) is int and seeds <= due["seeds"]
         grows &= set(str(told.get("versions")).split()) <= set(due["versions"].split())
         if not grows or told != {**due, "versions": told["versions"], "seeds": seeds}:
-            print(f"{page}: of another sweep; set aside as {files.set_aside(page).name}")
+            print(f"{page}: of another sweep; set aside as {set_aside(page).name}")
+
+
+def job(notebook: str, output: Path, values: Mapping[str, Any], gpus: int) -> None:
+    """Execute one notebook of the sweep with these parameters into `output`, on that many GPUs (0: any).
+
+    Where it fails, OUTPUT's stem + .partial.ipynb holds what has been executed, with the error.
+    """
+    partial = output.with_suffix(".partial.ipynb")
+    # A sweep that was killed may have left a job alive, on another machine, say: two must not train in one folder.
+    with lock(output.with_name(f"{output.name}.lock"), str, wait=math.inf):
+        if output.exists():
+            print(f"{output}: another job has made it")
+            return
+        locks = reserve_gpus(gpus)
+        text = base64.b64encode(json.dumps(values).encode()).decode()
+        with execute(notebook, ["-b", text], partial) as executed:
+            move(executed.path, output)
+        partial.unlink(missing_ok=True)
+        for gpu in locks:
+            gpu.release()
+
+
+def reserve_gpus(wanted: int) -> list[FileLock]:
+    """Restrict this process to `wanted` GPUs that no other job on this machine uses; wait for them. Returns the locks.
+
+    If a scheduler shows no more than are wanted, they are taken as they are.
+    """
+    visible = _visible_gpus() if wanted else []
+    if len(visible) <= wanted:
+        return []
+    while True:
+        locks, unusable = {}, 0
+        for gpu in visible:
+            path = Path(tempfile.gettempdir()) / f"lvm-gpu-{gpu}.lock"  # a folder that other users write to as well
+            gpu_lock = FileLock(path, timeout=0, mode=0o666, fallback_to_soft=False)
+            try:
+                gpu_lock.acquire()
+            except Timeout:
+                continue
+            except OSError as e:
+                unusable += 1
+                if unusable > len(visible) - wanted:
+                    raise LVMError(f"{path}: cannot be opened ({e.strerror}); remove it, or set gpus to 0") from e
+                continue
+            locks[gpu] = gpu_lock
+            if len(locks) == wanted:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(locks)
+                return list(locks.values())
+        for gpu_lock in locks.values():
+            gpu_lock.release()
+        time.sleep(1 + os.getpid() % 7)  # not all at the same time
+
+
+def _visible_gpus() -> list[str]:
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+    try:
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []
 
 
 def settings(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,9 +210,9 @@ def settings(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     Snakemake's own reader would run the Python in a file that asks it to (`__use_yte__`).
     """
     try:
-        content = untrusted.read_yaml(file)
+        content = limits.read_yaml(file)
     except (OSError, ValueError) as e:
-        raise LVMError(f"{file}: cannot be read ({said(e)}); restore the file") from e
+        raise LVMError(f"{file}: cannot be read ({format_error(e)}); restore the file") from e
     if not isinstance(content, dict):
         raise LVMError(f"{file}: holds no `key: value`; restore the file")
     return merge(content, given)

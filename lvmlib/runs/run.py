@@ -63,7 +63,6 @@ from ..device import pick_device, pick_precision
 from ..errors import LVMError, said
 from ..evaluate import EVALUATION_BATCH, Moments, energy_score, validate
 from ..io import limits as untrusted
-from ..io import stamp as fingerprint
 from ..io.disk import told, write_whole
 from ..io.stamp import commit
 from ..loop import seeded
@@ -220,7 +219,6 @@ class Run:
             "software": {
                 "python": platform.python_version(),
                 "commit": commit(),
-                "sources": fingerprint.training(alarms.actions(self.version) != {"go_on"}),
                 **{p: metadata.version(p) for p in ("torch", "numpy", "pandas", "safetensors")},
             },
         }
