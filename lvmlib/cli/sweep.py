@@ -1,7 +1,6 @@
-"""What a sweep runs: versions × seeds × datasets × models from one configuration, behind workflow/Snakefile.
+"""Plan and run a sweep: versions × seeds × datasets × models of one configuration, behind workflow/Snakefile.
 
-Which run lies where, and with which parameters, is `run_folder`'s and `version`'s to say, as for a run by hand: a sweep
-takes up what `make train` has finished, and the other way round.
+Runs lie where runs by hand do: a sweep reuses what `make train` has finished, and the other way round.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Sweep(NamedTuple):
 
 
 def plan(config: Mapping[str, Any]) -> Sweep:
-    """All runs and comparisons of a configuration, whose keys are those of workflow/sweep.yaml.
+    """Return all runs and comparisons of a configuration, whose keys are those of workflow/sweep.yaml.
 
     A version that names an architecture of its own keeps it, as in compare.ipynb. Raises LVMError for an unknown key,
     version, dataset or model, for an impossible value, and for a run that is done, but with other parameters.
@@ -86,13 +85,13 @@ def plan(config: Mapping[str, Any]) -> Sweep:
         for seed in range(c["seeds"]):
             own = version(name, seed=seed, **chosen)
             if not seed:
-                data_there = dataset_record(dataset(own.data, own.horizon, own.context_length, own.fast, own.direction))
+                record = dataset_record(dataset(own.data, own.horizon, own.context_length, own.fast, own.direction))
             folder = run_folder(own).absolute()
-            _refuse_another(folder, own, data_there)
-            chosen_here = {"version": name, "seed": seed, **chosen}
-            if runs.setdefault(str(folder), chosen_here) != chosen_here:
+            _refuse_another(folder, own, record)
+            parameters = {"version": name, "seed": seed, **chosen}
+            if runs.setdefault(str(folder), parameters) != parameters:
                 raise LVMError(
-                    f"sweep: {chosen_here} and {runs[str(folder)]} would both be {folder}; name datasets apart by "
+                    f"sweep: {parameters} and {runs[str(folder)]} would both be {folder}; name datasets apart by "
                     "the last part of their paths"
                 )
             page = folder.parents[1] / f"compare-{model}.ipynb"
@@ -103,43 +102,43 @@ def plan(config: Mapping[str, Any]) -> Sweep:
     return Sweep(runs, comparisons, c["threads"], c["gpus"])
 
 
-def training(planned: Sweep, folder: str) -> dict[str, Any]:
-    """The parameters of the run's train.ipynb, which alone makes use of several GPUs."""
+def training_parameters(planned: Sweep, folder: str) -> dict[str, Any]:
+    """Return the parameters of the run's train.ipynb, the only notebook that uses several GPUs."""
     return planned.runs[folder] | ({"devices": planned.gpus} if planned.gpus > 1 else {})
 
 
-def finished(comparison: Comparison) -> list[str]:
-    """The executed train.ipynb of each of its runs that has finished."""
-    there = (Path(folder) / "train.ipynb" for folder in comparison.runs)
-    return [str(path) for path in there if path.exists()]
+def finished_notebooks(comparison: Comparison) -> list[str]:
+    """Return the executed train.ipynb of each of its runs that has finished."""
+    paths = (Path(folder) / "train.ipynb" for folder in comparison.runs)
+    return [str(path) for path in paths if path.exists()]
 
 
-def comparing(comparison: Comparison) -> dict[str, Any]:
-    """The parameters of compare.ipynb over what has finished."""
-    names = dict.fromkeys(comparison.runs[str(Path(path).parent)] for path in finished(comparison))
+def comparison_parameters(comparison: Comparison) -> dict[str, Any]:
+    """Return the parameters of compare.ipynb over the runs that have finished."""
+    names = dict.fromkeys(comparison.runs[str(Path(path).parent)] for path in finished_notebooks(comparison))
     return comparison.parameters | {"versions": " ".join(names)}
 
 
-def hold() -> None:
-    """Make this process the one sweep of the outputs folder until it ends, however it ends. LVMError where one runs."""
-    there = outputs()
+def lock_outputs() -> None:
+    """Make this process the one sweep of the outputs folder until it ends. Raises LVMError if another runs there."""
     refused = "{}: another sweep is running there, {}; wait for it, or stop it"
-    _LOCKS.enter_context(lock(there / "sweep.lock", lambda holder: refused.format(there, holder)))
+    _LOCKS.enter_context(lock(outputs() / "sweep.lock", lambda holder: refused.format(outputs(), holder)))
 
 
-def keep(planned: Sweep) -> None:
-    """Set aside each comparison that stands there and tells of anything that the one which is due will not: other
-    versions, more seeds, other parameters. Snakemake deletes what it makes anew; a smaller sweep, or one of which less
-    has finished, would replace a larger one's page."""
+def set_aside_other_pages(planned: Sweep) -> None:
+    """Set aside each existing comparison that has versions, seeds or other parameters that the new one will not have.
+
+    Snakemake deletes what it makes anew: a smaller sweep would replace the page of a larger one.
+    """
     for path, comparison in planned.comparisons.items():
-        page, due = Path(path), comparing(comparison)
-        if not page.exists() or not finished(comparison):
+        page, due = Path(path), comparison_parameters(comparison)
+        if not page.exists() or not finished_notebooks(comparison):
             continue
-        told = stamp.given(page)
-        seeds = told.get("seeds")
-        grows = type(seeds) is int and seeds <= due["seeds"]
-        grows &= set(str(told.get("versions")).split()) <= set(due["versions"].split())
-        if not grows or told != {**due, "versions": told["versions"], "seeds": seeds}:
+        earlier = stamp.given(page)
+        seeds = earlier.get("seeds")
+        extends = type(seeds) is int and seeds <= due["seeds"]
+        extends &= set(str(earlier.get("versions")).split()) <= set(due["versions"].split())
+        if not extends or earlier != {**due, "versions": earlier["versions"], "seeds": seeds}:
             print(f"{page}: of another sweep; set aside as {set_aside(page).name}")
 
 
@@ -204,8 +203,8 @@ def _visible_gpus() -> list[str]:
         return []
 
 
-def settings(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration in `file`, changed by what the command line gave. Raises LVMError.
+def read_settings(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration in `file`, changed by what the command line gave. Raises LVMError.
 
     Snakemake's own reader would run the Python in a file that asks it to (`__use_yte__`).
     """
@@ -219,15 +218,15 @@ def settings(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_another(folder: Path, own: Version, data: dict) -> None:
-    """Raises LVMError where a finished train.ipynb stands for a run that is not `own`: it would be taken for done."""
+    """Raise LVMError if the folder's train.ipynb is of a run that is not `own`: it would pass for finished."""
     if not (folder / "train.ipynb").exists():
         return
     record = open_run(folder)[0]
-    there = record.get("computed", {}).get("precision")
+    precision = record.get("computed", {}).get("precision")
     ours = {
         "parameters": own.to_dict(),
         "dataset": data,
-        "computed": {"precision": there if own.precision == "auto" else own.precision},
+        "computed": {"precision": precision if own.precision == "auto" else own.precision},
     }
     if differing := differences(ours, record):
         raise LVMError(
@@ -237,7 +236,7 @@ def _refuse_another(folder: Path, own: Version, data: dict) -> None:
 
 
 def _typed(value: Any) -> Any:
-    """A value as YAML has it: `snakemake --config` leaves true, null and the leaves of what is nested as text."""
+    """Return a value as YAML reads it: `snakemake --config` leaves true, null and nested leaves as text."""
     if isinstance(value, Mapping):
         return {key: _typed(x) for key, x in value.items()}
     if isinstance(value, list):
@@ -252,7 +251,7 @@ def _typed(value: Any) -> Any:
 
 
 def _listed(value: Any, key: str) -> list:
-    """A list of the configuration; from the command line it may be names with a space between."""
+    """Return a list of the configuration; from the command line it may be names with a space between."""
     listed = value.split() if isinstance(value, str) else value
     if not isinstance(listed, list) or not listed:
         raise LVMError(f"sweep: {key} is {value!r}; needed is a list, such as [{', '.join(_EXAMPLES[key])}]")
