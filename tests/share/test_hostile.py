@@ -34,8 +34,7 @@ from packaging.utils import canonicalize_name
 import lvmlib as lvm
 from lvmlib import LVMError, device
 from lvmlib import windows as windows_module
-from lvmlib.cli import commands as __main__
-from lvmlib.cli import sweep
+from lvmlib.cli import execute, sweep
 from lvmlib.cli.parameters import check_injected
 from lvmlib.config import data_name
 from lvmlib.data import store as V
@@ -107,7 +106,7 @@ def store(place):
 
 
 def given(*arguments):
-    return lambda place: __main__._check_parameters("train", [a.format(place.canary) for a in arguments])
+    return lambda place: execute.check_options("train", [a.format(place.canary) for a in arguments])
 
 
 def injected(line):
