@@ -69,7 +69,7 @@ def to_onnx(model: models.Predictor | str | os.PathLike, path: str | os.PathLike
     differences = []
 
     def convert(partial: Path) -> None:
-        with _quiet("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad(), _AddHeadsAxis():
+        with _quiet(), torch.no_grad(), _AddHeadsAxis():
             torch.onnx.export(
                 heads,
                 (contexts[1],),
@@ -104,16 +104,12 @@ def to_onnx(model: models.Predictor | str | os.PathLike, path: str | os.PathLike
 
 
 @contextlib.contextmanager
-def _quiet(*names: str):
-    """Inside, these loggers pass only errors, and warnings are dropped: the converter logs its every step."""
-    loggers = [logging.getLogger(n) for n in names]
-    levels = [logger.level for logger in loggers]
+def _quiet():
+    """Inside, only errors are logged, and warnings are dropped: the converter logs its every step."""
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)
