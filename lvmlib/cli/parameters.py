@@ -6,17 +6,15 @@ import ast
 from collections.abc import Collection, Iterable, Mapping
 
 from ..errors import LVMError
-from ..io import limits as untrusted
+from ..io import limits
 from ..io.inherit import nearest, read
 from ..io.paths import PARAMS
 
 
 def check_injected(cells: list[str]) -> None:
-    """Fail on a papermill `-p` name that the notebook's own parameters cell does not have, and on anything else that
-    stands among the injected parameters but plain values.
+    """Raise LVMError for an injected parameter that the notebook's own cell does not have, or that is no plain value.
 
-    `cells`: IPython's `In`. Papermill itself only warns; a mistyped name would silently do nothing. What papermill was
-    made to write beside the parameters has run by then, and is no longer passed over: `check_given` refuses it before.
+    `cells`: IPython's `In`. papermill itself only warns. The injected cell has run by then; `check_given` comes before.
     """
     injected = [i for i, source in enumerate(cells) if source.startswith("# Parameters\n")]
     if not injected:
@@ -27,13 +25,13 @@ def check_injected(cells: list[str]) -> None:
         for node in ast.parse(cells[number]).body:
             if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and _is_plain(node)):
                 raise LVMError(
-                    f"parameters: {ast.unparse(node)[:80]!r} is no name with a plain value, and it has been run; look "
-                    "at where these parameters come from, and give them by `make`, which refuses such"
+                    f"parameters: {ast.unparse(node)[:80]!r} is no name with a plain value, and it has been run; check "
+                    "where these parameters come from, and give them by `make`, which refuses such"
                 )
 
 
 def check_names(names: Iterable[str], known: Collection[str]) -> None:
-    """Raise LVMError for a name that is none of the notebook's parameters, `known`."""
+    """Raise LVMError for a name that is not among `known`, the notebook's parameters."""
     for name in names:
         if name not in known:
             also = (
@@ -55,7 +53,7 @@ def check_given(given: Mapping, known: Collection[str]) -> None:
     check_names(given, known)
     for name, value in given.items():
         try:
-            untrusted.plain(value)
+            limits.plain(value)
         except ValueError as e:
             raise LVMError(f"parameter {name!r}: {e}; give plain values") from e
 

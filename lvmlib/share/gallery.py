@@ -303,10 +303,9 @@ def _conclusion(content: Mapping) -> str:
 
 
 def _alarm(alarm: Mapping) -> dict[str, str]:
-    """Return a warning for an entry of run.yaml's `alarms`: epoch, step, kind, what, do."""
-    when = ", ".join(f"{key} {alarm[key]}" for key in ("epoch", "step") if alarm.get(key) is not None)
-    detail = ". ".join(str(alarm[key]).rstrip(".") for key in ("what", "do") if alarm.get(key))
-    return {"what": f"{alarm['kind']} ({when})", "detail": detail}
+    """Return a warning for an entry of run.yaml's `alarms`."""
+    what = f"{alarm['kind']} (epoch {alarm['epoch']}, step {alarm['step']})"
+    return {"what": what, "detail": f"{alarm['what'].rstrip('.')}. {alarm['do'].rstrip('.')}"}
 
 
 def _finite(values) -> list[float | None]:
