@@ -24,7 +24,7 @@ from ..judge.fivecat import PROFILES, judge, summarise
 from ..judge.tricks import tricks
 from ..models import Predictor
 from ..runs import alarms
-from ..text import wikipedia
+from ..text import slice as wikipedia
 from ..windows import Windows
 from . import readout
 from .summary import MEASURES
