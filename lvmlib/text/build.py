@@ -1,7 +1,7 @@
 """Text to a store of unit vectors: a build that goes on where it stopped.
 
     store = build("papers", "outputs/datasets/papers")      # a folder of .txt and .md files; sources.py has the others
-    python -m lvmlib.text.build papers outputs/datasets/papers --unit sentence
+    python -m lvmlib build-store papers outputs/datasets/papers --unit sentence
 
 Needs the extra `encode`. Until it is finished, a build works in the folder `<out>.partial`:
 
@@ -17,16 +17,13 @@ on the same machine with as many threads. Axes: M chunks, A articles, D vector d
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import importlib
-import inspect
 import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -697,41 +694,3 @@ def _version(package: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- command line
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m lvmlib.text.build SOURCE OUT [--unit sentence …]`: the keywords of `build` as options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lvmlib.text.build",
-        description="Build a store of unit vectors from text, or from ready vectors.",
-        epilog=inspect.cleandoc(build.__doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for key, parameter in inspect.signature(build).parameters.items():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            parser.add_argument(key)
-        elif isinstance(parameter.default, bool):
-            parser.add_argument(
-                f"--{key.replace('_', '-')}", action=argparse.BooleanOptionalAction, default=parameter.default
-            )
-        else:
-            kind = {"int": int, "float": float}.get(parameter.annotation.partition(" ")[0], str)
-            parser.add_argument(
-                f"--{key.replace('_', '-')}", type=kind, default=parameter.default, help=f"default: {parameter.default}"
-            )
-    asked = vars(parser.parse_args(arguments))
-    try:
-        store = build(**asked)
-    except LVMError as e:
-        print(e, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command keeps finished shards; unfinished cutting begins anew", file=sys.stderr)
-        return 130
-    counts = ", ".join(f"{len(store.rows(split)):,} {split}" for split in windows.SPLITS)
-    print(f"{asked['out']}: {len(store.vectors):,} vectors (D = {store.dim}; {counts}), {store.fingerprint[:16]}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

