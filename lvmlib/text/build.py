@@ -1,7 +1,7 @@
 """Build a store of unit vectors from text, or from ready vectors. An interrupted build resumes with the same call.
 
     store = build("papers", "outputs/datasets/papers")      # a folder of .txt and .md files; sources.py has the others
-    python -m lvmlib.text.build papers outputs/datasets/papers --unit sentence
+    python -m lvmlib build-store papers outputs/datasets/papers --unit sentence
 
 Needs the extra `encode`. Until it is finished, a build works in the folder `<out>.partial`:
 
@@ -17,17 +17,14 @@ threads. Axes: M chunks, A articles, D vector dimension.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import inspect
 import json
 import os
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +41,7 @@ from ..errors import LVMError, said
 from ..io import limits as untrusted
 from ..io.disk import hold, sync, write_whole
 from ..io.paths import ROOT, outputs
-from ..windows import SPLITS, Store
+from ..windows import Store
 from . import chunking, encoders, sources
 from .datasheet import Built, datasheet
 from .shards import RESUMABLE, Progress, encode_shards, join_shards
@@ -388,36 +385,3 @@ def _link(path: Path, folder: Path) -> None:
         os.link(path, folder / path.name)
     except OSError:
         shutil.copyfile(path, folder / path.name)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m lvmlib.text.build SOURCE OUT [--unit sentence …]`: the fields of Options as command-line options."""
-    parser = argparse.ArgumentParser(prog="python -m lvmlib.text.build", description=inspect.cleandoc(build.__doc__))
-    parser.add_argument("source")
-    parser.add_argument("out")
-    flag = argparse.BooleanOptionalAction
-    parser.add_argument("--fresh", action=flag, default=False)
-    parser.add_argument("--progress", action=flag, default=True)
-    for option in fields(Options):
-        key, kind = f"--{option.name.replace('_', '-')}", str(option.type).partition(" ")[0]
-        if kind == "bool":
-            parser.add_argument(key, action=flag, default=option.default)
-        else:
-            kind = {"int": int, "float": float}.get(kind, str)
-            parser.add_argument(key, type=kind, default=option.default, help=f"default: {option.default}")
-    asked = vars(parser.parse_args(arguments))
-    try:
-        store = build(**asked)
-    except LVMError as e:
-        print(e, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"stopped; {RESUMABLE}", file=sys.stderr)
-        return 130
-    counts = ", ".join(f"{len(store.rows(split)):,} {split}" for split in SPLITS)
-    print(f"{asked['out']}: {len(store.vectors):,} vectors (D = {store.dim}; {counts}), {store.fingerprint[:16]}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

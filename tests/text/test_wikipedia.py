@@ -227,7 +227,7 @@ def test_build_never_overwrites(tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(LVMError, match="is there already"):
         W.build(tmp_path)
-    command = [sys.executable, "-m", "lvmlib.text.wikipedia", str(tmp_path)]
+    command = [sys.executable, "-m", "lvmlib", "wikipedia", str(tmp_path)]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert run.returncode == 1 and "is there already" in run.stderr and "Traceback" not in run.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
