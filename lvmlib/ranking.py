@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .windows import Windows, run_begins
+from .windows import Windows, article_spans
 
 TIE = 1e-6  # cosines nearer than this are equal: a float32 product rounds by its shape
 ROWS = 256  # chunks in a product that several articles share
@@ -82,7 +82,7 @@ class Articles:
     def _begins(self) -> np.ndarray:
         """(A + 1,) the first row of each article, and the number of rows."""
         article = self.windows.store.article
-        return np.append(run_begins(article), len(article))
+        return np.append(article_spans(article)[0], len(article))
 
     def span(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B,) and (B,): rows low … high − 1 are the articles of windows `index`."""

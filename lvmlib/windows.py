@@ -30,12 +30,12 @@ class GivenWindows:
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """Vectors of a corpus with their article and position; see the module's head for the files.
+    """Vectors of a corpus with their article and position; `data.store` describes the files.
 
-    `vectors` (M, D); `article`, `position` (M,) int32; `articles`: a frame indexed by article number with
-    columns title, split and source (may be empty); `fingerprint`: sha256 over vectors, chunk table, splits, and the
-    given windows where there are any; `texts` (M) if they were kept; `given`: the windows, if the store came with them;
-    `opened`: its folder, and the state of the large files when it was opened; None for one in memory.
+    `vectors` (M, D); `article`, `position` (M,) int32; `articles`: a frame indexed by article number with columns
+    title, split and perhaps source; `fingerprint`: sha256 over vectors, chunk table, splits and given windows;
+    `texts` (M) and `given`: the texts and windows that came with the store, or None; `opened`: its folder and the state
+    of the large files when they were checked, None for a store in memory.
     """
 
     name: str
@@ -55,8 +55,8 @@ class Store:
 
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of a split's chunks, in reading order."""
-        begin, end = _runs(self, split)
-        return ranges(begin, end - begin)
+        begins, ends = _split_spans(self, split)
+        return ranges(begins, ends - begins)
 
 
 def blocks(vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -66,37 +66,41 @@ def blocks(vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield first, vectors[first : first + rows]
 
 
-def run_begins(article: np.ndarray, position: np.ndarray | None = None) -> np.ndarray:
-    """The rows where a run of one article begins; with `position`, also those after a gap in the positions."""
-    found = [np.zeros(1, np.int64)]
-    for first, rows in _pairs(len(article)):
-        new = np.diff(article[rows]) != 0
-        if position is not None:
-            new |= np.diff(position[rows]) != 1
-        found.append(np.flatnonzero(new) + first)
-    return np.concatenate(found)
-
-
-def _runs(store: Store, split: str, gapless: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Begin and end (R,) of the split's runs of rows: one an article, or, `gapless`, one a stretch without a gap."""
-    begin = run_begins(store.article, store.position if gapless else None)
-    inside = np.isin(store.article[begin], store.articles.index[store.articles["split"] == split])
-    return begin[inside], np.append(begin[1:], len(store.article))[inside]
-
-
-def _pairs(count: int) -> Iterator[tuple[int, slice]]:
-    """All neighbours among `count` rows, block by block: (second row of the first pair, rows)."""
+def neighbours(count: int) -> Iterator[tuple[int, slice]]:
+    """All pairs of adjacent rows among `count`, block by block: (second row of the first pair, rows)."""
     for first in range(1, count, BLOCK_VALUES):
         yield first, slice(first - 1, first + BLOCK_VALUES)
 
 
+def article_spans(article: np.ndarray, position: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(A,) and (A,) int64: each article is the rows begin … end − 1, in the order of the rows.
+
+    `article` (M,), one run of rows for each article; with `position` (M,) a span also ends at a gap in the positions.
+    """
+    begins = [np.zeros(1, np.int64)]
+    for first, rows in neighbours(len(article)):
+        new = np.diff(article[rows]) != 0
+        if position is not None:
+            new |= np.diff(position[rows]) != 1
+        begins.append(np.flatnonzero(new) + first)
+    begins = np.concatenate(begins)
+    return begins, np.append(begins[1:], len(article))
+
+
+def _split_spans(store: Store, split: str, gapless: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """`article_spans` of a split's articles; `gapless`: of their stretches without a gap."""
+    begins, ends = article_spans(store.article, store.position if gapless else None)
+    inside = np.isin(store.article[begins], store.articles.index[store.articles["split"] == split])
+    return begins[inside], ends[inside]
+
+
 def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """(Σ count,) int64: first, first + 1, … of each run, one after the other; in no more memory than what it gives."""
+    """(Σ count,) int64: first, first + 1, … of each range, one range after the other, without temporary copies."""
     first, count = first[count > 0], count[count > 0]
     steps = np.ones(count.sum(), np.int64)
     if len(first):
         steps[0] = first[0]
-        steps[np.cumsum(count)[:-1]] = np.diff(first) - count[:-1] + 1  # from a run's last row to the next one's first
+        steps[np.cumsum(count)[:-1]] = np.diff(first) - count[:-1] + 1  # from a range's end to the next one's first
     return np.cumsum(steps, out=steps)
 
 
@@ -148,7 +152,7 @@ class Windows:
         """
         vectors = torch.from_numpy(self.store.vectors) if vectors is None else vectors
         rows = self.start[np.asarray(index)][:, None] + self.offsets  # (B, T + 1)
-        announce(self.store.vectors, rows, vectors)
+        prefetch(self.store.vectors, rows, vectors)
         # One index_select over rows is several times faster than indexing by (B, T + 1), on a CPU.
         chunks = vectors.index_select(0, torch.from_numpy(rows.ravel()).to(vectors.device)).float()
         chunks = chunks.view(*rows.shape, vectors.shape[1])  # (B, T + 1, D)
@@ -166,8 +170,10 @@ class Windows:
 
 
 class OnDemand:
-    """A store's vectors (M, D) for a device without room for them: rows are gathered in memory and sent as they are
-    asked for. It stands where the tensor on the device would: shape, device, and rows by index."""
+    """A store's vectors (M, D) for a device that cannot hold them: rows are gathered in memory and sent when asked for.
+
+    It can replace the tensor on the device: it has its shape, its device, and rows by index.
+    """
 
     def __init__(self, stored: torch.Tensor, device: torch.device):
         self.stored, self.device, self.shape = stored, device, stored.shape
@@ -183,24 +189,23 @@ class OnDemand:
 
 
 def on_device(store: Store, device: torch.device) -> torch.Tensor | OnDemand:
-    """The store's vectors (M, D) where a model on `device` reads them: there, if they take no more than half of what is
-    free of a GPU's memory (the rest is for the model and its batches), else on demand. On a CPU they stay on disk."""
+    """The store's vectors (M, D) for a model on `device`: on a CPU they stay on disk; a GPU holds them if they take at
+    most half of its free memory (the rest is for the model and its batches), else they are sent on demand."""
     stored, device = torch.from_numpy(store.vectors), torch.device(device)
     if device.type == "cuda" and stored.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return OnDemand(stored, device)
     return stored.to(device)
 
 
-def announce(mapped: np.ndarray, rows: np.ndarray, read: torch.Tensor | OnDemand) -> None:
-    """Tell the system which `rows` (B, R) of a memory-mapped array (M, D) are read next; does nothing if `read`, which
-    they are taken from, is not that map itself.
+def prefetch(mapped: np.ndarray, rows: np.ndarray, read: torch.Tensor | OnDemand) -> None:
+    """Ask the system to load `rows` (B, R) of a memory-mapped array (M, D) before they are read from `read`.
 
-    What is not in memory then comes from the disk in parallel, and only that. Left to guess, the system fetches
-    the read-ahead of the device (up to megabytes) around each row, and a store larger than memory crawls.
+    Does nothing unless `read` is that map itself. Without it the system reads up to megabytes around each row, one row
+    after the other, and a store larger than memory is slow.
     """
     area = mapped.base
     whole = isinstance(mapped, np.memmap) and isinstance(area, mmap.mmap) and mapped.flags.c_contiguous
-    # Windows knows no such call.
+    # Windows has no madvise.
     if not whole or not rows.size or read.data_ptr() != mapped.ctypes.data or not hasattr(mmap, "MADV_WILLNEED"):
         return
     offset = mapped.offset % mmap.ALLOCATIONGRANULARITY  # of the first value in the map
@@ -211,8 +216,9 @@ def announce(mapped: np.ndarray, rows: np.ndarray, read: torch.Tensor | OnDemand
 
 
 def shared(forward: Windows, backward: Windows) -> tuple[Windows, Windows]:
-    """The windows of both whose target is the same chunk, in the same order: what a text can be compared on, read
-    forwards and backwards. Raises LVMError where they share none, or lie in different stores.
+    """The windows of both directions that have the same target chunk, in the same order.
+
+    Raises LVMError if there are none, or if the stores differ.
     """
     if forward.store.fingerprint != backward.store.fingerprint:
         raise LVMError(f"windows of {forward.store.name} and {backward.store.name} share no target; use one store")
@@ -237,30 +243,28 @@ def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5,
         raise LVMError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
     if horizon < 1 or context_length < 1:
         raise LVMError(f"horizon {horizon} and context_length {context_length} must each be at least 1")
-    if store.given is not None and (horizon, context_length) != (store.given.horizon, store.given.context_length):
+    given = store.given
+    if given is not None and (horizon, context_length) != (given.horizon, given.context_length):
         raise LVMError(
-            f"{store.name}: came with windows of {store.given.context_length} with horizon {store.given.horizon}, asked"
-            f" for are {context_length} with horizon {horizon}; set `horizon` and `context_length` to what there is"
+            f"{store.name}: its windows have horizon {given.horizon} and context_length {given.context_length}, not "
+            f"{horizon} and {context_length}; set both to what there is"
         )
-    if store.given is not None and direction == "forward":  # read backwards, there are no given ones: all are cut
-        start = store.given.start[store.given.split == SPLITS.index(split)]
+    if given is not None and direction == "forward":  # given windows have no backward form: those are cut anew
+        start = given.start[given.split == SPLITS.index(split)]
         if not len(start):
             raise LVMError(f"{store.name}: came with windows, but with none for split {split}; add a file for it")
         return Windows(store, split, start, context_length, horizon)
     span = context_length - 1 + horizon
-    begin, end = _runs(store, split, gapless=True)
-    start = ranges(begin, np.maximum(end - begin - span, 0))
+    begins, ends = _split_spans(store, split, gapless=True)
+    start = ranges(begins, np.maximum(ends - begins - span, 0))
     if not len(start):
-        begin, end = _runs(store, split)
+        longest = np.subtract(*_split_spans(store, split)[::-1]).max(initial=0)
         raise LVMError(
             f"{store.name}, split {split}: no article is long enough: a window of {context_length} with "
-            f"horizon {horizon} needs {span + 1} chunks without a gap, the longest article has "
-            f"{(end - begin).max(initial=0)}"
+            f"horizon {horizon} needs {span + 1} chunks without a gap, the longest article has {longest}"
         )
     step = DIRECTIONS[direction]
-    if step == -1:
-        start += span
-    return Windows(store, split, start, context_length, horizon, step)
+    return Windows(store, split, start + span if step == -1 else start, context_length, horizon, step)
 
 
 @dataclass(frozen=True, eq=False)

@@ -131,10 +131,7 @@ def seeds() -> list[tuple[str, dict[str, bytes]]]:
                 "articles": articles,
             },
         ),
-        (
-            "by vectors",
-            {**{s: packed({k: p[k] for k in keys[:3]}) for s, p in plain.items()}, "articles": articles},
-        ),
+        ("by vectors", {**{s: packed({k: p[k] for k in keys[:3]}) for s, p in plain.items()}, "articles": articles}),
         ("rebuilt", {s: packed(p) for s, p in plain.items()}),
         ("rebuilt metadata", {s: packed(p, True) for s, p in spelt.items()}),
     ]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import LVMError
-from ..windows import SPLITS, GivenWindows, _pairs, blocks, run_begins
+from ..windows import SPLITS, GivenWindows, article_spans, blocks, neighbours
 
 NORM_TOLERANCE = 0.01  # float16 rounds a unit vector's norm by less than 1e-3
 
@@ -27,10 +27,10 @@ def check_given(given: GivenWindows, chunks: np.ndarray, articles: pd.DataFrame,
         & (split_of[first] == given.split)
     )
     if not good.all():
-        bad = int(np.flatnonzero(~good)[0])
+        bad = int(np.argmin(good))
         raise LVMError(
             f"{where}: window {bad} (split {given.split[bad]}, first row {given.start[bad]}) does not lie in one "
-            f"article of its split without a gap ({(~good).sum()} such); import the files anew"
+            f"article of its split without a gap ({(~good).sum()} such); import the files again"
         )
 
 
@@ -46,17 +46,10 @@ def check_vectors(vectors: np.ndarray, where: str) -> None:
         bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))  # negated, so that NaN counts as bad
         if len(bad):
             norm = norms[bad[0]]
-            kind = (
-                "has NaN or infinite values"
-                if not np.isfinite(norm)
-                else "is a zero vector"
-                if norm == 0
-                else f"has norm {norm:.4g}, not 1"
-            )
-            advice = "normalise the vectors" if np.isfinite(norm) and norm > 0 else "drop or re-encode that chunk"
-            raise LVMError(
-                f"{where}: row {first + bad[0]} {kind} (first of {len(bad)} such rows in its block); {advice}"
-            )
+            fault = "is a zero vector" if norm == 0 else f"has norm {norm:.4g}, not 1"
+            fault = fault if np.isfinite(norm) else "has NaN or infinite values"
+            advice = "normalise the vectors" if norm > 0 and np.isfinite(norm) else "drop or re-encode that chunk"
+            raise LVMError(f"{where}: row {first + bad[0]} {fault} ({len(bad)} such rows in its block); {advice}")
 
 
 def check_chunks(chunks: np.ndarray, count: int, where: str) -> np.ndarray:
@@ -70,10 +63,10 @@ def check_chunks(chunks: np.ndarray, count: int, where: str) -> np.ndarray:
         raise LVMError(f"{where}: article numbers and positions must lie between 0 and {np.iinfo(np.int32).max}")
     chunks = np.asarray(chunks).astype(np.int32, copy=False)  # unsigned differences would never be negative
     article, position = chunks[:, 0], chunks[:, 1]
-    numbers, runs = np.unique(article[run_begins(article)], return_counts=True)
+    numbers, runs = np.unique(article[article_spans(article)[0]], return_counts=True)
     if (runs > 1).any():
-        raise LVMError(f"{where}: article {numbers[runs > 1][0]} is torn apart; its rows must stand together")
-    for first, rows in _pairs(len(chunks)):
+        raise LVMError(f"{where}: article {numbers[runs > 1][0]} is not in one run of rows; sort by article")
+    for first, rows in neighbours(len(chunks)):
         falling = (np.diff(position[rows]) <= 0) & (np.diff(article[rows]) == 0)
         if falling.any():
             row = int(np.flatnonzero(falling)[0]) + first

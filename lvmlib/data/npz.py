@@ -1,7 +1,7 @@
-"""Arrays of .npz files that nobody vouches for: read as streams, and object arrays without running what they hold.
+"""Read arrays of untrusted .npz files as streams, and object arrays (pickles) without running any code in them.
 
-An object array is a pickle. What is read of one are plain things; nothing that it names is looked up or called.
-Everything that is wrong with a file is an LVMError that names file and array.
+Of a pickle only plain things are read; nothing that it names is looked up or called. Every fault of a file is an
+LVMError that names file and array.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK_BYTES = 1 << 22  # of an array, read at a time
 MOST = 1 << 30  # bytes of what is read whole: one row, or an object array
 OBJECT_BYTES, OBJECT_RATIO = 1 << 24, 100  # an object array unpacks to 16 MiB, or 100 times its size in the zip
 BIGGEST = np.iinfo(np.int32).max  # of article numbers and positions in a store
-DAMAGED = "the file is damaged or was not written by numpy: copy it again, or save it anew with np.savez"
+DAMAGED = "copy the file again, or save it again with np.savez"
 
 
 @contextlib.contextmanager
@@ -73,9 +73,9 @@ class Member:
 
 
 class Npz:
-    """An .npz file, read as a stream. `scratch`: a folder for what must be unpacked first.
+    """An .npz file, read as a stream; `scratch`: a folder for what must be unpacked first.
 
-    Raises LVMError if the file is no such archive, or one that numpy does not write.
+    Raises LVMError if the file is not an archive as numpy writes it.
     """
 
     def __init__(self, path: Path, scratch: Path):
@@ -99,6 +99,11 @@ class Npz:
     def __contains__(self, name: str) -> bool:
         return name in self.members
 
+    @property
+    def listed(self) -> str:
+        """The names of the arrays, for messages."""
+        return ", ".join(sorted(self.members))[:200] or "none"
+
     def _admit(self, info: zipfile.ZipInfo) -> None:
         where = f"{self.path}: member {info.filename[:100]!r}"
         parts = re.split(r"[/\\]", info.filename)
@@ -112,8 +117,7 @@ class Npz:
         most = info.compress_size if stored else 1040 * info.compress_size + 1024  # deflate packs no tighter
         if info.compress_size > self.path.stat().st_size or info.file_size > most:
             raise LVMError(
-                f"{where}: claims {info.file_size:,} bytes, which the {info.compress_size:,} bytes it has in the file "
-                f"cannot hold; {DAMAGED}"
+                f"{where}: claims {info.file_size:,} bytes, but has {info.compress_size:,} in the file; {DAMAGED}"
             )
         if info.filename.endswith(".npy"):
             name = info.filename.removesuffix(".npy")
@@ -138,8 +142,7 @@ class Npz:
         promised = member.skip + member.dtype.itemsize * math.prod(member.shape)
         if promised != info.file_size:
             raise LVMError(
-                f"{where}: its header promises {member.shape} of {member.dtype}, {promised:,} bytes, but it has "
-                f"{info.file_size:,}; {DAMAGED}"
+                f"{where}: promises {shape} of {dtype}, {promised:,} bytes, but has {info.file_size:,}; {DAMAGED}"
             )
         if member.row_bytes > MOST:
             raise LVMError(f"{where}: one row has {member.row_bytes:,} bytes; {MOST:,} is the most that is read")
@@ -149,7 +152,7 @@ class Npz:
         """(first row, block) over an array that holds no objects, in this machine's byte order."""
         rows = rows or max(1, BLOCK_BYTES // max(1, member.row_bytes))
         native = member.dtype.newbyteorder("=")
-        if member.fortran and len(member.shape) > 1:  # by columns: it must be unpacked whole before a row can be had
+        if member.fortran and len(member.shape) > 1:  # stored by columns: it must be unpacked whole first
             path = self._spooled(member)
             try:
                 columns = np.memmap(path, member.dtype, "r", shape=member.shape, order="F")
@@ -183,32 +186,31 @@ class Npz:
         return Path(path)
 
     def objects(self, member: Member) -> list:
-        """The items of an object array, in order. No code of the file is run; of arrays within, nothing is made.
+        """The items of an object array, in order. No code of the file is run, and arrays within are not made.
 
-        Raises LVMError, naming what it asks to load, for any pickle but that of an array of plain things, and for one
+        Raises LVMError for any pickle but that of an array of plain things, naming what it asks to load, and for one
         that unpacks to too much.
         """
         if member.info.file_size > member.allowed:
             raise LVMError(
-                f"{member.where}: an object array that unpacks to {member.info.file_size:,} bytes; {member.allowed:,} "
-                "is the most that is read of one: save it as a plain array"
+                f"{member.where}: an object array that unpacks to {member.info.file_size:,} bytes, more than the "
+                f"{member.allowed:,} allowed; save it as a plain array"
             )
         try:
             with _reading(member.where):
                 with self.zip.open(member.info) as file:
                     data = io.BytesIO(file.read())
                 data.seek(member.skip)
-                found = _Unpickler(data, math.prod(member.shape)).load()
+                array = _Unpickler(data, math.prod(member.shape)).load()
                 if data.read(1):
                     raise ValueError("goes on after its end")
-                return _items(found, member.shape)
+                return _items(array, member.shape)
         except LVMError as e:
             if not isinstance(e.__cause__, _Refused):
                 raise
             raise LVMError(
-                f"{member.where}: an object array (a pickle) that {e.__cause__}; only plain numbers, texts, lists, "
-                "dicts and numpy's own arrays are read, and nothing of it was run: if you trust its source, save it as "
-                "a plain array"
+                f"{member.where}: an object array (a pickle) that {e.__cause__}; nothing of it was run: save it as a "
+                "plain array"
             ) from e.__cause__
 
     def numbers(self, name: str, count: int) -> np.ndarray:
@@ -276,11 +278,11 @@ def check_room(folder: Path, size: int, where: str) -> None:
         raise LVMError(f"{where}: needs {size / 1e9:.1f} GB on disk, and {free / 1e9:.1f} GB are free; make room")
 
 
-def _bar(member: Member):
-    """Progress of a long read, where a person watches."""
-    size, desc = member.info.file_size, member.name
+def _bar(member: Member) -> tqdm:
+    """A progress bar, for reads of 64 MiB or more in a terminal."""
+    size = member.info.file_size
     off = True if size < 1 << 26 else None
-    return tqdm(total=size, unit="B", unit_scale=True, desc=desc, delay=3, leave=False, disable=off)
+    return tqdm(total=size, unit="B", unit_scale=True, desc=member.name, delay=3, leave=False, disable=off)
 
 
 # --- object arrays ----------------------------------------------------------------------------------------------------
@@ -291,8 +293,8 @@ class _Refused(ValueError):
 
 
 class _Function:
-    """Stands for one of numpy's functions and classes that a pickled array names; called, it gives plain values and
-    stand-ins. Like all stand-ins it is an instance with slots: nothing can be set on it, nothing made of it."""
+    """Stands for a function or class of numpy that a pickled array names; called, it gives plain values and stand-ins.
+    Like all stand-ins it is an instance with slots: nothing can be set on it, nothing made of it."""
 
     __slots__ = ("name",)
 
@@ -351,10 +353,9 @@ class _Array:
         self.state = state
 
 
-def _items(found, shape: tuple[int, ...]) -> list:
-    """The items of the array that a pickle holds. Nothing in them has been looked at, nor may what they hold be walked:
-    it can hold itself."""
-    _, claimed, dtype, _, items = getattr(found, "state", None) or (None,) * 5
+def _items(array, shape: tuple[int, ...]) -> list:
+    """The items of the array that a pickle holds. They are unchecked; never walk through them: one can hold itself."""
+    _, claimed, dtype, _, items = getattr(array, "state", None) or (None,) * 5
     if type(dtype) is not _Dtype or dtype.code not in ("O", "O8") or type(items) is not list:
         raise ValueError("is no array of objects")
     if claimed != shape or len(items) != math.prod(shape):
@@ -380,9 +381,11 @@ class _Opcodes(dict):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Loads what numpy writes of an array of plain things. Python's own, not the one in C, which takes memory by a
-    number in the file, and whose opcodes cannot be left out: any that could make, change or hash anything but plain
-    things is refused; so nothing is ever called but the stand-ins above."""
+    """Loads what numpy writes of an array of plain things; nothing is ever called but the stand-ins above.
+
+    It is Python's own unpickler: the one in C allocates memory by a number in the file, and its opcodes cannot be left
+    out. Any opcode that could make, change or hash anything but plain things is refused.
+    """
 
     dispatch = _Opcodes()
 

@@ -1,9 +1,12 @@
-"""Open a dataset by its name."""
+"""Open a dataset by its name.
+
+A new source is one entry in `SOURCES`: a function that opens the store of a name, or gives None.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ..config import Files, files
 from ..errors import LVMError
@@ -12,6 +15,34 @@ from ..windows import SPLITS, Dataset, Store, windows
 from .original import opened
 from .store import open_store
 from .worlds import world
+
+FAST = {"train": 512, "val": 128, "ood": 128}  # windows of a smoke run
+
+
+def embedded() -> list[str]:
+    """Names of the datasets inside the package."""
+    return sorted(p.parent.name for p in EMBEDDED.glob("*/datasheet.yaml"))
+
+
+def own() -> list[str]:
+    """Names of the datasets under outputs/datasets/."""
+    return sorted(p.parent.name for p in (outputs() / "datasets").glob("*/datasheet.yaml"))
+
+
+def _open_folder(name: str) -> Store | None:
+    """The store in a folder: under outputs/datasets/ if `name` has no slash, else from the checkout."""
+    folder = ROOT / os.path.expanduser(name)
+    made = outputs() / "datasets" / name
+    folder = made if "/" not in name and os.path.isdir(made) else folder
+    return open_store(folder) if os.path.isdir(folder) else None
+
+
+SOURCES: dict[str, Callable[[str], Store | None]] = {  # the first that knows the name opens it
+    "an .npz file": lambda name: opened(name) if name.endswith(".npz") else None,
+    "an embedded dataset": lambda name: open_store(EMBEDDED / name) if name in embedded() else None,
+    "world:NAME": lambda name: world(name.removeprefix("world:")) if name.startswith("world:") else None,
+    "the folder of a store": _open_folder,
+}
 
 
 def dataset(
@@ -24,39 +55,27 @@ def dataset(
     """Open a dataset and cut its windows.
 
     `data`: `wikipedia` (embedded), a name under outputs/datasets/ (made by encode.ipynb), `world:NAME` (a synthetic
-    world), a store's folder, a Store, or the original's files: one article file, or a mapping as `params.Files` has it
+    world), a store's folder, a Store, or the original's files: one article file, or a mapping as `config.Files` has it
     (converted once, into outputs/imported/).
     `fast` keeps a few hundred windows of each split, for smoke runs; `direction` as in `windows`. Raises LVMError for
     an unknown name.
     """
-    if not isinstance(data, Store):
-        data = files(os.fspath(data) if isinstance(data, os.PathLike) else data)
-    if isinstance(data, Store):
-        store = data
-    elif isinstance(data, Files) or data.endswith(".npz"):
-        store = opened(data)
-    elif data in embedded():
-        store = open_store(EMBEDDED / data)
-    elif data.startswith("world:"):
-        store = world(data.removeprefix("world:"))
-    else:
-        own = outputs() / "datasets"  # what encode.ipynb makes is known by its name
-        places = [ROOT / os.path.expanduser(data)]  # a relative path starts from the checkout
-        places = places if "/" in data else [own / data, *places]
-        folder = next((p for p in places if os.path.isdir(p)), None)
-        if folder is None:
-            there = [*embedded(), *(sorted(p.parent.name for p in own.glob("*/datasheet.yaml")))]
-            raise LVMError(
-                f"data {data!r}: neither one of {', '.join(there)}, nor world:NAME, nor the folder of a store, nor an "
-                ".npz file; encode.ipynb makes a dataset of your own texts"
-            )
-        store = open_store(folder)
-    cut = [windows(store, split, horizon, context_length, direction) for split in SPLITS]
+    store = (
+        data if isinstance(data, Store) else _open(files(os.fspath(data) if isinstance(data, os.PathLike) else data))
+    )
+    cut = {split: windows(store, split, horizon, context_length, direction) for split in SPLITS}
     if fast:
-        cut = [w.at_most(n) for w, n in zip(cut, (512, 128, 128), strict=True)]
-    return Dataset(store, *cut)
+        cut = {split: w.at_most(FAST[split]) for split, w in cut.items()}
+    return Dataset(store, **cut)
 
 
-def embedded() -> list[str]:
-    """Names of the datasets inside the package."""
-    return sorted(p.parent.name for p in EMBEDDED.glob("*/datasheet.yaml"))
+def _open(data: str | Files) -> Store:
+    if isinstance(data, Files):
+        return opened(data)
+    for open_source in SOURCES.values():
+        if (store := open_source(data)) is not None:
+            return store
+    raise LVMError(
+        f"data {data!r}: unknown; known: {', '.join([*embedded(), *own()])}, {', '.join(SOURCES)}; encode.ipynb makes "
+        "a dataset of your texts"
+    )

@@ -1,21 +1,19 @@
-"""The vector store on disk, splits by article, and windows as row numbers.
+"""The vector store on disk: write, open and check it.
 
-Axes: M chunks in the store, D vector dimension, N windows, T context length, B batch.
+Axes: M chunks in the store, D vector dimension, N windows.
 
 A store is a folder:
 
     vectors.npy     (M, D) float16 or float32, unit vectors, memory-mapped
     chunks.npy      (M, 2) int32: article number, position within the article; row by row in reading order
     articles.csv    article, title, split (train, val, ood, or empty: not used), and perhaps source
-    texts.jsonl     if the text was kept: a JSON string a row, in the order of the vectors
-    windows.npy     if the windows were given, as the original's sequence files give them: (N, 2) int64, the number of
-                    the split and the first row; their horizon and context_length stand in the datasheet, windows:
+    texts.jsonl     optional: a JSON string a row, in the order of the vectors
+    windows.npy     optional, windows that came with the data: (N, 2) int64, the number of the split and the first row;
+                    the datasheet has their horizon and context_length under `windows`
     datasheet.yaml  name, how it was made, and the sha256 of the files above
-    checked.json    if it was opened before: what a full check found, and of which state of the files
+    checked.json    the result of the last full check, and the state of the files at that time
 
-A window is a run of T consecutive chunks of one article and the target `horizon` chunks after the last of
-them. It is kept as one number, the row of its first chunk (8 bytes); vectors are gathered a batch at a time.
-Vectors and chunk table stay on disk, so a store may be larger than memory, or than a GPU's.
+Vectors and chunk table stay on disk: a store may be larger than memory, or than a GPU's memory.
 """
 
 from __future__ import annotations
@@ -46,26 +44,37 @@ from .checks import check_articles, check_chunks, check_given, check_vectors
 STORE_FILES = ("vectors.npy", "chunks.npy", "articles.csv", "datasheet.yaml")
 OPTIONAL_FILES = ("texts.jsonl", "windows.npy")
 CHECKED = "checked.json"
-CHECK = 1  # raised when the checks of `open_store` change: then every store is checked anew
-TICK = 1.0  # seconds: of a file changed this shortly before its check, a further change may leave the same time
+CHECK = 1  # raise it when the checks of `open_store` change: every store is then checked again
+TICK = 1.0  # seconds: a second change within this time may leave the same time of change
 
 
 class Texts(Sequence):
-    """The texts of a store, read from texts.jsonl where they are asked for; only where each line begins is in memory.
+    """The texts of a store, read from texts.jsonl when asked for; memory holds only where each line begins.
 
-    Raises LVMError if the file does not have `count` lines, or where a line is no JSON string. `checked`: the count is
-    known to be right, so the lines are looked for when the first is asked for.
+    Raises LVMError if the file does not have `count` lines, or if a line is not a JSON string. `checked`: the count is
+    known to be right, so the file is first read when a text is asked for.
     """
 
     def __init__(self, path: str | os.PathLike, count: int, checked: bool = False):
         self.path, self.count = Path(path), count
         if not checked:
-            self.begins = _line_begins(self.path, count)
+            _ = self.begins
 
     @functools.cached_property
     def begins(self) -> np.ndarray:
         """(count + 1,) the byte at which each line begins, and the end."""
-        return _line_begins(self.path, self.count)
+        begins, at = [np.zeros(1, np.int64)], 0
+        with open(self.path, "rb") as file:
+            while block := file.read(1 << 24):
+                begins.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
+                at += len(block)
+        begins = np.concatenate(begins)
+        if len(begins) != self.count + 1 or begins[-1] != at:
+            raise LVMError(
+                f"{self.path}: has {len(begins) - 1} whole lines for {self.count} vectors; restore the file, or build "
+                "the store again"
+            )
+        return begins
 
     def __len__(self) -> int:
         return self.count
@@ -96,23 +105,8 @@ class Texts(Sequence):
         return text
 
 
-def _line_begins(path: Path, count: int) -> np.ndarray:
-    """(count + 1,) the byte at which each line begins, and the end. Raises LVMError unless these are whole lines."""
-    begins, at = [np.zeros(1, np.int64)], 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            begins.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
-            at += len(block)
-    begins = np.concatenate(begins)
-    if len(begins) != count + 1 or begins[-1] != at:
-        raise LVMError(
-            f"{path}: has {len(begins) - 1} whole lines for {count} vectors; restore the file, or build the store anew"
-        )
-    return begins
-
-
 def make_store(name: str, vectors, article, position, articles: pd.DataFrame, datasheet: dict | None = None) -> Store:
-    """A store from arrays in memory, checked. Raises LVMError on anything a training run could trip over."""
+    """A store from arrays in memory, checked. Raises LVMError as `open_store` does."""
     vectors, article, position = np.asanyarray(vectors), np.asarray(article), np.asarray(position)
     check_vectors(vectors, name)
     if not article.shape == position.shape == (len(vectors),):
@@ -128,10 +122,7 @@ def make_store(name: str, vectors, article, position, articles: pd.DataFrame, da
 
 
 def write_store(store: Store, folder: str | os.PathLike) -> Path:
-    """Write a store as a folder: whole or not at all, and never over something that is there.
-
-    Raises LVMError if the folder exists.
-    """
+    """Write a store as a folder, whole or not at all. Raises LVMError if the folder exists."""
     with writing(folder) as partial:
         np.save(partial / "vectors.npy", store.vectors)
         np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
@@ -149,11 +140,13 @@ def write_store(store: Store, folder: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def writing(folder: str | os.PathLike) -> Iterator[Path]:
-    """A folder to put a store's files into, beside `folder`; it takes that name when the block ends, and is gone if the
-    block fails. `seal` it before. Raises LVMError if `folder` exists."""
+    """A temporary folder for a store's files: renamed to `folder` when the block ends, deleted if the block fails.
+
+    Call `seal` before the end. Raises LVMError if `folder` exists.
+    """
     folder = Path(folder)
     if folder.exists():
-        raise LVMError(f"{folder}: is there already; name a new folder, or move the old one aside")
+        raise LVMError(f"{folder}: exists already; name a new folder, or move the old one")
     with told(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
@@ -170,8 +163,10 @@ def writing(folder: str | os.PathLike) -> Iterator[Path]:
 
 
 def seal(partial: Path, name: str, articles: pd.DataFrame, datasheet: Mapping) -> Store:
-    """Finish a store whose vectors.npy, chunks.npy (and texts.jsonl, windows.npy) stand in `partial`: writes
-    articles.csv and the datasheet with the checksums, and opens it, so that what is wrong is found now."""
+    """Write articles.csv and the datasheet with the checksums beside the arrays in `partial`, and open the store.
+
+    Raises LVMError as `open_store` does.
+    """
     articles.to_csv(partial / "articles.csv", index_label="article")
     files = [*STORE_FILES[:3], *(f for f in OPTIONAL_FILES if (partial / f).exists())]
     content = {"name": name, **datasheet, "sha256": {f: sha256_file(partial / f) for f in files}}
@@ -184,50 +179,41 @@ def seal(partial: Path, name: str, articles: pd.DataFrame, datasheet: Mapping) -
 def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
     """Open a store folder; vectors and chunk table stay on disk, memory-mapped.
 
-    The first time everything is read and checked, and checked.json keeps the outcome, with the size, time of change and
-    inode of each large file. Where these are as they were, later calls read and hash only articles.csv and the
-    datasheet; where anything differs, or checked.json cannot be read, all is checked again. A folder that cannot be
-    written is checked every time; a check within a second of a file's last change is not remembered. Not seen is a
-    change that leaves size, time and inode as they were: a time set back by hand, a disk that decays. `verify` checks
-    everything in any case.
+    The first call reads and checks everything, and writes checked.json with the size, time of change and inode of each
+    large file. While these stay the same, later calls read only articles.csv and the datasheet. Nothing is remembered
+    of a folder that cannot be written, or of a file that changed within a second of its check. A change that leaves
+    size, time and inode as they were is not seen; `verify` checks everything in any case.
 
-    Raises LVMError, naming the file, on a missing or damaged file, a wrong checksum, a wrong shape or dtype,
-    NaN, zero or unnormalised vectors, articles torn apart, or an article in two splits.
+    Raises LVMError, naming the file, for a missing or damaged file, a wrong checksum, shape or dtype, NaN, zero or
+    unnormalised vectors, an article in two runs of rows, or an article in two splits.
     """
-    folder = Path(folder)
+    folder, began = Path(folder), time.time()
     for name in STORE_FILES:
         if not (folder / name).is_file():
             raise LVMError(f"{folder / name}: missing; a store folder holds {', '.join(STORE_FILES)}")
-    began, found = time.time(), _state(folder)
-    try:
-        sheet = untrusted.read_bytes(folder / "datasheet.yaml")
-        datasheet = untrusted.from_yaml(sheet)
-        recorded = dict(datasheet["sha256"])
-    except (OSError, KeyError, TypeError, ValueError) as e:
-        raise LVMError(
-            f"{folder / 'datasheet.yaml'}: cannot be read as a datasheet with checksums ({e!r}); restore the file"
-        ) from e
-    optional = [name for name in OPTIONAL_FILES if name in recorded or (folder / name).exists()]
-    for name in [*STORE_FILES[:3], *optional]:
+    state = _state(folder)
+    datasheet, recorded, digest = _read_datasheet(folder)
+    files = [*STORE_FILES[:3], *(f for f in OPTIONAL_FILES if f in recorded or (folder / f).exists())]
+    for name in files:
         if not (folder / name).is_file():
-            raise LVMError(f"{folder / name}: missing, though datasheet.yaml lists it; restore the file")
-    known = {"check": CHECK, "datasheet": hashlib.sha256(sheet).hexdigest(), "files": found}
+            raise LVMError(f"{folder / name}: missing, but datasheet.yaml lists it; restore the file")
+    known = {"check": CHECK, "datasheet": digest, "files": state}
     fingerprint = None if verify else _remembered(folder, known)
     try:
-        table = untrusted.read_bytes(folder / "articles.csv", 1 << 30)  # small and read each time: hashed each time
+        table = untrusted.read_bytes(folder / "articles.csv", 1 << 30)
     except (OSError, ValueError) as e:
         raise LVMError(f"{folder / 'articles.csv'}: cannot be read ({e}); restore the file") from e
-    for name in [*STORE_FILES[:3], *optional] if fingerprint is None else ["articles.csv"]:
+    for name in files if fingerprint is None else ["articles.csv"]:
         digest = hashlib.sha256(table).hexdigest() if name == "articles.csv" else sha256_file(folder / name)
         if digest != recorded.get(name):
             raise LVMError(
-                f"{folder / name}: its sha256 is not the one in datasheet.yaml; the file is damaged or "
-                "was changed: restore it, or build the store anew"
+                f"{folder / name}: its sha256 is not the one in datasheet.yaml; restore the file, or build the store "
+                "again"
             )
     vectors, chunks = _load_array(folder / "vectors.npy"), _load_array(folder / "chunks.npy")
     articles = _read_articles(table, folder / "articles.csv")
-    texts = Texts(folder / "texts.jsonl", len(vectors), fingerprint is not None) if "texts.jsonl" in optional else None
-    given = _given(folder / "windows.npy", datasheet) if "windows.npy" in optional else None
+    texts = Texts(folder / "texts.jsonl", len(vectors), fingerprint is not None) if "texts.jsonl" in files else None
+    given = _read_windows(folder / "windows.npy", datasheet) if "windows.npy" in files else None
     if fingerprint is None:
         check_vectors(vectors, str(folder / "vectors.npy"))
         chunks = check_chunks(chunks, len(vectors), str(folder / "chunks.npy"))
@@ -236,57 +222,45 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
             check_given(given, chunks, articles, str(folder / "windows.npy"))
         fingerprint = _fingerprint(vectors, chunks, articles, given)
         _remember(folder, {**known, "fingerprint": fingerprint}, began)
-    chunks = np.asarray(chunks).astype(np.int32, copy=False)  # a plain view of the map, if it is int32 as we write it
-    return Store(
-        plain_name(str(datasheet.get("name") or folder.name)),
-        vectors,
-        chunks[:, 0],
-        chunks[:, 1],
-        articles,
-        datasheet,
-        fingerprint,
-        texts,
-        given,
-        (folder.resolve(), found),
-    )
+    chunks = np.asarray(chunks).astype(np.int32, copy=False)  # a view of the map, if it is int32 as we write it
+    article, position = chunks[:, 0], chunks[:, 1]
+    name, opened = plain_name(str(datasheet.get("name") or folder.name)), (folder.resolve(), state)
+    return Store(name, vectors, article, position, articles, datasheet, fingerprint, texts, given, opened)
 
 
 def check_unchanged(store: Store) -> None:
-    """Raise LVMError if the files of a store are not, or do not say, what they did when it was opened.
+    """Raise LVMError if the files of a store have changed since it was opened.
 
-    Where size, time of change and inode are the same, nothing is read; else all is, and equal content will do: that
-    state is then the one to compare with. What is in memory alone never changes.
+    Nothing is read while size, time of change and inode are the same; else the store is checked in full, and files with
+    the same content pass. A store in memory never changes.
     """
     if store.opened is None:
         return
     folder, known = store.opened
-    began, found = time.time(), _state(folder)
-    if found == known:
+    began, state = time.time(), _state(folder)
+    if state == known:
         return
     try:
-        now = open_store(folder).fingerprint
+        fingerprint = open_store(folder).fingerprint
     except (LVMError, OSError) as e:
-        raise LVMError(f"{folder}: this store was changed or taken away while it was in use ({e})") from e
-    if now != store.fingerprint:
+        raise LVMError(f"{folder}: this store was changed or removed while it was in use ({e})") from e
+    if fingerprint != store.fingerprint:
         raise LVMError(
-            f"{folder}: this store was changed while it was in use: its fingerprint was {store.fingerprint[:16]}, and "
-            f"is {now[:16]} now"
+            f"{folder}: this store was changed while it was in use (fingerprint {store.fingerprint[:16]}, now "
+            f"{fingerprint[:16]}); restore it, or start a new run"
         )
-    if _settled(folder, found, began):
+    if _settled(folder, state, began):
         known.clear()
-        known.update(found)
+        known.update(state)
 
 
 def plain_name(name: str) -> str:
-    """A name from a file as pages and tables can show it: one line, without what they would take for markup."""
-    kept = "".join("-" if c in "<>[]`$|\\" or not c.isprintable() else c for c in name)
-    return kept[:100]
+    """A name from a file as pages and tables can show it: one line of at most 100 characters, without markup."""
+    return "".join("-" if c in "<>[]`$|\\" or not c.isprintable() else c for c in name)[:100]
 
 
 def _state(folder: Path) -> dict:
-    """What tells whether the large files of a store are those that were checked: size, time of change, inode.
-
-    The small ones are read at every opening, and known by their checksums."""
+    """Size, time of change and inode of each large file. (The small files are hashed at every opening.)"""
     stats = {}
     for name in ("vectors.npy", "chunks.npy", *OPTIONAL_FILES):
         with contextlib.suppress(FileNotFoundError):
@@ -295,32 +269,42 @@ def _state(folder: Path) -> dict:
     return stats
 
 
-def _settled(folder: Path, found: dict, began: float) -> bool:
-    """Whether the state `found` before a check that `began` then stands for what was read: no file changed during the
-    check, or just before it."""
-    changed = max((stat["mtime_ns"] for stat in found.values()), default=0) / 1e9
-    return changed <= began - TICK and _state(folder) == found
+def _settled(folder: Path, state: dict, began: float) -> bool:
+    """Whether no file changed during a check that `began` with this `state`, or just before it."""
+    changed = max((stat["mtime_ns"] for stat in state.values()), default=0) / 1e9
+    return changed <= began - TICK and _state(folder) == state
 
 
 def _remembered(folder: Path, known: dict) -> str | None:
-    """The fingerprint that a full check of files in just this state found; None if there was none."""
+    """The fingerprint in checked.json, if it is of files in just this state."""
     try:
-        said = untrusted.read_json(folder / CHECKED)
-        fingerprint = said.pop("fingerprint")
+        written = untrusted.read_json(folder / CHECKED)
+        fingerprint = written.pop("fingerprint")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    good = isinstance(fingerprint, str) and len(fingerprint) == 64 and said == known
-    return fingerprint if good else None
+    valid = isinstance(fingerprint, str) and len(fingerprint) == 64 and written == known
+    return fingerprint if valid else None
 
 
 def _remember(folder: Path, outcome: dict, began: float) -> None:
-    """Write checked.json, unless a file changed during the check or just before it, or the folder is the package's own
-    or cannot be written."""
+    """Write checked.json, unless the files are not settled, or the folder is the package's own or cannot be written."""
     if not _settled(folder, outcome["files"], began) or EMBEDDED in folder.resolve().parents:
         return
     with contextlib.suppress(LVMError):  # no right to write, a full disk: the next opening checks again
         text = json.dumps(outcome, indent=1) + "\n"
         write_whole(folder / CHECKED, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _read_datasheet(folder: Path) -> tuple[dict, dict, str]:
+    """The datasheet, the checksums in it by file, and its own checksum."""
+    try:
+        sheet = untrusted.read_bytes(folder / "datasheet.yaml")
+        datasheet = untrusted.from_yaml(sheet)
+        return datasheet, dict(datasheet["sha256"]), hashlib.sha256(sheet).hexdigest()
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise LVMError(
+            f"{folder / 'datasheet.yaml'}: cannot be read as a datasheet with checksums ({e!r}); restore the file"
+        ) from e
 
 
 def _read_articles(table: bytes, path: Path) -> pd.DataFrame:
@@ -336,7 +320,7 @@ def _read_articles(table: bytes, path: Path) -> pd.DataFrame:
         raise LVMError(f"{path}: needs columns article (a number), title, split ({e})") from e
 
 
-def _given(path: Path, datasheet: dict) -> GivenWindows:
+def _read_windows(path: Path, datasheet: dict) -> GivenWindows:
     table, cut = _load_array(path), datasheet.get("windows")
     if table.ndim != 2 or table.shape[1] != 2 or table.dtype != np.int64:
         raise LVMError(f"{path}: has shape {table.shape} and type {table.dtype}; needed is (windows, 2) int64")

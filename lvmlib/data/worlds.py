@@ -3,32 +3,30 @@
 Axes: A articles, L chunks an article, D vector dimension, P = D/2 planes, T context length, K offsets.
 
 - exchangeable: no order. Every figure of direction must read "none".
-- rotation: some planes turn. An arrow to an order probe and to a fixed predictor put before both directions, but *none*
-  to whoever trains anew in each direction: what turns the other way is as easy to learn and to predict.
-- announcing: a faint part of each chunk announces what is loud in the next. An arrow to all of them: of two trained
-  predictors the forward one is better.
-- reversed, reversed_announcing: the same, time flipped. The sign of the answer flips.
-- converging, diverging: coherence rises, falls. No order, though Δ and some margins see one.
-- copy: hardly any change. Exposes the metrics that copying wins.
+- rotation: some planes turn. An order probe, or one fixed predictor, finds an arrow; a model trained
+  for each direction does *not*: the reversed rotation is as easy to learn.
+- announcing: a faint part of each chunk announces what is loud in the next. A model trained forwards is better.
+- reversed, reversed_announcing: the same with time flipped. The sign of the answer flips.
+- converging, diverging: coherence rises, falls. No order, but Δ and some margins are not 0.
+- copy: almost no change within an article. Shows which measures copying wins.
 
-A world is a `Store`, as a corpus is: the store holds a sample, its `datasheet["truth"]` plain numbers, and `law` and
-`cosines` the rest. Closed forms are those of high dimension, where a chunk has length 1 before it is normalised;
-at D = 48 they are off by up to 0.02 (`simulated` gives the truth of any measure there).
+A world is a `Store`: a sample, with plain numbers in `datasheet["truth"]`; `law` and `cosines` give the rest. Closed
+forms are those of high dimension, where a chunk has length 1 before it is normalised; at D = 48 they are off by up to
+0.02 (`simulated` gives the truth of any measure there).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
 import pandas as pd
-import torch
 
-from ..baselines import Linear
 from ..errors import LVMError
-from ..windows import Store
+from ..windows import Store, article_spans
+from .laws import Law, Part
 from .store import make_store
 
 SPLIT_PATTERN = ("train", "train", "train", "val", "ood")  # article i is in SPLIT_PATTERN[i % 5]
@@ -38,252 +36,39 @@ SPLIT_PATTERN = ("train", "train", "train", "val", "ood")  # article i is in SPL
 COMMON, TOPIC, DRIFT = 0.025, 0.375, 0.184
 FADING = 0.55  # of the drift from one chunk to the next
 TURNING, TURNING_MEMORY = 0.2, 0.8  # the rotation's share, taken from the noise; a in y_{t+1} = a·R·y_t + noise
-HINT = 0.05  # the share of what announces, likewise
+HINT = 0.05  # the share of the hint, taken from the noise as well
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A vector autoregression in r planes: z_{t+1} = M·z_t + noise, stationary.
-
-    `transition` M and `variance` E[z zᵀ], each (r, 2, 2). `delay`: the second axes are that many steps late.
-    """
-
-    transition: np.ndarray
-    variance: np.ndarray
-    delay: int = 0
-
-    def covariance(self, lag: int) -> np.ndarray:
-        """(r, 2, 2) E[z_{t+lag} z_tᵀ] = M^lag · variance, its transpose at −lag; shifted where one axis is late."""
-
-        def undelayed(k):
-            ahead = np.linalg.matrix_power(self.transition, abs(k)) @ self.variance
-            return ahead if k >= 0 else ahead.mT
-
-        found = undelayed(lag).copy()
-        if self.delay:
-            found[:, 0, 1] = undelayed(lag + self.delay)[:, 0, 1]
-            found[:, 1, 0] = undelayed(lag - self.delay)[:, 1, 0]
-        return found
-
-    def sample(self, random: np.random.Generator, articles: int, length: int) -> np.ndarray:
-        """(A, L, r, 2) float32 independent articles, each begun in the stationary state."""
-        shape = (articles, length + self.delay, len(self.variance), 2)
-        innovation = self.variance - self.transition @ self.variance @ self.transition.mT
-        if np.abs(innovation).max() < 1e-12:  # nothing is ever added: one draw for the whole article
-            start = _planes(_root(self.variance), random.standard_normal((articles, 1, *shape[2:]), np.float32))
-            return np.broadcast_to(start, (articles, length, *shape[2:]))
-        path = random.standard_normal(shape, np.float32)
-        path[:, 0] = _planes(_root(self.variance), path[:, 0])
-        path[:, 1:] = _planes(_root(innovation), path[:, 1:])
-        if self.transition.any():
-            for t in range(1, length + self.delay):
-                path[:, t] += _planes(self.transition, path[:, t - 1])
-        if self.delay:
-            path = np.stack([path[:, self.delay :, :, 0], path[:, :length, :, 1]], -1)
-        return path
-
-
-@dataclass(frozen=True, eq=False)
-class Law:
-    """What a chunk is before it is normalised: x_t = mean + Σ parts, a stationary Gaussian process with E‖x_t‖² = 1.
-
-    In coordinates `basis` (D, D), orthogonal, the process splits into P independent planes; a part of r planes lives in
-    the first r. `common`: the share of the mean, the same vector in all articles. `time`: −1 for the reversed process.
-    """
-
-    dim: int
-    common: float
-    parts: tuple[Part, ...]
-    basis: np.ndarray
-    time: int = 1
-
-    @property
-    def mean(self) -> np.ndarray:
-        """(D,)"""
-        return self.basis.sum(1) * np.sqrt(self.common / self.dim)  # equally far along every axis of the basis
-
-    def reversed(self) -> Law:
-        """The law of the articles read from end to begin."""
-        return replace(self, time=-self.time)
-
-    def covariance(self, lag: int) -> np.ndarray:
-        """(P, 2, 2) E[(x_{t+lag} − mean)(x_t − mean)ᵀ] in the planes; it is its transpose at −lag."""
-        total = np.zeros((self.dim // 2, 2, 2))
-        for part in self.parts:
-            total[: len(part.variance)] += part.covariance(lag * self.time)
-        return total
-
-    def lag_cosine(self, lag: int) -> float:
-        """E cos(x_t, x_{t+lag}) in high dimension: common + trace of the covariance. The same for reversed time."""
-        return float(self.common + np.trace(self.covariance(lag), axis1=1, axis2=2).sum())
-
-    def cosines(self, length: int) -> np.ndarray:
-        """(L, L) expected cosines between positions, 1 on the diagonal."""
-        by_lag = np.array([self.lag_cosine(k) for k in range(length)])
-        return by_lag[np.abs(np.subtract.outer(np.arange(length), np.arange(length)))]
-
-    def weights(self, horizon: int, context_length: int = 5) -> np.ndarray:
-        """(T, P, 2, 2) K of the Gaussian conditional mean E[target | context] = mean + Σ_j K_j (context_j − mean)."""
-        context = np.arange(context_length)
-        planes = self.dim // 2
-        within = np.stack([[self.covariance(i - j) for j in context] for i in context])  # (T, T, P, 2, 2)
-        across = np.stack([self.covariance(context_length - 1 + horizon - j) for j in context])  # (T, P, 2, 2)
-        gram = within.transpose(2, 0, 3, 1, 4).reshape(planes, 2 * context_length, 2 * context_length)
-        moment = across.transpose(1, 2, 0, 3).reshape(planes, 2, 2 * context_length)
-        solved = np.linalg.solve(gram, moment.mT).mT.reshape(planes, 2, context_length, 2)
-        return solved.transpose(2, 0, 1, 3)
-
-    def optimal(self, horizon: int, context_length: int = 5) -> Optimal:
-        """The best predictor there is (in high dimension), of mean-square error and so of cosine: a models.Predictor.
-
-        `law.reversed().optimal(h)` is the best one on reversed articles.
-        """
-        full = self._dense(self.weights(horizon, context_length))
-        bias = self.mean - np.einsum("tde,e->d", full, self.mean)
-        return self._linear(full, bias)
-
-    def ranking(self, horizon: int, context_length: int = 5, elsewhere: int = 20) -> Optimal:
-        """The linear predictor that ranks the article's chunks by the likelihood ratio: the target's law against that
-        of a chunk `elsewhere`, so many steps after the last. By Neyman and Pearson no other test tells the two better.
-
-        Both are Gaussian given the context, with means m₁, m₀ and covariances S₁, S₀. Of the logarithm of their ratio
-        at a chunk c, what depends on c and the context is c·(S₁⁻¹ m₁ − S₀⁻¹ m₀): a product, as in a ranking by cosine
-        (the rest, a square of c, is all but equal for all chunks in high dimension). What all chunks of the article
-        share, its topic, is in both and falls out; `optimal` keeps it, since it is most of a chunk's length. Zero
-        where there is no order.
-        """
-        near, far = (
-            np.linalg.inv(self._residual(h, context_length)) @ self.weights(h, context_length)
-            for h in (horizon, elsewhere)
-        )
-        full = self._dense(near - far)
-        return self._linear(full, -np.einsum("tde,e->d", full, self.mean))
-
-    def _residual(self, horizon: int, context_length: int) -> np.ndarray:
-        """(P, 2, 2) the covariance of the target given the context."""
-        kernel = self.weights(horizon, context_length)
-        across = [self.covariance(context_length - 1 + horizon - j) for j in range(context_length)]
-        return self.covariance(0) - sum(k @ c.mT for k, c in zip(kernel, across, strict=True))
-
-    def _dense(self, kernel: np.ndarray) -> np.ndarray:
-        """(T, D, D) from (T, P, 2, 2) in the planes."""
-        turned = self.basis.reshape(self.dim, -1, 2).transpose(1, 0, 2)  # (P, D, 2)
-        return np.stack([(turned @ k).transpose(1, 0, 2).reshape(self.dim, -1) @ self.basis.T for k in kernel])
-
-    def _linear(self, full: np.ndarray, bias: np.ndarray) -> Optimal:
-        weights = full.transpose(0, 2, 1).reshape(-1, self.dim)  # models.Linear multiplies from the right
-        return Optimal(self.dim, torch.from_numpy(weights).float(), torch.from_numpy(bias).float())
-
-    def sweep(self, horizon: int, context_length: int = 5, offsets=range(-8, 6), weights=None) -> dict[int, float]:
-        """Expected cosine of a linear predictor with the chunk at each offset from the target, in high dimension.
-
-        `weights` (T, P, 2, 2): those of `weights(...)` of this law if None; another law's to see how a predictor made
-        for it (for the other direction, say) does here. E p·x = common + Σ_j tr K_j E[z_j z_mᵀ], over ‖p‖.
-        """
-        kernel = self.weights(horizon, context_length) if weights is None else weights
-        context = range(len(kernel))
-
-        def with_chunk(m):
-            return self.common + sum(np.einsum("pij,pji->", kernel[j], self.covariance(j - m)) for j in context)
-
-        square = self.common + sum(
-            np.einsum("pij,pjk,pik->", kernel[i], self.covariance(i - j), kernel[j]) for i in context for j in context
-        )
-        return {k: float(with_chunk(len(kernel) - 1 + horizon + k) / np.sqrt(square)) for k in offsets}
-
-    def sample(self, articles: int, length: int, seed: int) -> np.ndarray:
-        """(A, L, D) float32 unit vectors."""
-        random = np.random.default_rng(seed)
-        x = np.zeros((articles, length, self.dim // 2, 2), np.float32)
-        for part in self.parts:
-            x[:, :, : len(part.variance)] += part.sample(random, articles, length)
-        x = x.reshape(articles, length, self.dim) @ self.basis.T.astype(np.float32) + self.mean.astype(np.float32)
-        x /= np.linalg.norm(x, axis=-1, keepdims=True)
-        return x[:, :: self.time]
-
-
-class Optimal(Linear):
-    """raw = flatten(context) @ weights + bias: what follows from a Gaussian law."""
-
-    def __init__(self, dim: int, weights: torch.Tensor, bias: torch.Tensor):
-        super().__init__(dim, weights)
-        self.register_buffer("bias", bias)
-
-    def raw(self, context: torch.Tensor) -> torch.Tensor:
-        return super().raw(context) + self.bias
-
-
-def exchangeable(
-    articles: int = 160,
-    length: int = 40,
-    dim: int = 384,
-    topic: float = 0.425,
-    basis: int = 0,
-    seed: int = 0,
-    splits: Sequence[str] = SPLIT_PATTERN,
-) -> Store:
-    """x_t = normalise(mean + topic + noise_t): every order of an article's chunks is equally probable.
-
-    `topic`: its share; the cosine of any two chunks is COMMON + topic = 0.45, the mean of the real lags 1 to 4.
-    """
-    made = exchangeable_law(dim, topic, basis)
-    return _sampled("exchangeable", made, 0, articles, length, seed, splits, topic=topic, basis=basis)
+# The laws of the stationary worlds
 
 
 @lru_cache(maxsize=16)
 def exchangeable_law(dim: int = 384, topic: float = 0.425, basis: int = 0) -> Law:
+    """x_t = normalise(mean + topic + noise_t): every order of an article's chunks is equally probable.
+
+    `topic`: its share; the cosine of any two chunks is COMMON + topic = 0.45, the mean of the real lags 1 to 4.
+    `basis`: the seed of the basis, in this and the other worlds.
+    """
     return _law(dim, basis, [_even(dim, 1.0, topic), _even(dim, 0.0, 1 - COMMON - topic)])
 
 
-def copy(
-    articles: int = 160,
-    length: int = 40,
-    dim: int = 384,
-    noise: float = 0.01,
-    basis: int = 0,
-    seed: int = 0,
-    splits: Sequence[str] = SPLIT_PATTERN,
-) -> Store:
-    """Near-constant articles: exchangeable, with only the share `noise` of a chunk its own (cosines 1 − noise)."""
-    made = copy_law(dim, noise, basis)
-    return _sampled("copy", made, 0, articles, length, seed, splits, noise=noise, basis=basis)
-
-
 def copy_law(dim: int = 384, noise: float = 0.01, basis: int = 0) -> Law:
+    """Near-constant articles: exchangeable, a chunk differs from its article by a share `noise` (cosines 1 − noise)."""
     return exchangeable_law(dim, 1 - COMMON - noise, basis)
-
-
-def rotation(
-    articles: int = 160,
-    length: int = 40,
-    dim: int = 384,
-    strength: float = 1.0,
-    planes: int | None = None,
-    basis: int = 0,
-    seed: int = 0,
-    splits: Sequence[str] = SPLIT_PATTERN,
-) -> Store:
-    """Topic, fading drift, noise, and in `planes` planes a rotation: y_{t+1} = 0.8·R·y_t + noise (`rotation_law`).
-
-    `strength` 0…1: the share by which the turning forward outweighs the turning backward; at 0 both directions of time
-    have one law, though there is still something to predict. R depends on `basis` and `dim` alone: worlds that differ
-    in `seed` are samples of one law.
-
-    The lag cosines are the same at every strength, since in each plane the covariance at lag k is
-    0.8^k (cos kθ · I + strength · sin kθ · J): the arrow is in the antisymmetric part, and over the planes the cos kθ
-    cancel. Mirroring every plane (J → −J) turns the reversed world into this one: training anew in each direction finds
-    *no* difference here, in any measure that does not favour an axis. `announcing` is the world for that.
-    """
-    made = rotation_law(dim, strength, planes, basis)
-    arrow = int(strength > 0)
-    return _sampled(
-        "rotation", made, arrow, articles, length, seed, splits, strength=strength, planes=planes, basis=basis
-    )
 
 
 @lru_cache(maxsize=16)
 def rotation_law(dim: int = 384, strength: float = 1.0, planes: int | None = None, basis: int = 0) -> Law:
-    """Planes turn by θ_p evenly between 0 and π: Σ_p cos kθ_p = 0 for every lag k < 2·planes. Default planes: D/8."""
+    """Topic, fading drift, noise, and in `planes` planes (default D/8) a rotation: y_{t+1} = 0.8·R·y_t + noise.
+
+    `strength` 0…1: the share of turning forward minus that of turning backward; at 0 both directions of time have one
+    law, and there is still something to predict.
+
+    Planes turn by θ_p evenly between 0 and π. In each the covariance at lag k is
+    0.8^k (cos kθ · I + strength · sin kθ · J): the arrow is in the antisymmetric part, and Σ_p cos kθ_p = 0 for lags
+    k < 2·planes, so the lag cosines do not depend on the strength. Mirroring every plane (J → −J) turns the reversed
+    world into this one: a model trained for each direction finds *no* difference (in `announcing_law` it does).
+    """
     _check_strength(strength)
     planes = _check_planes(planes, dim, dim // 8)
     angle = (np.arange(planes) + 0.5) * np.pi / planes
@@ -298,105 +83,98 @@ def rotation_law(dim: int = 384, strength: float = 1.0, planes: int | None = Non
     return _law(dim, basis, [_even(dim, 1.0, TOPIC), _even(dim, FADING, DRIFT), _even(dim, 0.0, noise), *turning])
 
 
-def announcing(
-    articles: int = 160,
-    length: int = 40,
-    dim: int = 384,
-    strength: float = 1.0,
-    planes: int | None = None,
-    delay: int = 0,
-    basis: int = 0,
-    seed: int = 0,
-    splits: Sequence[str] = SPLIT_PATTERN,
-) -> Store:
-    """Topic, noise, and in `planes` planes a faint hint u_t and a loud, fading theme v_{t+1} = 0.55·v_t + news.
-
-    news ∝ strength · u_t + √(1 − strength²) · noise: what the next chunk's theme will add stands in this chunk as a
-    hint. Forward a loud thing is to be predicted from a faint one, backward a faint one from a loud one, so that the
-    forward predictor explains more. At strength 0 both directions of time have one law. The lag cosines are the same
-    at every strength, and those of `rotation`. `planes`, `basis`: as there. `delay`: the theme comes so many chunks
-    later still; horizon − 1 makes as clear an arrow at that horizon (but none to a probe of adjacent pairs).
-    """
-    made = announcing_law(dim, strength, planes, delay, basis)
-    arrow = int(strength > 0)
-    arguments = {"strength": strength, "planes": planes, "delay": delay, "basis": basis}
-    return _sampled("announcing", made, arrow, articles, length, seed, splits, **arguments)
-
-
 @lru_cache(maxsize=16)
 def announcing_law(
     dim: int = 384, strength: float = 1.0, planes: int | None = None, delay: int = 0, basis: int = 0
 ) -> Law:
-    """In each plane (u, v) ← [[0, 0], [c, 0.55]] (u, v) + noise, u white; c makes strength² of v's news come from u.
+    """Topic, noise, and in `planes` planes (default D/16) a faint hint u_t and a loud, fading theme v_t.
 
-    Default planes: D/16.
+    (u, v) ← [[0, 0], [c, 0.55]] (u, v) + noise, u white; c makes strength² of v's news come from u. Forward, a loud
+    thing is predicted from a faint one, backward a faint one from a loud one: the forward predictor explains more. At
+    strength 0 both directions of time have one law. The lag cosines are those of `rotation_law` at every strength.
+    `delay`: the theme comes so many chunks later; horizon − 1 gives as clear an arrow at that horizon, but none to a
+    probe of adjacent pairs.
     """
     _check_strength(strength)
     planes = _check_planes(planes, dim, dim // 16)
-    hears = strength * np.sqrt((1 - FADING**2) * DRIFT / HINT)
-    transition = np.broadcast_to(np.array([[0.0, 0.0], [hears, FADING]]), (planes, 2, 2))
+    heard = strength * np.sqrt((1 - FADING**2) * DRIFT / HINT)
+    transition = np.broadcast_to(np.array([[0.0, 0.0], [heard, FADING]]), (planes, 2, 2))
     variance = np.broadcast_to(np.diag([HINT, DRIFT]) / planes, (planes, 2, 2))
     noise = 1 - COMMON - TOPIC - DRIFT - HINT
     return _law(dim, basis, [_even(dim, 1.0, TOPIC), _even(dim, 0.0, noise), Part(transition, variance, delay)])
 
 
-def reversed_(of: str = "rotation", **arguments) -> Store:
+# The worlds
+
+
+def _stationary(
+    name: str,
+    articles: int = 160,
+    length: int = 40,
+    dim: int = 384,
+    seed: int = 0,
+    splits: Sequence[str] = SPLIT_PATTERN,
+    **parameters,
+) -> Store:
+    """A sample of a law in `LAWS` with these `parameters`. Worlds that differ in `seed` are samples of one law."""
+    made = LAWS[name](dim=dim, **parameters)
+    defaults = {key: p.default for key, p in inspect.signature(LAWS[name]).parameters.items() if key != "dim"}
+    parameters = defaults | parameters
+    by_lag, optimal = _truth(made)
+    truth = {
+        "arrow": int(parameters.get("strength", 0) > 0),
+        "lag_cosine": {k: c for k, c in by_lag.items() if k < length},
+        "optimal_cosine": {direction: dict(cosine) for direction, cosine in optimal.items()},
+    }
+    return _store(name, made.sample(articles, length, seed), {**parameters, "seed": seed, "truth": truth}, splits)
+
+
+@lru_cache(maxsize=16)  # many samples of one law have one truth
+def _truth(law: Law) -> tuple[dict, dict]:
+    """Lag cosines, and the cosine of the optimum in each direction by horizon, with a context of 5."""
+    ways = {"forward": law, "backward": law.reversed()}
+    optimal = {way: {h: round(own.optimal_cosine(h), 6) for h in (1, 2)} for way, own in ways.items()}
+    return _by_lag(law.lag_cosine, 9), optimal
+
+
+def _reversed(of: str, *size, **arguments) -> Store:
     """Another world with time flipped: what announces comes after, what turned right turns left."""
-    return reverse(world(of, **arguments))
+    return reverse(WORLDS[of](*size, **arguments))
 
 
-def converging(
+def _sloping(
+    name: str,
     articles: int = 160,
     length: int = 40,
     dim: int = 384,
-    first: float = 2.0,
-    last: float = 0.6,
     seed: int = 0,
     splits: Sequence[str] = SPLIT_PATTERN,
+    **slope: float,
 ) -> Store:
-    """Articles that come nearer to their topic: x_t = normalise(topic + s_t · noise_t), s_t falling evenly.
+    """Articles that come nearer to their topic, or leave it: x_t = normalise(topic + s_t · noise_t), s_t from `first`
+    to `last` evenly.
 
-    topic and noise_t are independent random unit vectors, so in high dimension
-    cos(x_t, x_u) ≈ 1 / √((1 + s_t²)(1 + s_u²)) (`converging_cosine`): a chunk is nearer to the next one than to
-    the one before it, Δ > 0, though the order holds nothing else to predict. The data of option C.
+    Topic and noise_t are independent random unit vectors, so in high dimension
+    cos(x_t, x_u) ≈ 1 / √((1 + s_t²)(1 + s_u²)) (`converging_cosine`). Where s_t falls, a chunk is nearer to the next
+    one than to the one before, Δ > 0, and the order holds nothing else to predict. The data of option C.
     """
-    return _converging("converging", articles, length, dim, first, last, seed, splits)
-
-
-def diverging(
-    articles: int = 160,
-    length: int = 40,
-    dim: int = 384,
-    first: float = 0.6,
-    last: float = 2.0,
-    seed: int = 0,
-    splits: Sequence[str] = SPLIT_PATTERN,
-) -> Store:
-    """Articles that wander off their topic: `converging` with s_t rising, which is also its time reversal. Δ < 0."""
-    return _converging("diverging", articles, length, dim, first, last, seed, splits)
-
-
-def converging_scale(length: int, first: float, last: float) -> np.ndarray:
-    """(L,) s_t."""
-    return np.linspace(first, last, length)
+    slope = SLOPES[name] | slope
+    random = np.random.default_rng(seed)
+    noise_scale = np.linspace(slope["first"], slope["last"], length)[None, :, None]
+    vectors = _unit(random, articles, 1, dim) + noise_scale * _unit(random, articles, length, dim)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    expected = cosines(name, length, **slope)
+    truth = {"arrow": 0, "lag_cosine": _by_lag(lambda k: lag_cosine(expected, k), length)}
+    return _store(name, vectors, {**slope, "seed": seed, "truth": truth}, splits)
 
 
 def converging_cosine(length: int, first: float, last: float) -> np.ndarray:
     """(L, L) expected cosines between positions t ≠ u in the limit of high dimension (the diagonal is not 1)."""
-    s = np.sqrt(1 + converging_scale(length, first, last) ** 2)
+    s = np.sqrt(1 + np.linspace(first, last, length) ** 2)
     return 1 / np.outer(s, s)
 
 
-WORLDS = {
-    "exchangeable": exchangeable,
-    "rotation": rotation,
-    "announcing": announcing,
-    "reversed": reversed_,
-    "reversed_announcing": partial(reversed_, "announcing"),
-    "converging": converging,
-    "diverging": diverging,
-    "copy": copy,
-}
+SLOPES = {"converging": {"first": 2.0, "last": 0.6}, "diverging": {"first": 0.6, "last": 2.0}}
 LAWS = {
     "exchangeable": exchangeable_law,
     "rotation": rotation_law,
@@ -404,6 +182,17 @@ LAWS = {
     "reversed": lambda **parameters: rotation_law(**parameters).reversed(),
     "reversed_announcing": lambda **parameters: announcing_law(**parameters).reversed(),
     "copy": copy_law,
+}
+exchangeable, rotation, announcing = (partial(_stationary, name) for name in ("exchangeable", "rotation", "announcing"))
+WORLDS = {  # a new world is one entry here, and one in LAWS if it is stationary
+    "exchangeable": exchangeable,
+    "rotation": rotation,
+    "announcing": announcing,
+    "reversed": partial(_reversed, "rotation"),
+    "reversed_announcing": partial(_reversed, "announcing"),
+    "converging": partial(_sloping, "converging"),
+    "diverging": partial(_sloping, "diverging"),
+    "copy": partial(_stationary, "copy"),
 }
 
 
@@ -415,7 +204,7 @@ def world(name: str, **arguments) -> Store:
 
 
 def law(name: str, **parameters) -> Law:
-    """The law behind a stationary world; `parameters`: those of the world but its size, seed and splits.
+    """The law of a stationary world; `parameters`: those of the world without its size, seed and splits.
 
     Raises LVMError for a world without one (converging and diverging are not stationary: `converging_cosine`).
     """
@@ -426,11 +215,11 @@ def law(name: str, **parameters) -> Law:
 
 def cosines(name: str, length: int = 40, **parameters) -> np.ndarray:
     """(L, L) expected cosines between the positions of an article in high dimension, 1 on the diagonal; any world."""
-    if name in ("converging", "diverging"):
-        scale = {"converging": (2.0, 0.6), "diverging": (0.6, 2.0)}[name]
-        found = converging_cosine(length, parameters.get("first", scale[0]), parameters.get("last", scale[1]))
-        np.fill_diagonal(found, 1)
-        return found
+    if name in SLOPES:
+        parameters = {key: parameters.get(key, value) for key, value in SLOPES[name].items()}
+        expected = converging_cosine(length, **parameters)
+        np.fill_diagonal(expected, 1)
+        return expected
     return law(name, **parameters).cosines(length)
 
 
@@ -439,33 +228,13 @@ def lag_cosine(expected: np.ndarray, lag: int) -> float:
     return float(np.diagonal(expected, lag).mean())
 
 
-def weighted_sweep(expected: np.ndarray, weights, horizon: int = 2, offsets=range(-8, 6)) -> dict[int, float]:
-    """Expected cosine of Σ_j w_j·context_j with the chunk at each offset from the target, in high dimension.
-
-    `expected` (L, L): from `cosines`; `weights` (T,): (0, …, 0, 1) copies the last, (1/T, …) is the mean. Averaged, as
-    a sweep over data is, over all windows of an article whose chunk at the offset exists; NaN where there is none.
-    The margin against the last context vector is sweep[0] − sweep[−horizon].
-    """
-    weights = np.asarray(weights, float)
-    length, span = len(weights), len(weights) - 1 + horizon  # span: from the window's first chunk to its target
-    found = {k: [] for k in offsets}
-    for start in range(len(expected) - span):
-        context = expected[start : start + length]  # (T, L)
-        towards = weights @ context / np.sqrt(weights @ context[:, start : start + length] @ weights)  # (L,)
-        for k in offsets:
-            if 0 <= start + span + k < len(expected):
-                found[k].append(towards[start + span + k])
-    return {k: float(np.mean(v)) if v else float("nan") for k, v in found.items()}
-
-
 def simulated(
     measure: Callable[[Store], object], name: str, draws: int = 40, first_seed: int = 1_000_000, **arguments
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The truth of a measure that has no closed form: its mean over independent samples of a world, and its error.
+    """The mean of a measure over independent samples of a world, and its error (standard deviation / √draws).
 
-    `measure(store)` gives a number or an array. The samples have seeds first_seed, first_seed + 1, …, out of the way of
-    those of experiments. The mean is the expectation of the measure at just this size; choose the size of the
-    experiment for a biased measure, any size for an unbiased one. Error: standard deviation / √draws.
+    `measure(store)` gives a number or an array. The samples have the seeds first_seed, first_seed + 1, …, far from
+    those of experiments. The mean is the expectation at this size: for a biased measure take the experiment's size.
     """
     values = np.array([measure(world(name, seed=first_seed + i, **arguments)) for i in range(draws)], float)
     return values.mean(0), values.std(0, ddof=1) / np.sqrt(draws)
@@ -473,8 +242,8 @@ def simulated(
 
 def reverse(store: Store) -> Store:
     """A store with every article read from its end, gaps kept, in memory; the truth of a world is flipped with it."""
-    row, first, last = _article_ends(store)
-    flipped = first + last - row  # in an article's run of rows, the row as far from its other end
+    first, last = _article_ends(store)
+    flipped = first + last - np.arange(len(first))  # the row as far from the article's other end
     position = store.position[first] + store.position[last] - store.position[flipped]
     suffix = " reversed"
     name = store.name.removesuffix(suffix) if store.name.endswith(suffix) else store.name + suffix
@@ -494,35 +263,17 @@ def shuffled(store: Store, seed: int = 0) -> Store:
 
     All orders are equally probable, so any figure of direction is a draw from its null. Positions (and gaps) stay.
     """
-    _, first, _ = _article_ends(store)
+    first, _ = _article_ends(store)
     order = np.lexsort((np.random.default_rng(seed).random(len(first)), first))
     datasheet = {**store.datasheet, "shuffled": seed, "truth": {"arrow": 0}}
-    return make_store(
-        f"{store.name} shuffled",
-        np.asarray(store.vectors)[order],
-        store.article,
-        store.position,
-        store.articles,
-        datasheet,
-    )
+    vectors = np.asarray(store.vectors)[order]
+    return make_store(f"{store.name} shuffled", vectors, store.article, store.position, store.articles, datasheet)
 
 
-def _article_ends(store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(M,) each: the row, and the first and the last row of its article."""
-    row = np.arange(len(store.article))
-    begins = np.flatnonzero(np.diff(store.article, prepend=store.article[0] - 1))
-    sizes = np.diff(begins, append=len(row))
-    return row, np.repeat(begins, sizes), np.repeat(begins + sizes - 1, sizes)
-
-
-def _converging(name, articles, length, dim, first, last, seed, splits) -> Store:
-    random = np.random.default_rng(seed)
-    noise_scale = converging_scale(length, first, last)[None, :, None]
-    vectors = _unit(random, articles, 1, dim) + noise_scale * _unit(random, articles, length, dim)
-    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    expected = cosines(name, length, first=first, last=last)
-    truth = {"arrow": 0, "lag_cosine": _by_lag(lambda k: lag_cosine(expected, k), length)}
-    return _store(name, vectors, {"first": first, "last": last, "seed": seed, "truth": truth}, splits)
+def _article_ends(store: Store) -> tuple[np.ndarray, np.ndarray]:
+    """(M,) and (M,): the first and the last row of each row's article."""
+    begins, ends = article_spans(store.article)
+    return np.repeat(begins, ends - begins), np.repeat(ends - 1, ends - begins)
 
 
 def _unit(random: np.random.Generator, *shape: int) -> np.ndarray:
@@ -564,42 +315,8 @@ def _check_planes(planes: int | None, dim: int, default: int) -> int:
     return planes
 
 
-def _root(matrices: np.ndarray) -> np.ndarray:
-    """Symmetric square roots of (r, 2, 2) positive semidefinite matrices; Cholesky fails on singular ones."""
-    values, vectors = np.linalg.eigh(matrices)
-    return (vectors * np.sqrt(np.maximum(values, 0))[:, None, :]) @ vectors.mT
-
-
-def _planes(matrices: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """(r, 2, 2) matrices on (..., r, 2) vectors, in x's type."""
-    m = matrices.astype(x.dtype)
-    return np.stack(
-        [m[:, 0, 0] * x[..., 0] + m[:, 0, 1] * x[..., 1], m[:, 1, 0] * x[..., 0] + m[:, 1, 1] * x[..., 1]], -1
-    )
-
-
 def _by_lag(cosine: Callable[[int], float], length: int) -> dict[int, float]:
     return {k: round(float(cosine(k)), 6) for k in range(1, min(9, length))}
-
-
-def _sampled(name, law, arrow, articles, length, seed, splits, **arguments) -> Store:
-    by_lag, optimal = _truth(law)
-    truth = {
-        "arrow": arrow,
-        "lag_cosine": {k: c for k, c in by_lag.items() if k < length},
-        "optimal_cosine": {direction: dict(cosine) for direction, cosine in optimal.items()},
-    }
-    return _store(name, law.sample(articles, length, seed), {**arguments, "seed": seed, "truth": truth}, splits)
-
-
-@lru_cache(maxsize=16)  # laws are kept too: many samples of one law take its truth from here
-def _truth(law: Law) -> tuple[dict, dict]:
-    """Lag cosines, and the cosine of the optimum in each direction by horizon, with a context of 5."""
-
-    def optimum(law):
-        return {h: round(law.sweep(h, offsets=[0])[0], 6) for h in (1, 2)}
-
-    return _by_lag(law.lag_cosine, 9), {"forward": optimum(law), "backward": optimum(law.reversed())}
 
 
 def _store(name: str, vectors: np.ndarray, datasheet: dict, splits: Sequence[str]) -> Store:

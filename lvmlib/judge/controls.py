@@ -25,7 +25,7 @@ from ..data.worlds import world
 from ..errors import LVMError
 from ..models import Predictor
 from ..statistics import over_articles, over_seeds, paired
-from ..windows import DIRECTIONS, Store, Windows, windows
+from ..windows import DIRECTIONS, Store, Windows, article_spans, windows
 from .fivecat import OFFSETS, best_other, bins_delta, figure, measure, summarise
 
 
@@ -42,9 +42,9 @@ def sample(name: str, lengths: Mapping[str, Sequence[int]], copies: int = 1, see
 
 def shortened(store: Store, lengths: Sequence[int]) -> Store:
     """A store with only the first `lengths[i]` chunks of its i-th article."""
-    begins = np.flatnonzero(np.diff(store.article, prepend=store.article[0] - 1))
-    place = np.arange(len(store.article)) - np.repeat(begins, np.diff(begins, append=len(store.article)))
-    kept = place < np.repeat(np.asarray(lengths), np.diff(begins, append=len(store.article)))
+    begins, ends = article_spans(store.article)
+    place = np.arange(len(store.article)) - np.repeat(begins, ends - begins)
+    kept = place < np.repeat(np.asarray(lengths), ends - begins)
     return make_store(
         store.name, store.vectors[kept], store.article[kept], store.position[kept], store.articles, store.datasheet
     )

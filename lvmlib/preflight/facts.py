@@ -26,7 +26,7 @@ from ..judge.fivecat import Report, fivecat, score
 from ..models import Predictor
 from ..ranking import Articles
 from ..statistics import articles_needed, chance_reciprocal_rank, over_articles, smallest_difference
-from ..windows import SPLITS, Dataset, GivenWindows, Store, Windows, shared
+from ..windows import SPLITS, Dataset, GivenWindows, Store, Windows, article_spans, shared
 
 ROWS = 8192  # rows of a store that are float32 at one time
 
@@ -41,8 +41,8 @@ TRAINED = "small AMN"  # what a small model after a few steps is called among th
 
 def runs(store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(A,) each, in the store's order: the article's number, its first row, and how many rows it has."""
-    begins = np.flatnonzero(np.diff(store.article, prepend=store.article[0] - 1))
-    return store.article[begins], begins, np.diff(begins, append=len(store.article))
+    begins, ends = article_spans(store.article)
+    return store.article[begins], begins, ends - begins
 
 
 def drawn(data: Dataset, most: Mapping[str, int], seed: int = 0, fewest: int = 20) -> Dataset:

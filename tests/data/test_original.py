@@ -20,7 +20,7 @@ import pytest
 from fuzz_importers import LENGTH, Runs, cut, dicts, world
 
 import lvmlib as lvm
-from lvmlib import windows as windows_module
+from lvmlib import windows as W
 from lvmlib.cli import commands
 from lvmlib.data import npz as npz_format
 from lvmlib.data import original as I
@@ -58,7 +58,7 @@ def check_windows(store, windows, horizon=2):
     """The store's windows are those of the files, in their order, vector for vector."""
     assert (store.given.horizon, store.given.context_length) == (horizon, LENGTH)
     for s, (contexts, targets, ids, at) in windows.items():
-        w = windows_module.windows(store, s, horizon, LENGTH)
+        w = W.windows(store, s, horizon, LENGTH)
         assert np.array_equal(store.vectors[w.context_rows(np.arange(len(w)))], contexts)
         assert np.array_equal(store.vectors[w.target], targets)
         assert np.array_equal(w.article, ids)
@@ -128,7 +128,7 @@ def test_repeated_chunks_are_told_apart_by_the_whole_context(tmp_path):
         saved(tmp_path, s, contexts=c, targets=t, article_ids=ids)
     store = I.convert({**paths, "articles": tmp_path / "articles.npz"}, tmp_path / "backwards")
     assert store.datasheet["counts"]["windows with several equal places in their article"] == 2
-    w = windows_module.windows(store, "train")
+    w = W.windows(store, "train")
     assert np.array_equal(store.vectors[w.context_rows(np.arange(len(w)))], backwards["train"][0])
     assert len(set(w.start)) == len(w)
 
@@ -163,12 +163,6 @@ def test_rebuilding_drops_windows_whose_skipped_chunk_is_nowhere(tmp_path):
     check_windows(store, {s: [p[k] for p in w] for (s, w), k in zip(windows.items(), kept, strict=True)})
 
 
-def test_sequences_alone_without_target_indices_say_what_is_needed(tmp_path):
-    paths, _ = sequence_files(tmp_path, *world(), indices=False)
-    with pytest.raises(LVMError, match=r"train\.npz.*without target_indices.*give it as articles"):
-        I.convert(paths, tmp_path / "store")
-
-
 def test_one_file_may_hold_all(tmp_path):
     """The golden file of 5CAT: article vectors and the windows of two splits, under val_… and ood_…."""
     if not GOLDEN.exists():
@@ -190,7 +184,7 @@ def test_articles_alone_are_split(tmp_path):
     path = article_file(tmp_path, x, article, chunk, cpe_ids=np.array(["c"] * len(x), object))
     store = I.convert(path, tmp_path / "store", name="mine")
     assert store.name == "mine" and store.given is None and store.texts is None
-    assert set(store.articles["split"]) == set(windows_module.SPLITS)
+    assert set(store.articles["split"]) == set(W.SPLITS)
     assert store.articles.index.tolist() == sorted(set(article)) and store.articles["title"].iloc[0] == "article 2"
     assert "By article" in store.datasheet["split_rule"]
     assert store.datasheet["counts"] == {"chunks": len(x), "articles": 40}
@@ -206,12 +200,12 @@ def test_sources_name_the_split(tmp_path):
         store = I.convert(path, tmp_path / form.dtype.kind, ood="source:film")
         assert store.articles["source"].tolist() == sources.tolist()
         assert set(store.articles["source"][store.articles["split"] == "ood"]) == {"film"}
-    with pytest.raises(LVMError, match=r"no article has the source 'films'; there are: film"):
+    with pytest.raises(LVMError, match=r"'films'"):
         I.convert(path, tmp_path / "none", ood="source:films")
-    with pytest.raises(LVMError, match=r"did you mean 'topic'"):
+    with pytest.raises(LVMError, match=r"'topics'"):
         I.convert(path, tmp_path / "none", ood="topics")
     short = article_file(tmp_path, x, article, chunk, article_sources=sources[:30])
-    with pytest.raises(LVMError, match=r"article_sources: has 30 entries, but there is an article 39"):
+    with pytest.raises(LVMError, match=r"article_sources: .*39"):
         I.convert(short, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -314,7 +308,7 @@ def test_unnormalised_sequences(tmp_path):
     with_articles = I.convert({**paths, "articles": article_file(tmp_path, x, article, chunk)}, tmp_path / "a")
     assert np.array_equal(with_articles.vectors, x)
     alone = I.convert(paths, tmp_path / "b")
-    rows = windows_module.windows(alone, "val").target
+    rows = W.windows(alone, "val").target
     lone = np.isin(windows["val"][2], np.flatnonzero(np.bincount(article) == 7))
     assert np.allclose(alone.vectors[rows], windows["val"][1][~lone] / 3, atol=1e-6)
     assert alone.datasheet["counts"]["vectors in windows of val normalised"] == len(lone) * 6
@@ -328,8 +322,7 @@ def test_bad_article_vectors(tmp_path, value, what):
     rows = np.flatnonzero(article == 1)[[2]].tolist() + np.flatnonzero(article == 22).tolist()
     bad[rows] = value
     files = {**paths, "articles": article_file(tmp_path, bad, article, chunk)}
-    tally = f"in all {len(rows)} rows with zero vectors, NaN or infinite values"
-    with pytest.raises(LVMError, match=rf"articles\.npz: array vectors: row {rows[0]} .*{what}.*{tally}.*drop_bad"):
+    with pytest.raises(LVMError, match=rf"articles\.npz: array vectors: row {rows[0]} .*{what}.*{len(rows)} bad rows"):
         I.convert(files, tmp_path / "store")
     assert not list(tmp_path.glob("store*"))
     store = I.convert(files, tmp_path / "store", drop_bad=True)
@@ -340,9 +333,9 @@ def test_bad_article_vectors(tmp_path, value, what):
         touched = (w[2] == 22) | ((w[2] == 1) & (w[3] - 6 <= 2) & (w[3] >= 2))
         kept = [part[~touched] for part in w]
         check_windows(store, {s: kept})
-    for split in windows_module.SPLITS:  # cut anew, no window crosses the place of a dropped vector either
-        starts = windows_module.windows(windows_module.Store(**{**vars(store), "given": None}), split).start
-        assert len(starts) and set(windows_module.windows(store, split).start) == set(starts)
+    for split in W.SPLITS:  # cut anew, no window crosses the place of a dropped vector either
+        starts = W.windows(W.Store(**{**vars(store), "given": None}), split).start
+        assert len(starts) and set(W.windows(store, split).start) == set(starts)
 
 
 def test_bad_sequence_vectors(tmp_path):
@@ -355,7 +348,7 @@ def test_bad_sequence_vectors(tmp_path):
     for indices in ({"target_indices": at}, {}):
         paths["train"] = saved(tmp_path, "train", contexts=c, targets=t, article_ids=ids, **indices)
         files = {**paths, "articles": articles}
-        with pytest.raises(LVMError, match=r"train\.npz: array contexts: row 3 has NaN.*in all 1 rows.*drop_bad"):
+        with pytest.raises(LVMError, match=r"contexts: row 3 .*1 bad rows"):
             I.convert(files, tmp_path / "store")
         assert not list(tmp_path.glob("store*"))
         store = I.convert(files, tmp_path / f"dropped{len(indices)}", drop_bad=True)
@@ -372,14 +365,14 @@ def test_windows_across_a_gap(tmp_path):
     moved = [gap[(article == a) & (chunk == p)][0] for a, p in zip(ids, at, strict=True)]
     paths["train"] = saved(tmp_path, "train", contexts=c, targets=t, article_ids=ids, target_indices=moved)
     files = {**paths, "articles": article_file(tmp_path, x, article, gap)}
-    with pytest.raises(LVMError, match=r"train\.npz: window \d+ \(article 3.*crosses a gap.*drop_bad"):
+    with pytest.raises(LVMError, match=r"article 3.* gap"):
         I.convert(files, tmp_path / "store")
     store = I.convert(files, tmp_path / "store", drop_bad=True)
     crossing = (ids == 3) & (at >= 6)
     assert store.datasheet["counts"]["windows across a gap"] == crossing.sum() > 0
-    assert len(windows_module.windows(store, "train")) == (~crossing).sum()
+    assert len(W.windows(store, "train")) == (~crossing).sum()
     saved(tmp_path, "train", contexts=c, targets=t, article_ids=ids)
-    with pytest.raises(LVMError, match=r"window \d+ \(article 3\): crosses a gap"):
+    with pytest.raises(LVMError, match=r"article 3.* gap"):
         I.convert(files, tmp_path / "by_vectors")
     again = I.convert(files, tmp_path / "by_vectors", drop_bad=True)
     assert np.array_equal(again.given.start, store.given.start)
@@ -401,11 +394,11 @@ def test_round_trip_of_the_embedded_data(tmp_path, horizon):
     assert store.vectors.dtype == data.store.vectors.dtype and np.array_equal(store.vectors, data.store.vectors)
     assert np.array_equal(store.article, data.store.article) and np.array_equal(store.position, data.store.position)
     assert store.articles["title"].tolist() == data.store.articles["title"].tolist()
-    for split in windows_module.SPLITS:
+    for split in W.SPLITS:
         ours, theirs = getattr(back, split), getattr(data, split)
         assert np.array_equal(ours.start, theirs.start) and np.array_equal(ours.article, theirs.article)
-    alone = lvm.dataset(I.convert({s: paths[s] for s in windows_module.SPLITS}, tmp_path / "alone"), horizon=horizon)
-    for split in windows_module.SPLITS:
+    alone = lvm.dataset(I.convert({s: paths[s] for s in W.SPLITS}, tmp_path / "alone"), horizon=horizon)
+    for split in W.SPLITS:
         ours, theirs = getattr(alone, split), getattr(data, split)
         lone = np.bincount(theirs.article) < horizon  # a skipped chunk of these is in no file
         kept = np.flatnonzero(~lone[theirs.article])
@@ -423,34 +416,24 @@ def test_round_trip_with_texts_gaps_and_sources(tmp_path, longest):
     )
     data = lvm.dataset(I.convert(path, tmp_path / "first"))
     fits = longest == 10  # plain, unless one long text would blow it up
-    with (
-        contextlib.nullcontext() if fits else pytest.warns(UserWarning, match="texts .* left out .* stay in the store")
-    ):
+    with contextlib.nullcontext() if fits else pytest.warns(UserWarning, match="texts"):
         paths = I.export(data, tmp_path / "original")
     assert ("concept_texts" in set(np.load(paths["articles"]).files)) == fits
     assert paths["articles"].stat().st_size < 1 << 20
     store = I.convert(paths, tmp_path / "second")
     assert list(store.texts) == list(texts) if fits else store.texts is None
     assert store.articles["source"].tolist() == data.store.articles["source"].tolist()
-    for split in windows_module.SPLITS:
-        assert np.array_equal(windows_module.windows(store, split).start, getattr(data, split).start)
-
-
-def test_round_trip_of_a_world(tmp_path):
-    data = lvm.dataset("world:rotation", fast=True)
-    store = I.convert(I.export(data, tmp_path / "original"), tmp_path / "store")
-    for split in windows_module.SPLITS:
-        assert np.array_equal(windows_module.windows(store, split).start, getattr(data, split).start)
-    assert np.array_equal(store.vectors, data.store.vectors)
+    for split in W.SPLITS:
+        assert np.array_equal(W.windows(store, split).start, getattr(data, split).start)
 
 
 def test_export_never_over_what_is_there(tmp_path):
     data = lvm.dataset("wikipedia", fast=True)
     (tmp_path / "there").mkdir()
-    with pytest.raises(LVMError, match="is there already"):
+    with pytest.raises(LVMError, match="there"):
         I.export(data, tmp_path / "there")
     backward = lvm.dataset("wikipedia", fast=True, direction="backward")
-    with pytest.raises(LVMError, match=r"read backwards.*export the dataset read forwards"):
+    with pytest.raises(LVMError, match=r"backwards"):
         I.export(backward, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
 
@@ -486,16 +469,6 @@ def test_what_was_just_converted_can_be_trained_on(tmp_path, monkeypatch):
     V.check_unchanged(data.store)
     own = lvm.version("p6", {"batch_size": 64}, data="files", model="amn", epochs=1, device="cpu", precision="float32")
     assert len(list(lvm.train(own, data, tmp_path / "run"))) == 1
-
-
-def test_a_damaged_conversion_says_what_to_delete(tmp_path, monkeypatch):
-    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "outputs"))
-    path = article_file(tmp_path, *world())
-    I.opened(path)
-    (folder,) = (tmp_path / "outputs" / "imported").iterdir()
-    (folder / "vectors.npy").write_bytes(b"short")
-    with pytest.raises(LVMError, match=rf"sha256.*converted from articles\.npz: delete {folder}"):
-        I.opened(path)
 
 
 def test_opened_by_several_at_once(tmp_path, monkeypatch):
@@ -536,6 +509,9 @@ def test_another_process_was_first(tmp_path, monkeypatch):
     assert store.fingerprint == calls[0].fingerprint
     (folder,) = (tmp_path / "outputs" / "imported").iterdir()
     assert not (folder / "ours").exists()
+    (folder / "vectors.npy").write_bytes(b"short")  # damaged later
+    with pytest.raises(LVMError, match=rf"sha256.*articles\.npz.*{folder}"):
+        I.opened(path)
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
@@ -575,11 +551,11 @@ def watch():
         time.sleep(0.002)
 
 before, found = anonymous(), {}
-threading.Thread(target=watch).start()
+threading.Thread(target=watch, daemon=True).start()
 tracemalloc.start()
 for size in ("small", "large"):
     folder = top / size
-    sequences = {s: folder / f"{s}.npz" for s in V.SPLITS}
+    sequences = {s: folder / f"{s}.npz" for s in windows.SPLITS}
     for form, files in {
         "articles": {"articles": folder / "articles.npz"},
         "unsorted": {"articles": folder / "unsorted.npz"},
@@ -722,65 +698,44 @@ GOOD = archive(base(), compressed=False)
 
 # name: (the article file's bytes, given the path a payload would touch; what the message must say)
 ARTICLE_CASES = {
-    "pickle that calls os.system": (lambda m: pickled(with_system(m, 4)), r"concept_texts.*asks to load posix\.system"),
-    "the same in protocol 2": (
-        lambda m: pickled(with_system(m, 2)),
-        r"asks to load posix\.system.*nothing of it was run",
-    ),
-    "the same in protocol 0": (lambda m: pickled(with_system(m, 0)), r"asks to load .*(system|copy_reg|copyreg)"),
-    "payload without an array": (lambda m: pickled(pickle.dumps(Runs(m))), r"asks to load posix\.system"),
-    "text opcodes": (
-        lambda m: pickled(b"cos\nsystem\n(S'touch %s'\ntR." % str(m).encode()),
-        r"asks to load os\.system",
-    ),
-    "INST": (lambda m: pickled(b"(S'touch %s'\nios\nsystem\n." % str(m).encode()), r"asks to load os\.system"),
-    "builtins.eval": (
-        lambda m: pickled(pickle.dumps(Reduced(eval, (f"open({str(m)!r}, 'w')",)))),
-        r"asks to load builtins\.eval",
-    ),
+    "pickle that calls os.system": (lambda m: pickled(with_system(m, 4)), r"concept_texts.*posix\.system"),
+    "the same in protocol 2": (lambda m: pickled(with_system(m, 2)), r"posix\.system"),
+    "the same in protocol 0": (lambda m: pickled(with_system(m, 0)), r"system|copy_?reg"),
+    "payload without an array": (lambda m: pickled(pickle.dumps(Runs(m))), r"posix\.system"),
+    "text opcodes": (lambda m: pickled(b"cos\nsystem\n(S'touch %s'\ntR." % str(m).encode()), r"os\.system"),
+    "INST": (lambda m: pickled(b"(S'touch %s'\nios\nsystem\n." % str(m).encode()), r"os\.system"),
+    "builtins.eval": (lambda m: pickled(pickle.dumps(Reduced(eval, (f"open({str(m)!r}, 'w')",)))), r"builtins\.eval"),
     "a reduce within a reduce": (
         lambda m: pickled(pickle.dumps(Reduced(getattr, (Reduced(__import__, ("os",)), "system")))),
-        r"asks to load builtins\.(getattr|__import__)",
+        r"builtins\.",
     ),
-    "a call of a returned object": (
-        lambda m: pickled(array_of(b"\x8c\x01x\x8c\x01y\x86N\x85R")),
-        r"cannot be read \(TypeError: 'tuple' object is not callable",
-    ),
+    "a call of a returned object": (lambda m: pickled(array_of(b"\x8c\x01x\x8c\x01y\x86N\x85R")), r"TypeError"),
     "subprocess in a member that is not needed": (
         lambda m: pickled(pickle.dumps(Reduced(subprocess.run, (["touch", str(m)],))), name="extra"),
-        r"array extra.*asks to load subprocess\.run.*saved without it",
+        r"array extra.*subprocess\.run",
     ),
-    "numpy's own loader": (
-        lambda m: pickled(b"cnumpy\nload\n(X\x01\x00\x00\x00xtR."),
-        r"asks to load numpy\.load",
-    ),
-    "codecs.decode": (lambda m: pickled(b"c_codecs\ndecode\n."), r"asks to load _codecs\.decode"),
+    "numpy's own loader": (lambda m: pickled(b"cnumpy\nload\n(X\x01\x00\x00\x00xtR."), r"numpy\.load"),
+    "codecs.decode": (lambda m: pickled(b"c_codecs\ndecode\n."), r"_codecs\.decode"),
     "another codec than latin1": (
         lambda m: pickled(array_of(b"c_codecs\nencode\n(X\x01\x00\x00\x00xX\x03\x00\x00\x00hextR")),
-        r"calls numpy's encode with what numpy does not give it",
+        r"encode",
     ),
     "extension code": (lambda m: pickled(array_of(b"\x82\x01")), r"opcode EXT1"),
     "extension code of 4 bytes": (lambda m: pickled(array_of(b"\x84\x01\x00\x00\x00")), r"opcode EXT4"),
-    "persistent id": (lambda m: pickled(array_of(b"Pid\n")), r"opcode PERSID, which numpy's arrays do not need"),
-    "binary persistent id": (
-        lambda m: pickled(array_of(b"\x8c\x01xQ")),
-        r"opcode BINPERSID, which numpy's arrays do not need",
-    ),
+    "persistent id": (lambda m: pickled(array_of(b"Pid\n")), r"PERSID"),
+    "binary persistent id": (lambda m: pickled(array_of(b"\x8c\x01xQ")), r"BINPERSID"),
     "NEWOBJ": (lambda m: pickled(array_of(b"cnumpy\nndarray\n)\x81")), r"opcode NEWOBJ"),
     "NEWOBJ of a foreign class": (
         lambda m: pickled(array_of(b"ccollections\nCounter\n)\x81")),
         r"collections\.Counter",
     ),
     "OBJ": (lambda m: pickled(array_of(b"(cnumpy\nndarray\no")), r"opcode OBJ"),
-    "BUILD on a dict": (lambda m: pickled(array_of(b"}}b")), r"claims the shape"),
-    "BUILD twice on an array": (
-        lambda m: pickled(ARRAY[:-1] + b"(K\x01)NNNtb."),
-        r"sets the inside of what is no new array",
-    ),
+    "BUILD on a dict": (lambda m: pickled(array_of(b"}}b")), r"shape"),
+    "BUILD twice on an array": (lambda m: pickled(ARRAY[:-1] + b"(K\x01)NNNtb."), r"inside"),
     "a list that holds itself": (lambda m: pickled(array_of(b"]\x94h\x13a" + b"N" * (COUNT - 1))), r"row 0: is list"),
     "a dict that holds itself": (
         lambda m: pickled(array_of(b"}\x94\x8c\x01ah\x13s" + b"N" * (COUNT - 1))),
-        r"row 0: is dict; needed is text",
+        r"row 0: is dict",
     ),
     "the array's own list in itself": (lambda m: pickled(array_of(b"h\x12" + b"N" * (COUNT - 1))), r"row 0: is list"),
     "a tuple as a key": (lambda m: pickled(array_of(b"}NN\x86Ns" + b"N" * (COUNT - 1))), r"keys that are no texts"),
@@ -792,22 +747,19 @@ ARTICLE_CASES = {
                 ("chunk_indices.npy", npy("|O", (COUNT,), array_of(b"I0x" + b"f" * 5000 + b"\n" + b"N" * (COUNT - 1))))
             ],
         ),
-        r"chunk_indices, row 0: is int; needed is a whole number",
+        r"chunk_indices, row 0: is int",
     ),
     "BUILD on a stand-in": (
         lambda m: pickled(array_of(b"cnumpy\nndarray\n}\x8c\x04nameNsb" + b"N" * (COUNT - 1))),
-        r"sets the inside of what is no new array",
+        r"inside",
     ),
     "a byte array of 16 exabytes": (lambda m: pickled(array_of(b"\x96" + b"\xff" * 8)), r"opcode BYTEARRAY8"),
     "a set": (lambda m: pickled(array_of(b"\x8f")), r"opcode EMPTY_SET"),
-    "a name that is a list of lists": (
-        lambda m: pickled(array_of(b"]]\x93")),
-        r"STACK_GLOBAL requires str",
-    ),
+    "a name that is a list of lists": (lambda m: pickled(array_of(b"]]\x93")), r"STACK_GLOBAL requires str"),
     "a hundred brackets deep": (lambda m: pickled(array_of(b"(" * 200)), r"cannot be read"),
     "a memo number that takes gigabytes": (
         lambda m: pickled(array_of(b"Nr\xff\xff\xff\x7fj\xff\xff\xff\x7e")),
-        r"cannot be read \((UnpicklingError: Memo|KeyError)",
+        r"UnpicklingError: Memo|KeyError",
     ),
     "a text of 16 exabytes": (lambda m: pickled(array_of(b"\x8d" + b"\xff" * 8)), r"BINUNICODE8 exceeds"),
     "millions of empty dicts": (lambda m: pickled(PREFIX + b"}" * 1_100_000 + SUFFIX), r"too large"),
@@ -816,23 +768,23 @@ ARTICLE_CASES = {
             PREFIX + b"\x8c\x01x\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(19, 90)) + SUFFIX,
             name="cpe_ids",
         ),
-        r"claims the shape",
+        r"shape",
     ),
-    "fewer items than the shape": (lambda m: pickled(array_of(b"\x8c\x01a")), r"claims the shape"),
+    "fewer items than the shape": (lambda m: pickled(array_of(b"\x8c\x01a")), r"shape"),
     "more items than the shape": (lambda m: pickled(ARRAY, shape=(COUNT - 1,)), r"concept_texts.*shape|more than"),
     "an array that claims a huge shape": (
         lambda m: pickled(ARRAY.replace(b"K\x01M" + struct.pack("<H", COUNT), b"K\x01J\xff\xff\xff\x7f", 1)),
-        r"claims the shape \(2147483647,\)|claims the shape",
+        r"shape",
     ),
     "a nested array that claims a huge shape": (
         lambda m: pickled(
             array_of(pickle.dumps(np.arange(3), 2)[2:-1].replace(b"K\x03\x85", b"J\xff\xff\xff\x7f\x85", 1))
         ),
-        r"claims the shape|cannot be read",
+        r"shape|cannot be read",
     ),
     "a structured type in a pickle": (
         lambda m: pickled(array_of(pickle.dumps(np.zeros(1, [("a", "i4")])[0], 2)[2:-1])),
-        r"structured type|not a plain one|none of numpy's|numpy does not give",
+        r"structured type|plain|numpy",
     ),
     "texts that are numbers": (
         lambda m: archive(base(concept_texts=np.array([1.5] * COUNT, object))),
@@ -844,54 +796,48 @@ ARTICLE_CASES = {
     ),
     "bytes that are no UTF-8": (
         lambda m: archive(base(concept_texts=np.array([b"\xff\xfe"] * COUNT))),
-        r"row 0: cannot be read \(UnicodeDecodeError",
+        r"UnicodeDecodeError",
     ),
     "code points that there are not": (
         lambda m: archive(base(), raw=[("concept_texts.npy", npy("<U1", (COUNT,), b"\xff\xff\xff\x7f" * COUNT))]),
-        r"row 0: holds code points that there are not",
+        r"row 0: .*code points",
     ),
     "object array that unpacks to too much": (
         lambda m: pickled(PREFIX + (b"\x8d" + struct.pack("<Q", 20 << 20) + b"a" * (20 << 20)) + SUFFIX),
-        r"unpacks to 20,.* is the most that is read",
+        r"unpacks to 20,",
     ),
-    "huge vectors in the header": (lambda m: claimed("<f4", (10**9, 768)), r"header promises \(1000000000, 768\)"),
+    "huge vectors in the header": (lambda m: claimed("<f4", (10**9, 768)), r"1000000000, 768"),
     "a shape that overflows": (lambda m: claimed("<f4", (2**62, 2**62)), r"impossible shape"),
     "a negative shape": (lambda m: claimed("<f4", (-4, -4)), r"impossible shape"),
-    "a shape that is too small": (lambda m: claimed("<f4", (2, 4)), r"header promises \(2, 4\) of float32"),
-    "huge unicode": (lambda m: claimed("<U99999999", (2**20,), name="article_indices"), r"header promises|one row has"),
+    "a shape that is too small": (lambda m: claimed("<f4", (2, 4)), r"\(2, 4\)"),
+    "huge unicode": (lambda m: claimed("<U99999999", (2**20,), name="article_indices"), r"promises|row"),
     "a structured type": (
         lambda m: archive({**base(), "vectors": np.zeros(5, [("a", "f4"), ("b", "i4")])}),
-        r"vectors: has type \[.*save it as plain arrays",
+        r"vectors: has type",
     ),
     "a header with code in it": (
         lambda m: archive(
             {k: v for k, v in base().items() if k != "vectors"},
             raw=[("vectors.npy", b"\x93NUMPY\x01\x00v\x00" + b"__import__('os').system('touch x')".ljust(117) + b"\n")],
         ),
-        r"vectors: cannot be read \(ValueError: malformed",
+        r"vectors: .*malformed",
     ),
     "a header that is cut off": (
         lambda m: archive(
             {"article_indices": [0], "chunk_indices": [0]}, raw=[("vectors.npy", npy("<f4", (1, 4), b"")[:60])]
         ),
-        r"cannot be read \(ValueError: EOF: reading array header",
+        r"reading array header",
     ),
-    "a member that is no array": (
-        lambda m: archive(base(), raw=[("concept_texts.npy", b"hello")]),
-        r"cannot be read \(ValueError: EOF: reading magic",
-    ),
-    "a zip cut in half": (lambda m: GOOD[: len(GOOD) // 2], r"not a readable \.npz archive"),
-    "a zip without its last bytes": (lambda m: GOOD[:-10], r"not a readable \.npz archive"),
-    "a zip of a few bytes": (lambda m: GOOD[:7], r"not a readable \.npz archive"),
+    "a member that is no array": (lambda m: archive(base(), raw=[("concept_texts.npy", b"hello")]), r"reading magic"),
+    "a zip cut in half": (lambda m: GOOD[: len(GOOD) // 2], r"not a readable"),
+    "a zip without its last bytes": (lambda m: GOOD[:-10], r"not a readable"),
+    "a zip of a few bytes": (lambda m: GOOD[:7], r"not a readable"),
     "a zip whose middle is missing": (lambda m: GOOD[:300] + GOOD[900:], r"cannot be read|not a readable"),
-    "an empty file": (lambda m: b"", r"not a readable \.npz archive"),
-    "a wrong checksum": (
-        lambda m: GOOD[:400] + b"\x00\x01\x02\x03" + GOOD[404:],
-        r"vectors: cannot be read \(BadZipFile: Bad CRC",
-    ),
+    "an empty file": (lambda m: b"", r"not a readable"),
+    "a wrong checksum": (lambda m: GOOD[:400] + b"\x00\x01\x02\x03" + GOOD[404:], r"vectors: .*Bad CRC"),
     "a size in the directory that is not the member's": (
         lambda m: patched(GOOD, b"PK\x01\x02", 24, struct.pack("<I", 10**6)),
-        r"claims 1,000,000 bytes, which the .* cannot hold",
+        r"1,000,000 bytes",
     ),
     "a zip bomb of zero vectors": (
         lambda m: archive(
@@ -900,51 +846,39 @@ ARTICLE_CASES = {
                 **{k: np.zeros(1 << 20, np.int8) for k in base() if k != "vectors"},
             }
         ),
-        r"rows 0 and 1 are both chunk 0",
+        r"rows 0 and 1 ",
     ),
     "a zip bomb that would fill the disk": (
         lambda m: patched(claimed("<f4", (2**24, 16)), b"PK\x01\x02", 24, struct.pack("<I", 2**30 + 128)),
-        r"claims 1,073,741,952 bytes, which the .* it has in the file cannot hold",
+        r"1,073,741,952 bytes",
     ),
-    "member names that lead out": (lambda m: archive(base(), raw=[("../../x.npy", b"x")]), r"leads out of the archive"),
-    "an absolute member name": (lambda m: archive(base(), raw=[("/tmp/x.npy", b"x")]), r"leads out of the archive"),
-    "a name given twice": (lambda m: archive(base(), raw=[("vectors.npy", b"x")]), r"'vectors\.npy': is there twice"),
+    "member names that lead out": (lambda m: archive(base(), raw=[("../../x.npy", b"x")]), r"leads out"),
+    "an absolute member name": (lambda m: archive(base(), raw=[("/tmp/x.npy", b"x")]), r"leads out"),
+    "a name given twice": (lambda m: archive(base(), raw=[("vectors.npy", b"x")]), r"'vectors\.npy'.*twice"),
     "an encrypted member": (
         lambda m: patched(patched(GOOD, b"PK\x01\x02", 8, b"\x01"), b"PK\x03\x04", 6, b"\x01"),
         r"is encrypted",
     ),
     "an unusual packing": (lambda m: patched(GOOD, b"PK\x01\x02", 10, b"\x0e"), r"packed by method 14"),
-    "an .npy under the name .npz": (lambda m: npy("<f4", (1, 4), b"\0" * 16), r"is a single \.npy array"),
-    "a text under the name .npz": (lambda m: b"vectors: none\n" * 50, r"not a readable \.npz archive"),
-    "an executable under the name .npz": (
-        lambda m: b"\x7fELF" + bytes(range(256)) * 9,
-        r"not a readable \.npz archive",
-    ),
+    "an .npy under the name .npz": (lambda m: npy("<f4", (1, 4), b"\0" * 16), r"single \.npy"),
+    "a text under the name .npz": (lambda m: b"vectors: none\n" * 50, r"not a readable"),
+    "an executable under the name .npz": (lambda m: b"\x7fELF" + bytes(range(256)) * 9, r"not a readable"),
     "no vectors": (lambda m: archive({"article_indices": [0]}), r"missing: vectors, chunk_indices"),
-    "a sequence file as articles": (lambda m: archive({"contexts": np.ones((2, 5, 4))}), r"looks like a sequence file"),
-    "integer vectors": (
-        lambda m: archive(base(vectors=np.ones((COUNT, 4), np.int8))),
-        r"type int8; needed is .*float16",
-    ),
-    "complex vectors": (lambda m: archive(base(vectors=np.ones((COUNT, 4), np.complex64))), r"has type complex64"),
-    "object vectors": (
-        lambda m: archive(base(vectors=world()[0].astype(object))),
-        r"vectors: has .* type object; needed is .*float16",
-    ),
-    "vectors without a dimension": (
-        lambda m: archive(base(vectors=np.ones(COUNT))),
-        r"needed is \(chunks, dimension\)",
-    ),
+    "a sequence file as articles": (lambda m: archive({"contexts": np.ones((2, 5, 4))}), r"sequence file"),
+    "integer vectors": (lambda m: archive(base(vectors=np.ones((COUNT, 4), np.int8))), r"int8"),
+    "complex vectors": (lambda m: archive(base(vectors=np.ones((COUNT, 4), np.complex64))), r"complex64"),
+    "object vectors": (lambda m: archive(base(vectors=world()[0].astype(object))), r"vectors: .*object"),
+    "vectors without a dimension": (lambda m: archive(base(vectors=np.ones(COUNT))), r"chunks, dimension"),
     "empty articles": (
         lambda m: archive(
             {"vectors": np.ones((0, 4)), "article_indices": np.ones(0, int), "chunk_indices": np.ones(0, int)}
         ),
-        r"has shape \(0, 4\).*not empty",
+        r"\(0, 4\)",
     ),
-    "NaN": (lambda m: changed((9, 1), np.nan), r"vectors: row 9 has NaN"),
-    "infinite": (lambda m: changed((9, 1), -np.inf), r"vectors: row 9 has NaN or infinite"),
-    "zero": (lambda m: changed(9, 0), r"vectors: row 9 has a zero vector"),
-    "duplicate positions": (lambda m: changed(1, 0, "chunk_indices"), r"rows 0 and 1 are both chunk 0 of article 0"),
+    "NaN": (lambda m: changed((9, 1), np.nan), r"row 9 .*NaN"),
+    "infinite": (lambda m: changed((9, 1), -np.inf), r"row 9 .*infinite"),
+    "zero": (lambda m: changed(9, 0), r"row 9 .*zero"),
+    "duplicate positions": (lambda m: changed(1, 0, "chunk_indices"), r"rows 0 and 1 "),
     "a negative article": (lambda m: changed(3, -1, "article_indices"), r"article_indices, row 3: is -1"),
     "a position beyond 32 bits": (
         lambda m: changed(3, 2**40, "chunk_indices"),
@@ -958,17 +892,11 @@ ARTICLE_CASES = {
         lambda m: changed(3, np.nan, "chunk_indices", chunk_indices=world()[2].astype(float)),
         r"chunk_indices, row 3: is nan",
     ),
-    "indices that are texts": (
-        lambda m: archive(base(article_indices=np.array(["a"] * COUNT))),
-        r"type <U1; needed is \(262,\) whole numbers",
-    ),
-    "indices of another length": (
-        lambda m: archive(base(article_indices=np.zeros(3, int))),
-        r"has shape \(3,\) and .* needed is \(262,\)",
-    ),
+    "indices that are texts": (lambda m: archive(base(article_indices=np.array(["a"] * COUNT))), r"<U1"),
+    "indices of another length": (lambda m: archive(base(article_indices=np.zeros(3, int))), r"\(3,\)"),
     "too few articles to split": (
         lambda m: archive({k: v[world()[1] < 5] for k, v in base().items()}),
-        r"articles\.npz: only 5 of 5 articles",
+        r"5 of 5 articles",
     ),
 }
 
@@ -1063,99 +991,72 @@ def shifted(arrays):
 
 
 SEQUENCE_CASES = {
-    "an article that the article file lacks": (
-        {"val": set_at("article_ids", 2, 77)},
-        r"val\.npz: window 2 is of article 77",
-    ),
-    "a target index out of range": (
-        {"val": set_at("target_indices", 2, 99)},
-        r"val\.npz: window 2 .*target index 99\).*the article has 0 to \d+\).*none",
-    ),
+    "an article that the article file lacks": ({"val": set_at("article_ids", 2, 77)}, r"window 2 .*77"),
+    "a target index out of range": ({"val": set_at("target_indices", 2, 99)}, r"window 2 .*99\).*none"),
     "a negative target index": ({"val": set_at("target_indices", 2, -3)}, r"target_indices, row 2: is -3"),
-    "a wrong target index": (
-        {"val": set_at("target_indices", 0, 2)},
-        r"window 0 .*target index 2\).*-4 to 0 and 2 .*cosines with them are none, .*0\.806; .*count otherwise",
-    ),
+    "a wrong target index": ({"val": set_at("target_indices", 0, 2)}, r"window 0 .*-4 to 0 and 2 .*none, .*0\.806"),
     "target indices that count from 1": ({"train": shifted}, r"train\.npz: window \d+ .*target"),
     "a wrong target": (
         {"train": set_at("targets", 1, np.eye(4)[0])},
-        r"window 1 \(article 0, target index 7\): .*chunks 1 to 5 and 7 of .*(1\.000, ){5}-0\.430",
+        r"window 1 .*1 to 5 and 7 .*(1\.000, ){5}-0\.430",
     ),
     "a wrong context vector": (
         {"train": set_at("contexts", (1, 3), np.eye(4)[0])},
-        r"window 1 .*chunks 1 to 5 and 7 of .*1\.000, 1\.000, 1\.000, -0\.617, 1\.000, 1\.000; the files",
+        r"window 1 .*(1\.000, ){3}-0\.617, 1\.000, 1\.000",
     ),
-    "a wrong article": ({"train": set_at("article_ids", 1, 4)}, r"train\.npz: window 1 \(article 4"),
-    "windows of another horizon": (
-        {"val": other_horizon},
-        r"val\.npz: window 0 .*horizon 2;.*with horizon 3 they fit, but all windows of a dataset have one",
-    ),
-    "an article in two splits": ({"val": in_two_splits}, r"article 3 is in both train and val"),
-    "no windows": (
-        {"val": lambda a: {k: v[:0] for k, v in a.items()}},
-        r"val\.npz: array contexts: has shape \(0, 5, 4\)",
-    ),
-    "no contexts": ({"val": without("contexts")}, r"val\.npz: has no contexts"),
-    "no targets": ({"val": without("targets")}, r"val\.npz: has contexts, but no targets"),
-    "no articles": ({"val": without("article_ids")}, r"val\.npz: does not say of which articles"),
+    "a wrong article": ({"train": set_at("article_ids", 1, 4)}, r"window 1 \(article 4"),
+    "windows of another horizon": ({"val": other_horizon}, r"window 0 .*horizon 2;.*horizon 3 "),
+    "an article in two splits": ({"val": in_two_splits}, r"both train and val"),
+    "no windows": ({"val": lambda a: {k: v[:0] for k, v in a.items()}}, r"contexts: .*\(0, 5, 4\)"),
+    "no contexts": ({"val": without("contexts")}, r"no contexts"),
+    "no targets": ({"val": without("targets")}, r"no targets"),
+    "no articles": ({"val": without("article_ids")}, r"article_ids"),
     "contexts in two spellings": (
         {"val": lambda a: {**a, "context_sequences": a["contexts"]}},
-        r"holds both context_sequences and contexts",
+        r"both context_sequences and contexts",
     ),
     "fewer targets than contexts": (
         {"val": lambda a: {**a, "targets": a["targets"][1:]}},
-        r"targets: has shape \(11, 4\) .*needed is \(12, 4\)",
+        r"targets: .*\(11, 4\).*\(12, 4\)",
     ),
-    "fewer articles than contexts": (
-        {"val": lambda a: {**a, "article_ids": a["article_ids"][1:]}},
-        r"article_ids: has shape",
-    ),
+    "fewer articles than contexts": ({"val": lambda a: {**a, "article_ids": a["article_ids"][1:]}}, r"article_ids: "),
     "targets of another dimension": (
         {"val": lambda a: {**a, "targets": np.ones((len(a["targets"]), 3))}},
         r"same dimension",
     ),
     "a file of another dimension": (
         {"val": lambda a: {**a, "targets": a["targets"][:, :3], "contexts": a["contexts"][..., :3]}},
-        r"val\.npz: its contexts are 5 vectors of 3 dimensions, those of .*train\.npz 5 of 4",
+        r"5 vectors of 3 .*train\.npz 5 of 4",
     ),
-    "a file of another context length": (
-        {"val": lambda a: {**a, "contexts": a["contexts"][:, 1:]}},
-        r"val\.npz: its contexts are 4 vectors of 4",
-    ),
-    "integer contexts": (
-        {"val": lambda a: {**a, "contexts": a["contexts"].astype(int)}},
-        r"contexts: has .* type int64; needed is .*float16",
-    ),
-    "NaN in a context": ({"ood": set_at("contexts", (1, 2, 0), np.nan)}, r"ood\.npz: array contexts: row 1 has NaN"),
+    "a file of another context length": ({"val": lambda a: {**a, "contexts": a["contexts"][:, 1:]}}, r"4 vectors of 4"),
+    "integer contexts": ({"val": lambda a: {**a, "contexts": a["contexts"].astype(int)}}, r"contexts: .*int64"),
+    "NaN in a context": ({"ood": set_at("contexts", (1, 2, 0), np.nan)}, r"ood\.npz: .*row 1 .*NaN"),
     "metadata without articles": (
         {"val": listed(lambda a, t: {"target_chunk_index": t, "title": "x"})},
-        r"metadata, window 0: has no article_index; it has: target_chunk_index, title",
+        r"window 0: .*article_index",
     ),
     "metadata with texts for numbers": (
         {"val": listed(lambda a, t: {"article_index": str(a), "target_chunk_index": t})},
-        r"window 0, article_index: is str '20'; needed is a whole number",
+        r"window 0, article_index: is str",
     ),
     "metadata with lists for numbers": (
         {"val": listed(lambda a, t: {"article_index": [a], "target_chunk_index": t})},
-        r"window 0, article_index: is list; needed",
+        r"window 0, article_index: is list",
     ),
     "metadata with fractions": (
         {"val": listed(lambda a, t: {"article_index": a + 0.5, "target_chunk_index": t})},
-        r"article_index: is 20\.5; needed",
+        r"article_index: is 20\.5",
     ),
     "metadata with target indices here and there": (
         {"val": listed(lambda a, t: {"article_index": a, **({"target_chunk_index": t} if t % 2 else {})})},
-        r"window \d+: has no target_chunk_index; .*give it to all windows",
+        r"window \d+: .*target_chunk_index",
     ),
-    "metadata of numbers": ({"val": listed(lambda a, t: a)}, r"window 0: is int; needed is a dict"),
-    "metadata of objects": ({"val": listed(lambda a, t: Path("x"))}, r"asks to load pathlib"),
-    "metadata that runs code": (
-        {"val": listed(lambda a, t: {"article_index": Runs("MARKER")})},
-        r"asks to load posix\.system",
-    ),
+    "metadata of numbers": ({"val": listed(lambda a, t: a)}, r"window 0: is int"),
+    "metadata of objects": ({"val": listed(lambda a, t: Path("x"))}, r"pathlib"),
+    "metadata that runs code": ({"val": listed(lambda a, t: {"article_index": Runs("MARKER")})}, r"posix\.system"),
     "metadata that runs code, and is not needed": (
         {"val": lambda a: {**a, "metadata": dicts(a["article_ids"], a["target_indices"], more=Runs("MARKER"))}},
-        r"val\.npz: array metadata.*asks to load posix\.system.*saved without it",
+        r"metadata.*posix\.system",
     ),
     "metadata that contradicts the plain arrays": (
         {
@@ -1164,12 +1065,9 @@ SEQUENCE_CASES = {
                 "metadata": dicts(a["article_ids"] + 1, a["target_indices"]),
             }
         },
-        r"window 0 is of article 20 by article_ids, of article 21 by metadata",
+        r"article_ids.* 21 by metadata",
     ),
-    "metadata of one item": (
-        {"val": without("article_ids", metadata=np.array({"a": 1}, object))},
-        r"metadata: has shape \(\)",
-    ),
+    "metadata of one item": ({"val": without("article_ids", metadata=np.array({"a": 1}, object))}, r"metadata: .*\(\)"),
 }
 
 
@@ -1180,78 +1078,78 @@ def test_hostile_sequence_files(tmp_path, case, monkeypatch):
     refused(sequences(**change)(tmp_path), tmp_path, message, tmp_path / "MARKER")
 
 
-def test_windows_that_are_nowhere_by_vectors(tmp_path):
-    files = sequences(
-        train=without("target_indices"),
-        val=lambda a: {**without("target_indices")(a), "contexts": a["contexts"][::-1]},
-        ood=without("target_indices"),
-    )(tmp_path)
-    refused(
-        files,
-        tmp_path,
-        r"val\.npz: window 0 \(article 20\): its context and, 2 chunks .* not found in that article .*best cosine",
-    )
-    files = sequences(
-        **{s: without("target_indices") for s in ("train", "ood")},
-        val=lambda a: without("target_indices")(other_horizon(a)),
-    )(tmp_path)
-    refused(
-        files,
-        tmp_path,
-        r"val\.npz: window 0 \(article 20\): .*, 2 chunks after it, its target are not found.*several horizons",
-    )
+def mirrored(arrays):
+    return without("target_indices", contexts=arrays["contexts"][::-1])(arrays)
 
 
-def test_sequences_alone_that_do_not_agree(tmp_path):
-    files = sequences(train=set_at("contexts", (1, 0), np.eye(4)[0]))(tmp_path)
-    files.pop("articles")
-    refused(
-        files,
-        tmp_path,
-        r"train\.npz: window \d \(article 0, .*horizon 2; .*cosines .*-?0\.\d",
-    )
-    files = sequences(train=set_at("targets", 0, np.eye(4)[0]))(tmp_path)
-    files.pop("articles")
-    refused(files, tmp_path, r"train\.npz: window \d \(article 0, .*horizon 2; .*cosines .*-?0\.\d")
-    rng = np.random.default_rng(0)
-    noise = {s: lambda a: {**a, "targets": rng.standard_normal(a["targets"].shape)} for s in PARTS}
-    files = sequences(**noise)(tmp_path)
-    files.pop("articles")
-    refused(files, tmp_path, r"at none of the horizons 1 to 16 .*give the article file")
-    ones = {s: lambda a: {**a, "targets": a["targets"] * 0 + 1, "contexts": a["contexts"] * 0 + 1} for s in PARTS}
-    files = sequences(**ones)(tmp_path)
-    refused(
-        {s: files[s] for s in PARTS},
-        tmp_path,
-        r"fit the horizons 1, 2(, \d+)* alike, as the chunks repeat.*or the article file",
-    )
-    constant = np.ones((COUNT, 4))
-    files["articles"] = article_file(tmp_path, constant, *world()[1:])
-    refused(files, tmp_path, r"fit the horizons 1, 2(, \d+)* alike")
-    single = sequences(**{s: lambda a: {k: v[:1] for k, v in a.items()} for s in PARTS})(tmp_path)
-    single.pop("articles")
-    refused(single, tmp_path, r"at most 0 could be compared.*give the article file")
-    early = sequences(train=lambda a: {**a, "target_indices": a["target_indices"] - 1})(tmp_path)
-    early.pop("articles")
-    refused(early, tmp_path, r"target index 5 is out of range")
+def noisy(arrays):
+    random = np.random.default_rng(0)
+    return {**arrays, "targets": random.standard_normal(arrays["targets"].shape)}
+
+
+def ones(arrays):
+    return {**arrays, "targets": arrays["targets"] * 0 + 1, "contexts": arrays["contexts"] * 0 + 1}
+
+
+def early(arrays):
+    return {**arrays, "target_indices": arrays["target_indices"] - 1}
+
+
+BY_VECTORS = {s: without("target_indices") for s in PARTS}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (BY_VECTORS | {"val": mirrored}, r"val\.npz: window 0 \(article 20\): .* 2 chunks .*best cosine"),
+        (
+            BY_VECTORS | {"val": lambda a: without("target_indices")(other_horizon(a))},
+            r"val\.npz: window 0 \(article 20\): .* 2 chunks ",
+        ),
+    ],
+)
+def test_windows_that_are_nowhere_by_vectors(tmp_path, change, message):
+    refused(sequences(**change)(tmp_path), tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (BY_VECTORS, r"train\.npz.*target_indices"),
+        ({"train": set_at("contexts", (1, 0), np.eye(4)[0])}, r"train\.npz: window \d .*horizon 2; .*-?0\.\d"),
+        ({"train": set_at("targets", 0, np.eye(4)[0])}, r"train\.npz: window \d .*horizon 2; .*-?0\.\d"),
+        (dict.fromkeys(PARTS, noisy), r"horizons 1 to 16 "),
+        (dict.fromkeys(PARTS, ones), r"horizons 1, 2(, \d+)* "),
+        (dict.fromkeys(PARTS, lambda a: {k: v[:1] for k, v in a.items()}), r" 0 could be compared"),
+        ({"train": early}, r"target index 5 "),
+    ],
+)
+def test_sequences_alone_that_do_not_agree(tmp_path, change, message):
+    files = sequences(**change)(tmp_path)
+    refused({s: files[s] for s in PARTS}, tmp_path, message)
+
+
+def test_chunks_that_are_all_the_same_give_no_horizon(tmp_path):
+    files = sequences(**dict.fromkeys(PARTS, ones))(tmp_path)
+    files["articles"] = article_file(tmp_path, np.ones((COUNT, 4)), *world()[1:])
+    refused(files, tmp_path, r"horizons 1, 2(, \d+)* ")
 
 
 def test_what_is_given_is_checked(tmp_path):
     path = article_file(tmp_path, *world())
-    refused({"article": path}, tmp_path, r"unknown key 'article' \(did you mean 'articles'\?\)")
-    refused({}, tmp_path, r"none is named; give train, val, ood, or articles")
-    refused({"articles": 5}, tmp_path, r"articles is 5; needed is the path")
-    refused(tmp_path / "none.npz", tmp_path, r"none\.npz: there is no such file")
-    refused(tmp_path, tmp_path, r"is no file")
-    refused({"train": path}, tmp_path, r"looks like an article file: give it as articles")
-    refused({**sequences()(tmp_path)}, tmp_path, r"the sequence files say what is ood", ood="random")
+    refused({"article": path}, tmp_path, r"'article' .*'articles'")
+    refused({}, tmp_path, r"train, val, ood, or articles")
+    refused({"articles": 5}, tmp_path, r"articles is 5")
+    refused(tmp_path / "none.npz", tmp_path, r"none\.npz")
+    refused(tmp_path, tmp_path, str(tmp_path))
+    refused({"train": path}, tmp_path, r"articles\.npz.*article file")
+    refused({**sequences()(tmp_path)}, tmp_path, r"'random'", ood="random")
     (tmp_path / "there").mkdir()
-    with pytest.raises(LVMError, match="is there already"):
-        I.convert(path, tmp_path / "there")
     (tmp_path / "plain").touch()
-    with pytest.raises(LVMError, match="cannot be written"):
-        I.convert(path, tmp_path / "plain" / "store")
-    with pytest.raises(LVMError, match="cannot be opened"):
+    for folder in ("there", "plain/store"):
+        with pytest.raises(LVMError, match=folder):
+            I.convert(path, tmp_path / folder)
+    with pytest.raises(LVMError, match=r"none\.npz"):
         I.opened(tmp_path / "none.npz")
 
 
@@ -1259,13 +1157,13 @@ def test_a_full_disk_is_told_before_it_is_filled(tmp_path, monkeypatch):
     path = article_file(tmp_path, *world())
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda p: usage._replace(free=1000))
-    refused(path, tmp_path, r"articles\.npz: array vectors: needs 0\.0 GB on disk.*make room")
+    refused(path, tmp_path, r"articles\.npz: array vectors: needs 0\.0 GB")
 
 
 def test_bad_vectors_are_counted_through_all_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(npz_format, "BLOCK_BYTES", 256)
     x, article, chunk = world()
-    refused(article_file(tmp_path, x * 0, article, chunk), tmp_path, rf"row 0 has a zero vector \(in all {COUNT} rows")
+    refused(article_file(tmp_path, x * 0, article, chunk), tmp_path, rf"row 0 .*zero.*{COUNT} bad rows")
     path = article_file(tmp_path, np.where(article[:, None] < 9, 0, x), article, chunk)
     assert len(I.convert(path, tmp_path / "s", drop_bad=True).vectors) == (article >= 9).sum()
 
@@ -1287,7 +1185,7 @@ def test_self_references_and_doubling_are_not_walked(tmp_path):
 
 def test_all_windows_bad(tmp_path):
     files = sequences(val=set_at("contexts", slice(None), np.nan))(tmp_path)
-    refused(files, tmp_path, r"val\.npz: none of its \d+ windows can be placed", drop_bad=True)
+    refused(files, tmp_path, r"val\.npz: none of its ", drop_bad=True)
     x, article, chunk = world()
     path = article_file(tmp_path, x * 0, article, chunk)
     refused(path, tmp_path, r"no vector is left", drop_bad=True)

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lvmlib as lvm
-from lvmlib import windows as windows_module
-from lvmlib.data import checks as checks_module
+from lvmlib import windows as W
+from lvmlib.data import checks as C
+from lvmlib.data import open as O
 from lvmlib.data import store as V
 from lvmlib.errors import LVMError
 from lvmlib.io.paths import EMBEDDED
@@ -59,24 +60,6 @@ def naive_starts(store, split, horizon, context_length):
 # --- windows ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("horizon", [1, 2, 3])
-@pytest.mark.parametrize("context_length", [1, 2, 5])
-@pytest.mark.parametrize("seed", range(4))
-def test_windows_equal_brute_force(seed, context_length, horizon):
-    store = random_store(seed)
-    for split in windows_module.SPLITS:
-        expected = naive_starts(store, split, horizon, context_length)
-        if not expected:
-            with pytest.raises(LVMError, match="no article is long enough"):
-                windows_module.windows(store, split, horizon, context_length)
-            continue
-        w = windows_module.windows(store, split, horizon, context_length)
-        assert w.start.tolist() == expected
-        assert len(w) == len(expected)
-        assert w.article.tolist() == [store.article[s] for s in expected]
-        assert w.target.tolist() == [s + context_length + horizon - 1 for s in expected]
-
-
 @st.composite
 def tables(draw):
     """Articles, some without a chunk, with any gaps; and splits."""
@@ -84,94 +67,106 @@ def tables(draw):
     numbers = draw(st.permutations(range(0, 3 * len(steps), 3)))
     article = [n for n, s in zip(numbers, steps, strict=True) for _ in s]
     position = [int(p) for s in steps for p in np.cumsum(s)]
-    split = [draw(st.sampled_from((*windows_module.SPLITS, ""))) for _ in steps]
+    split = [draw(st.sampled_from((*W.SPLITS, ""))) for _ in steps]
     return article, position, pd.DataFrame({"title": "", "split": split}, index=numbers)
 
 
 @settings(max_examples=300, deadline=None)
-@given(tables(), st.integers(1, 4), st.integers(1, 3), st.sampled_from(windows_module.SPLITS), st.integers(1, 9))
+@given(tables(), st.integers(1, 4), st.integers(1, 3), st.sampled_from(W.SPLITS), st.integers(1, 9))
 def test_windows_and_rows_by_runs_are_those_of_the_definition(table, length, horizon, split, block):
     article, position, frame = table
     if not article:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows_module, "BLOCK_VALUES", block)  # runs across the borders of blocks
+        patch.setattr(W, "BLOCK_VALUES", block)  # runs across the borders of blocks
         store = V.make_store("any", np.ones((len(article), 1), np.float32), article, position, frame)
         inside = [i for i, a in enumerate(article) if frame.loc[a, "split"] == split]
         assert store.rows(split).tolist() == inside
         for direction, off in (("forward", 0), ("backward", length - 1 + horizon)):
             try:
-                found = windows_module.windows(store, split, horizon, length, direction).start
+                found = W.windows(store, split, horizon, length, direction).start
             except LVMError as e:
                 longest = max((article.count(a) for a in {article[i] for i in inside}), default=0)
-                assert str(e).endswith(f"the longest article has {longest}")
+                assert split in str(e) and str(e).endswith(f" {longest}")
                 found = np.zeros(0)
             assert found.tolist() == [s + off for s in naive_starts(store, split, horizon, length)]
+
+
+@pytest.mark.parametrize("direction", W.DIRECTIONS)
+@pytest.mark.parametrize("horizon", [1, 2, 3])
+@pytest.mark.parametrize("context_length", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_windows_equal_brute_force(seed, context_length, horizon, direction):
+    """The same runs of chunks in both directions; backwards each is read from its last chunk to its first."""
+    store = random_store(seed)
+    assert ((np.diff(store.position) != 1) & (np.diff(store.article) == 0)).sum() > 5  # there are gaps
+    for split in W.SPLITS:
+        expected = naive_starts(store, split, horizon, context_length)
+        if not expected:
+            with pytest.raises(LVMError, match=f"split {split}"):
+                W.windows(store, split, horizon, context_length, direction)
+            continue
+        w = W.windows(store, split, horizon, context_length, direction)
+        runs = [[*range(s, s + context_length + horizon)][:: W.DIRECTIONS[direction]] for s in expected]
+        assert (w.step, len(w)) == (W.DIRECTIONS[direction], len(expected))
+        assert w.start.tolist() == [run[0] for run in runs] and w.target.tolist() == [run[-1] for run in runs]
+        assert w.article.tolist() == [store.article[run[0]] for run in runs]
+        index = np.arange(len(w))
+        np.testing.assert_array_equal(w.context_rows(index), [run[:context_length] for run in runs])
+        context, target = w.batch(index)
+        for b, run in enumerate(runs):
+            assert np.array_equal(context[b].numpy(), store.vectors[run[:context_length]])
+            assert np.array_equal(target[b].numpy(), store.vectors[run[-1]])
+
+
+@pytest.mark.parametrize(
+    "key, arguments",
+    [
+        ("valid", {"split": "valid"}),
+        ("horizon 0", {"horizon": 0}),
+        ("horizon -1", {"horizon": -1}),
+        ("context_length 0", {"context_length": 0}),
+        ("sideways", {"direction": "sideways"}),
+    ],
+)
+def test_impossible_windows(key, arguments):
+    with pytest.raises(LVMError, match=key):
+        W.windows(random_store(0), **{"split": "train"} | arguments)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6))))
 def test_ranges(runs):
     first, count = np.array(runs, int).reshape(-1, 2).T
-    assert windows_module.ranges(first, count).tolist() == [f + i for f, c in runs for i in range(c)]
+    assert W.ranges(first, count).tolist() == [f + i for f, c in runs for i in range(c)]
 
 
 @pytest.mark.parametrize("row", [7, 8, 9, 15, 16])
 def test_a_table_that_is_wrong_at_the_border_of_a_block(monkeypatch, row):
-    monkeypatch.setattr(windows_module, "BLOCK_VALUES", 8)
+    monkeypatch.setattr(W, "BLOCK_VALUES", 8)
     frame = pd.DataFrame({"title": ["a", "b"], "split": ["train", "val"]}, index=[0, 1])
     position = list(range(20))
     position[row] = position[row - 1]
-    with pytest.raises(LVMError, match=rf"row {row} \(article 0\) does not rise"):
+    with pytest.raises(LVMError, match=f"row {row} "):
         V.make_store("t", np.ones((20, 1), np.float32), [0] * 20, position, frame)
     article = [0] * 20
     article[row] = 1
-    with pytest.raises(LVMError, match="article 0 is torn apart"):
+    with pytest.raises(LVMError, match="article 0 "):
         V.make_store("t", np.ones((20, 1), np.float32), article, range(20), frame)
-
-
-def test_brute_force_meets_gaps_and_article_ends():
-    """The random stores above do hold what they are meant to test."""
-    store = random_store(0)
-    gaps = ((np.diff(store.position) != 1) & (np.diff(store.article) == 0)).sum()
-    assert gaps > 5
-    assert set(store.articles["split"]) == {*windows_module.SPLITS, ""}
-    naive_no_gap_check = sum(max(0, n - 6) for n in np.bincount(store.article[store.rows("train")]))
-    assert len(windows_module.windows(store, "train")) < naive_no_gap_check
-
-
-def test_every_window_counted_once_without_gaps():
-    store = random_store(1, gaps=False, longest=15)
-    assert len(windows_module.windows(store, "train", horizon=2)) == 3 * (15 - 6)
 
 
 def test_exactly_long_enough_and_one_too_short():
     frame = pd.DataFrame({"title": ["a", "b"], "split": ["train", "val"]}, index=[0, 1])
     x = np.eye(13, 16, dtype=np.float32)
     store = V.make_store("edge", x, [0] * 7 + [1] * 6, [*range(7), *range(6)], frame)
-    assert windows_module.windows(store, "train", horizon=2).start.tolist() == [0]
-    with pytest.raises(LVMError, match=r"split val.*7 chunks without a gap.*longest article has 6"):
-        windows_module.windows(store, "val", horizon=2)
-    assert windows_module.windows(store, "val", horizon=1).start.tolist() == [7]
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("horizon", [1, 2, 3])
-def test_batch_is_a_naive_gather(dtype, horizon):
-    store = random_store(5, dtype)
-    w = windows_module.windows(store, "train", horizon, 4)
-    index = np.random.default_rng(0).integers(0, len(w), 17)
-    context, target = w.batch(index)
-    assert context.dtype == target.dtype == torch.float32
-    assert context.shape == (17, 4, DIM) and target.shape == (17, DIM)
-    for b, i in enumerate(index):
-        for t in range(4):
-            assert np.array_equal(context[b, t].numpy(), store.vectors[w.start[i] + t].astype(np.float32))
-        assert np.array_equal(target[b].numpy(), store.vectors[w.start[i] + 3 + horizon].astype(np.float32))
+    assert W.windows(store, "train", horizon=2).start.tolist() == [0]
+    with pytest.raises(LVMError, match=r"split val.* 7 .* 6"):
+        W.windows(store, "val", horizon=2)
+    assert W.windows(store, "val", horizon=1).start.tolist() == [7]
 
 
 @pytest.mark.parametrize("where", ["memory", "disk", "disk, by columns", "a tensor of its own"])
-@pytest.mark.parametrize("direction", windows_module.DIRECTIONS)
+@pytest.mark.parametrize("direction", W.DIRECTIONS)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("horizon", [1, 2, 3])
 def test_batch_wherever_the_vectors_lie(tmp_path, dtype, direction, horizon, where):
@@ -181,9 +176,9 @@ def test_batch_wherever_the_vectors_lie(tmp_path, dtype, direction, horizon, whe
         if where == "disk, by columns":
             spoil(folder, np.asfortranarray)
         store = V.open_store(folder)
-    w = windows_module.windows(store, "train", horizon, 4, direction)
+    w = W.windows(store, "train", horizon, 4, direction)
     vectors = torch.from_numpy(store.vectors.copy()) if where == "a tensor of its own" else None
-    index, step = np.random.default_rng(1).integers(0, len(w), 9), windows_module.DIRECTIONS[direction]
+    index, step = np.random.default_rng(1).integers(0, len(w), 9), W.DIRECTIONS[direction]
     context, target = w.batch(index, vectors)
     for b, i in enumerate(index):
         for t in range(4):
@@ -195,15 +190,15 @@ def test_batch_wherever_the_vectors_lie(tmp_path, dtype, direction, horizon, whe
     assert [x.shape for x in w.batch(np.arange(0), vectors)] == [(0, 4, DIM), (0, DIM)]
 
 
-@pytest.mark.parametrize("direction", windows_module.DIRECTIONS)
-def test_a_batch_announces_the_pages_of_its_windows_and_no_others(tmp_path, direction, monkeypatch):
+@pytest.mark.parametrize("direction", W.DIRECTIONS)
+def test_a_batch_prefetches_the_pages_of_its_windows_and_no_others(tmp_path, direction, monkeypatch):
     """Each window's rows lie in one announced area, which begins at a page and reaches no further than they do."""
     wide = 700  # so that a row is not far from a page
     x = np.zeros((60, wide), np.float32)
     x[:, 0] = 1
     frame = pd.DataFrame({"title": ["a"], "split": ["train"]}, index=[0])
     store = V.open_store(V.write_store(V.make_store("w", x, [0] * 60, range(60), frame), tmp_path / "s"))
-    w, said = windows_module.windows(store, "train", 2, 5, direction), []
+    w, said = W.windows(store, "train", 2, 5, direction), []
 
     class Area:
         def madvise(self, option, at, length):
@@ -216,41 +211,35 @@ def test_a_batch_announces_the_pages_of_its_windows_and_no_others(tmp_path, dire
     monkeypatch.setattr(mmap, "mmap", Area)
     mapped = store.vectors.view(Mapped)
     index = np.arange(len(w))[::5]
-    windows_module.announce(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors))
+    W.prefetch(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors))
     header = (tmp_path / "s" / "vectors.npy").stat().st_size - x.nbytes
     for i, (begin, end) in zip(index, said, strict=True):
         rows = sorted([w.start[i], w.target[i]])
         first, last = header + 4 * wide * rows[0], header + 4 * wide * (rows[1] + 1)
         assert begin % mmap.PAGESIZE == 0 and first - mmap.PAGESIZE < begin <= first and end == last
-    windows_module.announce(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors.copy()))
-    windows_module.announce(mapped, np.zeros((0, 6), int), torch.from_numpy(store.vectors))
+    W.prefetch(mapped, w.start[index][:, None] + w.offsets, torch.from_numpy(store.vectors.copy()))
+    W.prefetch(mapped, np.zeros((0, 6), int), torch.from_numpy(store.vectors))
     assert len(said) == len(index)  # vectors that lie elsewhere are not read from the map, and no rows are no pages
-
-
-def test_batch_from_vectors_on_a_device_is_the_same():
-    w = windows_module.windows(random_store(5, np.float16), "train")
-    own, given = w.batch([0, 1]), w.batch(torch.tensor([0, 1]), torch.from_numpy(w.store.vectors.copy()))
-    assert all(torch.equal(a, b) for a, b in zip(own, given, strict=True))
 
 
 def test_vectors_go_to_a_device_that_has_room_and_on_demand_to_one_that_has_not(tmp_path, monkeypatch):
     store = V.open_store(V.write_store(random_store(5, np.float16), tmp_path / "s"))
-    assert windows_module.on_device(store, "cpu").data_ptr() == store.vectors.ctypes.data  # the map itself
+    assert W.on_device(store, "cpu").data_ptr() == store.vectors.ctypes.data  # the map itself
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * store.vectors.nbytes - 1, 0))
-    lazy = windows_module.on_device(store, gpu)
-    assert isinstance(lazy, windows_module.OnDemand) and lazy.device == gpu and lazy.shape == store.vectors.shape
+    lazy = W.on_device(store, gpu)
+    assert isinstance(lazy, W.OnDemand) and lazy.device == gpu and lazy.shape == store.vectors.shape
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * store.vectors.nbytes, 0))
     moved = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append((len(self), device)))
-    windows_module.on_device(store, gpu)
+    W.on_device(store, gpu)
     assert moved == [(len(store.vectors), gpu)]
 
 
 def test_on_demand_gives_what_the_tensor_gives():
-    w = windows_module.windows(random_store(5, np.float16), "train")
+    w = W.windows(random_store(5, np.float16), "train")
     whole, rows = torch.from_numpy(w.store.vectors), torch.tensor([[3, 1], [0, 7]])
-    lazy = windows_module.OnDemand(whole, torch.device("cpu"))
+    lazy = W.OnDemand(whole, torch.device("cpu"))
     assert torch.equal(lazy[rows], whole[rows]) and torch.equal(lazy[2:9], whole[2:9])
     assert torch.equal(lazy.index_select(0, rows[0]), whole[rows[0]]) and lazy.data_ptr() == whole.data_ptr()
     assert all(torch.equal(a, b) for a, b in zip(w.batch([0, 1], lazy), w.batch([0, 1]), strict=True))
@@ -258,7 +247,7 @@ def test_on_demand_gives_what_the_tensor_gives():
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_batches_cover_all_in_order(size):
-    w = windows_module.windows(random_store(2), "train")
+    w = W.windows(random_store(2), "train")
     parts = list(w.batches(size))
     assert all(len(p[0]) <= size for p in parts)
     whole = w.batch(np.arange(len(w)))
@@ -266,18 +255,19 @@ def test_batches_cover_all_in_order(size):
     assert torch.equal(torch.cat([y for _, y in parts]), whole[1])
 
 
+@pytest.mark.parametrize("direction", W.DIRECTIONS)
 @pytest.mark.parametrize("count", [1, 5, 10_000])
-def test_at_most(count):
-    w = windows_module.windows(random_store(2), "train")
+def test_at_most(count, direction):
+    w = W.windows(random_store(2), "train", direction=direction)
     few = w.at_most(count)
-    assert len(few) == min(count, len(w))
+    assert len(few) == min(count, len(w)) and few.step == w.step
     assert set(few.start) <= set(w.start) and (np.diff(few.start) > 0).all()
 
 
 def test_windows_hold_row_numbers_only(tmp_path):
     """No (N, T, D) copy: what a Windows object holds besides the shared store is 8 bytes a window."""
     store = V.open_store(V.write_store(random_store(3), tmp_path / "s"))
-    w = windows_module.windows(store, "train")
+    w = W.windows(store, "train")
     arrays = [a for a in vars(w).values() if isinstance(a, np.ndarray)]
     assert w.store is store
     assert sum(a.nbytes for a in arrays) == 8 * len(w)
@@ -285,27 +275,25 @@ def test_windows_hold_row_numbers_only(tmp_path):
     assert torch.from_numpy(store.vectors).data_ptr() == store.vectors.ctypes.data
 
 
+MADE = {"vectors": np.eye(2, dtype=np.float32), "article": [0, 0], "position": [0, 1]}
+
+
 @pytest.mark.parametrize(
-    "article, position",
+    "change",
     [
-        ([0, 0.5], [0, 1]),
-        ([0, 0], [0, 1.5]),
-        ([0, np.nan], [0, 0]),
-        ([0, 0], [0, 2**32 + 1]),
-        (["0", "0"], ["a", "b"]),
-        ([0], [0, 1]),
-        ([0, 0, 0], [0, 1, 2]),
+        {"article": [0, 0.5]},
+        {"position": [0, 1.5]},
+        {"article": [0, np.nan]},
+        {"position": [0, 2**32 + 1]},
+        {"article": ["0", "0"], "position": ["a", "b"]},
+        {"article": [0]},
+        {"article": [0] * 3, "position": range(3)},
     ],
 )
-def test_make_store_refuses_numbers_it_cannot_keep(article, position):
+def test_make_store_refuses_numbers_it_cannot_keep(change):
     frame = pd.DataFrame({"title": ["a"], "split": ["train"]}, index=[0])
-    with pytest.raises(LVMError):
-        V.make_store("odd", np.eye(2, dtype=np.float32), article, position, frame)
-
-
-def test_unknown_split_lists_the_known():
-    with pytest.raises(LVMError, match=r"'valid'.*train, val, ood"):
-        windows_module.windows(random_store(0), "valid")
+    with pytest.raises(LVMError, match="odd"):
+        V.make_store("odd", **MADE | change, articles=frame)
 
 
 # --- write and open --------------------------------------------------------------------------------------------------
@@ -323,19 +311,10 @@ def test_round_trip(tmp_path, dtype):
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["store"], "a partial folder was left behind"
 
 
-@pytest.mark.parametrize(
-    "titles",
-    [
-        ["NA", "null"],
-        ["nan", "None"],
-        ["1", "2"],
-        ["1e5", "007"],
-        ['a, "b"', "x\ny"],
-        ["Ünï — çode", "日本"],
-        ["", ""],
-        [" a ", "#b"],
-    ],
-)
+TITLES = ["NA", "null"], ["1e5", "007"], ['a, "b"', "x\ny"], ["Ünï — çode", "日本"], ["", ""], [" a ", "#b"]
+
+
+@pytest.mark.parametrize("titles", TITLES)
 def test_titles_survive_the_round_trip(tmp_path, titles):
     frame = pd.DataFrame({"title": titles, "split": ["train", "val"]}, index=[0, 1])
     store = V.make_store("t", np.eye(2, dtype=np.float32), [0, 1], [0, 0], frame)
@@ -368,7 +347,7 @@ def test_never_overwrites(tmp_path, kind):
     else:
         there.mkdir()
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(LVMError, match="is there already"):
+    with pytest.raises(LVMError, match=str(there)):
         V.write_store(random_store(2), there)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
@@ -411,25 +390,15 @@ def refused(folder, *words):
     with pytest.raises(LVMError) as e:
         V.open_store(folder)
     for word in words:
-        assert word in str(e.value), f"{word!r} not in: {e.value}"
+        assert str(word) in str(e.value), f"{word!r} not in: {e.value}"
 
 
 @pytest.mark.parametrize("name", V.STORE_FILES)
 def test_missing_file(folder, name):
     (folder / name).unlink()
-    refused(folder, name, "missing", "a store folder holds")
-
-
-def test_missing_folder(tmp_path):
-    refused(tmp_path / "nowhere", "nowhere", "missing")
-
-
-@pytest.mark.parametrize("name", V.STORE_FILES[:3])
-def test_checksum_mismatch(folder, name):
-    content = bytearray((folder / name).read_bytes())
-    content[-2] ^= 1
-    (folder / name).write_bytes(content)
-    refused(folder, name, "sha256", "restore")
+    refused(folder, folder / name)
+    shutil.rmtree(folder)
+    refused(folder, folder)
 
 
 @pytest.mark.parametrize("name", ["vectors.npy", "chunks.npy"])
@@ -498,97 +467,62 @@ def test_any_damaged_header_byte_gives_one_clear_error(folder, name):
     assert not others
 
 
-def spoil(folder, change):
-    x = np.load(folder / "vectors.npy")
-    np.save(folder / "vectors.npy", change(x))
-    reseal(folder)
+def spoil(folder, change, name="vectors.npy", *more):
+    """Save another array under a name, with the right checksum."""
+    np.save(folder / name, change(np.load(folder / name)))
+    reseal(folder, *more)
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, word",
     [
-        (lambda x: x.astype(np.float64), ["float64", "float16 or float32"]),
-        (lambda x: (x * 100).astype(np.int32), ["int32", "float16 or float32"]),
-        (lambda x: x.astype(">f4"), ["float16 or float32"]),
-        (lambda x: x.astype(np.complex64), ["complex64"]),
-        (lambda x: x[:, :, None], ["shape"]),
-        (lambda x: x[:, 0], ["shape"]),
-        (lambda x: x[:0], ["not empty"]),
-        (lambda x: x[:, :0], ["not empty"]),
-        (lambda x: np.asfortranarray(x) * 2, ["norm 2, not 1", "normalise"]),
+        (lambda x: x.astype(np.float64), "float64"),
+        (lambda x: (x * 100).astype(np.int32), "int32"),
+        (lambda x: x.astype(">f4"), ">f4"),
+        (lambda x: x.astype(np.complex64), "complex64"),
+        (lambda x: x[:, :, None], "shape"),
+        (lambda x: x[:, 0], "shape"),
+        (lambda x: x[:0], "empty"),
+        (lambda x: x[:, :0], "empty"),
+        (lambda x: np.asfortranarray(x) * 2, "norm 2"),
     ],
-    ids=["float64", "int", "big endian", "complex", "three axes", "one axis", "no rows", "no columns", "norm 2"],
 )
-def test_wrong_vectors(folder, change, words):
+def test_wrong_vectors(folder, change, word):
     spoil(folder, change)
-    refused(folder, "vectors.npy", *words)
+    refused(folder, "vectors.npy", word)
 
 
-def test_fortran_order_is_read_right(folder):
-    x = np.load(folder / "vectors.npy")
-    spoil(folder, np.asfortranarray)
-    assert np.array_equal(V.open_store(folder).vectors, x)
-
-
-def test_fewer_vectors_than_chunks(folder):
-    spoil(folder, lambda x: x[:-1])
-    refused(folder, "chunks.npy", "a row for each vector")
-
-
-@pytest.mark.parametrize(
-    "value, words",
-    [
-        (np.nan, ["NaN or infinite", "re-encode"]),
-        (np.inf, ["NaN or infinite"]),
-        (-np.inf, ["NaN or infinite"]),
-        (0.0, ["zero vector", "re-encode"]),
-        (0.9, ["norm", "not 1", "normalise"]),
-    ],
-)
-@pytest.mark.parametrize("row", [0, 17, -1])
-def test_a_bad_row_is_named(folder, value, words, row):
+def row_set(row, value):
     def change(x):
         x[row] = value
         return x
 
-    spoil(folder, change)
-    rows = len(np.load(folder / "vectors.npy"))
-    refused(folder, "vectors.npy", f"row {row % rows} ", *words)
-
-
-def test_a_bad_row_beyond_the_first_block_is_named():
-    x = np.zeros((70_000, 2), np.float16)
-    x[:, 0] = 1
-    x[69_000] = np.nan
-    with pytest.raises(LVMError, match=r"here: row 69000 has NaN"):
-        checks_module.check_vectors(x, "here")
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_rounded_unit_vectors_pass(dtype):
-    x = np.random.default_rng(0).standard_normal((500, 768))
-    checks_module.check_vectors((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype), "here")
+    return change
 
 
 @pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda c: c.astype(np.float32), ["integers"]),
-        (lambda c: c[:, :1], ["shape"]),
-        (lambda c: c.T, ["shape"]),
-        (lambda c: c[:-1], ["a row for each vector"]),
-        (lambda c: c[:, 0], ["shape"]),
-        (lambda c: np.concatenate([c[1:], c[:1]]), ["torn apart", "stand together"]),
-    ],
-    ids=["float", "one column", "transposed", "a row short", "flat", "torn apart"],
+    "value, word", [(np.nan, "NaN"), (np.inf, "inf"), (-np.inf, "inf"), (0, "zero"), (0.9, "norm")]
 )
-def test_wrong_chunks(folder, change, words):
-    # The first article must have at least two chunks for "torn apart".
-    chunks = np.load(folder / "chunks.npy")
-    assert chunks[0, 0] == chunks[1, 0]
-    np.save(folder / "chunks.npy", change(chunks))
-    reseal(folder)
-    refused(folder, "chunks.npy", *words)
+@pytest.mark.parametrize("row", [0, 17, -1])
+def test_a_bad_row_is_named(folder, value, word, row):
+    spoil(folder, row_set(row, value))
+    refused(folder, "vectors.npy", f"row {row % len(np.load(folder / 'vectors.npy'))} ", word)
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda c: c.astype(np.float32), "integers"),
+        (lambda c: c[:, :1], "shape"),
+        (lambda c: c.T, "shape"),
+        (lambda c: c[:-1], "shape"),
+        (lambda c: c[:, 0], "shape"),
+        (lambda c: np.concatenate([c[1:], c[:1]]), "one run"),
+    ],
+)
+def test_wrong_chunks(folder, change, word):
+    spoil(folder, change, "chunks.npy")
+    refused(folder, "chunks.npy", word)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])  # unsigned differences are never negative
@@ -596,10 +530,22 @@ def test_wrong_chunks(folder, change, words):
 def test_positions_must_rise(folder, step, dtype):
     chunks = np.load(folder / "chunks.npy")
     row = int(np.flatnonzero(np.diff(chunks[:, 0]) == 0)[2]) + 1
-    chunks[row, 1] = chunks[row - 1, 1] + step
-    np.save(folder / "chunks.npy", chunks.astype(dtype))
-    reseal(folder)
-    refused(folder, "chunks.npy", f"row {row} (article {chunks[row, 0]})", "sort each article")
+    spoil(folder, lambda c: row_set((row, 1), c[row - 1, 1] + step)(c).astype(dtype), "chunks.npy")
+    refused(folder, "chunks.npy", f"row {row} (article {chunks[row, 0]})")
+
+
+def test_a_bad_row_beyond_the_first_block_is_named():
+    x = np.zeros((70_000, 2), np.float16)
+    x[:, 0] = 1
+    x[69_000] = np.nan
+    with pytest.raises(LVMError, match="row 69000 "):
+        C.check_vectors(x, "here")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rounded_unit_vectors_pass(dtype):
+    x = np.random.default_rng(0).standard_normal((500, 768))
+    C.check_vectors((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype), "here")
 
 
 def edit_articles(folder, change):
@@ -620,42 +566,21 @@ def put(frame, row, column, value):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda f: with_row(f, 0, split="val"), ["in both train and val", "one split"]),
-        (lambda f: with_row(f, 0, split="ood", title="other"), ["in both train and ood"]),
-        (lambda f: with_row(f, 0, split="", title="other"), ["listed twice"]),
-        (lambda f: with_row(f, 0), ["listed twice"]),
-        (lambda f: put(f, 1, "title", f.title[0]), ["in both train and val", "'T"]),
-        (lambda f: put(f, 2, "title", f.title[1]), ["in both val and ood"]),
-        (lambda f: put(f, 2, "split", "test"), ["unknown split 'test'", "train, val, ood"]),
-        (lambda f: put(f, 2, "split", "Train"), ["unknown split 'Train'"]),
-        (lambda f: put(f, 2, "split", "train "), ["unknown split 'train '"]),
-        (lambda f: f.iloc[1:], ["has chunks but is not listed"]),
-        (lambda f: f.iloc[:0], ["has chunks but is not listed"]),
-        (lambda f: f.drop(columns="split"), ["needs columns"]),
-        (lambda f: f.drop(columns="article"), ["needs columns"]),
-        (lambda f: put(f, 0, "article", "one"), ["needs columns article (a number)"]),
-        (lambda f: put(f, 0, "article", ""), ["needs columns article (a number)"]),
-        (lambda f: put(f, 0, "article", f.article[0] + ".5"), ["needs columns article (a number)"]),
-        (lambda f: put(f, 0, "article", str(int(f.article[0]) + 2**32)), ["needs columns article (a number)"]),
-    ],
-    ids=[
-        "two splits",
-        "two splits, other title",
-        "listed twice, once unused",
-        "listed twice",
-        "title twice",
-        "title twice, val and ood",
-        "unknown split",
-        "capital",
-        "blank",
-        "not listed",
-        "none listed",
-        "no split column",
-        "no article column",
-        "number as word",
-        "no number",
-        "fraction",
-        "too large",
+        (lambda f: with_row(f, 0, split="val"), ["both train and val"]),
+        (lambda f: with_row(f, 0, split="ood", title="other"), ["both train and ood"]),
+        (lambda f: with_row(f, 0, split="", title="other"), ["twice"]),
+        (lambda f: with_row(f, 0), ["twice"]),
+        (lambda f: put(f, 1, "title", f.title[0]), ["both train and val", "'T"]),
+        (lambda f: put(f, 2, "title", f.title[1]), ["both val and ood"]),
+        (lambda f: put(f, 2, "split", "test"), ["'test'"]),
+        (lambda f: put(f, 2, "split", "Train"), ["'Train'"]),
+        (lambda f: put(f, 2, "split", "train "), ["'train '"]),
+        (lambda f: f.iloc[1:], ["not listed"]),
+        (lambda f: f.iloc[:0], ["not listed"]),
+        (lambda f: f.drop(columns="split"), ["columns"]),
+        (lambda f: f.drop(columns="article"), ["columns"]),
+        (lambda f: put(f, 0, "article", f.article[0] + ".5"), ["number"]),
+        (lambda f: put(f, 0, "article", str(int(f.article[0]) + 2**32)), ["number"]),
     ],
 )
 def test_wrong_articles(folder, change, words):
@@ -663,66 +588,42 @@ def test_wrong_articles(folder, change, words):
     refused(folder, "articles.csv", *words)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"article,title,split\n1,\xff\xfe,train\n",
-        b'article,title,split\n1,"a,train\n',
-        b"article,title,split\n1,a,b,c,d\n2\n3,a,train\n",
-        b"\x00\x01\x02",
-    ],
-    ids=["empty", "not UTF-8", "open quote", "ragged", "binary"],
-)
-def test_unreadable_articles(folder, content):
-    (folder / "articles.csv").write_bytes(content)
+NUMBERS = ("-9223372036854775808", "4294967296", "-2147483649", "9" * 30, "1.0", "1e3", "x", "")
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_article_numbers_that_cannot_be_kept(folder, number):
+    edit_articles(folder, lambda f: with_row(f, 0, article=number, title="", split=""))
+    refused(folder, "articles.csv", "number")
+    edit_articles(folder, lambda f: put(f, len(f) - 1, "article", "999"))  # an article without chunks may be listed
+    assert 999 in V.open_store(folder).articles.index
+
+
+UNREADABLE = {
+    "empty": b"",
+    "not UTF-8": b"article,title,split\n1,\xff\xfe,train\n",
+    "open quote": b'article,title,split\n1,"a,train\n',
+    "ragged": b"article,title,split\n1,a,b,c,d\n2\n3,a,train\n",
+    "binary": b"\x00\x01\x02",
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_unreadable_articles(folder, case):
+    (folder / "articles.csv").write_bytes(UNREADABLE[case])
     reseal(folder)
     refused(folder, "articles.csv")
 
 
-def test_unused_article_may_be_listed(folder):
-    edit_articles(folder, lambda f: with_row(f, 0, article="999", title="", split=""))
-    assert 999 in V.open_store(folder).articles.index
+SHEETS = (b"", b"- a list\n", b"name: [unclosed\n", b"just text", b"name: x\n", b"sha256: 5\n", b"sha256: [a, b]\n")
+SHEETS += (b"\xff\xfe\x00", b"a: &a [*a", b"x: !!python/object/apply:os.getcwd []", b"sha256:\n", b"sha256: {}\n")
+SHEETS += (b"a: \x07", b"[" * 5000)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"- a list\n",
-        b"name: [unclosed\n",
-        b"just text",
-        b"name: x\n",
-        b"sha256: 5\n",
-        b"sha256: [a, b]\n",
-        b"\xff\xfe\x00",
-        b"a: &a [*a",
-        b"x: !!python/object/apply:os.getcwd []",
-        b"sha256:\n",
-        b"sha256: {}\n",
-        b"a: \x07",
-        b"[" * 5000,
-    ],
-    ids=[
-        "empty",
-        "list",
-        "unclosed",
-        "text",
-        "no checksums",
-        "number",
-        "list of two",
-        "not UTF-8",
-        "alias",
-        "python object",
-        "none",
-        "no file named",
-        "control character",
-        "nested",
-    ],
-)
+@pytest.mark.parametrize("content", SHEETS, ids=range(len(SHEETS)))
 def test_bad_datasheet(folder, content):
     (folder / "datasheet.yaml").write_bytes(content)
-    refused(folder, str(folder))
+    refused(folder, folder)
 
 
 # --- the remembered check --------------------------------------------------------------------------------------------
@@ -738,7 +639,7 @@ def age(folder, seconds=3600):
 @pytest.fixture
 def checks(monkeypatch):
     """The full checks that are done from now on."""
-    done, check = [], checks_module.check_vectors
+    done, check = [], C.check_vectors
     monkeypatch.setattr(V, "check_vectors", lambda *args: (done.append(args[1]), check(*args)))
     return done
 
@@ -797,12 +698,12 @@ def test_texts_and_given_windows_of_a_remembered_check(tmp_path, checks, monkeyp
 
 
 @pytest.mark.parametrize("name", V.STORE_FILES[:3])
-def test_a_change_is_seen_in_spite_of_a_remembered_check(known, name):
+def test_a_wrong_checksum_is_seen_in_spite_of_a_remembered_check(known, name):
     content = bytearray((known / name).read_bytes())
     content[-2] ^= 1
     (known / name).write_bytes(content)
     refused(known, name, "sha256")
-    refused(known, name, "sha256")  # and what was found wrong is not remembered as right
+    refused(known, name, "sha256")  # a refusal is not remembered as a success
 
 
 def test_another_file_of_the_same_size_and_time_is_seen(known):
@@ -867,54 +768,46 @@ def test_a_copied_memory_is_none(known, tmp_path, checks):
     assert checks[-1] == str(other / "vectors.npy")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        lambda b: b"",
-        lambda b: b[:-9],
-        lambda b: b"[]",
-        lambda b: b"5",
-        lambda b: b"null",
-        lambda b: b"{}",
-        lambda b: b"\xff\xfe\x00",
-        lambda b: b"[" * 100_000,
-        lambda b: b.replace(b'"check": 1', b'"check": 0'),
-        lambda b: b.replace(b'"size": ', b'"size": 1'),
-        lambda b: json.dumps({**json.loads(b), "fingerprint": 7}).encode(),
-        lambda b: json.dumps({**json.loads(b), "fingerprint": "short"}).encode(),
-        lambda b: json.dumps({**json.loads(b), "files": []}).encode(),
-        lambda b: json.dumps({**json.loads(b), "more": 1}).encode(),
-    ],
+MEMORIES = (
+    lambda b: b"",
+    lambda b: b[:-9],
+    lambda b: b"[]",
+    lambda b: b"5",
+    lambda b: b"{}",
+    lambda b: b"\xff\xfe\x00",
+    lambda b: b"[" * 100_000,
+    lambda b: b.replace(b'"check": 1', b'"check": 0'),
+    lambda b: b.replace(b'"size": ', b'"size": 1'),
+    *(
+        lambda b, change=change: json.dumps(json.loads(b) | change).encode()
+        for change in ({"fingerprint": 7}, {"fingerprint": "short"}, {"files": []}, {"more": 1})
+    ),
 )
+
+
+@pytest.mark.parametrize("content", MEMORIES)
 def test_a_damaged_memory_is_none_and_is_mended(known, checks, content):
     path, whole = known / V.CHECKED, (known / V.CHECKED).read_bytes()
     path.write_bytes(content(whole))
     assert path.read_bytes() != whole
-    V.open_store(known)
-    assert len(checks) == 1 and path.read_bytes() == whole
-    V.open_store(known)
-    assert len(checks) == 1
+    for _ in range(2):
+        V.open_store(known)
+        assert len(checks) == 1 and path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("where", ["write", "rename"])
-def test_a_folder_that_cannot_be_written_is_checked_every_time(folder, checks, monkeypatch, where):
+@pytest.mark.parametrize("where", ["write", "rename", "a folder in its place"])
+def test_a_memory_that_cannot_be_written(folder, checks, monkeypatch, where):
     age(folder)
 
     def deny(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(*((V.Path, "write_text") if where == "write" else (V.os, "replace")), deny)
+    if where == "a folder in its place":
+        (folder / V.CHECKED).mkdir()
+    else:
+        monkeypatch.setattr(*((V.Path, "write_text") if where == "write" else (V.os, "replace")), deny)
     before = sorted(folder.iterdir())
     same(V.open_store(folder), V.open_store(folder))
-    assert len(checks) == 2 and sorted(folder.iterdir()) == before
-
-
-def test_a_folder_in_the_place_of_the_memory(folder, checks):
-    age(folder)
-    (folder / V.CHECKED).mkdir()
-    before = sorted(folder.iterdir())
-    V.open_store(folder)
-    V.open_store(folder)
     assert len(checks) == 2 and sorted(folder.iterdir()) == before
 
 
@@ -947,54 +840,44 @@ def test_a_table_of_wider_integers_opens_the_same(known, checks):
     assert len(checks) == 1
 
 
-@pytest.mark.parametrize(
-    "number", ["-9223372036854775808", "4294967296", "-2147483649", "9" * 30, "1.0", "1e3", "x", ""]
-)
-def test_article_numbers_that_cannot_be_kept(folder, number):
-    edit_articles(folder, lambda f: with_row(f, 0, article=number, title="", split=""))
-    refused(folder, "articles.csv", "a number")
-
-
 # --- dataset ---------------------------------------------------------------------------------------------------------
 
 
 def test_dataset_from_a_folder_and_from_a_store(folder):
     a, b = lvm.dataset(str(folder), horizon=1), lvm.dataset(V.open_store(folder), horizon=1)
-    for split in windows_module.SPLITS:
+    for split in W.SPLITS:
         assert np.array_equal(getattr(a, split).start, getattr(b, split).start)
         assert getattr(a, split).split == split and getattr(a, split).horizon == 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["wikipedai", "vectors.py", "/nowhere/at/all", "a\x00b", "x" * 5000, "~no_such_user/s"],
-    ids=["misspelt", "file name", "absolute", "null byte", "too long", "unknown home"],
-)
+NAMES = ("wikipedai", "vectors.py", "/nowhere/at/all", "a\x00b", "x" * 5000, "~no_such_user/s")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_unknown_data_names_the_known(name):
     with pytest.raises(LVMError, match="wikipedia"):
         lvm.dataset(name)
 
 
 @pytest.mark.parametrize("name", ["..", "."])
-def test_a_folder_that_is_no_store(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(LVMError, match="missing; a store folder holds"):
+def test_a_folder_that_is_no_store(name):
+    with pytest.raises(LVMError, match=V.STORE_FILES[0]):
         lvm.dataset(name)
 
 
-def test_every_article_too_short():
-    frame = pd.DataFrame({"title": ["a", "b", "c"], "split": list(windows_module.SPLITS)}, index=[0, 1, 2])
-    store = V.make_store("short", np.eye(9, dtype=np.float32), np.repeat([0, 1, 2], 3), np.tile(np.arange(3), 3), frame)
-    with pytest.raises(LVMError, match=r"short, split train: no article is long enough.*longest article has 3"):
-        lvm.dataset(store)
+def test_a_new_source_is_one_entry(monkeypatch):
+    monkeypatch.setitem(O.SOURCES, "toy:SEED", lambda n: random_store(int(n[4:])) if n.startswith("toy:") else None)
+    assert lvm.dataset("toy:1", horizon=1, context_length=3).store.name == "random1"
+    with pytest.raises(LVMError, match="toy:SEED"):
+        lvm.dataset("toys")
 
 
-@pytest.mark.parametrize("missing", windows_module.SPLITS)
+@pytest.mark.parametrize("missing", W.SPLITS)
 def test_a_split_without_articles(missing):
-    frame = pd.DataFrame({"title": list("abc"), "split": [s if s != missing else "" for s in windows_module.SPLITS]})
+    frame = pd.DataFrame({"title": list("abc"), "split": [s if s != missing else "" for s in W.SPLITS]})
     x, article, position = np.eye(30, dtype=np.float32), np.repeat([0, 1, 2], 10), np.tile(np.arange(10), 3)
     store = V.make_store("hole", x, article, position, frame)
-    with pytest.raises(LVMError, match=f"split {missing}: no article"):
+    with pytest.raises(LVMError, match=f"split {missing}"):
         lvm.dataset(store)
 
 
@@ -1002,45 +885,13 @@ def test_embedded_wikipedia():
     store = V.open_store(EMBEDDED / "wikipedia")
     assert store.dim == 384 and store.vectors.dtype == np.float16
     data = lvm.dataset("wikipedia", horizon=2)
-    sets = [set(getattr(data, s).article) for s in windows_module.SPLITS]
+    sets = [set(getattr(data, s).article) for s in W.SPLITS]
     assert min(map(len, sets)) >= 10 and not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
     fast = lvm.dataset("wikipedia", fast=True)
-    assert [len(getattr(fast, s)) for s in windows_module.SPLITS] == [512, 128, 128]
-
-
-@pytest.mark.parametrize("kwargs", [{"horizon": 0}, {"horizon": -1}, {"context_length": 0}])
-def test_senseless_horizon_and_context_length(kwargs):
-    with pytest.raises(LVMError):
-        windows_module.windows(random_store(0), "train", **kwargs)
+    assert [len(getattr(fast, s)) for s in W.SPLITS] == [512, 128, 128]
 
 
 # --- reading direction -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("horizon", [1, 2, 3])
-@pytest.mark.parametrize("context_length", [1, 2, 5])
-@pytest.mark.parametrize("seed", range(4))
-def test_backward_windows_are_those_of_the_articles_reversed(seed, context_length, horizon):
-    """Brute force: the same runs of chunks as forwards, each read from its last chunk to its first."""
-    store = random_store(seed)
-    for split in windows_module.SPLITS:
-        expected = naive_starts(store, split, horizon, context_length)
-        if not expected:
-            with pytest.raises(LVMError, match="no article is long enough"):
-                windows_module.windows(store, split, horizon, context_length, "backward")
-            continue
-        w = windows_module.windows(store, split, horizon, context_length, "backward")
-        assert (w.step, len(w)) == (-1, len(expected))
-        runs = [[*range(s, s + context_length + horizon)][::-1] for s in expected]
-        assert w.start.tolist() == [run[0] for run in runs]
-        assert w.target.tolist() == [run[-1] for run in runs]
-        assert w.article.tolist() == [store.article[run[0]] for run in runs]
-        index = np.arange(len(w))
-        np.testing.assert_array_equal(w.context_rows(index), [run[:context_length] for run in runs])
-        context, target = w.batch(index)
-        for b, run in enumerate(runs):
-            assert np.array_equal(context[b].numpy(), store.vectors[run[:context_length]])
-            assert np.array_equal(target[b].numpy(), store.vectors[run[-1]])
 
 
 def test_backward_on_a_store_is_forward_on_the_store_reversed():
@@ -1051,8 +902,8 @@ def test_backward_on_a_store_is_forward_on_the_store_reversed():
         rows += own[::-1].tolist()
         position[own] = store.position[own][-1] - store.position[own][::-1]
     turned = V.make_store("turned", store.vectors[rows], store.article, position, store.articles)
-    for split in windows_module.SPLITS:
-        ours, theirs = windows_module.windows(store, split, direction="backward"), windows_module.windows(turned, split)
+    for split in W.SPLITS:
+        ours, theirs = W.windows(store, split, direction="backward"), W.windows(turned, split)
         assert sorted(ours.target.tolist()) == sorted(np.array(rows)[theirs.target].tolist())
         place = {int(t): i for i, t in enumerate(ours.target)}
         same = [place[rows[t]] for t in theirs.target]
@@ -1060,34 +911,20 @@ def test_backward_on_a_store_is_forward_on_the_store_reversed():
             assert torch.equal(a, b)
 
 
-def test_context_rows_of_forward_windows_and_any_index():
-    w = windows_module.windows(random_store(5), "train", 2, 4)
-    np.testing.assert_array_equal(w.context_rows([3, 0]), [w.start[i] + np.arange(4) for i in (3, 0)])
-    assert w.step == 1 and w.context_rows(np.arange(0)).shape == (0, 4)
-
-
-def test_a_selection_keeps_its_direction():
-    w = windows_module.windows(random_store(2), "train", direction="backward")
-    few = w.at_most(3)
-    assert few.step == -1 and set(few.target) <= set(w.target) and len(few) == 3
-
-
 def test_dataset_reads_every_split_in_its_direction():
     ahead, back = (lvm.dataset("wikipedia", direction=d) for d in ("forward", "backward"))
-    for split in windows_module.SPLITS:
+    for split in W.SPLITS:
         one, two = getattr(ahead, split), getattr(back, split)
         assert (one.step, two.step, len(one)) == (1, -1, len(two))
         np.testing.assert_array_equal(one.start, two.target)  # the same runs: first here is last there
-    with pytest.raises(LVMError, match="unknown direction 'sideways'; known: forward, backward"):
-        windows_module.windows(random_store(1), "train", direction="sideways")
 
 
 @pytest.mark.parametrize("horizon", [1, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_shared_are_the_windows_of_both_with_the_same_target(seed, horizon):
     store = random_store(seed, longest=80)
-    ahead, back = (windows_module.windows(store, "train", horizon, 3, d) for d in ("forward", "backward"))
-    one, two = windows_module.shared(ahead, back)
+    ahead, back = (W.windows(store, "train", horizon, 3, d) for d in ("forward", "backward"))
+    one, two = W.shared(ahead, back)
     common = [t for t in ahead.target.tolist() if t in set(back.target.tolist())]
     assert one.target.tolist() == two.target.tolist() == common and common
     assert (one.step, two.step) == (1, -1)
@@ -1102,15 +939,13 @@ def test_shared_are_the_windows_of_both_with_the_same_target(seed, horizon):
 def test_shared_needs_articles_long_enough_and_one_store():
     def cut(length, seed=1):
         store = random_store(seed, gaps=False, longest=length)
-        return [windows_module.windows(store, "train", 2, 5, d) for d in ("forward", "backward")]
+        return [W.windows(store, "train", 2, 5, d) for d in ("forward", "backward")]
 
-    assert (
-        len(windows_module.shared(*cut(13))[0]) == 3
-    )  # one target in each of three articles: six chunks before it and after
-    with pytest.raises(LVMError, match="no chunk is a target in both directions; that needs an article of 13"):
-        windows_module.shared(*cut(12))
-    with pytest.raises(LVMError, match="share no target; use one store"):
-        windows_module.shared(cut(20)[0], cut(20, seed=2)[1])
+    assert len(W.shared(*cut(13))[0]) == 3  # one target in each of three articles: six chunks on either side
+    with pytest.raises(LVMError, match=" 13 "):
+        W.shared(*cut(12))
+    with pytest.raises(LVMError, match="random1 and random2"):
+        W.shared(cut(20)[0], cut(20, seed=2)[1])
 
 
 # --- texts and given windows -----------------------------------------------------------------------------------------
@@ -1119,9 +954,9 @@ def test_shared_needs_articles_long_enough_and_one_store():
 def with_extras(seed=5):
     """A store that kept its texts and came with some of its windows, in an order of their own."""
     store = random_store(seed, gaps=False)
-    cut = {s: windows_module.windows(store, s, horizon=1, context_length=3).start[::-2] for s in windows_module.SPLITS}
+    cut = {s: W.windows(store, s, horizon=1, context_length=3).start[::-2] for s in W.SPLITS}
     split = np.concatenate([np.full(len(start), i) for i, start in enumerate(cut.values())])
-    given = windows_module.GivenWindows(split, np.concatenate(list(cut.values())), 1, 3)
+    given = W.GivenWindows(split, np.concatenate(list(cut.values())), 1, 3)
     texts = [f"row {i}\nof \u2028 many \u00e9 \U0001f600" for i in range(len(store.vectors))]
     return replace(store, texts=texts, given=given), cut
 
@@ -1133,71 +968,56 @@ def test_texts_and_given_windows_survive_the_disk(tmp_path):
     assert opened.texts[-1] == store.texts[-1] and len(opened.texts) == len(store.texts)
     with pytest.raises(IndexError):
         opened.texts[len(store.texts)]
-    for split in windows_module.SPLITS:
-        windows = windows_module.windows(opened, split, horizon=1, context_length=3)
+    for split in W.SPLITS:
+        windows = W.windows(opened, split, horizon=1, context_length=3)
         assert windows.start.tolist() == cut[split].tolist()
-        backward = windows_module.windows(opened, split, horizon=1, context_length=3, direction="backward")
-        assert len(backward) == len(
-            windows_module.windows(random_store(5, gaps=False), split, horizon=1, context_length=3)
-        )
+        backward = W.windows(opened, split, horizon=1, context_length=3, direction="backward")
+        assert len(backward) == len(W.windows(random_store(5, gaps=False), split, horizon=1, context_length=3))
     assert opened.fingerprint != V.open_store(V.write_store(replace(store, given=None), tmp_path / "t")).fingerprint
     for horizon, length in ((2, 3), (1, 4)):
-        with pytest.raises(LVMError, match="came with windows of 3 with horizon 1"):
-            windows_module.windows(opened, "val", horizon=horizon, context_length=length)
+        with pytest.raises(LVMError, match="horizon 1 and context_length 3"):
+            W.windows(opened, "val", horizon=horizon, context_length=length)
 
 
 @pytest.mark.parametrize(
-    "damage, words",
+    "change, word",
     [
-        ("a line fewer", "whole lines"),
-        ("a line more", "whole lines"),
-        ("no last newline", "whole lines"),
-        ("not JSON", "line 3 is not JSON"),
-        ("a number", "line 3 holds int"),
-        ("gone", "missing, though datasheet.yaml lists it"),
-        ("changed", "sha256"),
+        (lambda lines: lines[:-1], "lines"),
+        (lambda lines: [*lines, lines[0]], "lines"),
+        (lambda lines: [*lines[:-1], lines[-1].rstrip()], "lines"),
+        (lambda lines: [*lines[:2], b'"open\n', *lines[3:]], "line 3 "),
+        (lambda lines: [*lines[:2], b"7\n", *lines[3:]], "line 3 "),
     ],
 )
-def test_damaged_texts(tmp_path, damage, words):
+def test_damaged_texts(tmp_path, change, word):
     folder = V.write_store(with_extras()[0], tmp_path / "s")
     path = folder / "texts.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    changed = {
-        "a line fewer": lines[:-1],
-        "a line more": [*lines, lines[0]],
-        "no last newline": [*lines[:-1], lines[-1].rstrip()],
-        "not JSON": [*lines[:2], b'"open\n', *lines[3:]],
-        "a number": [*lines[:2], b"7\n", *lines[3:]],
-        "changed": [lines[1], lines[0], *lines[2:]],
-    }
-    path.unlink() if damage == "gone" else path.write_bytes(b"".join(changed[damage]))
-    if damage not in ("gone", "changed"):
-        reseal(folder, "texts.jsonl", "windows.npy")
-    with pytest.raises(LVMError, match=words):
-        list(V.open_store(folder).texts)
-    if damage in ("not JSON", "a number"):
-        with pytest.raises(LVMError, match=words):
-            V.open_store(folder).texts[2]
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+    refused(folder, "texts.jsonl", "sha256")
+    reseal(folder, "texts.jsonl", "windows.npy")
+    for read in (list, lambda texts: texts[2]):
+        with pytest.raises(LVMError, match=f"texts.jsonl.*{word}"):
+            read(V.open_store(folder).texts)
+    path.unlink()
+    refused(folder, "texts.jsonl", "missing")
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, word",
     [
-        (lambda t: t.astype(np.int32), "needed is \\(windows, 2\\) int64"),
-        (lambda t: t[:, :1], "needed is \\(windows, 2\\) int64"),
-        (lambda t: t - [0, 10**6], "does not lie in one article"),
-        (lambda t: t + np.array([0, 10**6]), "does not lie in one article"),
-        (lambda t: t + np.array([1, 0]), "does not lie in one article"),
-        (lambda t: t + np.array([7, 0]), "does not lie in one article"),
-        (lambda t: t * [1, 0] + [0, np.iinfo(np.int64).max], "does not lie in one article"),
+        (lambda t: t.astype(np.int32), "int32"),
+        (lambda t: t[:, :1], "shape"),
+        (lambda t: t - [0, 10**6], "window 0 "),
+        (lambda t: t + np.array([0, 10**6]), "window 0 "),
+        (lambda t: t + np.array([1, 0]), "window 0 "),
+        (lambda t: t + np.array([7, 0]), "window 0 "),
+        (lambda t: t * [1, 0] + [0, np.iinfo(np.int64).max], "window 0 "),
     ],
 )
-def test_damaged_windows(tmp_path, change, words):
+def test_damaged_windows(tmp_path, change, word):
     folder = V.write_store(with_extras()[0], tmp_path / "s")
-    np.save(folder / "windows.npy", change(np.load(folder / "windows.npy")))
-    reseal(folder, "texts.jsonl", "windows.npy")
-    with pytest.raises(LVMError, match=words):
-        V.open_store(folder)
+    spoil(folder, change, "windows.npy", "texts.jsonl", "windows.npy")
+    refused(folder, "windows.npy", word)
 
 
 @pytest.mark.parametrize(
@@ -1207,12 +1027,11 @@ def test_windows_without_their_cut(tmp_path, cut):
     folder = V.write_store(with_extras()[0], tmp_path / "s")
     sheet = yaml.safe_load((folder / "datasheet.yaml").read_text(encoding="utf-8"))
     (folder / "datasheet.yaml").write_text(yaml.safe_dump({**sheet, "windows": cut}), encoding="utf-8")
-    with pytest.raises(LVMError, match="has no windows"):
-        V.open_store(folder)
+    refused(folder, "windows.npy", "horizon", "context_length")
 
 
 def test_a_writing_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(LVMError, match="is a zero vector"), V.writing(tmp_path / "s") as partial:
+    with pytest.raises(LVMError, match=r"vectors\.npy"), V.writing(tmp_path / "s") as partial:
         store = random_store(1, gaps=False)
         np.save(partial / "vectors.npy", np.zeros_like(store.vectors))
         np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
@@ -1225,7 +1044,7 @@ def test_a_dataset_made_here_is_known_by_its_name(tmp_path, monkeypatch):
     store = random_store(3, gaps=False)
     V.write_store(store, tmp_path / "datasets" / "mine")
     assert lvm.dataset("mine", horizon=1, context_length=3).store.fingerprint == store.fingerprint
-    with pytest.raises(LVMError, match=r"neither one of wikipedia, mine, nor world:NAME.*encode\.ipynb"):
+    with pytest.raises(LVMError, match=r"wikipedia, mine, .*world:NAME"):
         lvm.dataset("theirs")
-    with pytest.raises(LVMError, match="neither one of"):
+    with pytest.raises(LVMError, match="mine"):
         lvm.dataset("../datasets/mine")

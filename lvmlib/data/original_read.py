@@ -1,0 +1,246 @@
+"""Read the original's .npz files (handbook §1): article files into a table on disk, sequence files block by block.
+
+Axes: M chunks, D vector dimension, N windows, T context length, B windows of a block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import LVMError
+from ..windows import article_spans
+from . import npz as npz_format
+from .checks import NORM_TOLERANCE
+from .npz import BIGGEST, Member, Npz, check_room, whole
+
+CONTEXTS = ("context_sequences", "contexts")  # with or without the prefix train_, val_ or ood_; so are the following
+TARGETS = ("target_vectors", "targets")
+ARTICLE_ARRAYS = ("vectors", "article_indices", "chunk_indices")
+
+
+def float32(x: np.ndarray) -> np.ndarray:
+    """A copy in float32; torch converts float16 several times faster than numpy."""
+    return torch.tensor(x).float().numpy() if x.dtype == np.float16 else x.astype(np.float32)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-15)
+
+
+def _vectors(npz: Npz, name: str, ndim: int, needed: str) -> Member:
+    """The header of an array of vectors. Raises LVMError unless it has floats, `ndim` axes, and an index that fits."""
+    member = npz.member(name)
+    if member.dtype.kind != "f" or len(member.shape) != ndim or 0 in member.shape:
+        raise member.needs(f"{needed}, not empty, of float16, float32 or float64")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+    if 64 * member.shape[0] > memory:
+        raise LVMError(f"{member.where}: has {member.shape[0]:,} rows, whose index does not fit in memory; split it")
+    return member
+
+
+def read_blocks(npz: Npz, member: Member, drop_bad: bool, norms: list, rows: int | None = None):
+    """(first row, block of unit vectors in float32, bad rows (B,)); `norms` collects those of normalised vectors.
+
+    A row is bad if one of its vectors is zero, NaN or infinite. Raises LVMError after the last row, with the first bad
+    row and their number, if there are any and they are not to be dropped.
+    """
+    fault, count = "", 0
+    for first, block in npz.rows(member, rows):
+        with np.errstate(all="ignore"):
+            x = float32(block)
+            norm = np.sqrt(np.einsum("...d,...d->...", x, x))
+            good = (norm > 1e-15) & (norm < 1e15)
+        bad = ~good.reshape(len(block), -1).all(1)
+        if bad.any() and not fault:
+            row = int(np.argmax(bad))
+            zero = (norm[row] <= 1e-15).any()
+            fault = f"row {first + row} has {'a zero vector' if zero else 'NaN or infinite values'}"
+        count += int(bad.sum())
+        if fault and not drop_bad:
+            continue  # from here on rows are only counted
+        x[bad] = 0
+        off = good & ~(np.abs(norm - 1) <= NORM_TOLERANCE - 1e-6) & ~bad.reshape(-1, *[1] * (norm.ndim - 1))
+        if off.any():
+            x[off] /= norm[off, None]
+            norms.append(norm[off])
+        yield first, x, bad
+    if fault and not drop_bad:
+        raise LVMError(f"{member.where}: {fault} ({count} bad rows); repair the file, or use drop_bad (--drop-bad)")
+
+
+def note_norms(counts: dict, what: str, norms: list[np.ndarray]) -> None:
+    """Count normalised vectors, with the range of their norms."""
+    if norms:
+        norms = np.concatenate(norms)
+        counts[what] = len(norms)
+        counts[f"norms of the {what}"] = f"{norms.min():.4g} to {norms.max():.4g}"
+
+
+def chunk_key(article: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """One int64 of article and position, in their order; −1 for an impossible position."""
+    position = np.asarray(position, np.int64)
+    key = (np.asarray(article, np.int64) << 32) | np.maximum(position, 0)
+    return np.where((position >= 0) & (position <= BIGGEST), key, -1)
+
+
+class Table:
+    """The chunks: `vectors` (M, D) on disk; `article`, `position` (M,); `bad` (M,): rows to drop; `file_order` (M,):
+    each row's row in the file, None if it is the same; `spans`: article → (first row, end)."""
+
+    def __init__(self, vectors: np.ndarray, article, position, bad, where: str, file_order: np.ndarray | None = None):
+        self.vectors, self.article, self.position, self.bad = vectors, article, position, bad
+        self.where, self.file_order = where, file_order
+        keys = chunk_key(article, position)
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+        self._bad_before = np.concatenate([[0], np.cumsum(bad, dtype=np.int32)])
+        begins, ends = article_spans(article)
+        self.spans = {int(article[a]): (a, b) for a, b in zip(begins, ends, strict=True)}
+
+    def find(self, article: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Rows of chunks, −1 where there is none."""
+        wanted = chunk_key(article, position)
+        at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        return np.where(self._keys[at] == wanted, self._order[at], -1)
+
+    def touched(self, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Whether there is a bad row from `first` to `last`, both included."""
+        return self._bad_before[last + 1] > self._bad_before[first]
+
+    def cosine(self, x: np.ndarray, rows: np.ndarray, article: np.ndarray) -> np.ndarray:
+        """Cosine of unit vectors (…, D) with rows of `article`: −1 for a row of another article, 1 for a bad row."""
+        inside = np.clip(rows, 0, len(self.article) - 1)
+        cosine = np.einsum("...d,...d->...", x, unit(float32(self.vectors[inside])))
+        own = (rows == inside) & (self.article[inside] == article)
+        return np.where(own, np.where(self.bad[inside], 1, cosine), -1.0)
+
+
+def allocate(path: Path, shape: tuple[int, int], dtype: np.dtype, where: str) -> np.memmap:
+    """A new .npy file mapped for writing, its disk space reserved: writing a map on a full disk kills the process."""
+    check_room(path.parent, math.prod(shape) * dtype.itemsize, where)
+    vectors = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with contextlib.suppress(AttributeError), open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return vectors
+
+
+def read_articles(npz: Npz, path: Path, drop_bad: bool, counts: dict) -> Table:
+    """The chunks of an article file, their vectors written to `path`. The order of the file is kept where articles
+    are in one run of rows and positions rise; else rows are sorted. Raises LVMError for a missing array or a chunk
+    given twice."""
+    missing = [name for name in ARTICLE_ARRAYS if name not in npz]
+    if missing:
+        sequences = any(name.endswith(CONTEXTS) for name in npz.members)
+        hint = "; it looks like a sequence file: give it as train, val or ood" if sequences else ""
+        raise LVMError(
+            f"{npz.path}: an article file needs {', '.join(ARTICLE_ARRAYS)}; missing: {', '.join(missing)}{hint}; "
+            f"there are: {npz.listed}"
+        )
+    member = _vectors(npz, "vectors", 2, "(chunks, dimension)")
+    article, position = (npz.numbers(name, member.shape[0]) for name in ARTICLE_ARRAYS[1:])
+    begins = article_spans(article)[0]
+    rising = ((np.diff(position) > 0) | (np.diff(article) != 0)).all()
+    order = rank = None
+    if not rising or len(np.unique(article[begins])) < len(begins):
+        order = np.lexsort((position, article))
+        article, position = article[order], position[order]
+        twice = np.flatnonzero((np.diff(article) == 0) & (np.diff(position) == 0))
+        if len(twice):
+            a, b = order[twice[0]], order[twice[0] + 1]
+            raise LVMError(
+                f"{npz.path}: rows {a} and {b} are both chunk {position[twice[0]]} of article {article[twice[0]]} "
+                f"({len(twice)} such pairs); keep one of them"
+            )
+        rank = np.argsort(order)
+        counts["rows sorted by article and position"] = len(order)
+    dtype = np.dtype(np.float16 if member.dtype.itemsize == 2 else np.float32)
+    vectors = allocate(path, member.shape, dtype, member.where)
+    bad, norms = np.zeros(len(vectors), bool), []
+    for first, x, bad_rows in read_blocks(npz, member, drop_bad, norms):
+        rows = slice(first, first + len(x)) if rank is None else rank[first : first + len(x)]
+        vectors[rows], bad[rows] = x, bad_rows  # float16 comes back as it was
+    note_norms(counts, "vectors normalised", norms)
+    return Table(vectors, article, position, bad, str(npz.path), order)
+
+
+class Sequences:
+    """A sequence file of one split: its arrays, `ids` (N,) the article of each window, and `indices` (N,) the position
+    of each target, or None. `used`: the names of the arrays that were read."""
+
+    def __init__(self, npz: Npz, split: str):
+        self.npz, self.split, self.path = npz, split, npz.path
+        contexts, own = self._find(CONTEXTS, [f"{split}_", "", "train_"])
+        targets, _ = self._find(TARGETS, [own, f"{split}_", "", "train_"])
+        for what, name, spellings in (("contexts", contexts, CONTEXTS), ("targets", targets, TARGETS)):
+            if name is None:
+                hint = "; it looks like an article file: give it as articles" if "vectors" in npz else ""
+                raise LVMError(f"{npz.path}: has no {what} ({', '.join(spellings)}){hint}; there are: {npz.listed}")
+        self.contexts = _vectors(npz, contexts, 3, "(windows, context length, dimension)")
+        self.count, self.length, self.dim = self.contexts.shape
+        needed = f"({self.count}, {self.dim}), a vector of the same dimension for each context"
+        self.targets = _vectors(npz, targets, 2, needed)
+        if self.targets.shape != (self.count, self.dim):
+            raise self.targets.needs(needed)
+        prefixes = [own, f"{split}_", ""]
+        ids, indices, metadata = (self._find((n,), prefixes)[0] for n in ("article_ids", "target_indices", "metadata"))
+        if ids is None and metadata is None:
+            raise LVMError(
+                f"{npz.path}: does not say of which articles its windows are; give article_ids (windows,), or "
+                "metadata, dicts with article_index and target_chunk_index"
+            )
+        metadata = metadata if ids is None or indices is None else None
+        listed = self._metadata(npz.member(metadata)) if metadata else (None, None)
+        self.ids = listed[0] if ids is None else npz.numbers(ids, self.count)
+        self.indices = listed[1] if indices is None else npz.numbers(indices, self.count)
+        if metadata and not np.array_equal(self.ids, listed[0]):
+            row = int(np.argmax(self.ids != listed[0]))
+            raise LVMError(
+                f"{npz.path}: window {row} is of article {self.ids[row]} by {ids}, of article {listed[0][row]} by "
+                f"{metadata}; leave the wrong one out"
+            )
+        self.used = {contexts, targets, ids, indices, metadata}
+
+    def _find(self, spellings: Sequence[str], prefixes: Sequence[str]) -> tuple[str | None, str]:
+        """The name of an array in this file, with the first prefix that has one, and that prefix."""
+        for prefix in prefixes:
+            names = [prefix + s for s in spellings if prefix + s in self.npz]
+            if len(names) > 1:
+                raise LVMError(f"{self.path}: holds both {' and '.join(names)}, which mean the same; leave one out")
+            if names:
+                return names[0], prefix
+        return None, ""
+
+    def _metadata(self, member: Member) -> tuple[np.ndarray, np.ndarray | None]:
+        """Article numbers (N,), and target indices (N,) unless no window has one."""
+        if member.dtype.kind != "O" or member.shape != (self.count,):
+            raise member.needs(f"({self.count},) dicts with article_index and target_chunk_index")
+        items, columns = self.npz.objects(member), []
+        for key in ("article_index", "target_chunk_index"):
+            if columns and not any(key in item for item in items):
+                return columns[0], None
+            columns.append(np.empty(self.count, np.int32))
+            for row, item in enumerate(items):
+                where = f"{member.where}, window {row}"
+                if not isinstance(item, dict):
+                    raise LVMError(f"{where}: is {type(item).__name__}; needed is a dict with article_index")
+                if key not in item:
+                    keys = ", ".join(sorted(item))[:100] or "nothing"
+                    raise LVMError(f"{where}: has no {key}; it has: {keys}; give it to all windows")
+                columns[-1][row] = whole(item[key], f"{where}, {key}")
+        return columns[0], columns[1]
+
+    def blocks(self, drop_bad: bool, norms: list) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(numbers of good windows (B,), their contexts and, last, targets (B, T + 1, D)), as `read_blocks`."""
+        rows = max(1, npz_format.BLOCK_BYTES // (self.contexts.row_bytes + self.targets.row_bytes))
+        both = (read_blocks(self.npz, member, drop_bad, norms, rows) for member in (self.contexts, self.targets))
+        for (first, x, x_bad), (_, y, y_bad) in zip(*both, strict=True):
+            good = np.flatnonzero(~(x_bad | y_bad))
+            if len(good):
+                yield first + good, np.concatenate([x[good], y[good, None]], 1)
