@@ -29,7 +29,8 @@ def validate(
     """Validation loss (L_mse), cosine, the mini-5CAT of handbook §4, and the novel MRR of 5CAT, in float32.
 
     margin = mean [cos(p, y) − cos(p, context[-1])]; recall_at_5 = share of windows whose target is among the five
-    best of {context vectors, target}, by the ranking head where there is one (chance 5/6 at T = 5). The unit predictions are added to `moments`.
+    best of {context vectors, target}, by the ranking head where there is one (chance 5/6 at
+    T = 5). The unit predictions are added to `moments`.
     """
     training = model.training
     model.eval()

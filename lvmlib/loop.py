@@ -118,8 +118,8 @@ class Task:
 
 
 class StepResult(NamedTuple):
-    """What a step gave. `values`: the terms, the watched figures, the weighted pulls, the loss; `shares`: figures of the
-    control, which have a meaning only where the directional term `acts`."""
+    """What a step gave. `values`: the terms, the watched figures, the weighted pulls, the loss; `shares`: figures of
+    the control, which have a meaning only where the directional term `acts`."""
 
     windows: int
     values: dict[str, float]

@@ -141,21 +141,21 @@ def figures(model: Predictor, split: Windows) -> pd.DataFrame:
 
     The best context vector and the best novel offset are chosen on the other articles (`fivecat.best_other`).
     """
-    frame = measure(model, split)
+    measured = measure(model, split)
     offsets = sides(split.context_length, split.horizon)
-    rivals = {name: best_other(frame, offsets[name]) for name in offsets}
+    rivals = {name: best_other(measured, offsets[name]) for name in offsets}
     columns = {
-        "margin against the last": frame["margin last"],
-        "margin against context[-2]": frame["margin prev"],
-        "margin against the best context vector": frame["cosine"] - rivals["context"],
-        "R@5 of six": (frame["six rank"] <= 5).astype(float),
-        "cosine at the target": frame["cosine"],
-        "novel margin": frame["cosine"] - rivals["novel"],
-        "novel margin, ahead": frame["cosine"] - rivals["ahead"],
-        "novel MRR": 1 / frame["novel rank"],
-        "1 of 100": frame["hundred"],
+        "margin against the last": measured.margin_last,
+        "margin against context[-2]": measured.margin_prev,
+        "margin against the best context vector": measured.cosine - rivals["context"],
+        "R@5 of six": (measured.six_rank <= 5).astype(float),
+        "cosine at the target": measured.cosine,
+        "novel margin": measured.cosine - rivals["novel"],
+        "novel margin, ahead": measured.cosine - rivals["ahead"],
+        "novel MRR": 1 / measured.ranks["novel"],
+        "1 of 100": measured.hundred,
     }
-    return pd.DataFrame({name: columns[name] for name in FIGURES}).assign(article=frame["article"])
+    return pd.DataFrame({name: columns[name] for name in FIGURES}).assign(article=measured.article)
 
 
 def gain(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
