@@ -188,7 +188,7 @@ def build_store(source: str, out: str, **options) -> None:
 def _with_options(command):
     """Give `build_store` an option for each keyword of `build`, where typer reads them: in its signature."""
     types = {"int": int | None, "float": float, "bool": bool}
-    keywords = inspect.signature(getattr(text_build, "Options", text_build.build)).parameters
+    keywords = inspect.signature(text_build.Options).parameters
     keywords = {**keywords, **inspect.signature(text_build.build).parameters}
     listed = [inspect.Parameter(key, inspect.Parameter.POSITIONAL_ONLY, annotation=str) for key in ("source", "out")]
     for key, known in keywords.items():

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import LVMError
 from ..models import Predictor, device_of
 from ..ranking import TIE
-from ..text import wikipedia
+from ..text import slice as wikipedia
 from ..windows import Store, Windows
 
 CREDIT = (  # of the embedded data's text

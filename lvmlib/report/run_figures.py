@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .. import losses
 from ..config import Version, data_name
 from ..controller import by_gradient
 from ..judge.rating import MARGIN_RISE, RECALL, RHO_TOLERANCE, SPIKE, VAL_COS
@@ -84,17 +85,8 @@ def step_health(steps: pd.DataFrame, version: Version) -> Figure:
     lines(gradient, x, {"before clipping": steps["gradient_norm"]})
     gradient.axhline(version.optimizer.clip_norm, color=GREY, ls=":", label="clipped to")
     gradient.set(title="Gradient norm of the weights", ylabel="norm", yscale="log")
-    losses = version.losses
-    weights = {
-        "mse": losses.mean_square,
-        "directional": steps["lambda_eff"],
-        "floor": losses.floor.weight,
-        "norm": losses.norm,
-        "orthogonality": losses.orthogonality,
-        "listwise": losses.listwise.weight,
-        "energy": losses.energy.weight,
-    }
-    _terms(terms, x, {name: steps[name] * weight for name, weight in weights.items()})
+    weights = losses.weights(version.losses, 1.0) | {"directional": steps["lambda_eff"]}
+    _terms(terms, x, {name: steps[name] * weights.get(name, 0.0) for name in losses.names(version.losses)})
     terms.set(title="Weighted terms of the loss", ylabel="weighted term")
     for axis in axes.flat:
         axis.set(xlabel="step")

@@ -69,29 +69,18 @@ def test_papermill_from_root_and_from_notebooks_meet_in_one_run(outputs, trained
         outputs, "papermill", path, tmp_path / "out.ipynb", "-p", "version", "v21", *ARGUMENTS, cwd=ROOT / place
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "A finished run of the same parameters and data, reused" in (tmp_path / "out.ipynb").read_text(
-        encoding="utf-8"
-    )
+    text = (tmp_path / "out.ipynb").read_text(encoding="utf-8")
+    assert "A finished run of the same parameters and data, reused" in text
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["-p", "version", "v24"], "unknown version 'v24'"),
-        (["-p", "version", "22"], "unknown version 22 (did you mean 'v22'?)"),
-        (["-p", "verison", "v21"], "parameter 'verison' is not one of this notebook's (did you mean 'version'?)"),
-        (["-p", "epochs", "three"], "epochs is 'three'"),
-        (["-y", "overrides: {losses: {flor: {tau: 0.1}}}"], "unknown key 'losses.flor' (did you mean 'floor'?)"),
-        (["-p", "data", "wikipedai"], "data 'wikipedai'"),
-        (["-p", "run_name", "../../elsewhere"], "run_name"),
-        (["-p", "version", "v21", "-p", "epochs", "1", *ARGUMENTS], "epochs: 2 there, 1 here"),
-    ],
-)  # fmt: skip
-def test_bad_parameters_fail_with_one_clear_error(outputs, trained, tmp_path, arguments, words):
+@pytest.mark.parametrize("arguments, words", [
+    (["-p", "version", "v24"], "unknown version 'v24'"),
+    (["-p", "verison", "v21"], "'verison' is not one of this notebook's (did you mean 'version'?)"),
+    (["-p", "run_name", "../../elsewhere"], "run_name"),
+])  # fmt: skip
+def test_bad_parameters_fail_with_one_clear_error(outputs, tmp_path, arguments, words):
     done = call(outputs, "papermill", "notebooks/train.ipynb", tmp_path / "out.ipynb", "-p", "fast", "True", *arguments)
-    assert done.returncode != 0
-    assert words in done.stderr
-    assert "LVMError" in done.stderr
+    assert done.returncode != 0 and words in done.stderr and "LVMError" in done.stderr
 
 
 def test_a_refused_run_leaves_the_notebook_that_stands_there(outputs, trained):
@@ -157,26 +146,20 @@ def test_the_preflight_says_its_verdict_in_the_terminal(outputs):
 
 def test_usage(outputs):
     done = call(outputs, "lvmlib")
-    assert done.returncode == 2 and "usage" in done.stderr
+    assert done.returncode == 2 and "usage" in (done.stdout + done.stderr).lower()
+    done = call(outputs, "lvmlib", "render", "data", "out.html")
+    assert done.returncode == 2 and "out.html" in done.stderr
 
 
 def test_the_runs_are_drawn_together(outputs, trained):
     frame = summary.runs("fast/wikipedia", outputs)
     run = frame[frame["version"] == "v21"].iloc[0]
     report = json.loads((outputs / "fast/wikipedia/v21/seed0-amn/fivecat.json").read_text(encoding="utf-8"))
-    (margin,) = [
-        r["value"]
-        for r in report["original"]["table"]
-        if (r["split"], r["predictor"], r["measure"]) == ("val", "model", "margin")
-    ]
+    keys = ("split", "predictor", "measure")
+    (margin,) = [r["value"] for r in report["original"]["table"] if [r[k] for k in keys] == ["val", "model", "margin"]]
     assert (run["predictor"], run["seed"], run["epochs"], run["margin"]) == ("amn", 0, 2, margin)
-    assert set(frame.loc[frame["version"] == "", "predictor"]) == {
-        "constant",
-        "copy last",
-        "mean",
-        "weighted mean",
-        "ridge",
-    }
+    others = {"constant", "copy last", "mean", "weighted mean", "ridge"}
+    assert set(frame.loc[frame["version"] == "", "predictor"]) == others
     text = summary.markdown(summary.by_version(frame))
     assert f"| `v21` | amn, float32 | 1 | {run['val_cos']:.3f} | {run['ood_cos']:.3f} | {margin:+.3f} |" in text
 
@@ -191,9 +174,7 @@ def test_seeds_are_drawn_together_with_their_half_range():
     assert "+0.300 ± 0.250" in summary.markdown(pd.DataFrame([found]))
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "{}", '{"original": []}', '{"calibrated": {"table": [{"predictor": "model"}]}}']
-)
+@pytest.mark.parametrize("content", ["{", "{}", '{"calibrated": {"table": [{"predictor": "model"}]}}'])
 def test_a_damaged_report_is_named(outputs, trained, tmp_path, content):
     source = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
     folder = tmp_path / "wikipedia" / "v21" / "seed0-amn"
@@ -224,9 +205,7 @@ def test_the_benchmark_goes_the_way_of_all_commands(tmp_path):
         launcher.main(["render", "notebooks/benchmark.ipynb", str(tmp_path / "out.ipynb"), "-f", str(theirs)])
 
 
-@pytest.mark.parametrize(
-    "given", ["my/compare.ipynb", "compare.ipynb", "my/compare", "nonesuch", "notebooks/x.ipynb", ".."]
-)
+@pytest.mark.parametrize("given", ["my/compare.ipynb", "compare.ipynb", "nonesuch", ".."])
 def test_render_refuses_what_is_none_of_its_notebooks(tmp_path, monkeypatch, given):
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "compare.ipynb").write_text("{}", encoding="utf-8")
@@ -397,38 +376,39 @@ def test_papermills_kernel_has_sockets_and_a_history_of_its_own(tmp_path):
     assert said[0] == "ipc" and said[1] != os.environ.get("IPYTHONDIR") and not Path(said[1]).exists()
 
 
-@pytest.mark.parametrize("by_hand, by_sweep", [
-    ("", 'version = "v22"\nmodel = "transformer"\nseed = 0'),
-    ("", 'data = "wikipedia"\nprecision = "float32"'),  # another precision would have been refused: it is this one
-    ("devices = 2", "epochs = 12"),
+def lies_there(folder: Path, name: str, *injected: str) -> tuple[Path, Path]:
+    """A notebook with the parameters of notebooks/NAME, and those injected; and its place."""
+    known = runner.parameters(json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8")))
+    defaults = "\n".join(f"{key} = {value!r}" for key, value in known.items())
+    return executed(folder / f"{len(injected[0])}{name}", defaults, *injected), folder / name
+
+
+@pytest.mark.parametrize("name, by_hand, by_sweep", [
+    ("train.ipynb", "", 'version = "v22"\nmodel = "transformer"\nseed = 0'),
+    ("train.ipynb", "", 'data = "wikipedia"\nprecision = "float32"'),  # another precision would have been refused
+    ("train.ipynb", "devices = 2", "epochs = 12"),
+    ("data.ipynb", "", "data = 'wikipedia'"),
 ])  # fmt: skip
-def test_a_notebook_of_the_same_run_is_not_set_aside(tmp_path, by_hand, by_sweep):
-    known = runner.parameters(json.loads((ROOT / "notebooks" / "train.ipynb").read_text(encoding="utf-8")))
-    defaults = "\n".join(f"{name} = {value!r}" for name, value in known.items())
-    place = executed(tmp_path / "train.ipynb", defaults, by_sweep)
-    assert keep(executed(tmp_path / "ours.ipynb", defaults, by_hand), place)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["train.html", "train.ipynb"]
+def test_a_notebook_of_the_same_run_is_not_set_aside(tmp_path, name, by_hand, by_sweep):
+    earlier, place = lies_there(tmp_path, name, by_sweep)
+    earlier.rename(place)
+    assert keep(lies_there(tmp_path, name, by_hand)[0], place)
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html", ".ipynb"]
 
 
-@pytest.mark.parametrize("there", ["seed = 1", "overrides = {'optimizer': {'lr': 1.0e-3}}", "trouble = 'stop'",
-                                   "version = 'nonesuch'", "x.y = 1", None])  # fmt: skip
-def test_a_notebook_of_another_run_and_a_damaged_one_are_set_aside(tmp_path, capsys, there):
-    known = runner.parameters(json.loads((ROOT / "notebooks" / "train.ipynb").read_text(encoding="utf-8")))
-    defaults = "\n".join(f"{name} = {value!r}" for name, value in known.items())
-    place = executed(tmp_path / "train.ipynb", defaults, there or "")
+@pytest.mark.parametrize("name, there", [
+    ("train.ipynb", "seed = 1"), ("train.ipynb", "overrides = {'optimizer': {'lr': 1.0e-3}}"),
+    ("data.ipynb", "steps = 0"), ("train.ipynb", "version = 'nonesuch'"), ("train.ipynb", "x.y = 1"),
+    ("train.ipynb", None),
+])  # fmt: skip
+def test_a_notebook_of_another_run_and_a_damaged_one_are_set_aside(tmp_path, capsys, name, there):
+    earlier, place = lies_there(tmp_path, name, there or "")
+    earlier.rename(place)
     if there is None:
         place.write_bytes(b"[" * 100_000)
     before = place.read_bytes()
-    assert keep(executed(tmp_path / "ours.ipynb", defaults, ""), place) is None
-    assert (tmp_path / "train.old-1.ipynb").read_bytes() == before and "set aside  " in capsys.readouterr().out
-
-
-def test_a_preflight_with_its_defaults_written_out_is_the_same(tmp_path):
-    place = executed(tmp_path / "data.ipynb", "data = 'wikipedia'\nsteps = 200\nfast = False")
-    keep(executed(tmp_path / "a.ipynb", "data = 'wikipedia'\nsteps = 200\nfast = False", "steps = 200"), place)
-    assert not list(tmp_path.glob("*.old-*"))
-    keep(executed(tmp_path / "a.ipynb", "data = 'wikipedia'\nsteps = 200\nfast = False", "steps = 0"), place)
-    assert len(list(tmp_path.glob("*.old-*.ipynb"))) == 1
+    assert keep(lies_there(tmp_path, name, "")[0], place) is None
+    assert place.with_suffix(".old-1.ipynb").read_bytes() == before and "set aside  " in capsys.readouterr().out
 
 
 def test_a_run_that_is_only_opened_is_as_old_as_it_was(outputs, trained):

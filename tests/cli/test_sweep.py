@@ -81,21 +81,18 @@ def test_every_parameter_is_one_of_the_notebooks(notebook):
         json.dumps(parameters)
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"verisons": ["p6"]}, "unknown key 'verisons' (did you mean 'versions'?)"),
-        ({"versions": ["p6", "v24"]}, "unknown version 'v24'"),
-        ({"versions": []}, "versions is []; needed is a list"),
-        ({"datasets": ["wikipedai"]}, "data 'wikipedai'"),
-        ({"models": ["transfromer"]}, "transfromer"),
-        ({"seeds": 0}, "seeds is 0; needed is a whole number from 1 on"),
-        ({"seeds": "three"}, "seeds is 'three'"),
-        ({"fast": "perhaps"}, "fast is 'perhaps'"),
-        ({"epochs": 0}, "epochs"),
-        ({"overrides": {"optimizer": {"lrr": 1.0e-3}}}, "unknown key 'optimizer.lrr'"),
-    ],
-)
+@pytest.mark.parametrize("change, words", [
+    ({"verisons": ["p6"]}, "'versions'"),
+    ({"versions": ["p6", "v24"]}, "'v24'"),
+    ({"versions": []}, "versions is []"),
+    ({"datasets": ["wikipedai"]}, "'wikipedai'"),
+    ({"models": ["transfromer"]}, "transfromer"),
+    ({"seeds": 0}, "seeds is 0"),
+    ({"seeds": "three"}, "seeds is 'three'"),
+    ({"fast": "perhaps"}, "fast is 'perhaps'"),
+    ({"epochs": 0}, "epochs"),
+    ({"overrides": {"optimizer": {"lrr": 1.0e-3}}}, "'optimizer.lrr'"),
+])  # fmt: skip
 def test_a_bad_configuration_is_refused_before_anything_runs(outputs, change, words):
     with pytest.raises(LVMError) as refused:
         sweep.plan(SMALL | change)
@@ -106,13 +103,8 @@ def test_what_the_command_line_leaves_as_text_is_read_as_yaml():
     text = {"fast": "true", "epochs": "null", "datasets": ["null"], "overrides": {"optimizer": {"lr": "1.0e-3"}}}
     plain = {"fast": True, "epochs": None, "datasets": [None], "overrides": {"optimizer": {"lr": 1.0e-3}}}
     assert sweep.plan(SMALL | text) == sweep.plan(SMALL | plain)
-
-
-def test_text_that_is_no_number_stays_text():
-    assert sweep._typed({"datasets": ["on", "12:30", "007x"], "epochs": "3"}) == {
-        "datasets": ["on", "12:30", "007x"],
-        "epochs": 3,
-    }
+    odd = {"datasets": ["on", "12:30", "007x"], "epochs": "3"}
+    assert sweep._typed(odd) == odd | {"epochs": 3}
 
 
 def test_datasets_of_one_name_are_refused(outputs, tmp_path):
@@ -163,46 +155,38 @@ def test_a_comparison_is_of_the_versions_that_have_finished_a_run(outputs):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "change, stands",
-    [
-        ({}, True),
-        ({"versions": "v22"}, True),  # of the same sweep, before p6 had finished
-        ({"seeds": 1}, True),  # this sweep's page tells all that it did, and more
-        ({"seeds": 3}, False),
-        ({"versions": "p6 v1 v22"}, False),
-        ({"precision": "bfloat16"}, False),
-        ({"overrides": {"optimizer": {"lr": 1.0e-3}}}, False),
-        ({"seeds": "3"}, False),  # as papermill's -r leaves it
-        ({"seeds": None}, False),
-    ],
-)
-def test_a_comparison_of_another_sweep_is_set_aside_and_not_replaced(outputs, capsys, change, stands):
+@pytest.mark.parametrize("change, stays", [
+    ({}, True),
+    ({"versions": "v22"}, True),  # of the same sweep, before p6 had finished
+    ({"seeds": 1}, True),  # the new page shows all that it did, and more
+    ({"seeds": 3}, False),
+    ({"versions": "p6 v1 v22"}, False),
+    ({"precision": "bfloat16"}, False),
+    ({"overrides": {"optimizer": {"lr": 1.0e-3}}}, False),
+    ({"seeds": "3"}, False),  # as papermill's -r leaves it
+    ("damaged", False),
+    ('{"metadata": {"papermill": {"parameters": [1]}}}', False),
+    ("[" * 10**5, False),
+])  # fmt: skip
+def test_a_comparison_of_another_sweep_is_set_aside_and_not_replaced(outputs, capsys, change, stays):
     planned, page = with_a_page(("p6", "v22"))
-    told = planned.comparisons[str(page)].parameters | {"versions": "p6 v22"} | change
-    text = json.dumps({"metadata": {"papermill": {"parameters": told}}})
+    text = change
+    if isinstance(change, dict):
+        earlier = planned.comparisons[str(page)].parameters | {"versions": "p6 v22"} | change
+        text = json.dumps({"metadata": {"papermill": {"parameters": earlier}}})
     page.write_text(text, encoding="utf-8")
-    sweep.set_aside_other_pages(planned)
+    for _ in range(2):
+        sweep.set_aside_other_pages(planned)
     old = page.with_suffix(".old-1.ipynb")
-    assert (page.exists(), old.exists()) == (stands, not stands)
-    assert (page if stands else old).read_text(encoding="utf-8") == text
-    assert (old.name in capsys.readouterr().out) is not stands
-    sweep.set_aside_other_pages(planned)
-    assert sorted(page.parent.glob("*.ipynb")) == [page if stands else old]
-
-
-@pytest.mark.parametrize("text", ["damaged", '{"metadata": {"papermill": {"parameters": [1]}}}', "[" * 10**5])
-def test_a_comparison_that_tells_nothing_is_set_aside(outputs, text):
-    planned, page = with_a_page(("p6", "v22"))
-    page.write_text(text, encoding="utf-8")
-    sweep.set_aside_other_pages(planned)
-    assert not page.exists() and page.with_suffix(".old-1.ipynb").read_text(encoding="utf-8") == text
+    (left,) = page.parent.glob("*.ipynb")
+    assert left == (page if stays else old) and left.read_text(encoding="utf-8") == text
+    assert (old.name in capsys.readouterr().out) is not stays
 
 
 def test_a_comparison_of_more_than_has_finished_is_set_aside(outputs):
     planned, page = with_a_page(("v22",))
-    told = planned.comparisons[str(page)].parameters | {"versions": "p6 v22"}
-    page.write_text(json.dumps({"metadata": {"papermill": {"parameters": told}}}), encoding="utf-8")
+    earlier = planned.comparisons[str(page)].parameters | {"versions": "p6 v22"}
+    page.write_text(json.dumps({"metadata": {"papermill": {"parameters": earlier}}}), encoding="utf-8")
     sweep.set_aside_other_pages(planned)
     assert not page.exists() and page.with_suffix(".old-1.ipynb").exists()
 
