@@ -15,9 +15,9 @@ import pandas as pd
 import safetensors.torch
 import torch
 
-from ..errors import LVMError, said
+from ..errors import LVMError, format_error
 from ..io import limits
-from ..io.disk import write_whole
+from ..io.disk import write_atomic
 from ..loop import TrainState
 from .folder import INTACT
 
@@ -33,7 +33,7 @@ def save(path: Path, state: TrainState, identity: str, everything: bool = True) 
     if everything:
         content |= {name: getattr(state, name) for name in ("epoch", "best", "short", "rewinds", "stopped")}
         content |= {"history": json.dumps(state.history), "steps": json.dumps(state.steps)}
-    write_whole(path, lambda p: torch.save(content, p), INTACT)
+    write_atomic(path, lambda p: torch.save(content, p), INTACT)
 
 
 def read(path: Path, identity: str, device: torch.device | str, everything: bool = True) -> dict:
@@ -66,7 +66,7 @@ def fitting(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        raise LVMError(f"{path}: does not fit this run ({said(e)}); {RESTORE}") from e
+        raise LVMError(f"{path}: does not fit this run ({format_error(e)}); {RESTORE}") from e
 
 
 def score(parameters: Mapping, row: Mapping) -> tuple[float, float]:
@@ -91,7 +91,7 @@ def save_best(folder: Path, model: torch.nn.Module, identity: str, epoch: int) -
     # By way of memory: its save_file writes to a name of its own beside, which a kill would leave there.
     # One key: safetensors writes several in any order, and the same run would not give the same bytes.
     origin = {"lvmlib": json.dumps({"identity": identity, "epoch": epoch})}
-    write_whole(folder / "best.safetensors", lambda p: p.write_bytes(safetensors.torch.save(weights, origin)), INTACT)
+    write_atomic(folder / "best.safetensors", lambda p: p.write_bytes(safetensors.torch.save(weights, origin)), INTACT)
 
 
 def load_best(folder: Path, model: torch.nn.Module, record: Mapping, epochs: pd.DataFrame) -> None:

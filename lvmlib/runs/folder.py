@@ -26,7 +26,7 @@ from ..config import LONGEST, Version, data_name, flat
 from ..errors import LVMError
 from ..evaluate import SPREAD
 from ..io import limits
-from ..io.disk import hold, write_whole
+from ..io.disk import lock, write_atomic
 from ..io.paths import outputs
 from ..io.stamp import commit
 from ..windows import Dataset
@@ -193,10 +193,10 @@ def _compared(record: dict) -> dict:
 
 def write_tables(folder: Path, record: dict, history: pd.DataFrame, steps: pd.DataFrame) -> None:
     """Write epochs.csv, steps.csv and last run.yaml."""
-    write_whole(folder / "epochs.csv", lambda p: history.to_csv(p, index=False), INTACT)
-    write_whole(folder / "steps.csv", lambda p: steps.to_csv(p, index=False), INTACT)
+    write_atomic(folder / "epochs.csv", lambda p: history.to_csv(p, index=False), INTACT)
+    write_atomic(folder / "steps.csv", lambda p: steps.to_csv(p, index=False), INTACT)
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
-    write_whole(folder / "run.yaml", lambda p: p.write_text(text, encoding="utf-8"), INTACT)
+    write_atomic(folder / "run.yaml", lambda p: p.write_text(text, encoding="utf-8"), INTACT)
 
 
 @contextlib.contextmanager
@@ -208,5 +208,5 @@ def lock_run(folder: Path) -> Iterator[None]:
             f"{folder} is being trained by {holder}; wait for it, stop it, or name this run differently with run_name"
         )
 
-    with hold(folder.with_name(folder.name + ".lock"), refused, WAIT):
+    with lock(folder.with_name(folder.name + ".lock"), refused, WAIT):
         yield

@@ -80,7 +80,7 @@ def commands(folder: Path, asked: Group) -> str:
 
 def check_devices(asked: Group, device: str) -> None:
     """Raise LVMError if this machine cannot start the processes."""
-    errors.extra("lightning_fabric", "parallel")
+    errors.require("lightning_fabric", "parallel")
     gpus = torch.cuda.device_count()
     on_cpu = device == "cpu" or (device == "auto" and not gpus)
     if not on_cpu and asked.devices > gpus:

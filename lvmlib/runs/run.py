@@ -46,7 +46,7 @@ from ..data.store import check_unchanged
 from ..device import pick_device, pick_precision
 from ..errors import LVMError
 from ..evaluate import Validation
-from ..io.disk import told
+from ..io.disk import explain_os_errors, set_aside
 from ..loop import StepBroke, Task, TrainState, epoch, start
 from ..ranking import Articles
 from ..windows import DIRECTIONS, Dataset, on_device
@@ -83,9 +83,8 @@ def train(
     place = Path(out) if out is not None else folder.run_folder(version)
     if fresh and (place / "run.yaml").exists():
         _end_loop(place)
-        with folder.lock_run(place), told(place):
-            olds = (place.with_name(f"{place.name}.old-{i}") for i in range(1, 10**6))
-            place.rename(next(old for old in olds if not old.exists()))
+        with folder.lock_run(place):
+            set_aside(place)
     return Run(version, data, place, team, group)
 
 
@@ -265,7 +264,7 @@ class Run:
             self._saved = self._saved._replace(state=None)  # it holds a copy of the weights
         else:
             if self.team.first:
-                with told(self.folder, folder.INTACT):
+                with explain_os_errors(self.folder, folder.INTACT):
                     (self.folder / "last").mkdir(parents=True, exist_ok=True)
             self.record["alarms"], changed = [], True
         if changed:
@@ -340,7 +339,7 @@ class Run:
             launch.check_devices(self.group, self.version.device)
         # Several hosts may be training in it by now: what is there is theirs to write.
         if self.group.nodes == 1 or not (self.folder / "run.yaml").exists():
-            with told(self.folder, folder.INTACT):
+            with explain_os_errors(self.folder, folder.INTACT):
                 self.folder.mkdir(parents=True, exist_ok=True)
             self._write_tables()
 

@@ -169,7 +169,7 @@ def _communicating():
     except (LVMError, torch.OutOfMemoryError, torch.AcceleratorError):  # this process's own
         raise
     except RuntimeError as e:
-        raise Lost(f"another process ended, or does not answer ({errors.said(e)})") from e
+        raise Lost(f"another process ended, or does not answer ({errors.format_error(e)})") from e
 
 
 def join(device: str) -> Team:
@@ -187,7 +187,7 @@ def join(device: str) -> Team:
     if size % local:
         raise LVMError(f"{size} processes, {local} on this host: start as many on every host")
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    fabric = errors.extra("lightning_fabric", "parallel").Fabric(
+    fabric = errors.require("lightning_fabric", "parallel").Fabric(
         accelerator=kind, devices=local, num_nodes=size // local, strategy="ddp"
     )
     fabric.launch()

@@ -376,7 +376,7 @@ def test_a_source_that_is_gone_is_named_and_no_disk_is_blamed(tmp_path):
     for source in (tmp_path / "elsewhere" / "source", tmp_path / "source"):
         said = rf"file: was not written, .*{source}: No such file or directory\. To do: .*untouched"
         with pytest.raises(LVMError, match=said) as e:
-            files.write_whole(tmp_path / "file", lambda partial, s=source: shutil.copyfile(s, partial))
+            files.write_atomic(tmp_path / "file", lambda partial, s=source: shutil.copyfile(s, partial))
         assert "folder is gone" not in str(e.value) and list(tmp_path.iterdir()) == []
 
 
@@ -388,7 +388,7 @@ def test_a_disk_that_takes_no_copy_is_blamed_though_the_source_is_named_too(tmp_
         raise OSError(number, os.strerror(number), "/source", None, str(partial))
 
     with pytest.raises(LVMError, match=r"file: cannot be written: the disk (is full|fails)"):
-        files.write_whole(tmp_path / "file", copy)
+        files.write_atomic(tmp_path / "file", copy)
 
 
 def test_a_relative_target_is_known_by_its_name(tmp_path, monkeypatch):
@@ -398,11 +398,11 @@ def test_a_relative_target_is_known_by_its_name(tmp_path, monkeypatch):
         for own in ("there", "there/file.partial", str(tmp_path / "there" / "file"), "there/file.x1/vectors.npy"):
             with (
                 pytest.raises(LVMError, match="there/file: cannot be written: there is no right"),
-                files.told(Path(name)),
+                files.explain_os_errors(Path(name)),
             ):
                 raise PermissionError(errno.EACCES, "refused", own)
         for other in ("there/filed", "there/other", "elsewhere"):
-            with pytest.raises(LVMError, match=f"{other}: refused"), files.told(Path(name)):
+            with pytest.raises(LVMError, match=f"{other}: refused"), files.explain_os_errors(Path(name)):
                 raise PermissionError(errno.EACCES, "refused", other)
 
 
