@@ -210,15 +210,3 @@ def main_figures(store: Store, model: Predictor, other: Predictor, horizon: int 
 def answer(low: float, high: float, null: float = 0.0, words=("forward", "backward", "none")) -> str:
     """The word for the side of `null` on which an interval lies: above, below, or neither."""
     return words[0] if low > null else words[1] if high < null else words[2]
-
-
-def lag_cosines(store: Store, lags: Sequence[int]) -> pd.DataFrame:
-    """Mean cosine of an article's chunks at each distance: a row for each article with all lags, a column a lag."""
-    means = {}
-    for article in np.unique(store.article):
-        rows = np.flatnonzero(store.article == article)
-        unit = store.vectors[rows].astype(np.float32)
-        cosine, apart = unit @ unit.T, store.position[rows][:, None] - store.position[rows]
-        if all((apart == k).any() for k in lags):
-            means[article] = [float(cosine[apart == k].mean()) for k in lags]
-    return pd.DataFrame.from_dict(means, "index", columns=list(lags))

@@ -190,11 +190,9 @@ def _answer_direction(results: Results) -> str:
 def _answer_gain(results: Results) -> str:
     g = gain(results)
     text = f"The best baseline is **{g['best']}**: its novel MRR is {_range(g, 'value')}, chance is {g['chance']:.3f}."
-    others = {g["plain"]: g["plain"]} if g["best"] == "ridge" else {"ridge": "ridge, fitted to train,"}
-    if g["other"] == TRAINED:
-        others[TRAINED] = f"the {TRAINED}, after a few steps,"
-    for name, noun in others.items():
-        text += f" Compared with it, {noun} has {signed(results.difference(name, g['best']))}."
+    for name in (g["plain"] if g["best"] == "ridge" else "ridge", TRAINED):
+        if ("val", name) in results.scored:
+            text += f" {name} − {g['best']}: {signed(results.difference(name, g['best']))}."
     if g["both sides"] == g["both sides"]:
         text += (
             " The best possible predictor is not known, but it does not reach 1.0. For reference: the mean of both "
@@ -202,30 +200,26 @@ def _answer_gain(results: Results) -> str:
             f"{g['beside']:.3f} on the same candidates."
         )
         text += " Chunks overlap here, so the reference is too high." * bool(_overlap(results)[1])
-    text += results.draw_note
+    return f"{text}{results.draw_note} {_visible(results, g)}"
+
+
+def _visible(results: Results, g: dict) -> str:
     if g["smallest"] != g["smallest"]:
-        return f"{text} With a single validation article no difference can be distinguished from chance."
+        return "With a single validation article no difference can be distinguished from chance."
     return (
-        f"{text} On {results.articles['val']} validation articles a difference of {g['smallest']:.3f} is found with 80 "
-        f"% probability (by {g['other']} − {g['best']}; {g['range']} over all comparisons). "
+        f"On {results.articles['val']} validation articles a difference of {g['smallest']:.3f} is found with 80 % "
+        f"probability, if it varies as {g['other']} − {g['best']} does ({g['range']} over all comparisons). "
         f"A difference of 0.02 needs {_count(g['needed 0.02'])} articles, 0.01 needs {_count(g['needed 0.01'])}."
     )
 
 
 def conclusion(results: Results) -> str:
     """Return one paragraph of Markdown: direction, the baseline to beat, what could be seen, what to try first."""
-    g = gain(results)
-    text = f"{_signal(results)[1]} The best baseline is {g['best']}, with a novel MRR of {g['value']:.3f} (chance "
-    text += f"{g['chance']:.3f}). "
-    text += (
-        f"On {results.articles['val']} validation articles a gain of {g['smallest']:.3f} would be found with 80 % "
-        f"probability, if it varies as {g['other']} − {g['best']} does."
-        if g["smallest"] == g["smallest"]
-        else "No gain could be distinguished from chance."
-    )
-    first = verdict(results)[0]
+    g, first = gain(results), verdict(results)[0]
+    best = f"The best baseline is {g['best']}, with a novel MRR of {g['value']:.3f} (chance {g['chance']:.3f})."
     problem = f"First solve this problem: {first.what}." if first.kind in SPOILERS else "To try first:"
-    return f"{text}{results.draw_note} {problem} {first.advice}"
+    sentences = _signal(results)[1], best, _visible(results, g) + results.draw_note, problem, first.advice
+    return " ".join(sentences)
 
 
 def both_ways(a: Arrow) -> str:

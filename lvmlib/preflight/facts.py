@@ -49,7 +49,7 @@ def drawn(data: Dataset, most: Mapping[str, int], seed: int = 0, fewest: int = 2
     used = {split: np.flatnonzero(np.isin(numbers, w.article)) for split, w in own.items()}
     if all(sizes[used[s]].sum() <= most[s] for s in SPLITS):
         return data
-    kept = []
+    chosen = []
     for i, split in enumerate(SPLITS):
         random, order, longest = np.random.default_rng([seed, i]), used[split], sizes.max()
         if sizes[order].sum() > most[split]:
@@ -60,8 +60,8 @@ def drawn(data: Dataset, most: Mapping[str, int], seed: int = 0, fewest: int = 2
         for run in order:
             size = min(sizes[run], longest)
             first = begins[run] + random.integers(0, sizes[run] - size + 1)
-            kept.append(np.arange(first, first + size))
-    return _part(data, np.sort(np.concatenate(kept)))
+            chosen.append(np.arange(first, first + size))
+    return _part(data, np.sort(np.concatenate(chosen)))
 
 
 def _part(data: Dataset, rows: np.ndarray) -> Dataset:

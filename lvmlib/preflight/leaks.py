@@ -81,9 +81,8 @@ def leaks(store: Store, compared: int = COMPARED, sampled: int = 500, seed: int 
             own = np.sort(random.choice(own, count, replace=False))
         sample = random.choice(len(own), min(sampled, len(own)), replace=False)
         cosine, match = _near(store, own, rows[other], components)
-        found.append(
-            Leak(split, other, len(rows[split]), own, cosine, match, _nearest(store, own[sample], rows[other]))
-        )
+        nearest = _nearest(store, own[sample], rows[other])
+        found.append(Leak(split, other, len(rows[split]), own, cosine, match, nearest))
     return found
 
 

@@ -184,14 +184,6 @@ def test_answers():
     assert controls.answer(0.4, 0.6, 0.5) == "none" and controls.answer(0.6, 0.7, 0.5) == "forward"
 
 
-def test_lag_cosines_by_hand(store):
-    found = controls.lag_cosines(store, [1, 8])
-    rows = store.vectors[store.article == 1]  # 9 chunks: one pair at lag 8
-    assert found.loc[1, 8] == pytest.approx(float(rows[0] @ rows[8]), abs=1e-6)
-    assert found.loc[1, 1] == pytest.approx(float((rows[:-1] * rows[1:]).sum(1).mean()), abs=1e-6)
-    assert 5 not in found.index  # 7 chunks have no lag 8
-
-
 def test_the_arrow_by_novel_mrr_raises_no_alarm_by_a_better_seed():
     """Without order, a predictor that is far better in one direction wins in cosine, and not in novel MRR."""
     good, bad = worlds.exchangeable_law(16).optimal(2), untrained(16, 5)["copy last"]

@@ -18,57 +18,22 @@ from lvmlib.data.open import dataset
 from lvmlib.judge import tricks
 from lvmlib.judge.fivecat import Report
 from lvmlib.judge.health import leading_components
-from lvmlib.judge.rating import LABELS, OPTIONS
+from lvmlib.judge.rating import CHECKS, LABELS, OPTIONS
 
 EPOCHS, ROWS = 12, 4  # logged steps an epoch
-V22_TARGETS = [0.15, 0.15, 0.25, 0.25, *[0.35] * 8]  # handbook §3, epoch by epoch
+V22_TARGETS = np.repeat([0.15, 0.25, 0.35], [2 * ROWS, 2 * ROWS, 8 * ROWS])  # handbook §3
 
-RHO, SKIP, SIGNS, GAP, LAMBDA = (
-    "ρ on its target",
-    "no batch skipped by the guard",
-    "both cosines positive",
-    "gap climbing",
-    "λ_eff moving",
-)
-MARGIN, RECALL, COSINE, SPIKES, FLIP = (
-    "margin climbing",
-    "R@5 of six kept",
-    "validation cosine kept",
-    "no spikes",
-    "on its way at epoch 6",
-)
+RHO, SKIP, SIGNS, GAP, LAMBDA, MARGIN, RECALL, COSINE, SPIKES, FLIP = (check for _, check, *_ in CHECKS)
 
 
 def healthy(epochs=EPOCHS):
     """(history, steps) of a run that passes every check."""
-    e = np.arange(1, epochs + 1)
-    history = pd.DataFrame(
-        {
-            "epoch": e,
-            "val_loss": 1.0 / (1 + e),
-            "val_cos": 0.48 + 0.001 * e,
-            "margin": -0.04 + 0.008 * (e - 1),
-            "recall_at_5": 0.70 + 0.001 * e,
-            "skips": 0,
-            "lambda_eff": 0.005,
-        }
-    )
-    n = ROWS * epochs
-    steps = pd.DataFrame(
-        {
-            "epoch": np.repeat(e, ROWS),
-            "step": 1 + 100 * np.arange(n),
-            "lambda_eff": 0.001 + 0.0002 * np.arange(n),
-            "rho": np.repeat(V22_TARGETS[:epochs], ROWS),
-            "rho_gradient": np.repeat(V22_TARGETS[:epochs], ROWS),
-            "rho_target": np.repeat(V22_TARGETS[:epochs], ROWS),
-            "pos": 0.4,
-            "neg": 0.3,
-            "gap": -0.1 + 0.002 * np.arange(n),
-            "skip": 0,
-        }
-    )
-    return history, steps
+    e, n = np.arange(1, epochs + 1), np.arange(ROWS * epochs)
+    history = pd.DataFrame({"epoch": e, "val_loss": 1.0 / (1 + e), "val_cos": 0.48 + 0.001 * e})
+    history = history.assign(margin=-0.04 + 0.008 * (e - 1), recall_at_5=0.70 + 0.001 * e, skips=0, lambda_eff=0.005)
+    steps = pd.DataFrame({"epoch": np.repeat(e, ROWS), "step": 1 + 100 * n, "lambda_eff": 0.001 + 0.0002 * n})
+    steps = steps.assign(pos=0.4, neg=0.3, gap=-0.1 + 0.002 * n, skip=0)
+    return history, steps.assign(**dict.fromkeys(("rho", "rho_gradient", "rho_target"), V22_TARGETS[: epochs * ROWS]))
 
 
 def lines(history, steps, name="v22", **top):
@@ -233,30 +198,28 @@ def test_a_run_that_always_skipped_had_a_target():
 def made_report(gates="ABC", margin=0.03, val_cos=0.50, ood_gates="ABCDE", of_six=0.712, **others):
     """A report where the model passes `gates`; `others`: {predictor: (margin, late, cosine, novel MRR, of six)}."""
     rows = []
-
-    def row(split, predictor, gate, measure, value, passed=None, chance=0.1):
-        threshold = math.nan if passed is None else 0.0
-        rows.append((split, predictor, gate, measure, value, chance, threshold, passed))
-
     predictors = {"model": (margin, margin - 0.2, val_cos, 0.25, of_six), **others}
     for name, (its_margin, late, cosine, mrr, six) in predictors.items():
-        for split, passes in (("val", gates if name == "model" else ""), ("ood", ood_gates)):
-            off = 0.0 if split == "val" else 7.0  # what stands on OOD must not be taken for validation
-            row(split, name, "A", "margin", its_margin + off, "A" in passes, chance=-0.3)
-            row(split, name, "A", "cosine at the target", cosine + off, "A" in passes)
-            row(split, name, "A", "margin read late", late + off)
-            row(split, name, "A", "cosine, all windows", cosine + off, chance=0.2)
-            row(split, name, "B", "R@1", 0.5, "B" in passes)
-            row(split, name, "B", "R@5", 0.5, True)  # one threshold of two is not the gate
-            row(split, name, "B", "novel MRR", mrr + off)
-            row(split, name, "B", "R@5 of six", six + off, chance=5 / 6)
-            row(split, name, "A", "margin against the last", its_margin / 2 + off)
-            row(split, name, "C", "shuffled", -0.2, "C" in passes)
-            row(split, name, "D", "mean cosine", 0.4, "D" in passes)
-        row("both", name, "E", "difference", 0.01, "E" in (gates if name == "model" else ""))
-    columns = ["split", "predictor", "gate", "measure", "value", "chance", "threshold", "passed"]
-    table = pd.DataFrame(rows, columns=columns).astype({"passed": "boolean"})
-    return Report("original", table, {})
+        own = gates if name == "model" else ""
+        for split, passes, off in (("val", own, 0.0), ("ood", ood_gates, 7.0)):  # OOD must not be read as validation
+            figures = [
+                ("A", "margin", its_margin + off, "A" in passes, -0.3),
+                ("A", "cosine at the target", cosine + off, "A" in passes, 0.1),
+                ("A", "margin read late", late + off, None, 0.1),
+                ("A", "cosine, all windows", cosine + off, None, 0.2),
+                ("B", "R@1", 0.5, "B" in passes, 0.1),
+                ("B", "R@5", 0.5, True, 0.1),  # one threshold of two is not the gate
+                ("B", "novel MRR", mrr + off, None, 0.1),
+                ("B", "R@5 of six", six + off, None, 5 / 6),
+                ("A", "margin against the last", its_margin / 2 + off, None, 0.1),
+                ("C", "shuffled", -0.2, "C" in passes, 0.1),
+                ("D", "mean cosine", 0.4, "D" in passes, 0.1),
+            ]
+            rows += [(split, name, *figure) for figure in figures]
+        rows.append(("both", name, "E", "difference", 0.01, "E" in own, 0.1))
+    table = pd.DataFrame(rows, columns=["split", "predictor", "gate", "measure", "value", "passed", "chance"])
+    table["threshold"] = [math.nan if passed is None else 0.0 for passed in table["passed"]]
+    return Report("original", table.astype({"passed": "boolean"}), {})
 
 
 def judge(report=None, run=None, name="v22"):
