@@ -320,7 +320,7 @@ def _direction(results: Results, g: dict) -> Rule:
             "no order",
             f"No order detected in {total} articles",
             f"{'The order probe is at chance. ' * bool(results.order)}{why or 'No arrow was measured.'}",
-            f"{more}; use other chunks or another encoder. Until then a directional loss has nothing to learn.",
+            f"{more}; use other chunks or another encoder.",
         )
     else:
         why = f"{total} articles with windows are too few to fit on some and test on others."
