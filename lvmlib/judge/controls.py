@@ -1,8 +1,6 @@
-"""What `controls.ipynb` needs to put the instrument to the test: samples of worlds, brief trainings, counting.
+"""Tests of the instrument with known answers, for `controls.ipynb`: samples of worlds, brief trainings, rates.
 
-Axes: N windows, A articles, K predictors, S seeds, T context length, D vector dimension.
-
-The worlds are those of `worlds.py`; the instrument is `fivecat`, `arrow` and `probe`, used as they are.
+Axes: N windows, A articles, S seeds, T context length, D vector dimension.
 """
 
 from __future__ import annotations
@@ -18,40 +16,33 @@ import torch
 from scipy import stats
 
 from .. import controller, loop
-from ..baselines import Linear
+from ..baselines import Linear, fit_ridge
 from ..config import Version
 from ..data.store import make_store
 from ..data.worlds import world
 from ..errors import LVMError
 from ..models import Predictor
 from ..statistics import over_articles, over_seeds, paired
-from ..windows import DIRECTIONS, Store, Windows, article_spans, windows
+from ..windows import DIRECTIONS, Store, Windows, windows
 from .fivecat import OFFSETS, best_other, bins_delta, figure, measure, summarise
 
 
 def sample(name: str, lengths: Mapping[str, Sequence[int]], copies: int = 1, seed: int = 0, **arguments) -> Store:
-    """A world whose split s has articles of `lengths[s]` chunks, `copies` times over: as unequal as real articles are.
+    """Return a world whose split s has articles of `lengths[s]` chunks, `copies` times over.
 
-    `arguments`: those of the world but its size and splits.
+    Articles are cut at their end. `arguments`: those of the world but its size and splits.
     """
     wanted = [(split, n) for split, own in lengths.items() for _ in range(copies) for n in own]
     splits, sizes = [s for s, _ in wanted], np.array([n for _, n in wanted])
-    whole = world(name, articles=len(wanted), length=int(sizes.max()), splits=splits, seed=seed, **arguments)
-    return shortened(whole, sizes)
-
-
-def shortened(store: Store, lengths: Sequence[int]) -> Store:
-    """A store with only the first `lengths[i]` chunks of its i-th article."""
-    begins, ends = article_spans(store.article)
-    place = np.arange(len(store.article)) - np.repeat(begins, ends - begins)
-    kept = place < np.repeat(np.asarray(lengths), ends - begins)
-    return make_store(
-        store.name, store.vectors[kept], store.article[kept], store.position[kept], store.articles, store.datasheet
-    )
+    length = int(sizes.max())
+    whole = world(name, articles=len(wanted), length=length, splits=splits, seed=seed, **arguments)
+    rows = (np.arange(length) < sizes[:, None]).ravel()
+    tables = whole.article[rows], whole.position[rows], whole.articles
+    return make_store(whole.name, whole.vectors[rows], *tables, whole.datasheet)
 
 
 def both_ways(store: Store, splits: Sequence[str] = ("train", "val"), horizon: int = 2) -> dict[str, dict]:
-    """direction → split → windows: each split cut forwards and backwards."""
+    """Cut each split forwards and backwards: direction → split → windows."""
     return {d: {s: windows(store, s, horizon, direction=d) for s in splits} for d in DIRECTIONS}
 
 
@@ -81,31 +72,23 @@ def brief(version: Version, train: Windows, steps: int, seed: int, learning_rate
 
 
 def quick_ridge(train: Windows, strength: float = 10.0, most: int = 600) -> Linear:
-    """The ridge predictor fitted to at most so many windows, by the dual form: quick where D is large.
-
-    W = Xᵀ (X Xᵀ + strength·I)⁻¹ Y, with X (N, T·D) the contexts and Y (N, D) the targets.
-    """
-    few = train.at_most(most)
-    context, target = few.batch(np.arange(len(few)))
-    x, y = context.flatten(1).double(), target.double()
-    weights = x.T @ torch.linalg.solve(x @ x.T + strength * torch.eye(len(x), dtype=torch.float64), y)
-    return Linear(train.store.dim, weights.float())
+    """Return the ridge predictor of at most so many windows, with a given strength."""
+    return Linear(train.store.dim, fit_ridge(train.at_most(most), (strength,))[0])
 
 
 def noisy(predictor: Linear, amount: float, seed: int) -> Predictor:
-    """A linear predictor as one of many seeds might have trained it: some far from their best, some near it.
+    """Return a linear predictor as one of many seeds might have trained it, with noise added to its weights.
 
-    Noise is added to the weights, of |N(0, 1)| · amount times their standard deviation.
+    The noise has |N(0, 1)| · amount times the standard deviation of the weights.
     """
-    random = torch.Generator().manual_seed(seed)
+    random, other = torch.Generator().manual_seed(seed), copy.deepcopy(predictor)
     spread = amount * abs(float(torch.randn((), generator=random))) * float(predictor.weights.std())
-    other = copy.deepcopy(predictor)
     other.weights = predictor.weights + spread * torch.randn(predictor.weights.shape, generator=random)
     return other
 
 
 def share(hits: int, of: int) -> tuple[float, float, float]:
-    """hits / of, and the 95 % interval of the probability (Clopper and Pearson, Biometrika 26, 1934)."""
+    """Return hits / of, and its exact 95 % interval (Clopper and Pearson, Biometrika 26, 1934)."""
     if not of:
         return float("nan"), float("nan"), float("nan")
     interval = stats.binomtest(int(hits), int(of)).proportion_ci(0.95, "exact")
@@ -113,7 +96,7 @@ def share(hits: int, of: int) -> tuple[float, float, float]:
 
 
 def sides(length: int, horizon: int) -> dict[str, list[int]]:
-    """Offsets from the target: in the `context`; `novel`, neither there nor right before the target; `ahead` of it."""
+    """Offsets from the target: `context`; `novel`, neither in it nor right before the target; `ahead` of the target."""
     context = list(range(-horizon - length + 1, -horizon + 1))
     return {
         "context": [k for k in OFFSETS if k in context],
@@ -122,18 +105,9 @@ def sides(length: int, horizon: int) -> dict[str, list[int]]:
     }
 
 
-# What the tricks are judged by: the original's measures first, then the calibrated ones.
-FIGURES = (
-    "margin against the last",
-    "margin against context[-2]",
-    "margin against the best context vector",
-    "R@5 of six",
-    "cosine at the target",
-    "novel margin",
-    "novel margin, ahead",
-    "novel MRR",
-    "1 of 100",
-)
+# The original's measures first, then the calibrated ones.
+FIGURES = ("margin against the last", "margin against context[-2]", "margin against the best context vector")
+FIGURES += ("R@5 of six", "cosine at the target", "novel margin", "novel margin, ahead", "novel MRR", "1 of 100")
 
 
 def figures(model: Predictor, split: Windows) -> pd.DataFrame:
@@ -165,20 +139,19 @@ def gain(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
 
 
 def share_of_gain(ours, best, trivial, article) -> tuple[float, float, float]:
-    """Σ(ours − trivial) / Σ(best − trivial): the share of the known gain that S runs have, in the mean, and its
-    interval over seeds and articles (`over_seeds`).
+    """Σ(ours − trivial) / Σ(best − trivial), the mean share of the known gain that S runs reach: value, low, high.
 
-    `ours` (S, N), `best` and `trivial` (N,): one figure of the same windows. The interval is that of the ratio's
-    linearisation, (ours − trivial − share · (best − trivial)) / mean(best − trivial). NaN where the interval of
-    best − trivial is not above 0: of no gain there is no share.
+    `ours` (S, N), `best` and `trivial` (N,): one figure of the same windows. The interval over seeds and articles is of
+    the linearised ratio, (ours − trivial − share · (best − trivial)) / mean(best − trivial). NaN where the interval of
+    best − trivial is not above 0.
     """
     ours, best, trivial = (np.asarray(x, float) for x in (ours, best, trivial))
     known, low, _ = over_articles(best - trivial, article)
     if not low > 0:
         return float("nan"), float("nan"), float("nan")
-    found = float((ours - trivial).mean() / known)
-    low, high = over_seeds((ours - trivial - found * (best - trivial)) / known, article)[1:]
-    return found, found + low, found + high
+    value = float((ours - trivial).mean() / known)
+    _, low, high = over_seeds((ours - trivial - value * (best - trivial)) / known, article)
+    return value, value + low, value + high
 
 
 def delta(split: Windows) -> tuple[float, float, float]:
@@ -188,12 +161,12 @@ def delta(split: Windows) -> tuple[float, float, float]:
     return over_articles((last * target).sum(1) - (last * before).sum(1), split.article)
 
 
-PAIRED = ("cosine", "novel MRR", "1 of 100", "mean rollout")  # what two predictors are compared in
+PAIRED = ("cosine", "novel MRR", "1 of 100", "mean rollout")  # figures that two predictors are compared by
 
 
 def main_figures(store: Store, model: Predictor, other: Predictor, horizon: int = 2) -> pd.DataFrame:
-    """Every figure of the calibrated report that has an interval: of `model` on validation, of `model` less `other`
-    on the same windows, and of validation less OOD. Index gate, measure; columns value, low, high, articles."""
+    """The calibrated report's figures with an interval: of `model` on validation, of `model` − `other` on the same
+    windows, and of validation − OOD. Index gate, measure; columns value, low, high, articles."""
     cut = {split: windows(store, split, horizon) for split in ("val", "ood")}
     val, ood = (measure(model, cut[split]) for split in cut)
     theirs = measure(other, cut["val"])
@@ -201,22 +174,10 @@ def main_figures(store: Store, model: Predictor, other: Predictor, horizon: int 
     for name in PAIRED:
         pair = paired(figure(val, name), figure(theirs, name), val["article"])
         rows.append({"gate": "paired", "measure": name, **dict(zip(("value", "low", "high"), pair, strict=True))})
-    found = pd.DataFrame(rows).set_index(["gate", "measure"])[["value", "low", "high", "articles"]]
-    return found[found["low"].notna()]
+    table = pd.DataFrame(rows).set_index(["gate", "measure"])[["value", "low", "high", "articles"]]
+    return table[table["low"].notna()]
 
 
 def answer(low: float, high: float, null: float = 0.0, words=("forward", "backward", "none")) -> str:
-    """Which side of `null` an interval lies on: above, below, or neither."""
+    """The word for the side of `null` on which an interval lies: above, below, or neither."""
     return words[0] if low > null else words[1] if high < null else words[2]
-
-
-def lag_cosines(store: Store, lags: Sequence[int]) -> pd.DataFrame:
-    """Mean cosine of chunks so far apart in one article: a row an article that has them all, a column a lag."""
-    found = {}
-    for article in np.unique(store.article):
-        rows = np.flatnonzero(store.article == article)
-        unit = store.vectors[rows].astype(np.float32)
-        cosine, apart = unit @ unit.T, store.position[rows][:, None] - store.position[rows]
-        if all((apart == k).any() for k in lags):
-            found[article] = [float(cosine[apart == k].mean()) for k in lags]
-    return pd.DataFrame.from_dict(found, "index", columns=list(lags))

@@ -141,7 +141,7 @@ def test_the_preflight_says_its_verdict_in_the_terminal(outputs):
     lines = done.stdout.strip().splitlines()[-3:]
     folder = outputs / "fast" / "wikipedia"
     assert lines[0].split() == ["notebook", str(folder / "data-horizon1.ipynb")]  # horizons do not overwrite each other
-    assert lines[2].startswith("verdict   ") and "To beat is" in lines[2] and "A fast run" in lines[2]
+    assert lines[2].startswith("verdict   ") and "best baseline" in lines[2] and "A fast run" in lines[2]
 
 
 def test_usage(outputs):
