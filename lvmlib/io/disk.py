@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, folders that one process holds, and what a disk says in words."""
+"""Write files atomically, lock folders, set files aside, and explain the errors of a disk."""
 
 from __future__ import annotations
 
@@ -34,22 +34,21 @@ TROUBLE = {
 
 
 def write_atomic(path: Path, write: Callable[[Path], object], kept: str = UNTOUCHED) -> None:
-    """`write(partial)`, flush and rename: the file appears whole or not at all, and its name outlives a power cut.
+    """Call `write(partial)`, flush and rename: the file appears whole or not at all, also after a power cut.
 
-    One process at a time writes in a folder. Raises LVMError where the disk does not take it (full, read-only, gone);
-    `kept` says what is not lost by that. However it fails, the part that was written is taken away: it may be what
-    filled the disk.
+    One process at a time writes in a folder. A partial file is deleted on failure. Raises LVMError if the disk refuses
+    (full, read-only, gone); `kept` names what is not lost.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with explain_os_errors(path, kept), _folder(path.parent) as folder:
         try:
             with contextlib.suppress(FileNotFoundError):
-                partial.unlink()  # it may have come with the folder: a link leads elsewhere, a pipe waits for ever
+                partial.unlink()  # it may be a planted link or pipe
             try:
                 write(partial)
             except Exception as e:  # torch and safetensors have errors of their own for a full disk
-                if getattr(e, "errno", None) is None and (why := _refused(partial)):
+                if getattr(e, "errno", None) is None and (why := _write_error(partial)):
                     raise why from e
                 raise
             with open(partial, "rb+") as f:
@@ -82,7 +81,7 @@ def set_aside(path: Path, *companions: str) -> Path:
 
 
 def job_folder() -> tempfile.TemporaryDirectory:
-    """A folder of a job's own, with a path that leaves room for the name of a socket (some 100 characters in all)."""
+    """Make a temporary folder whose path leaves room for the name of a socket (about 100 characters in all)."""
     near = "/tmp" if len(tempfile.gettempdir()) > 60 else None
     return tempfile.TemporaryDirectory(prefix="lvm-", dir=near, ignore_cleanup_errors=True)
 
@@ -99,10 +98,10 @@ def sync(folder: Path, files: bool = True) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
-    """What the system refuses inside, in words: LVMError with what, where, what to do, and what is `kept`.
+    """Turn an OSError of writing `path` into an LVMError: what, where, how to fix it, and what is `kept`.
 
-    Where the system names a file that is neither `path` nor what is made of it (something that the writer reads), that
-    one is told, and no disk is blamed."""
+    If the error names another file, such as one that the writer reads, the message names that one.
+    """
     try:
         yield
     except Timeout:  # of a lock
@@ -114,25 +113,24 @@ def explain_os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
                 f"then do the same again; {kept}"
             ) from e
         what, advice = TROUBLE.get(e.errno, (f"{type(e).__name__}: {e.strerror or e}", "mend that"))
-        said = "" if e.errno == errno.ENOENT else f"; {kept}"
-        raise LVMError(f"{path}: cannot be written: {what}. To do: {advice}, then do the same again{said}") from e
+        rest = "" if e.errno == errno.ENOENT else f"; {kept}"
+        raise LVMError(f"{path}: cannot be written: {what}. To do: {advice}, then do the same again{rest}") from e
 
 
 def _elsewhere(e: OSError, path: Path) -> str:
-    """The file that an error names, where that is not `path`, a partial of it, what is in these, or a folder that it
-    lies in; else empty."""
-    named = [
+    """Return the file that an error names, unless it is `path`, its partial, something in them, or a parent folder."""
+    names = [
         os.path.abspath(os.fsdecode(x)) for x in (e.filename, e.filename2) if isinstance(x, str | bytes | os.PathLike)
     ]
     target = os.path.abspath(path)
-    for name in named:  # of two, as where a file is copied to another, either may be what fails
+    for name in names:  # of two, as where a file is copied to another, either may be what fails
         if (
             name == target
             or name.startswith((target + ".", target + os.sep))
             or target.startswith(name.rstrip(os.sep) + os.sep)
         ):
             return ""
-    return named[0] if named else ""
+    return names[0] if names else ""
 
 
 @contextlib.contextmanager
@@ -196,7 +194,7 @@ def _holder(path: Path) -> str:
 
 @contextlib.contextmanager
 def _folder(folder: Path) -> Iterator[int]:
-    """The folder, opened, and held while a file is written: two writers of one name would share the partial file."""
+    """Open and lock the folder: two writers of one name would share the partial file."""
     file = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system that has no locks for folders
@@ -206,8 +204,8 @@ def _folder(folder: Path) -> Iterator[int]:
         os.close(file)
 
 
-def _refused(partial: Path) -> OSError | None:
-    """What the system says when more is written to `partial`; None where it takes it."""
+def _write_error(partial: Path) -> OSError | None:
+    """Return the error of writing more to `partial`, if any."""
     try:
         with open(partial, "ab") as file:
             file.write(bytes(PROBE))

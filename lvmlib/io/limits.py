@@ -1,7 +1,6 @@
-"""Small files of plain values that nobody vouches for: YAML and JSON, within limits.
+"""Read untrusted YAML and JSON within limits: maps, lists, texts, numbers and dates, and no other objects.
 
-What is read is maps, lists, texts, numbers, dates and nothing else; no tag of YAML makes an object. Whatever is wrong
-is a ValueError, which the caller turns into an LVMError that names the place.
+Invalid content raises ValueError, which the caller turns into an LVMError that names the file.
 """
 
 from __future__ import annotations
@@ -49,12 +48,12 @@ Loader.add_constructor("tag:yaml.org,2002:float", _short(yaml.SafeLoader.constru
 
 
 def read_yaml(path: Path):
-    """The content of a YAML file. Raises OSError and ValueError."""
+    """Return the content of a YAML file. Raises OSError and ValueError."""
     return from_yaml(read_bytes(path))
 
 
 def from_yaml(raw: bytes, loader: type[Loader] = Loader):
-    """The content of YAML. Raises ValueError."""
+    """Return the content of YAML. Raises ValueError."""
     try:
         content = yaml.load(raw.decode("utf-8-sig"), loader)  # a child of the safe loader
     except RecursionError:
@@ -67,7 +66,7 @@ def from_yaml(raw: bytes, loader: type[Loader] = Loader):
 
 
 def read_json(path: Path):
-    """The content of a JSON file. Raises OSError and ValueError."""
+    """Return the content of a JSON file. Raises OSError and ValueError."""
     try:
         return plain(json.loads(read_bytes(path)))
     except RecursionError:
@@ -75,7 +74,7 @@ def read_json(path: Path):
 
 
 def read_bytes(path: Path, most: int = LARGEST) -> bytes:
-    """A whole file. Raises ValueError, before it takes the memory, where it has more than `most` bytes."""
+    """Return a whole file. Raises ValueError, before reading it, if it has more than `most` bytes."""
     if path.exists() and not path.is_file():  # a pipe would wait for ever
         raise ValueError(f"{path.name} is no plain file")
     with open(path, "rb") as file:
@@ -85,10 +84,7 @@ def read_bytes(path: Path, most: int = LARGEST) -> bytes:
 
 
 def plain(content):
-    """`content`, if it is of plain values and walking through it ends soon, as repr, json and others do without asking.
-
-    Raises ValueError where it is not.
-    """
+    """Return `content` if it is of plain values, few and not deeply nested. Raises ValueError otherwise."""
     level, count = [content], 0
     for _ in range(DEEPEST):
         inner = []
@@ -119,8 +115,10 @@ def _leaf(value) -> None:
 
 
 def check_state(path: Path) -> None:
-    """Raise LVMError unless the file is laid out as torch.save does it: a zip archive that packs nothing, so that
-    reading it takes no more memory than the file has bytes. What it may hold is the restricted unpickler's matter."""
+    """Raise LVMError unless the file is an uncompressed zip archive, as torch.save writes it.
+
+    Reading it then takes no more memory than the file has bytes. The restricted unpickler checks what it holds.
+    """
     advice = "restore the file, or train anew with `fresh`"
     if path.exists() and not path.is_file():
         raise LVMError(f"{path}: cannot be read, it is no plain file; {advice}")
