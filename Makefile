@@ -13,7 +13,7 @@ LOCK ?= --constraint constraints.txt
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=900
 INSTALL = $(BIN)/python -m pip install --quiet $(LOCK) --editable
 
-.PHONY: train encode data sweep benchmark test audit lock lab notebooks showcase gallery help
+.PHONY: train encode data sweep benchmark test size audit lock lab notebooks showcase gallery help
 
 help:
 	@echo 'make train VERSION=v22 [ARGS="-p epochs 3"]   train a version and judge it: notebook, HTML, verdict'
@@ -21,7 +21,8 @@ help:
 	@echo 'make data DATA=mine                          the pre-flight: what is there to learn? (train takes DATA, too)'
 	@echo 'make sweep [ARGS="--config fast=true"]       all of workflow/sweep.yaml: versions, seeds, datasets; goes on where it stopped'
 	@echo 'make benchmark                               how fast this machine could be, and how fast it is: ten minutes alone'
-	@echo 'make test                                    linters, pytest, nbval over every notebook'
+	@echo 'make test                                    linters, the direction of imports, pytest, nbval over every notebook'
+	@echo 'make size                                    lines, longest files and functions, depth and cycles of imports'
 	@echo 'make audit                                   are weaknesses known in the locked packages? (told by make test, too)'
 	@echo 'make lock                                    write constraints.txt from what is installed in .venv'
 	@echo 'make lab                                     open JupyterLab'
@@ -57,7 +58,7 @@ lab: .venv/main
 # Fast runs of tests go to a folder of their own: they must not meet what an older code left under outputs/.
 test: .venv/test
 	-@$(BIN)/python tests/lock.py audit
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 	outputs=$$(mktemp -d) && trap 'rm -rf "$$outputs"' EXIT && export LVM_OUTPUTS="$$outputs" LVM_FAST=1 LVM_LOCKED=$(if $(LOCK),1) && \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest notebooks tests $(NBVAL) \
 		-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -65,6 +66,9 @@ test: .venv/test
 # What is committed under outputs/showcase/ (but data-english-sentences, whose vectors are not ours): hours on 2 cores. Stopped, it goes on.
 showcase: .venv/export
 	bash workflow/showcase.sh
+
+size: .venv/test
+	@$(BIN)/python tests/size.py
 
 audit: .venv/test
 	$(BIN)/python tests/lock.py audit

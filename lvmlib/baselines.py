@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from .models import Predictor
 from .windows import Windows
 
+STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of the ridge
+
 
 class Weighted(Predictor):
-    """A fixed weight for each context position: raw = Σ_t w_t · context_t. Copy-last and the mean are cases of it."""
+    """raw = Σ_t w_t · context_t. Copy last and the mean are cases of it."""
 
     def __init__(self, dim: int, weights: Tensor):
         super().__init__(dim, len(weights))
@@ -32,7 +38,7 @@ class Linear(Predictor):
 
 
 class Constant(Predictor):
-    """The same vector whatever the context: what is reached without reading it."""
+    """The same vector whatever the context."""
 
     def __init__(self, dim: int, context_length: int, vector: Tensor):
         super().__init__(dim, context_length)
@@ -43,7 +49,7 @@ class Constant(Predictor):
 
 
 def fit_constant(train: Windows) -> Tensor:
-    """(D,) the mean target of the training windows: of all constants, the one with the least mean-square error."""
+    """(D,) the mean target of the training windows: the constant with the least mean-square error."""
     total = sum(target.double().sum(0) for _, target in train.batches(512))
     return (total / len(train)).float()
 
@@ -56,47 +62,64 @@ def fit_weights(train: Windows) -> Tensor:
         context, target = context.double(), target.double()
         gram += torch.einsum("btd,bsd->ts", context, context)
         moment += torch.einsum("btd,bd->t", context, target)
-    # lstsq, not solve: near-constant sequences make the five vectors collinear.
+    return least_squares(gram, moment)
+
+
+def least_squares(gram: Tensor, moment: Tensor) -> Tensor:
+    """(T,) float32, the w of least norm with gram · w = moment. Near-constant articles make the contexts collinear."""
     return torch.linalg.lstsq(gram, moment[:, None], driver="gelsd").solution[:, 0].float()
 
 
-def fit_ridge(train: Windows, strengths=(1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)) -> tuple[Tensor, float]:
-    """(T·D, D) ridge weights, and the strength chosen: the best on every fifth training article, left out first."""
-    held = torch.from_numpy(train.article % 5 == 0)
-    size = train.context_length * train.store.dim
-    sums = {part: [torch.zeros(size, size), torch.zeros(size, train.store.dim)] for part in (False, True)}
-    for first, (context, target) in zip(range(0, len(train), 512), train.batches(512), strict=True):
-        out = held[first : first + len(target)]
-        for part, (gram, moment) in sums.items():
-            x, y = context[out == part].flatten(1), target[out == part]
+class Sums(NamedTuple):
+    """All that a ridge regression needs of its windows, in float32."""
+
+    gram: Tensor  # (T·D, T·D) Σ x xᵀ, x the flattened context
+    moment: Tensor  # (T·D, D) Σ x yᵀ, y the target
+
+    @classmethod
+    def of(cls, windows: Windows, keep: np.ndarray | None = None, batch_size: int = 512) -> Sums:
+        """The sums of the windows with `keep` (N,), by default of all."""
+        keep = torch.from_numpy(np.ones(len(windows), bool) if keep is None else keep)
+        size, dim = windows.context_length * windows.store.dim, windows.store.dim
+        gram, moment = torch.zeros(size, size), torch.zeros(size, dim)
+        for i, (context, target) in enumerate(windows.batches(batch_size)):
+            inside = keep[i * batch_size :][:batch_size]
+            x = context[inside].flatten(1)
             gram += x.T @ x
-            moment += x.T @ y
+            moment += x.T @ target[inside]
+        return cls(gram, moment)
 
-    def solve(gram: Tensor, moment: Tensor, strength: float) -> Tensor:
-        factor = torch.linalg.cholesky(gram.double() + strength * torch.eye(size, dtype=torch.float64))
-        return torch.cholesky_solve(moment.double(), factor).float()
+    def ridge(self, strength: float) -> Tensor:
+        """(T·D, D) the W that minimises Σ ‖xW − y‖² + strength · ‖W‖², solved in float64."""
+        gram = self.gram.double()
+        gram.diagonal().add_(strength)
+        return torch.cholesky_solve(self.moment.double(), torch.linalg.cholesky(gram)).float()
 
-    def error_on_held(weights: Tensor) -> float:  # ‖XW − Y‖² without the constant ‖Y‖²
-        gram, moment = sums[True]
-        return float((weights * (gram @ weights)).sum() - 2 * (weights * moment).sum())
+    def error(self, weights: Tensor) -> float:
+        """Σ ‖xW − y‖² without the constant Σ ‖y‖²."""
+        return float((weights * (self.gram @ weights)).sum() - 2 * (weights * self.moment).sum())
 
-    if bool(held.any()) and not bool(held.all()):
-        strength = min(strengths, key=lambda s: error_on_held(solve(*sums[False], s)))
+
+def fit_ridge(train: Windows, strengths: Sequence[float] = STRENGTHS) -> tuple[Tensor, float]:
+    """(T·D, D) ridge weights of all windows, and their strength: the best one on every fifth article, left out."""
+    left_out = train.article % 5 == 0
+    inside, outside = Sums.of(train, ~left_out), Sums.of(train, left_out)
+    if len(strengths) > 1 and left_out.any() and not left_out.all():
+        strength = min(strengths, key=lambda s: outside.error(inside.ridge(s)))
     else:
-        strength = sorted(strengths)[len(strengths) // 2]  # too few articles to choose by
-    gram, moment = (a + b for a, b in zip(*sums.values(), strict=True))
-    return solve(gram, moment, strength), strength
+        strength = sorted(strengths)[len(strengths) // 2]  # no choice, or too few articles to choose by
+    return Sums(inside.gram + outside.gram, inside.moment + outside.moment).ridge(strength), strength
 
 
 def untrained(dim: int, length: int) -> dict[str, Predictor]:
-    """The predictors that need no data: the last context vector, and the context's mean."""
+    """Return the predictors that need no data: the last context vector, and the context's mean."""
     last = torch.zeros(length)
     last[-1] = 1.0
     return {"copy last": Weighted(dim, last), "mean": Weighted(dim, torch.full((length,), 1 / length))}
 
 
 def baselines(train: Windows) -> dict[str, Predictor]:
-    """The trivial predictors; constant, weighted mean and ridge are fitted to the training windows by least squares."""
+    """Return the trivial predictors. Constant, weighted mean and ridge are fitted to the training windows."""
     dim, length = train.store.dim, train.context_length
     return {
         "constant": Constant(dim, length, fit_constant(train)),

@@ -1,14 +1,17 @@
 """λ, the weight of the directional loss, batch by batch: numbers in, numbers out (handbook §3).
 
 ρ is the directional share of the loss, λ·L_dir / L_mse. Note that it compares values, not gradients
-(handbook §4.1 point 7). The later rules have a memory, a `State` that is passed in and comes back: `gradient_share`
+(handbook §4.1 point 7). The later rules have a memory, a `State` that is passed in and returned: `gradient_share`
 holds the share of the gradient, `pi` either share by feedback, `constrained` has a Lagrange multiplier for λ.
+
+A rule is added in one place: a function, and its line in RULES.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .config import Control, Gate, Schedule, Steps
@@ -162,6 +165,48 @@ def by_gradient(c: Control) -> bool:
     return c.rule == "gradient_share" or (c.rule == "pi" and c.measure == "gradient")
 
 
+class Measured(NamedTuple):
+    """What a rule reads of a batch: detached losses, and the norms of their gradients at the prediction,
+    ‖μ·∂L_mse/∂raw‖ and ‖∂L_dir/∂raw‖."""
+
+    mse: float
+    directional: float
+    pulls: tuple[float, float]
+
+
+class Rule(NamedTuple):
+    """A control rule: `solve(measured, phase, control, state)` gives λ and the next state; `schedule` are the keys of
+    the version's schedule that it reads."""
+
+    solve: Callable[[Measured, Phase, Control, State], tuple[float, State]]
+    schedule: tuple[str, ...] = ()
+
+
+def _pi(m: Measured, now: Phase, c: Control, s: State) -> tuple[float, State]:
+    whole, part = m.pulls if by_gradient(c) else (m.mse, m.directional)
+    return pi(part / max(whole, TINY), now.rho_target, c, s)
+
+
+RULES: dict[str, Rule] = {
+    "none": Rule(lambda m, now, c, s: (0.0, s)),
+    "fixed": Rule(lambda m, now, c, s: (c.lambda_max, s), ("margin",)),
+    "fraction": Rule(lambda m, now, c, s: (fraction(m.mse, m.directional, now.fraction, c), s), ("margin", "fraction")),
+    "rho_cap": Rule(
+        lambda m, now, c, s: (rho_cap(m.mse, m.directional, now.fraction, now.rho_cap, c), s),
+        ("margin", "fraction", "rho_cap"),
+    ),
+    "rho_controller": Rule(
+        lambda m, now, c, s: (rho_controller(m.mse, m.directional, now.rho_target, now.rho_cap, c), s),
+        ("margin", "rho_target", "rho_cap"),
+    ),
+    "gradient_share": Rule(
+        lambda m, now, c, s: gradient_share(m.pulls, now.rho_target, c, s), ("margin", "rho_target")
+    ),
+    "pi": Rule(_pi, ("margin", "rho_target")),
+    "constrained": Rule(lambda m, now, c, s: constrained(m.directional, c, s)),
+}
+
+
 class Decision(NamedTuple):
     """λ_eff and ρ of a batch (0 where the directional term is out), the gate's factor, whether the guard skipped, and
     the state for the next batch."""
@@ -183,30 +228,20 @@ def decide(
     state: State = START,
     pulls: tuple[float, float] = (math.nan, math.nan),
 ) -> Decision:
-    """λ_eff for a batch with these detached losses and mean cosines.
+    """Decide λ_eff for a batch with these figures (`Measured`). `state`: that of the last decision.
 
-    `state`: that of the last decision. `pulls`: what `gradient_share` takes, needed where `by_gradient`. A batch that
-    the guard skips leaves the state as it is.
+    `pulls` is needed where `by_gradient`. A batch that the guard skips does not change the state.
     """
     if c.rule == "none":
         return Decision(0.0, 0.0, 1.0, False, state)
     if guarded(pos, neg, c.guard):
         return Decision(0.0, 0.0, 1.0, True, state)
-    if c.rule == "gradient_share":
-        lambda_, state = gradient_share(pulls, now.rho_target, c, state)
-    elif c.rule == "pi":
-        of, part = pulls if by_gradient(c) else (mse, directional)
-        lambda_, state = pi(part / max(of, TINY), now.rho_target, c, state)
-    elif c.rule == "constrained":
-        lambda_, state = constrained(directional, c, state)
-    elif c.rule == "fraction":
-        lambda_ = fraction(mse, directional, now.fraction, c)
-    elif c.rule == "rho_cap":
-        lambda_ = rho_cap(mse, directional, now.fraction, now.rho_cap, c)
-    elif c.rule == "rho_controller":
-        lambda_ = rho_controller(mse, directional, now.rho_target, now.rho_cap, c)
-    else:  # fixed
-        lambda_ = c.lambda_max
+    lambda_, state = RULES[c.rule].solve(Measured(mse, directional, pulls), now, c, state)
     gate = confidence(pos, c.gate) if c.gate else 1.0
     lambda_ *= gate
     return Decision(lambda_, share(lambda_, mse, directional), gate, False, state)
+
+
+def at_bound(decision: Decision, bound: float) -> float:
+    """1 if λ, before the gate, is at this end of its range, else 0."""
+    return float(decision.gate > 0 and math.isclose(decision.lambda_eff, bound * decision.gate))

@@ -9,14 +9,17 @@ class LVMError(ValueError):
     """Input that cannot be used. The message says what is wrong, where, and what to do."""
 
 
-def extra(module: str, name: str = "encode"):
-    """The module, of the extra `name`. Raises LVMError with the command that installs it where it is missing."""
+def require(module: str, extra: str = "encode"):
+    """The module, of the extra `extra`. Raises LVMError with the command that installs it where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise LVMError(f'the package {e.name or module} is missing; run: pip install -e ".[{name}]"') from e
+        raise LVMError(f'the package {e.name or module} is missing; run: pip install -e ".[{extra}]"') from e
 
 
-def said(e: BaseException) -> str:
+def format_error(e: BaseException) -> str:
     """What an exception says, on one line."""
     return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+
+
+extra, said = require, format_error  # the former names

@@ -1,6 +1,9 @@
-"""Validation: loss, cosine, mini-5CAT, novel MRR."""
+"""Validation: loss, cosine, mini-5CAT, novel MRR, and the spread of the predictions."""
 
 from __future__ import annotations
+
+import math
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,6 +14,8 @@ from .ranking import Articles, among_context
 from .windows import Windows, on_device
 
 EVALUATION_BATCH = 512
+COLLAPSED = 0.1  # ours: the variance of the predictions, as a share of the targets', below which they are one vector
+SPREAD = ("effective_rank", "rank_share", "variance_share")  # of the predictions, in the table of epochs
 
 
 @torch.no_grad()
@@ -24,8 +29,8 @@ def validate(
     """Validation loss (L_mse), cosine, the mini-5CAT of handbook §4, and the novel MRR of 5CAT, in float32.
 
     margin = mean [cos(p, y) − cos(p, context[-1])]; recall_at_5 = share of windows whose target is among the five
-    best of {context vectors, target}, by the ranking head where there is one: chance 5/6 at T = 5, and copying the last
-    vector does better than chance. The unit predictions are added to `moments`.
+    best of {context vectors, target}, by the ranking head where there is one (chance 5/6 at
+    T = 5). The unit predictions are added to `moments`.
     """
     training = model.training
     model.eval()
@@ -76,9 +81,6 @@ def energy_score(
     return total / len(windows)
 
 
-COLLAPSED = 0.1  # ours: the variance of the predictions, as a share of the targets', below which they are one vector
-
-
 class Moments:
     """Running first and second moment of unit vectors (N, D)."""
 
@@ -98,3 +100,33 @@ class Moments:
         share = spread / spread.sum().clamp(min=1e-12)
         rank = float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum())) if spread.sum() > 1e-9 else 1.0
         return {"effective rank": rank, "variance": max(0.0, float(1 - mean.square().sum()))}
+
+
+class Validation:
+    """All that is measured on the validation windows at the end of an epoch; see `validate`, `energy_score`, SPREAD."""
+
+    def __init__(self, windows: Windows, vectors: Tensor, energy: bool):
+        self.windows, self.vectors, self.energy = windows, vectors, energy
+        self.articles = Articles(windows, vectors)
+
+    def __call__(self, model: models.Predictor) -> dict[str, float]:
+        moments = self._moments()
+        found = validate(model, self.windows, self.vectors, self.articles, moments)
+        found["val_energy"] = energy_score(model, self.windows, self.vectors) if self.energy else math.nan
+        if not math.isfinite(found["val_cos"]):
+            return found | dict.fromkeys(SPREAD, math.nan)
+        ours, theirs = moments.facts(), self._targets
+        rank = (ours["effective rank"] - 1) / max(theirs["effective rank"] - 1, 1e-12)
+        variance = ours["variance"] / max(theirs["variance"], 1e-12)
+        return found | dict(zip(SPREAD, (ours["effective rank"], rank, variance), strict=True))
+
+    def _moments(self) -> Moments:
+        device = self.vectors.device  # Apple's devices have no float64
+        return Moments(self.vectors.shape[1], torch.device("cpu") if device.type == "mps" else device)
+
+    @cached_property
+    def _targets(self) -> dict[str, float]:
+        moments = self._moments()
+        for _, target in self.windows.batches(EVALUATION_BATCH, self.vectors):
+            moments.add(torch.nn.functional.normalize(target, dim=-1))
+        return moments.facts()

@@ -1,12 +1,16 @@
-"""The loss terms of handbook §3, one function each, and their named sum.
+"""The loss terms of handbook §3, one function each, and the table in which they are registered.
 
-Axes: B batch, D vector dimension, S samples. A loss takes vectors, not a model: `raw` and `unit` predictions, the
-`target` y and `prev`, the context vector that the prediction is to leave behind; each (B, D). Each returns a scalar
-tensor; `energy` and `distances`, one number a window.
+Axes: B batch, T context length, D vector dimension, S samples. A loss takes vectors, not a model: `raw` and `unit`
+predictions, the `target` y and `prev`, the context vector that the prediction is compared with; each (B, D). Each
+returns a scalar tensor; `energy` and `distances`, one number a window.
+
+A new term is one function of a `Batch` and one call of `register` (see docs/own-loss.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -14,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Constraint, Directional, Losses
+from .errors import LVMError
 
 EPSILON = 1e-6  # keeps the ratio defined where both cosines vanish
-AT_RAW = ("mse", "directional", "floor", "norm", "orthogonality")  # the terms that see the raw prediction alone
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -126,40 +130,6 @@ def distances(samples: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return off, between.sum((1, 2)) / max(count * (count - 1), 1)
 
 
-class Terms(NamedTuple):
-    """Every term of a batch by name; scalar tensors. `directional`, `listwise`, `energy`: 0 for a version without;
-    `directional` of a constrained version is its `shortfall`."""
-
-    mse: Tensor
-    directional: Tensor
-    floor: Tensor
-    norm: Tensor
-    orthogonality: Tensor
-    listwise: Tensor
-    energy: Tensor
-
-    def weighted(self, weights: Losses, lambda_eff: float) -> dict[str, float]:
-        """The weight of each term that has one, by its name."""
-        all_of_them = {
-            "mse": weights.mean_square,
-            "directional": lambda_eff,
-            "floor": weights.floor.weight,
-            "norm": weights.norm,
-            "orthogonality": weights.orthogonality,
-            "listwise": weights.listwise.weight,
-            "energy": weights.energy.weight,
-        }
-        return {name: weight for name, weight in all_of_them.items() if weight}
-
-    def total(self, weights: Losses, lambda_eff: float) -> Tensor:
-        """L = μ·L_mse + λ_eff·L_dir + β·L_floor + η·L_norm + κ·L_orth + ω·L_list + ε·L_energy; a term of weight
-        0 costs no gradient. μ is 1 in all of the original's versions."""
-        total = torch.zeros_like(self.mse)
-        for name, weight in self.weighted(weights, lambda_eff).items():
-            total = total + weight * getattr(self, name)
-        return total
-
-
 def directional(unit: Tensor, target: Tensor, prev: Tensor, margin: float, d: Directional) -> Tensor:
     """L_dir as the version has it."""
     if d.kind == "smooth":
@@ -169,32 +139,103 @@ def directional(unit: Tensor, target: Tensor, prev: Tensor, margin: float, d: Di
     return unit.new_zeros(())
 
 
-def terms(
-    raw: Tensor,
-    unit: Tensor,
-    context: Tensor,
-    target: Tensor,
-    margin: float,
-    weights: Losses,
-    rivals: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    constraint: Constraint | None = None,
-    samples: Tensor | None = None,
-) -> Terms:
-    """All terms of a batch. `context` (B, T, D); `margin` is the schedule's m_gap of the epoch; `rivals`: what
-    `listwise` takes, the ranking prediction first, and `samples` (S, B, D) what `energy` does, for a version that has
-    it; `constraint`: of a constrained version."""
-    prev = context[:, weights.directional.prev]
-    return Terms(
-        mse(raw, target),
-        shortfall(unit, target, context, constraint)
-        if constraint
-        else directional(unit, target, prev, margin, weights.directional),
-        floor(unit, target, weights.floor.tau),
-        norm(raw),
-        orthogonality(unit, prev),
-        unit.new_zeros(()) if rivals is None else listwise(*rivals),
-        unit.new_zeros(()) if samples is None else energy(samples, target).mean(),
-    )
+class Batch(NamedTuple):
+    """What a loss term may look at. `rivals` and `samples` are None for a version that needs none."""
+
+    raw: Tensor  # (B, D) prediction
+    unit: Tensor  # (B, D) raw / ‖raw‖
+    context: Tensor  # (B, T, D)
+    target: Tensor  # (B, D)
+    settings: Losses  # `losses` of the version
+    margin: float = 0.0  # the schedule's m_gap of the epoch
+    constraint: Constraint | None = None
+    rivals: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # arguments of `listwise`
+    samples: Tensor | None = None  # (S, B, D)
+
+    @property
+    def prev(self) -> Tensor:
+        """(B, D) the context vector that the directional loss compares with."""
+        return self.context[:, self.settings.directional.prev]
+
+
+class Term(NamedTuple):
+    """A registered loss term: `weight` is its key in the version's `losses` (None: λ), `needs` what it acts on."""
+
+    compute: Callable[[Batch], Tensor]
+    weight: str | None
+    needs: str = "raw"  # differentiated at the raw prediction; or "rivals", "samples": 0 where the batch has none
+
+
+def _directional(b: Batch) -> Tensor:
+    if b.constraint:
+        return shortfall(b.unit, b.target, b.context, b.constraint)
+    return directional(b.unit, b.target, b.prev, b.margin, b.settings.directional)
+
+
+# L = μ·L_mse + λ_eff·L_dir + β·L_floor + η·L_norm + κ·L_orth + ω·L_list + ε·L_energy, summed in this order; μ is 1 in
+# all of the original's versions. The order of the columns in a run's tables is this one, too.
+TERMS: dict[str, Term] = {
+    "mse": Term(lambda b: mse(b.raw, b.target), "mean_square"),
+    "directional": Term(_directional, None),
+    "floor": Term(lambda b: floor(b.unit, b.target, b.settings.floor.tau), "floor.weight"),
+    "norm": Term(lambda b: norm(b.raw), "norm"),
+    "orthogonality": Term(lambda b: orthogonality(b.unit, b.prev), "orthogonality"),
+    "listwise": Term(lambda b: listwise(*b.rivals), "listwise.weight", "rivals"),
+    "energy": Term(lambda b: energy(b.samples, b.target).mean(), "energy.weight", "samples"),
+}
+OWN: dict[str, Term] = {}  # registered by users; a version names those that it trains with in `losses.extra`
+
+
+def register(name: str, compute: Callable[[Batch], Tensor], needs: str = "raw") -> None:
+    """Add a loss term: `compute(batch)` gives a scalar. Versions train with it by `losses: {extra: {name: weight}}`.
+
+    Registering a name again replaces its function. Raises LVMError for the name of a built-in term.
+    """
+    if name in TERMS or not name.isidentifier():
+        raise LVMError(f"loss term {name!r}: not an identifier, or the name of a built-in term; choose another name")
+    OWN[name] = Term(compute, f"extra.{name}", needs)
+
+
+def names(settings: Losses) -> tuple[str, ...]:
+    """The names of a version's terms: the built-in ones, then its own."""
+    return *TERMS, *settings.extra
+
+
+def active(settings: Losses) -> dict[str, Term]:
+    """The terms of a version by name. Raises LVMError for one of its own that is not registered."""
+    for name in settings.extra:
+        if name not in OWN:
+            known = ", ".join(OWN) or "none"
+            raise LVMError(
+                f"losses.extra.{name}: no such term; call losses.register({name!r}, …) first; known: {known}"
+            )
+    return TERMS | {name: OWN[name] for name in settings.extra}
+
+
+def terms(batch: Batch) -> dict[str, Tensor]:
+    """All terms of a batch by name, unweighted scalars; 0 for one whose `needs` the batch does not have.
+
+    `directional` of a constrained version is its `shortfall`.
+    """
+    found = {}
+    for name, term in active(batch.settings).items():
+        absent = term.needs != "raw" and getattr(batch, term.needs) is None
+        found[name] = batch.unit.new_zeros(()) if absent else term.compute(batch)
+    return found
+
+
+def weights(settings: Losses, lambda_eff: float) -> dict[str, float]:
+    """The weight of each term that has one other than 0, by name."""
+    found = {n: lambda_eff if t.weight is None else attrgetter(t.weight)(settings) for n, t in TERMS.items()}
+    return {name: weight for name, weight in (found | dict(settings.extra)).items() if weight}
+
+
+def total(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The weighted sum of the terms; one without a weight costs no gradient."""
+    found = torch.zeros_like(terms["mse"])
+    for name, weight in weights.items():
+        found = found + weight * terms[name]
+    return found
 
 
 @torch.no_grad()
@@ -222,29 +263,30 @@ def context_weights(unit: Tensor, context: Tensor) -> Tensor:
     return torch.linalg.solve(gram + 1e-4 * size * eye, (context @ unit[..., None]))[..., 0]
 
 
-def gradients(terms: Terms, raw: Tensor, samples: Tensor | None = None) -> dict[str, Tensor | None]:
+def gradients(terms: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor | None]:
     """∂L_term/∂raw (B, D) by term, unweighted; None for a term that has none, or acts on another head.
 
-    The energy score does not see `raw`: its gradient is that at `samples` (S, B, D) when all of a window's move
+    A term of the samples does not see `raw`: its gradient is that at the samples when all of a window's move
     together, for equal samples the one at their one place.
     """
-    out = {
-        name: torch.autograd.grad(term, raw, retain_graph=True, allow_unused=True)[0] if term.requires_grad else None
-        for name, term in terms._asdict().items()
-        if name != "energy"
-    }
-    if samples is not None:
-        out["energy"] = torch.autograd.grad(terms.energy, samples, retain_graph=True)[0].sum(0)
-    return {"energy": None, **out}
+    found: dict[str, Tensor | None] = {}
+    for name, term in active(batch.settings).items():
+        value, sampled = terms[name], term.needs == "samples"
+        if not value.requires_grad:
+            found[name] = None
+        elif sampled:
+            found[name] = torch.autograd.grad(value, batch.samples, retain_graph=True)[0].sum(0)
+        else:
+            found[name] = torch.autograd.grad(value, batch.raw, retain_graph=True, allow_unused=True)[0]
+    return found
 
 
-def pulls(gradients: dict[str, Tensor | None], raw: Tensor) -> dict[str, Tensor]:
-    """How hard each term pulls at the prediction: the norm over the batch of its gradient there (`gradients`), as
-    `pull_<term>`; and `angle`, in degrees, between the mean-square and the directional gradient. NaN for a term that
-    has no gradient, and for an angle with a gradient of 0.
+def pulls(gradients: Mapping[str, Tensor | None], raw: Tensor) -> dict[str, Tensor]:
+    """How hard each term pulls at the prediction: the norm over the batch of its gradient there, as `pull_<term>`; and
+    `angle`, in degrees, between the mean-square and the directional gradient. NaN where there is no gradient.
 
-    ρ compares the terms' values; these tell what each does to the weights (handbook §4.1 point 7). An angle above 90
-    means that the two undo each other.
+    ρ compares the terms' values; these are what each does to the weights (handbook §4.1 point 7). Above 90 degrees the
+    two work against each other.
     """
     nan = raw.new_full((), float("nan"))
     out = {f"pull_{name}": nan if g is None else g.norm() for name, g in gradients.items()}
@@ -257,17 +299,19 @@ def pulls(gradients: dict[str, Tensor | None], raw: Tensor) -> dict[str, Tensor]
 
 
 def backward(
-    terms: Terms, weights: Losses, lambda_eff: float, raw: Tensor, gradients: dict[str, Tensor | None]
+    terms: Mapping[str, Tensor], weights: Mapping[str, float], batch: Batch, gradients: Mapping[str, Tensor | None]
 ) -> None:
-    """As `terms.total(weights, lambda_eff).backward()`, but what is known of it at `raw` (`gradients`) is used.
+    """Do what `total(terms, weights).backward()` does, by the `gradients` at `raw` that are known already.
 
-    The ranking loss and the energy score see more than `raw`, and go through the graph.
+    Terms of rivals and samples see more than `raw`, and go through the graph.
     """
-    acting = terms.weighted(weights, lambda_eff)
+    needs = {name: term.needs for name, term in active(batch.settings).items()}
     known = [
-        weight * gradients[name] for name, weight in acting.items() if name in AT_RAW and gradients[name] is not None
+        weight * gradients[name]
+        for name, weight in weights.items()
+        if needs[name] == "raw" and gradients[name] is not None
     ]
-    rest = [weight * getattr(terms, name) for name, weight in acting.items() if name not in AT_RAW]
-    roots = ([(raw, sum(known))] if known else []) + [(term, None) for term in rest]
+    rest = [weight * terms[name] for name, weight in weights.items() if needs[name] != "raw"]
+    roots = ([(batch.raw, sum(known))] if known else []) + [(term, None) for term in rest]
     if roots:
         torch.autograd.backward(*map(list, zip(*roots, strict=True)))

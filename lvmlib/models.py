@@ -1,10 +1,8 @@
-"""The four architectures of handbook §2, three of ours, and the trivial predictors, behind one call.
-
-Axes: B batch, T context length, D vector dimension, H hidden width, S samples.
+"""The four architectures of handbook §2, and ours, behind one call.
 
     raw, unit = model(context)      # context (B, T, D) → raw (B, D), unit = raw / ‖raw‖
 
-D comes from the data.
+Axes: B batch, T context length, D vector dimension (of the data), H hidden width, S samples.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ HIDDEN = 512
 
 
 class Predictor(nn.Module):
-    """What all predictors share: `raw(context)` is theirs, the unit vector and the shape check are here."""
+    """What all predictors share. A subclass defines `raw(context)`, (B, T, D) → (B, D)."""
 
     def __init__(self, dim: int, context_length: int):
         super().__init__()
@@ -39,7 +37,7 @@ class Predictor(nn.Module):
         return raw, F.normalize(raw, dim=-1)
 
     def heads(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """raw, unit, and the unit vector (B, D) that ranks chunks: the same one, but for a model with a head for it."""
+        """Return raw, unit, and the unit vector (B, D) that ranks chunks, here the same one."""
         raw, unit = self(context)
         return raw, unit, unit
 
@@ -48,12 +46,12 @@ class Predictor(nn.Module):
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's tensors lie; the CPU for one that has none."""
+    """Return where a model's tensors lie; the CPU if it has none."""
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def sinusoidal_positions(length: int, width: int) -> Tensor:
-    """(length, width) sines and cosines of falling frequency (Vaswani et al. 2017, §3.5)."""
+    """Return (length, width) sines and cosines of falling frequency (Vaswani et al. 2017, §3.5)."""
     position = torch.arange(length)[:, None]
     frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     table = torch.zeros(length, width)
@@ -80,25 +78,22 @@ class Transformer(Predictor):
         memory = x = self.project(context) + self.positions  # (B, T, H)
         for layer in self.layers[:-1]:
             x = self._decoded(layer, x, x, memory)
-        # Only the last position is read out: the last layer need not compute the others.
+        # The head reads the last position only, so the last layer skips the others.
         return self.head(self._decoded(self.layers[-1], x[:, -1:], x, memory)[:, 0])
 
     def _decoded(self, layer: nn.TransformerDecoderLayer, query: Tensor, x: Tensor, memory: Tensor) -> Tensor:
-        """(B, Q, H) the layer's output at `query`, the last Q positions of its input `x` (B, T, H).
-
-        As `layer(x, memory, …)[:, -Q:]`, which would compute all positions.
-        """
-        found = self._attended(layer.self_attn, query, x)
-        query = layer.norm1(query + dropout(found, layer.dropout1.p, self.training))
-        found = self._attended(layer.multihead_attn, query, memory)
-        query = layer.norm2(query + dropout(found, layer.dropout2.p, self.training))
-        found = dropout(F.relu(layer.linear1(query)), layer.dropout.p, self.training)
-        return layer.norm3(query + dropout(layer.linear2(found), layer.dropout3.p, self.training))
+        """Return `layer(x, memory, …)[:, -Q:]`, (B, Q, H), at `query`, the last Q positions of `x` (B, T, H)."""
+        own = self._attended(layer.self_attn, query, x)
+        query = layer.norm1(query + dropout(own, layer.dropout1.p, self.training))
+        crossed = self._attended(layer.multihead_attn, query, memory)
+        query = layer.norm2(query + dropout(crossed, layer.dropout2.p, self.training))
+        hidden = dropout(F.relu(layer.linear1(query)), layer.dropout.p, self.training)
+        return layer.norm3(query + dropout(layer.linear2(hidden), layer.dropout3.p, self.training))
 
     def _attended(self, attention: nn.MultiheadAttention, query: Tensor, x: Tensor) -> Tensor:
-        """(B, Q, H) causal attention of the last Q positions `query` to `x` (B, T, H).
+        """Return (B, Q, H) causal attention of the last Q positions `query` to `x` (B, T, H).
 
-        Plain products: for T = 5 they are faster than the fused kernel, which is made for long sequences.
+        Plain products are faster at T = 5 than the fused kernel for long sequences.
         """
         weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, query.shape[-1]
         if query is x:
@@ -113,10 +108,9 @@ class Transformer(Predictor):
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`x` with each element 0 with probability `p` and the others divided by what is left; `x` itself in evaluation.
+    """Return `x` with each element 0 with probability `p` and the others divided by 1 − p; `x` itself in evaluation.
 
-    On a CPU torch draws a double an element, which is a tenth of a step of the transformer. 16 random bits will do: p
-    is rounded to 2⁻¹⁶. What is divided by is rounded to the type of `x`, as torch does it.
+    On a CPU it draws 16 bits an element (p is rounded to 2⁻¹⁶): torch's double takes a tenth of a transformer's step.
     """
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
@@ -127,7 +121,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 class GRU(Predictor):
-    """Four GRU layers, each with a residual and a LayerNorm; the last step is read out."""
+    """Four GRU layers, each with a residual and a LayerNorm; the head reads the last step."""
 
     def __init__(self, dim: int, context_length: int):
         super().__init__(dim, context_length)
@@ -144,7 +138,7 @@ class GRU(Predictor):
 
 
 class LSTM(Predictor):
-    """A two-layer LSTM; the last step is read out."""
+    """A two-layer LSTM; the head reads the last step."""
 
     def __init__(self, dim: int, context_length: int):
         super().__init__(dim, context_length)
@@ -179,19 +173,21 @@ class AMN(Predictor):
         return baseline + self.residual(torch.cat([baseline, self.attended(mixed)], -1))
 
 
-class Bilinear(Predictor):
-    """Copying, corrected: raw = Σ_t w_t·context_t + A·Σ_t v_t·context_t. At the start w and v copy the last vector
-    (or average: `averaging`), and A is near 0.
+def _last(length: int) -> Tensor:
+    """Return weights (T,) that copy the last vector."""
+    return torch.eye(length)[-1].clone()
 
-    Ranked by cosine, a chunk c scores c·(w + A v): A is a metric between a chunk and what comes next, all that may be
-    learned of pairs of chunks by a product. Dropout on A's input keeps it from the training articles' own words.
+
+class Bilinear(Predictor):
+    """Copying, corrected: raw = Σ_t w_t·context_t + A·drop(Σ_t v_t·context_t).
+
+    At the start w and v copy the last vector (`averaging`: they average), and A is near 0. Ranked by cosine, A is a
+    metric between a chunk and the next. Dropout on A's input keeps it from the training articles' own words.
     """
 
     def __init__(self, dim: int, context_length: int, averaging: bool = False, dropout: float = 0.7):
         super().__init__(dim, context_length)
-        last = torch.zeros(context_length)
-        last[-1] = 1.0
-        start = torch.full((context_length,), 1 / context_length) if averaging else last
+        start = torch.full((context_length,), 1 / context_length) if averaging else _last(context_length)
         self.weights, self.mixture = nn.Parameter(start), nn.Parameter(start.clone())
         self.drop, self.metric = nn.Dropout(dropout), nn.Linear(dim, dim, bias=False)
         nn.init.normal_(self.metric.weight, std=0.02 / math.sqrt(dim))
@@ -202,16 +198,18 @@ class Bilinear(Predictor):
 
 
 class TwoHeads(Predictor):
-    """Two bilinear heads on one context: `point`, judged by its distance to the target, and `ranker`, by ranks alone.
+    """Two heads on one context: `point`, trained by its distance to the target, and `ranker`, by ranks alone.
 
     One vector cannot do both: the best point averages the context (noise cancels), and an average ranks chunks badly.
     The heads share no parameter, so neither pays for the other.
     """
 
+    RANKER: type[Predictor] = Bilinear
+
     def __init__(self, dim: int, context_length: int):
         super().__init__(dim, context_length)
         self.point = Bilinear(dim, context_length, averaging=True, dropout=0.9)
-        self.ranker = Bilinear(dim, context_length)
+        self.ranker = self.RANKER(dim, context_length)
 
     def raw(self, context: Tensor) -> Tensor:
         return self.point.raw(context)
@@ -221,12 +219,12 @@ class TwoHeads(Predictor):
 
 
 class Gated(Predictor):
-    """Bilinear's correction of copying, with weights that the context decides, and a product of two views of it:
+    """Bilinear's correction of copying, with weights that depend on the context, and a product of two views of it:
 
         raw = Σ_t w_t·context_t + A·drop(Σ_t v_t·context_t) + O·drop(P·context_T ⊙ Q·mean(context))·√D
 
-    w = w⁰ + f_w and v = v⁰ + f_v: a small network f sees each context vector in a few learned directions, and the
-    cosines among them, so that a last vector which says little can count for less. At the start f and O are near 0.
+    w = w⁰ + f_w and v = v⁰ + f_v. The small network f reads each context vector in a few learned directions, and the
+    cosines among them. At the start f and O are near 0.
     """
 
     VIEW, HIDDEN, RANK = 16, 64, 128
@@ -235,9 +233,7 @@ class Gated(Predictor):
         super().__init__(dim, context_length)
         pairs = torch.triu_indices(context_length, context_length, 1)
         self.register_buffer("pairs", pairs, persistent=False)
-        last = torch.zeros(context_length)
-        last[-1] = 1.0
-        self.weights, self.mixture = nn.Parameter(last), nn.Parameter(last.clone())
+        self.weights, self.mixture = nn.Parameter(_last(context_length)), nn.Parameter(_last(context_length))
         self.metric = nn.Linear(dim, dim, bias=False)
         nn.init.normal_(self.metric.weight, std=0.02 / math.sqrt(dim))
         self.view = nn.Linear(dim, self.VIEW, bias=False)
@@ -261,20 +257,16 @@ class Gated(Predictor):
 
 
 class GatedHeads(TwoHeads):
-    """As two heads, with one `Gated` for the ranker: a committee's member alone."""
+    """Two heads with a `Gated` ranker: one member of a committee."""
 
-    def __init__(self, dim: int, context_length: int):
-        Predictor.__init__(self, dim, context_length)
-        self.point = Bilinear(dim, context_length, averaging=True, dropout=0.9)
-        self.ranker = Gated(dim, context_length)
+    RANKER = Gated
 
 
 class Committee(Predictor):
     """`point` as of two heads; the ranker is the sum of the unit vectors of `MEMBERS` rankers that share nothing.
 
-    Each member learns to rank by itself, from another start and with other dropout: in training `heads` gives all of
-    them, (B, MEMBERS, D), and the ranking loss is the mean of theirs. Trained on their sum they lean on each other, and
-    rank new articles no better than one of them.
+    In training `heads` gives all of them, (B, MEMBERS, D), and the ranking loss is the mean of theirs. Trained on
+    their sum they rank new articles no better than one of them.
     """
 
     MEMBERS = 3
@@ -297,11 +289,10 @@ class Sampler(Predictor):
 
         x = u / ‖u‖,  u = Σ_t w_t·context_t + A·drop(Σ_t v_t·context_t) + exp(τ·z₀)·(L·z + σ ⊙ z′),  all z normal
 
-    As `Bilinear`, but w and v begin at the mean, where a point without knowledge is best. The noise has a spread σ of
-    its own in each dimension and 16 directions L in common; τ lets some samples lie near and others far, without which
-    all would be equally far in high dimension, as truths are not. The context acts on the noise by the normalisation:
-    vectors that agree add up to a longer sum, beside which the same noise is smaller. `raw` is the mean of 32 samples
-    from a table of noise kept with the weights, each with its opposite: what is linear in the noise falls out of it.
+    As `Bilinear`, but w and v begin at the mean. The noise has a spread σ in each dimension and 16 common directions
+    L; τ lets samples lie at different distances. Context vectors that agree add up to a longer sum, which makes the
+    same noise smaller after normalisation. `raw` is the mean of 32 samples from a fixed table of noise and its
+    opposite, so that terms linear in the noise cancel.
     """
 
     def __init__(self, dim: int, context_length: int):
@@ -317,7 +308,7 @@ class Sampler(Predictor):
         self.register_buffer("table", torch.cat([half, torch.cat([half[:, :1], -half[:, 1:]], 1)]))
 
     def drawn(self, context: Tensor, noise: Tensor) -> Tensor:
-        """(S, B, D) unit vectors from `noise` (S, B or 1, 1 + 16 + D)."""
+        """Return (S, B, D) unit vectors from `noise` (S, B or 1, 1 + 16 + D)."""
         copied, mixed = (torch.einsum("t,btd->bd", w, context) for w in (self.weights, self.mixture))
         point = copied + self.metric(self.drop(mixed))
         apart = self.directions(noise[..., 1:17]) + self.sigma * noise[..., 17:]
@@ -325,7 +316,7 @@ class Sampler(Predictor):
         return F.normalize(point + apart, dim=-1)  # float32 under autocast, as the noise is
 
     def samples(self, context: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """(S, B, D) `count` independent samples for each context (B, T, D)."""
+        """Return (S, B, D) `count` independent samples for each context (B, T, D)."""
         shape = count, len(context), self.table.shape[1]
         return self.drawn(context, torch.randn(shape, generator=generator, device=context.device))
 
@@ -334,11 +325,10 @@ class Sampler(Predictor):
 
 
 class OneSample(Predictor):
-    """One sample of a model that has `samples`, as a predictor: 5CAT then judges a sample as it judges a point.
+    """One sample of a model that has `samples`, as a predictor, for 5CAT.
 
-    The noise follows from `seed` and the context's vectors alone, not from their order nor from the batch: the same
-    window has the same sample in any batch, and a shuffled or reversed context keeps its noise, so that only the order
-    differs. A context changed in its last bits is another one: so it is from one machine to the next in a rollout.
+    The noise follows from `seed` and the set of the context's vectors: not from the batch, nor from their order, so
+    that a shuffled context keeps its noise. It changes with the last bits of a vector.
     """
 
     def __init__(self, model: Predictor, seed: int = 0):
@@ -368,7 +358,7 @@ ARCHITECTURES = {
 
 
 def build(name: str, dim: int, context_length: int = 5) -> Predictor:
-    """A freshly initialised architecture. Raises LVMError for an unknown name."""
+    """Return a freshly initialised architecture. Raises LVMError for an unknown name."""
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise LVMError(f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name](dim, context_length)

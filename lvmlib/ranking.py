@@ -3,8 +3,8 @@
 Axes: N windows, B batch, V variants of a prediction, T context length, D vector dimension, K offsets; of a block: b of
 the batch's windows, R chunks.
 
-All that is asked of an article comes from one product of the predictions with its chunks. Short articles share a
-product, so that a batch takes few of them; `Articles.blocks` gives one after the other.
+All figures of an article come from one product of the predictions with its chunks. Short articles share a product,
+so a batch takes few of them; `Articles.blocks` yields one after the other.
 """
 
 from __future__ import annotations
@@ -21,31 +21,26 @@ from torch import Tensor
 from .windows import Windows, article_spans
 
 TIE = 1e-6  # cosines nearer than this are equal: a float32 product rounds by its shape
-ROWS = 256  # chunks in a product, where several articles share one
-NUMBERS = 1 << 22  # cosines that are in memory at a time, and numbers of the chunks that are gathered: about as many
-PART = 1 << 18  # windows, or rows, that arrays of all are made from at a time
+ROWS = 256  # chunks in a product that several articles share
+NUMBERS = 1 << 22  # cosines in memory at a time, and about as many numbers of gathered chunks
+PART = 1 << 18  # windows, or rows, that arrays of all of them are computed from at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some windows of a batch against the chunks of their articles, and of a few more.
+    """Some windows of a batch against the chunks of their articles, and of a few more."""
 
-    `mine` (b,): the windows' places in the batch; `cosines` (b, V, R); `first`, `size` (b, 1): the column of each
-    window's article's first chunk, and its chunks; `target` (b, 1), `context` (b, T): columns; `possible` (R,).
-    """
-
-    mine: Tensor
-    cosines: Tensor
-    first: Tensor
-    size: Tensor
-    target: Tensor
-    context: Tensor
-    possible: Tensor
+    mine: Tensor  # (b,) the windows' places in the batch
+    cosines: Tensor  # (b, V, R)
+    first: Tensor  # (b, 1) column of the first chunk of the window's article
+    size: Tensor  # (b, 1) chunks of that article
+    target: Tensor  # (b, 1) column
+    context: Tensor  # (b, T) columns
+    possible: Tensor  # (R,) whether a chunk is a target of some window
 
     @cached_property
     def candidates(self) -> Tensor:
-        """(b, R, 3) float32, 1 or 0: the chunks of the own article, of these those outside the context, of these those
-        that are `possible`."""
+        """(b, R, 3) float32, 1 or 0: chunks of the own article, of these outside the context, of these `possible`."""
         place = torch.arange(self.cosines.shape[2], device=self.cosines.device) - self.first  # (b, R)
         own = (place >= 0) & (place < self.size)
         outside = own.scatter(1, self.context, False)
@@ -56,10 +51,10 @@ class Block:
         return self.cosines.gather(2, columns[:, None].expand(-1, self.cosines.shape[1], -1))
 
     def ranks(self, which: slice = slice(None)) -> Tensor:
-        """(b, V, 3) rank of the target among the three kinds of `candidates`, from 1, for the predictions `which`.
+        """(b, V, 3) rank of the target, from 1, among the three kinds of `candidates`, for the predictions `which`.
 
-        Equal cosines share their mean rank: ½ + Σ (1 for a cosine above, ½ for an equal one, the target itself too).
-        Float32 is exact: they are halves.
+        Equal cosines share their mean rank: ½ + Σ (1 for a higher cosine, ½ for an equal one, the target's own too).
+        These are halves, so float32 is exact.
         """
         gap = self.cosines[:, which] - self.at(self.target)[:, which]
         places = (gap > TIE).float().add_(gap >= -TIE)  # 2 for above, 1 for equal
@@ -72,10 +67,10 @@ class Block:
 
 
 class Articles:
-    """The articles of a split's windows, ready for comparing predictions with their chunks.
+    """The articles of a split's windows, for comparing predictions with their chunks.
 
-    `vectors` (M, D): the store's vectors on the device of the predictions. Nothing is made of all windows or all rows
-    before it is asked for.
+    `vectors` (M, D): the store's vectors on the device of the predictions. Arrays of all windows or all rows are
+    computed on first use.
     """
 
     def __init__(self, windows: Windows, vectors: Tensor):
@@ -90,42 +85,42 @@ class Articles:
         return np.append(article_spans(article)[0], len(article))
 
     def span(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B,) and (B,): the articles of windows `index` are the rows low … high − 1."""
+        """(B,) and (B,): rows low … high − 1 are the articles of windows `index`."""
         run = np.searchsorted(self._begins, self.windows.target_rows(index), side="right") - 1
         return self._begins[run], self._begins[run + 1]
 
     @cached_property
     def candidates(self) -> np.ndarray:
-        """(N,) chunks of each window's article, with the context left in."""
+        """(N,) chunks of each window's article, context included."""
         return np.concatenate([high - low for low, high in map(self.span, _parts(len(self.windows)))])
 
     @property
     def novel_candidates(self) -> np.ndarray:
-        """(N,) with the context left out."""
+        """(N,) without the context."""
         return self.candidates - self.windows.context_length
 
     @cached_property
     def longest(self) -> int:
-        """The most `candidates` that a window has."""
+        """The maximum of `candidates`."""
         return max(int(np.subtract(*self.span(i)[::-1]).max()) for i in _parts(len(self.windows)))
 
     @cached_property
     def possible(self) -> np.ndarray:
-        """(M,) the rows that are the target of some window. An article's first chunks are none (they have no whole
-        context), so that a predictor may gain rank by knowing what an opening looks like."""
+        """(M,) whether a row is the target of some window. An article's first chunks, which have no whole context, are
+        not: among all chunks, a predictor gains rank by recognising openings."""
         return np.concatenate([self._possible(rows) for rows in _parts(len(self.windows.store.article))])
 
     def _possible(self, rows: np.ndarray) -> np.ndarray:
         article, position = self.windows.store.article, self.windows.store.position
         reach = self.windows.step * (self.windows.context_length - 1 + self.windows.horizon)
         first = rows - reach
-        there = (first >= 0) & (first < len(article))
-        first = np.where(there, first, rows)
-        return there & (article[first] == article[rows]) & (position[rows] - position[first] == reach)
+        exists = (first >= 0) & (first < len(article))
+        first = np.where(exists, first, rows)
+        return exists & (article[first] == article[rows]) & (position[rows] - position[first] == reach)
 
     @cached_property
     def possible_candidates(self) -> np.ndarray:
-        """(N,) those of `possible` among the novel candidates."""
+        """(N,) `possible` rows among the novel candidates."""
         up_to = np.append(0, np.cumsum(self.possible, dtype=np.int64))
 
         def counted(index: np.ndarray) -> np.ndarray:
@@ -141,7 +136,7 @@ class Articles:
         return self.windows.store.rows(self.windows.split)
 
     def unit(self, rows) -> Tensor:
-        """(R, D) the chunks `rows` (an array, or a slice) as float32 unit vectors."""
+        """(R, D) float32 unit vectors of `rows`, an array or a slice."""
         if not isinstance(rows, slice):
             rows = torch.from_numpy(rows).to(self.device)
         return F.normalize(self.vectors[rows].float(), dim=-1)
@@ -149,8 +144,8 @@ class Articles:
     def blocks(self, units: Tensor, index: np.ndarray) -> Iterator[Block]:
         """The cosines of `units` (B, V, D), float32, with all chunks of the articles of windows `index` (B,).
 
-        Each window is in one block. A block has a whole article, or several that together have no more than ROWS
-        chunks; never more than NUMBERS cosines, but for one window.
+        Each window is in one block. A block has one article, or several of at most ROWS chunks together, and at most
+        NUMBERS cosines, except where a single window has more.
         """
         low, high = self.span(index)
         order = np.argsort(low, kind="stable")
@@ -162,13 +157,13 @@ class Articles:
         while a < len(begins):
             b = a + max(1, int(np.searchsorted(np.cumsum(sizes[a:]), ROWS, side="right")))
             before = np.cumsum(sizes[a:b]) - sizes[a:b]
-            if (begins[a:b] - before == begins[a]).all():  # they stand side by side
+            if (begins[a:b] - before == begins[a]).all():  # they are adjacent
                 rows = slice(int(begins[a]), int(begins[a] + sizes[a:b].sum()))
             else:
                 rows = np.concatenate([np.arange(f, f + n) for f, n in zip(begins[a:b], sizes[a:b], strict=True)])
             chunks, possible = self.unit(rows).T, torch.from_numpy(self.possible[rows]).to(self.device)
             mine = order[place[a] : place[b - 1] + count[b - 1]]
-            wanted, together = table[mine], bool((np.diff(mine) == 1).all())  # so it is where windows come in order
+            wanted, together = table[mine], bool((np.diff(mine) == 1).all())  # true where windows come in order
             wanted[:, 1] = np.repeat(before, count[a:b])
             wanted[:, 3:] += wanted[:, 1:2]
             wanted = torch.from_numpy(wanted).to(self.device)
@@ -181,74 +176,57 @@ class Articles:
             a = b
 
     def columns(self, index: np.ndarray, offsets) -> tuple[np.ndarray, np.ndarray]:
-        """(B, K) the places in its article of the chunks `offsets` after each target, in reading direction, and whether
-        they are there: not outside the article or across a gap in its positions. Where not, the target's own place."""
+        """(B, K) places in the article of the chunks `offsets` after each target, in reading direction, and whether
+        they exist: inside the article and not across a gap in its positions. Elsewhere, the target's own place."""
         position, (low, high), rows = self.windows.store.position, self.span(index), self.windows.target_rows(index)
         at = rows[:, None] + self.windows.step * np.asarray(offsets)
-        there = (at >= low[:, None]) & (at < high[:, None])
-        at = np.where(there, at, rows[:, None])
-        there &= position[at] - position[rows][:, None] == at - rows[:, None]
-        return at - low[:, None], there
-
-    def cosines_at(self, unit: Tensor, index: np.ndarray, offsets) -> Tensor:
-        """(B, K) cosines of `unit` (B, D) with the chunks `offsets` after the target, in reading direction; NaN
-        outside the article and across a gap in its positions."""
-        at, there = (torch.from_numpy(a).to(self.device) for a in self.columns(index, offsets))
-        found = unit.new_empty(at.shape)
-        for block in self.blocks(unit[:, None], index):
-            found[block.mine] = block.at(at[block.mine] + block.first)[:, 0]
-        return found.masked_fill(~there, float("nan"))
+        exists = (at >= low[:, None]) & (at < high[:, None])
+        at = np.where(exists, at, rows[:, None])
+        exists &= position[at] - position[rows][:, None] == at - rows[:, None]
+        return at - low[:, None], exists
 
     def ranks(self, units: Tensor, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Rank of each window's target among its article's chunks for `units` (V, B, D): with the context among the
-        candidates, with it left out, and of the latter among the `possible` targets alone; (V, B) float64 each, from 1,
-        on the device of the vectors. Equal cosines share their mean rank. The target is never in the context.
+        """Rank of each window's target, from 1, among its article's chunks for `units` (V, B, D): with the context,
+        without it, and among the `possible` targets of the latter; (V, B) float64 each. Equal cosines share their mean
+        rank.
         """
         found = torch.empty(units.shape[1], len(units), 3, dtype=self.wide, device=self.device)
         for block in self.blocks(units.transpose(0, 1).contiguous(), index):
             found[block.mine] = block.ranks().to(self.wide)
         return found.permute(2, 1, 0).unbind(0)
 
-    def mean_cosine(self, unit: Tensor, index: np.ndarray) -> Tensor:
-        """(B,) mean cosine of `unit` (B, D) with the article's chunks outside the context: what knowing the article
-        alone gives."""
-        found = unit.new_empty(len(unit))
-        for block in self.blocks(unit[:, None], index):
-            found[block.mine] = block.mean()[:, 0]
-        return found
-
     def rivals(self, index: np.ndarray, most: int, rank: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (B, C) of chunks of each window's article outside its context, the target first, and (B, C) whether a
-        chunk is there: all of them, or `most`, those of the least `rank` (B, ≥ the longest article), numbers in [0, 1).
+        """Rows (B, C) of chunks of each window's article outside its context, the target first, and (B, C) whether
+        they exist: all, or the `most` of them with the least `rank` (B, ≥ the longest article), numbers in [0, 1).
         """
         low, high = self.span(index)
         rows = low[:, None] + np.arange((high - low).max())  # (B, C)
         context = self.windows.context_rows(index)
         inside = (rows >= context.min(1)[:, None]) & (rows <= context.max(1)[:, None])
-        there = (rows < high[:, None]) & ~inside
-        key = np.where(there, rank[:, : rows.shape[1]], 2.0)
+        exists = (rows < high[:, None]) & ~inside
+        key = np.where(exists, rank[:, : rows.shape[1]], 2.0)
         target = self.windows.target_rows(index)
         key[np.arange(len(index)), target - low] = -1.0
         order = np.argsort(key, 1)[:, :most]
-        order = order[:, : max(1, int(np.take_along_axis(there, order, 1).sum(1).max()))]
-        rows, there = (np.take_along_axis(a, order, 1) for a in (rows, there))
-        return np.where(there, rows, target[:, None]), there
+        order = order[:, : max(1, int(np.take_along_axis(exists, order, 1).sum(1).max()))]
+        rows, exists = (np.take_along_axis(a, order, 1) for a in (rows, exists))
+        return np.where(exists, rows, target[:, None]), exists
 
     def strangers(self, index: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (K,) of `count` chunks of the split, by torch's random stream, and (B, K) whether each is of another
-        article than the window."""
+        """Rows (K,) of `count` random chunks of the split, by torch's random stream, and (B, K) whether each is of
+        another article than the window."""
         rows = self.pool[torch.randint(len(self.pool), (count,)).numpy()]
         own = self.windows.store.article[self.windows.target_rows(index)]
         return rows, self.windows.store.article[rows] != own[:, None]
 
 
 def _parts(count: int) -> Iterator[np.ndarray]:
-    """The numbers 0 … count − 1, PART at a time."""
+    """0 … count − 1, PART at a time."""
     for first in range(0, count, PART):
         yield np.arange(first, min(first + PART, count))
 
 
 def among_context(ranker: Tensor, context: Tensor, target: Tensor) -> Tensor:
-    """(B,) rank of the target, from 1, among itself and the context vectors: that of the original's mini-5CAT."""
+    """(B,) rank of the target, from 1, among itself and the context vectors: the original's mini-5CAT."""
     cosines = F.cosine_similarity(ranker[:, None], torch.cat([context, target[:, None]], 1), dim=-1)  # (B, T + 1)
     return 1 + (cosines[:, :-1] > cosines[:, -1:]).sum(1)

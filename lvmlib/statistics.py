@@ -1,16 +1,14 @@
 """Chance levels, and intervals, differences and nulls over articles (and seeds).
 
-Axes: N windows, A articles, S seeds. Windows of one article depend on each other, so the article is the unit: every
-interval here is as wide as its *articles* make it, however many windows they hold. Each returns (value, low, high).
-
-The method, for a mean over windows, θ = Σ sₐ / Σ nₐ with sₐ the sum and nₐ the number of windows of article a:
+Axes: N windows, A articles, S seeds. Windows of one article depend on each other, so the article is the unit of every
+interval. Each interval is (value, low, high). The method, for a mean over windows, θ = Σ sₐ / Σ nₐ with sₐ the sum and
+nₐ the number of windows of article a:
 
     variance   V = (A−1)/A · Σ (θ₍₋ₐ₎ − θ)²                delete-one-article jackknife (CV3), θ₍₋ₐ₎ without article a
     interval   θ ± t₍df₎ · √V,  df = (Σ nₐ)² / Σ nₐ² − 1     as many as equal articles would count for, less one
 
-In simulation (10 to 13 articles as unequal as those of the embedded data) 95 % intervals hold the truth 92-98 % of the
-time, where a percentile bootstrap over articles does 84-90 %; 90-92 % where the articles' own effects are as skewed as
-an exponential. tests/test_statistics.py measures it.
+In simulation (10 to 13 articles as unequal as those of the embedded data) 95 % intervals cover the truth 92-98 % of the
+time (a percentile bootstrap over articles: 84-90 %); see tests/test_statistics.py.
 Source: MacKinnon, Nielsen, Webb, "Cluster-robust inference: a guide to empirical practice", J. Econometrics 232 (2023);
 the effective number is Kish's, Survey Sampling (1965).
 """
@@ -20,30 +18,30 @@ from __future__ import annotations
 import numpy as np
 from scipy import optimize, special, stats
 
-FEW = 5.0  # effective articles: 4 equal ones were held 90-95 % of the time, three or fewer unequal ones up to 99.7 %
-EXACT = 2**14  # sign patterns that are enumerated rather than drawn: up to 15 articles
+FEW = 5.0  # effective articles: with fewer, intervals cover the truth less, or more, often than they say
+EXACT = 2**14  # sign patterns that are enumerated, not drawn: up to 15 articles
 
 
 # Chance levels
 
 
 def chance_recall(candidates, k: int) -> np.ndarray:
-    """Probability that a target ranked at random among n candidates is in the first k: min(k, n) / n, elementwise."""
+    """Return the probability that a target ranked at random among n candidates is in the first k: min(k, n) / n."""
     candidates = np.asarray(candidates)
     return np.minimum(k, candidates) / candidates
 
 
 def chance_reciprocal_rank(candidates) -> np.ndarray:
-    """Expected 1/rank of a target ranked at random among n candidates: (1 + 1/2 + … + 1/n) / n, elementwise."""
+    """Return the expected 1/rank of a target ranked at random among n candidates: (1 + 1/2 + … + 1/n) / n."""
     candidates = np.asarray(candidates, int)
     harmonic = np.cumsum(1 / np.arange(1, max(candidates.max(initial=1), 1) + 1))
     return harmonic[candidates - 1] / candidates
 
 
 def chance_median_rank(candidates) -> float:
-    """Median rank of targets ranked at random, each among its own n candidates (N,): that of the mixture of the
-    uniform ranks 1 … n, the r with mean(min(r, n) / n) = 1/2. Where a whole step of ranks has exactly 1/2 (as with one
-    even n), its middle: (n + 1) / 2 for equal n. NaN for no window.
+    """Return the median rank of targets ranked at random, each among its own n candidates (N,).
+
+    It is the r with mean(min(r, n) / n) = 1/2, or the middle of a step of ranks with exactly 1/2. NaN for no window.
     """
     sizes, counts = np.unique(np.asarray(candidates, int), return_counts=True)
     if not len(sizes):
@@ -55,69 +53,67 @@ def chance_median_rank(candidates) -> float:
 
 
 def adjusted(value, chance) -> np.ndarray:
-    """(H − E[H]) / (1 − E[H]), elementwise: 0 at chance, 1 at the best; NaN where chance is 1 and nothing can be shown.
+    """Return (H − E[H]) / (1 − E[H]), elementwise: 0 at chance, 1 at the best; NaN where chance is 1.
 
-    `value` is a recall or a reciprocal rank, `chance` its chance level. For a whole split pass the two means: it is the
-    adjusted mean, not the mean of adjusted values, and the ends of its interval may be adjusted likewise. As PyKEEN's
-    adjusted hits at k (Hoyt et al., arXiv:2203.07544).
+    `value` is a recall or a reciprocal rank (or the end of an interval), `chance` its chance level. For a split pass
+    the two means. As PyKEEN's adjusted hits at k (Hoyt et al., arXiv:2203.07544).
     """
     value, chance = np.broadcast_arrays(np.asarray(value, float), np.asarray(chance, float))
-    room = 1 - chance
-    return np.divide(value - chance, room, out=np.full(value.shape, np.nan), where=room > 0)[()]
+    possible = 1 - chance
+    return np.divide(value - chance, possible, out=np.full(value.shape, np.nan), where=possible > 0)[()]
 
 
 # How many articles
 
 
 def effective_articles(articles) -> float:
-    """(Σn)² / Σn² over the articles' numbers of windows n, from `articles` (N,): A if they are equal, less if one
-    outweighs the others. Kish (1965). 0 for no window.
+    """Return (Σn)² / Σn² over the articles' numbers of windows n, from `articles` (N,); 0 for no window. Kish (1965).
+
+    It is A if they are equal, and less if one outweighs the others.
     """
     counts = np.unique(np.asarray(articles), return_counts=True)[1].astype(float)
     return float(counts.sum() ** 2 / (counts**2).sum()) if len(counts) else 0.0
 
 
 def few(articles, seeds: int | None = None) -> str:
-    """What a report has to add to an interval over these `articles` (N,) (and `seeds` of them): empty if nothing.
+    """Return the caveat of an interval over these `articles` (N,) and `seeds`; empty if there are enough.
 
     Give the articles of the windows that count (those whose value is not NaN).
     """
     number, effective = len(np.unique(np.asarray(articles))), effective_articles(articles)
-    said = []
+    caveats = []
     noun = "article" if number == 1 else "articles"
     if number < 2:
-        said.append(f"only {number} {noun}: no interval")
+        caveats.append(f"only {number} {noun}: no interval")
     elif effective < FEW:
         weigh = "" if number - effective < 0.05 else f", which weigh as much as {effective:.1f} equal ones"
-        said.append(f"only {number} {noun}{weigh}: the interval may not hold the truth as often as it says")
+        caveats.append(f"only {number} {noun}{weigh}: the interval may not hold the truth as often as it says")
     if seeds == 1:
-        said.append("one seed: the interval covers articles alone")
+        caveats.append("one seed: the interval covers articles alone")
     elif seeds == 2:
-        said.append("only 2 seeds: too narrow if seeds differ more than articles do")
-    return "; ".join(said)
+        caveats.append("only 2 seeds: too narrow if seeds differ more than articles do")
+    return "; ".join(caveats)
 
 
 # Intervals
 
 
 def over_articles(values, articles, level: float = 0.95, share: bool = False) -> tuple[float, float, float]:
-    """Mean of `values` (N,) over windows and its interval over `articles` (N,), by the jackknife at the file's top.
+    """Return the mean of `values` (N,) and its interval over `articles` (N,), by the jackknife at the file's top.
 
-    share: the values lie in [0, 1] (hits, reciprocal ranks). The interval is then made on the scale of log-odds,
-    logit θ ± t · √V / (θ(1−θ)), and stays inside [0, 1]: a rare hit's plain interval holds the truth too seldom.
-    NaN values are left out. With fewer than two articles the interval is NaN; without any spread between the articles
-    it has no width; but a share of 0 or 1 of all windows has Clopper and Pearson's bound for as many trials as there
-    are effective articles.
+    share: the values lie in [0, 1] (hits, reciprocal ranks), and the interval is made on the scale of log-odds,
+    logit θ ± t · √V / (θ(1−θ)). NaN values are left out. With fewer than two articles the interval is NaN, without
+    spread it has no width; but a share of 0 or 1 has Clopper and Pearson's bound for as many trials as effective
+    articles.
     """
     return _interval([(1, *_checked(values, articles, 1))], level, share)
 
 
 def median_over_articles(values, articles, level: float = 0.95) -> tuple[float, float, float]:
-    """Median of `values` (N,) over windows and its interval over `articles` (N,).
+    """Return the median of `values` (N,) and its interval over `articles` (N,).
 
     Woodruff (JASA 47, 1952): the share of windows at or below the median is 1/2, with an interval over articles (on the
-    scale of log-odds); the values at the two ends of that interval are the ends. They are values that occur: with
-    tied ranks the interval is a little too wide, never too narrow by the ties. NaN as in `over_articles`.
+    scale of log-odds); the ends are the values at the two ends of that interval. NaN as in `over_articles`.
     """
     values, articles = _checked(values, articles, 1)
     if not values.shape[1]:
@@ -134,10 +130,9 @@ def median_over_articles(values, articles, level: float = 0.95) -> tuple[float, 
 
 
 def paired(a, b, articles, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean difference a − b on the same windows, (N,) each, and its interval over `articles` (N,).
+    """Return the mean difference a − b on the same windows, (N,) each, and its interval over `articles` (N,).
 
-    A window where either is NaN is left out of both. Two predictors on the same windows share what is hard about the
-    windows: this is much narrower than the two intervals side by side.
+    A window where either is NaN is left out. Much narrower than the two intervals side by side.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
@@ -146,10 +141,10 @@ def paired(a, b, articles, level: float = 0.95) -> tuple[float, float, float]:
 
 
 def between(values_1, articles_1, values_2, articles_2, level: float = 0.95) -> tuple[float, float, float]:
-    """Difference of means, first split less second, of two splits without a common article, and its interval.
+    """Return the difference of means of two splits without a common article, first less second, and its interval.
 
-    The variances of the two add, with Satterthwaite's df = (V₁ + V₂)² / (V₁²/df₁ + V₂²/df₂) (Welch, Biometrika 34,
-    1947). Values (N,), or (S, N) of the same S seeds in both: then seeds are a level too, as in `over_seeds`.
+    The two variances add, with Satterthwaite's df = (V₁ + V₂)² / (V₁²/df₁ + V₂²/df₂) (Welch, Biometrika 34,
+    1947). Values (N,), or (S, N) of the same S seeds in both: then over seeds too, as in `over_seeds`.
     """
     common = np.intersect1d(articles_1, articles_2)
     if len(common):
@@ -162,24 +157,23 @@ def between(values_1, articles_1, values_2, articles_2, level: float = 0.95) -> 
 
 
 def over_seeds(values, articles, level: float = 0.95, share: bool = False) -> tuple[float, float, float]:
-    """Mean of `values` (S, N) over S seeds' runs and the same N windows; its interval over seeds and `articles` (N,).
+    """Return the mean of `values` (S, N) of S seeds on the same N windows, and its interval over seeds and articles.
 
     Seeds and articles are crossed random levels: V = Vₐ + max(Vₛ − Vₐₛ, 0), where Vₐ is the jackknife variance over
     articles of the seeds' mean, Vₛ that of the S means over windows (their variance / S), and Vₐₛ what both contain,
     the interaction, from the seeds' deviations from their mean; df after Satterthwaite (Biometrics Bull. 2, 1946).
-    A window counts where no seed is NaN. With S = 1 the interval covers articles alone; with S = 2 it holds the truth
-    88-91 % of the time where seeds differ more than articles do: `few(articles, seeds=S)` says both. For two versions
-    with a run per seed, pass the difference (S, N). `share` as in `over_articles`.
+    A window counts where no seed is NaN. With S = 1 the interval covers articles alone, with S = 2 it is too narrow:
+    see `few`. For two versions with a run per seed, pass the difference (S, N). `share` as in `over_articles`.
     """
     return _interval([(1, *_checked(values, articles, 2))], level, share)
 
 
 def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> float:
-    """Two-sided p of "each article's sum of `values` (N,) is as likely with the other sign": whole articles flipped.
+    """Return the two-sided p of "each article's sum of `values` (N,) is as likely with the other sign".
 
-    The share of sign patterns whose |Σ ±sₐ| is at least the one found: all 2^A patterns up to A = 15 (the smallest
-    possible p is then 2^(1−A)), else `permutations` drawn ones and the one found. For differences that a null makes
-    exchangeable (forward − backward, a − b of equal models); NaN values are left out. NaN for no window.
+    The share of sign patterns whose |Σ ±sₐ| is at least the observed one: of all 2^A patterns up to A = 15 (the least
+    possible p is then 2^(1−A)), else of `permutations` random ones and the observed one. NaN values are left out; NaN
+    for no window.
     """
     values, articles = _checked(values, articles, 1)
     sums = _sums(values, articles)[0][0]  # (A,)
@@ -196,22 +190,17 @@ def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> floa
     return float((reached.sum() + extra) / (len(reached) + extra))
 
 
-def smallest_difference(
-    values, article, power: float = 0.8, level: float = 0.95, articles: float | None = None
-) -> float:
-    """The least mean difference that an interval over articles separates from 0 with probability `power`.
+def smallest_difference(values, article, power=0.8, level=0.95, articles: float | None = None) -> float:
+    """Return the least mean difference that an interval over articles separates from 0 with probability `power`.
 
-    `values` (N,): paired differences window by window, such as 1/rank of one predictor less that of another, and
-    `article` (N,) where each stands: how unlike they are from article to article is what counts, not their mean.
-    `articles`: as if there were so many, as unequal as these. NaN for fewer than two; 0 where `values` have no spread.
+    `values` (N,): paired differences of windows, such as 1/rank of one predictor less that of another; only their
+    spread over `article` (N,) counts. `articles`: as if there were so many, as unequal as these. NaN for fewer than
+    two; 0 without spread.
 
-    The interval of `over_articles` is θ̂ ± t_c √V̂ with V̂ the jackknife variance over articles, df the
-    effective articles less one and t_c the (1 + level)/2 quantile of t_df. It lies above 0 just if θ̂/√V̂ > t_c. With a
-    true difference δ, θ̂ normal about δ with variance V, and V̂ independent of it, as V·χ²_df/df, that ratio has a
-    noncentral t distribution of noncentrality δ/√V. But V is known from `values` alone, as V̂ = V·s² with s² as χ²_df/df
-    again: a difference of λ√V̂ has the noncentrality λs. So λ is chosen for the mean of P(T_df(λs) > t_c) over s to be
-    `power`: what is stated from one sample of articles holds, in the mean, for the next. With A′ instead of A articles
-    V becomes V·A/A′ and df + 1 becomes (df + 1)·A′/A, while s is as before.
+    The interval θ̂ ± t_c √V̂ of `over_articles` lies above 0 if θ̂/√V̂ > t_c. With a true difference δ, θ̂ normal about δ
+    with variance V, and V̂ as V·χ²_df/df, that ratio has a noncentral t distribution of noncentrality δ/√V. V itself is
+    known as V̂ = V·s² only, with s² as χ²_df/df: a difference of λ√V̂ has the noncentrality λs. So λ makes the mean of
+    P(T_df(λs) > t_c) over s equal `power`. With A′ articles V becomes V·A/A′ and df + 1 becomes (df + 1)·A′/A.
     """
     values, article = _checked(values, article, 1)
     _, (variance,), df = _jackknife(values, article)
@@ -238,10 +227,9 @@ def _noncentrality(df: float, power: float, level: float, spread: np.ndarray) ->
 
 
 def articles_needed(values, article, difference: float, power: float = 0.8, level: float = 0.95) -> float:
-    """How many articles, as unequal and as long as these, let a difference of so much be seen with `power`.
+    """Return the least number of articles, as unequal as these, whose `smallest_difference` is at most `difference`.
 
-    The least number whose `smallest_difference` is at most `difference`; NaN for fewer than two articles, infinite
-    beyond 10⁹.
+    NaN for fewer than two articles, infinite beyond 10⁹.
     """
     if np.isnan(smallest_difference(values, article, power, level)):
         return float("nan")
@@ -261,7 +249,7 @@ def articles_needed(values, article, difference: float, power: float = 0.8, leve
 
 
 def _checked(values, articles, axes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values as (S, N) floats without the windows where one is NaN, and the articles' numbers 0 … A−1 (N,)."""
+    """Return values as (S, N) floats without the windows where one is NaN, and the articles' numbers 0 … A−1 (N,)."""
     values, articles = np.asarray(values, float), np.asarray(articles)
     if values.ndim != axes or articles.shape != values.shape[-1:]:
         wanted = "(N,)" if axes == 1 else "(S, N)"
@@ -272,13 +260,13 @@ def _checked(values, articles, axes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sums(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each article's sum (S, A) and number of windows (A,)."""
+    """Return each article's sum (S, A) and number of windows (A,)."""
     sizes = np.bincount(articles).astype(float)
     return np.stack([np.bincount(articles, row, len(sizes)) for row in values]), sizes
 
 
 def _jackknife(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Means (S,), their variances (S,) by leaving out an article at a time, df. NaN variance below two articles."""
+    """Return means (S,), their variances (S,) by leaving out an article at a time (NaN below two articles), and df."""
     sums, sizes = _sums(values, articles)
     n, number = sizes.sum(), len(sizes)
     means = sums.sum(1) / n if n else np.full(len(values), np.nan)
@@ -291,7 +279,7 @@ def _jackknife(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _interval(parts, level: float, share: bool = False) -> tuple[float, float, float]:
-    """Σ sign · mean over parts (sign, values (S, N), articles (N,)) of the same seeds and of different articles."""
+    """Return Σ sign · mean over parts (sign, values (S, N), articles (N,)) of the same seeds and different articles."""
     if share and any(len(v) and v.size and (v.min() < 0 or v.max() > 1) for _, v, _ in parts):
         raise ValueError("share=True is for values in [0, 1]")
     seeds = len(parts[0][1])
@@ -311,7 +299,7 @@ def _interval(parts, level: float, share: bool = False) -> tuple[float, float, f
     if np.isnan(variance):
         return mean, float("nan"), float("nan")
     if variance == 0 and share and mean in (0.0, 1.0):
-        # Nothing seen is not never: Clopper and Pearson's bound for 0 or n of n, with n the effective articles.
+        # Clopper and Pearson's bound for 0 or n of n, with n the effective articles.
         bound = ((1 - level) / 2) ** (1 / effective_articles(parts[0][2]))
         return (mean, 0.0, 1 - bound) if mean == 0 else (mean, bound, 1.0)
     if variance == 0:

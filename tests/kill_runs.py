@@ -30,9 +30,8 @@ import yaml
 from toys import guarded, make_data, version
 
 import lvmlib as lvm
-from lvmlib.io import stamp
 from lvmlib.io.paths import ROOT
-from lvmlib.runs import run as training
+from lvmlib.runs import folder as runs
 
 AGAIN = 0.5  # how likely another kill follows on the same folder
 MOST = 4  # kills in one folder
@@ -283,7 +282,7 @@ def campaign(
 
 def main(kills: int = 30, seed: int = 0, kind: str = "jobs") -> int:
     torch.set_num_threads(1)
-    training.WAIT, stamp.commit = 2.0, lambda: "a commit"  # whoever edits meanwhile changes nothing
+    runs.WAIT, runs.commit = 2.0, lambda: "a commit"  # whoever edits meanwhile changes nothing
     with tempfile.TemporaryDirectory(prefix="lvm-kills-") as place:
         begun = time.monotonic()
         todo = commands() if kind == "commands" else jobs(Path(place))

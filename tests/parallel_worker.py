@@ -14,8 +14,8 @@ from toys import make_data, version
 import lvmlib as lvm
 from lvmlib import loop, losses, models, windows
 from lvmlib.config import merge
-from lvmlib.runs import parallel
-from lvmlib.runs import run as training
+from lvmlib.runs import checkpoint, team, worker
+from lvmlib.runs import folder as runs
 
 BATCH = 13  # uneven shares; of the last batch, one window, the second process has no share
 BFLOAT16 = {"v2"}
@@ -79,21 +79,21 @@ def refused(path, _):
 
 
 def together(folder: Path) -> None:
-    team = parallel.join("cpu")
-    if not team.first:
-        training.write_whole = refused
+    own = team.join("cpu")
+    if not own.first:
+        checkpoint.write_atomic = runs.write_atomic = refused
     with loop.seeded(3, 1):
-        team.seed(3, 1)
-        kept = [team.heads(Dropping(), torch.zeros(4, 5, 24))[0] > 0 for _ in range(2)]
+        own.seed(3, 1)
+        kept = [own.heads(Dropping(), torch.zeros(4, 5, 24))[0] > 0 for _ in range(2)]
         common = torch.rand(3)
-    if team.first:
+    if own.first:
         torch.save({"kept": torch.stack(kept), "common": common}, folder / "streams.pt")
     whole = case("v22", data=str(folder / "store"))
-    list(lvm.train(whole, lvm.dataset(whole.data), folder / "whole", team=team))
+    list(lvm.train(whole, lvm.dataset(whole.data), folder / "whole", team=own))
     without_chance()
     for name in CASES:
-        list(lvm.train(case(name), data(), folder / name, team=team))
-    team.leave()
+        list(lvm.train(case(name), data(), folder / name, team=own))
+    own.leave()
 
 
 def failing(arguments: list[str]) -> int:
@@ -107,7 +107,7 @@ def failing(arguments: list[str]) -> int:
         return real(*given)
 
     losses.health = health
-    return parallel.main(arguments)
+    return worker.main(arguments)
 
 
 if __name__ == "__main__":

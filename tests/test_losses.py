@@ -4,8 +4,7 @@ The reference knows no torch: its gradients are central differences of the plain
 prediction, so that they pass through the normalisation p = raw / ‖raw‖.
 """
 
-import functools
-import itertools
+import dataclasses
 import math
 
 import pytest
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from lvmlib import config as params
 from lvmlib import losses
 from lvmlib.config import Floor
+from lvmlib.errors import LVMError
 
 B, T, D = 4, 5, 6
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -134,55 +134,40 @@ def close(value, expected, dtype):
 
 # Values
 
+SETTINGS = {  # name of a term: arguments beside the vectors
+    "mse": [()],
+    "directional_smooth": [(0.02, 8.0), (0.05, 4.0), (0.0, 1.0), (-0.3, 4.0)],
+    "directional_scale_aware": [(0.02, 4, 0.7, 0.05), (0.07, 4, 0.7, 0.05), (0.04, 8, 0.2, 0.3), (0.02, 4, 0.0, 0.05)],
+    "floor": [(0.10,), (0.12,), (0.9,), (-0.2,)],
+    "norm": [()],
+    "orthogonality": [()],
+}
+TAKES = {"mse": "ry", "floor": "py", "norm": "r", "orthogonality": "pv"}  # r raw, p unit, y target, v prev; else "pyv"
+PLAIN = {
+    "mse": plain_mse,
+    "directional_smooth": plain_smooth,
+    "directional_scale_aware": plain_scale_aware,
+    "floor": plain_floor,
+    "norm": plain_norm,
+    "orthogonality": plain_orthogonality,
+}
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mse(batch, dtype):
-    raw, y, _ = (x.to(dtype) for x in batch)
-    close(losses.mse(raw, y), plain_mse(*plain(raw, y)), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("margin, gamma", [(0.02, 8.0), (0.05, 4.0), (0.0, 1.0), (-0.3, 4.0)])
-def test_directional_smooth(batch, dtype, margin, gamma):
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_term_is_the_handbooks(batch, name, dtype):
     raw, y, prev = (x.to(dtype) for x in batch)
-    value = losses.directional_smooth(F.normalize(raw, dim=-1), y, prev, margin, gamma)
-    close(value, plain_smooth(*plain(raw, y, prev), margin, gamma), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "margin, gamma, alpha, margin_ratio",
-    [(0.02, 4, 0.7, 0.05), (0.07, 4, 0.7, 0.05), (0.04, 8, 0.2, 0.3), (0.02, 4, 0.0, 0.05)],
-)
-def test_directional_scale_aware(batch, dtype, margin, gamma, alpha, margin_ratio):
-    raw, y, prev = (x.to(dtype) for x in batch)
-    unit = F.normalize(raw, dim=-1)
-    expected = plain_scale_aware(*plain(raw, y, prev), margin, gamma, alpha, margin_ratio)
-    value = losses.directional_scale_aware(unit, y, prev, margin, gamma, alpha, margin_ratio)
+    given = {"r": raw, "p": F.normalize(raw, dim=-1), "y": y, "v": prev}
+    code = [given[x] for x in TAKES.get(name, "pyv")]
+    plainly = plain(*(given[x.replace("p", "r")] for x in TAKES.get(name, "pyv")))
     # The ratio of two cosines of 1e-7 is as exact as the cosines: float32 gives 1e-7 / 1e-6.
-    tolerance = 0.05 if dtype == torch.float32 and batch is EDGES["both cosines tiny"] else TOLERANCE[dtype]
-    assert value.shape == () and value.dtype == dtype
-    assert float(value) == pytest.approx(expected, rel=tolerance, abs=tolerance)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tau", [0.10, 0.12, 0.9, -0.2])
-def test_floor(batch, dtype, tau):
-    raw, y, _ = (x.to(dtype) for x in batch)
-    close(losses.floor(F.normalize(raw, dim=-1), y, tau), plain_floor(*plain(raw, y), tau), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm(batch, dtype):
-    raw = batch[0].to(dtype)
-    expected = plain_norm(*plain(raw))
-    assert float(losses.norm(raw)) == pytest.approx(expected, rel=TOLERANCE[dtype], abs=TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_orthogonality(batch, dtype):
-    raw, _, prev = (x.to(dtype) for x in batch)
-    close(losses.orthogonality(F.normalize(raw, dim=-1), prev), plain_orthogonality(*plain(raw, prev)), dtype)
+    rough = dtype == torch.float32 and "scale_aware" in name and batch is EDGES["both cosines tiny"]
+    for arguments in SETTINGS[name]:
+        value, expected = getattr(losses, name)(*code, *arguments), PLAIN[name](*plainly, *arguments)
+        if rough:
+            assert float(value) == pytest.approx(expected, rel=0.05, abs=0.05)
+        else:
+            close(value, expected, dtype)
 
 
 def test_gap_and_ratio_are_per_sample(batch):
@@ -212,28 +197,11 @@ def test_ratio_of_known_cosines(pos, neg, expected):
     assert value.item() == pytest.approx(expected, rel=5e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("gamma", [1.0, 4.0, 8.0])
-@pytest.mark.parametrize("margin", [0.02, 0.07])
-def test_hinge(gamma, margin):
-    x = [-2.0, -0.5, 0.0, margin, 0.1, 0.5, 2.0]
-    value = losses.hinge(torch.tensor(x, dtype=torch.float64), margin, gamma)
-    assert value.tolist() == pytest.approx([softplus(gamma * (margin - g)) / gamma for g in x], rel=1e-12)
-
-
 def test_hinge_is_ln2_over_gamma_at_the_margin_and_tends_to_relu():
     x = torch.tensor([-0.4, 0.05, 0.4], dtype=torch.float64)
     assert losses.hinge(x, 0.05, 4.0)[1].item() == pytest.approx(math.log(2) / 4)  # "near 0.17", §4.1 point 7
     assert losses.hinge(x, 0.05, 8.0)[1].item() == pytest.approx(math.log(2) / 8)
     assert losses.hinge(x, 0.05, 1e5).tolist() == pytest.approx([0.45, 0.0, 0.0], abs=1e-5)
-
-
-def test_losses_stay_finite_on_a_zero_prediction():
-    raw, (_, y, prev) = torch.zeros(2, D), random_batch(0, torch.float32, size=2)
-    weights = make_losses(make_directional("scale_aware"), Floor(0.1, 1.0), 1.0, 1.0)
-    found = losses.terms(raw, F.normalize(raw, dim=-1), torch.stack([y, prev, y], 1), y, 0.02, weights)
-    assert found.norm == 1.0
-    assert found.floor == pytest.approx(0.01)  # cosine counts as 0
-    assert all(torch.isfinite(t) for t in found)
 
 
 # Terms, total, health
@@ -267,6 +235,17 @@ def plain_terms(raw, context, y, margin, w):
     ]
 
 
+def terms(raw, context, y, margin, weights, **more):
+    """The batch and its terms."""
+    batch = losses.Batch(raw, F.normalize(raw, dim=-1), context, y, weights, margin, **more)
+    return batch, losses.terms(batch)
+
+
+def total(raw, context, y, margin, weights, lambda_eff, **more):
+    found = terms(raw, context, y, margin, weights, **more)[1]
+    return losses.total(found, losses.weights(weights, lambda_eff))
+
+
 def plain_total(raw, context, y, margin, w, lambda_eff):
     mse, directional, floor, norm, orthogonality = plain_terms(raw, context, y, margin, w)
     return mse + lambda_eff * directional + w.floor.weight * floor + w.norm * norm + w.orthogonality * orthogonality
@@ -286,44 +265,91 @@ def test_terms_and_total(name, dtype):
     weights = VERSIONS[name]
     for seed in range(3):
         raw, context, y = full_batch(seed, dtype)
-        found = losses.terms(raw, F.normalize(raw, dim=-1), context, y, 0.04, weights)
+        found = terms(raw, context, y, 0.04, weights)[1]
         expected = plain_terms(*plain(raw, context, y), 0.04, weights)
-        assert found._fields == ("mse", "directional", "floor", "norm", "orthogonality", "listwise", "energy")
-        for value, number in zip(found, [*expected, 0.0, 0.0], strict=True):
+        assert list(found) == ["mse", "directional", "floor", "norm", "orthogonality", "listwise", "energy"]
+        for value, number in zip(found.values(), [*expected, 0.0, 0.0], strict=True):
             close(value, number, dtype)
         for lambda_eff in (0.0, 1e-4, 0.03, 2.0):
             expected = plain_total(*plain(raw, context, y), 0.04, weights, lambda_eff)
-            close(found.total(weights, lambda_eff), expected, dtype)
+            close(total(raw, context, y, 0.04, weights, lambda_eff), expected, dtype)
 
 
-@pytest.mark.parametrize("kind", ["smooth", "scale_aware"])
-def test_directional_picks_the_version_s_form(kind):
-    raw, y, prev = random_batch(3)
-    unit, d = F.normalize(raw, dim=-1), make_directional(kind, gamma=5.0, alpha=0.6, margin_ratio=0.1)
-    expected = (
-        plain_smooth(*plain(raw, y, prev), 0.03, 5.0)
-        if kind == "smooth"
-        else plain_scale_aware(*plain(raw, y, prev), 0.03, 5.0, 0.6, 0.1)
-    )
-    close(losses.directional(unit, y, prev, 0.03, d), expected, torch.float64)
+def test_terms_stay_finite_on_a_zero_prediction():
+    y, prev = random_batch(0, torch.float32, size=2)[1:]
+    weights = make_losses(make_directional("scale_aware"), Floor(0.1, 1.0), 1.0, 1.0)
+    found = terms(torch.zeros(2, D), torch.stack([y, prev, y], 1), y, 0.02, weights)[1]
+    assert found["norm"] == 1.0
+    assert found["floor"] == pytest.approx(0.01)  # cosine counts as 0
+    assert all(torch.isfinite(t) for t in found.values())
 
 
-def test_without_a_directional_loss_the_term_is_zero_without_a_gradient():
+def test_a_version_without_a_directional_loss_has_no_gradient_and_no_pull_of_it():
     raw, context, y = full_batch(0)
-    raw.requires_grad_()
-    found = losses.terms(raw, F.normalize(raw, dim=-1), context, y, float("nan"), make_losses())  # p6 has no margin
-    assert found.directional == 0
-    assert not found.directional.requires_grad
+    batch, found = terms(raw.requires_grad_(), context, y, float("nan"), make_losses())  # p6 has no margin
+    assert found["directional"] == 0 and not found["directional"].requires_grad
+    pulls = losses.pulls(losses.gradients(found, batch), raw)
+    assert math.isnan(pulls["pull_directional"]) and math.isnan(pulls["angle"]) and pulls["pull_mse"] > 0
 
 
 def test_terms_of_weight_zero_cost_nothing_even_where_they_are_not_finite():
-    nan = torch.tensor(float("nan"), requires_grad=True)
-    mse = torch.tensor(2.0, requires_grad=True)
-    total = losses.Terms(mse, nan, nan, nan, nan, nan, nan).total(make_losses(), 0.0)
-    total.backward()
-    assert total.item() == 2.0
-    assert mse.grad == 1.0
-    assert nan.grad is None
+    nan, mse = (torch.tensor(x, requires_grad=True) for x in (float("nan"), 2.0))
+    value = losses.total(dict.fromkeys(losses.TERMS, nan) | {"mse": mse}, losses.weights(make_losses(), 0.0))
+    value.backward()
+    assert (value.item(), mse.grad, nan.grad) == (2.0, 1.0, None)
+
+
+def test_pulls_are_the_norms_of_the_finite_differences():
+    raw, context, y = full_batch(0)
+    weights = make_losses(directional=make_directional("scale_aware"), floor=Floor(0.9, 1.0))
+    batch, found = terms(raw.requires_grad_(), context, y, 0.05, weights)
+    pulls, gradients = losses.pulls(losses.gradients(found, batch), raw), {}
+    lists = plain(context, y)
+    for i, name in enumerate(list(found)[:5]):
+        slope = differences(lambda r, i=i: plain_terms(r, *lists, 0.05, weights)[i], raw.detach())
+        gradients[name] = slope.flatten()
+        assert float(pulls[f"pull_{name}"].detach()) == pytest.approx(float(slope.norm()), rel=1e-6, abs=1e-8)
+    assert math.isnan(pulls["pull_listwise"]) and math.isnan(pulls["pull_energy"])  # not of this version
+    a, b = gradients["mse"], gradients["directional"]
+    assert float(pulls["angle"]) == pytest.approx(math.degrees(math.acos(float(a @ b / a.norm() / b.norm()))), abs=0.01)
+
+
+# A term of a user's own
+
+
+@pytest.fixture
+def own():
+    """A registered term `far`, and settings that give it the weight 0.5."""
+    losses.register("far", lambda b: losses.cosine(b.unit, b.context.mean(1)).square().mean())
+    yield dataclasses.replace(VERSIONS["v22"], extra={"far": 0.5})
+    losses.OWN.clear()
+
+
+def test_a_registered_term_is_computed_weighted_and_pulls(own):
+    raw, context, y = full_batch(1)
+    batch, found = terms(raw.requires_grad_(), context, y, 0.04, own)
+    middle = [[sum(x) / T for x in zip(*rows, strict=True)] for rows in context.tolist()]
+    expected = plain_orthogonality(raw.tolist(), middle)
+    assert list(found)[-1] == "far" and float(found["far"]) == pytest.approx(expected)
+    without = plain_total(*plain(raw, context, y), 0.04, own, 0.3)
+    weights = losses.weights(own, 0.3)
+    assert float(losses.total(found, weights)) == pytest.approx(without + 0.5 * expected)
+    gradients = losses.gradients(found, batch)
+    (wanted,) = torch.autograd.grad(losses.total(found, weights), raw, retain_graph=True)
+    losses.backward(found, weights, batch, gradients)
+    torch.testing.assert_close(raw.grad, wanted)
+    slope = differences(lambda r: plain_orthogonality(r, middle), raw.detach())
+    assert float(losses.pulls(gradients, raw)["pull_far"]) == pytest.approx(float(slope.norm()), rel=1e-6)
+    assert "far" not in terms(raw, context, y, 0.04, VERSIONS["v22"])[1]  # versions without it are as before
+
+
+def test_a_term_must_be_registered_under_a_free_name(own):
+    losses.register("far", lambda b: b.raw.sum())  # again: replaced
+    for name in ("mse", "a b"):
+        with pytest.raises(LVMError, match=name):
+            losses.register(name, lambda b: b.raw.sum())
+    with pytest.raises(LVMError, match=r"losses\.extra\.near.*far"):
+        losses.active(dataclasses.replace(own, extra={"near": 1.0}))
 
 
 def test_health(batch):
@@ -357,42 +383,6 @@ def test_context_weights_stay_finite_where_the_context_is_one_vector():
     weights = losses.context_weights(context[:, 0], context)
     assert bool(weights.isfinite().all())
     torch.testing.assert_close(weights.sum(1), torch.ones(3), atol=1e-3, rtol=0)
-
-
-def test_pulls_are_the_norms_of_the_finite_differences():
-    torch.manual_seed(0)
-    raw, y, prev = torch.randn(3, B, D, dtype=torch.float64).unbind()
-    raw, y, prev = raw.requires_grad_(), F.normalize(y, dim=-1), F.normalize(prev, dim=-1)
-    context = torch.stack([prev, y.roll(1, 0)], 1)
-    weights = make_losses(directional=make_directional("scale_aware"), floor=Floor(0.9, 1.0))
-
-    def at(r):
-        return losses.terms(r, F.normalize(r, dim=-1), context, y, 0.05, weights)
-
-    found = losses.pulls(losses.gradients(at(raw), raw), raw)
-    gradients = {}
-    for name in losses.Terms._fields:
-        slope = torch.zeros_like(raw)
-        for index in itertools.product(*map(range, raw.shape)):
-            step = torch.zeros_like(raw)
-            step[index] = 1e-6
-            up, down = (float(getattr(at((raw + s).detach()), name)) for s in (step, -step))
-            slope[index] = (up - down) / 2e-6
-        gradients[name] = slope.detach().flatten()
-        if name in ("listwise", "energy"):  # not of this version
-            assert math.isnan(found[f"pull_{name}"])
-            continue
-        assert float(found[f"pull_{name}"]) == pytest.approx(float(slope.norm()), rel=1e-4, abs=1e-8)
-    a, b = gradients["mse"], gradients["directional"]
-    angle = math.degrees(math.acos(float(a @ b / a.norm() / b.norm())))
-    assert float(found["angle"]) == pytest.approx(angle, abs=0.01)
-
-
-def test_a_term_without_gradient_has_no_pull():
-    raw = torch.randn(4, 8, requires_grad=True)
-    terms = losses.Terms(raw.square().mean(), *(torch.zeros(()) for _ in range(6)))
-    found = losses.pulls(losses.gradients(terms, raw), raw)
-    assert math.isnan(found["pull_directional"]) and math.isnan(found["angle"]) and found["pull_mse"] > 0
 
 
 # Gradients with respect to the raw prediction, through the normalisation
@@ -466,7 +456,7 @@ def test_gradient_of_each_term(name, seed):
 def test_gradient_of_the_total(name, lambda_eff):
     raw, context, y = full_batch(5)
     weights = VERSIONS[name]
-    found = autograd(lambda r, p: losses.terms(r, p, context, y, 0.06, weights).total(weights, lambda_eff), raw)
+    found = autograd(lambda r, p: total(r, context, y, 0.06, weights, lambda_eff), raw)
     expected = differences(lambda rows: plain_total(rows, context.tolist(), y.tolist(), 0.06, weights, lambda_eff), raw)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
@@ -514,16 +504,9 @@ def test_listwise_of_several_rankers_is_the_mean_of_theirs():
     torch.testing.assert_close(losses.listwise(torch.stack(each, 1), rivals, there, scale), expected)
 
 
-def test_mean_square_and_listwise_by_their_weights():
-    raw, context, y = full_batch(4)
-    rivals, there = rivals_of(y)
-    unit, scale = F.normalize(raw, dim=-1), torch.tensor(7.0, dtype=torch.float64)
-    rest = params.Energy(0.0, 8), make_directional(), Floor(0.0, 0.0), 0.0, 0.0
-    w = params.Losses(0.3, params.Listwise(2.0, 0.1, 128), *rest)
-    found = losses.terms(raw, unit, context, y, 0.0, w, (unit, rivals, there, scale)).total(w, 0.0)
-    assert float(found) == pytest.approx(
-        0.3 * plain_mse(raw.tolist(), y.tolist())
-        + 2.0 * plain_listwise(raw.tolist(), rivals.tolist(), there.tolist(), 7.0)
+def weighted(listwise=0.0, energy=0.0):
+    return dataclasses.replace(
+        make_losses(), mean_square=0.3, listwise=params.Listwise(listwise, 0.1, 128), energy=params.Energy(energy, 5)
     )
 
 
@@ -533,16 +516,17 @@ def test_the_head_that_ranks_takes_the_listwise_loss_and_the_point_none_of_it():
     scale = torch.tensor(7.0, dtype=torch.float64)
     ranker = torch.randn(raw.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     raw.requires_grad_(), ranker.requires_grad_()
-    rest = params.Energy(0.0, 8), make_directional("none"), Floor(0.0, 0.0), 0.0, 0.0
-    w = params.Losses(0.3, params.Listwise(2.0, 0.1, 128), *rest)
+    w = weighted(listwise=2.0)
     ranking = F.normalize(ranker, dim=-1), rivals, there, scale
-    terms = losses.terms(raw, F.normalize(raw, dim=-1), context, y, 0.0, w, ranking)
-    found = torch.autograd.grad(terms.total(w, 0.0), (raw, ranker), retain_graph=True)
-    alone = losses.listwise(F.normalize(ranker, dim=-1), rivals, there, scale)
-    wanted = *torch.autograd.grad(0.3 * losses.mse(raw, y), raw), *torch.autograd.grad(2.0 * alone, ranker)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other)
-    assert math.isnan(losses.pulls(losses.gradients(terms, raw), raw)["pull_listwise"])  # it pulls at the other head
+    batch, found = terms(raw, context, y, 0.0, w, rivals=ranking)
+    value = losses.total(found, losses.weights(w, 0.0))
+    points, ranks = plain_mse(*plain(raw, y)), plain_listwise(*plain(ranker, rivals), there.tolist(), 7.0)
+    assert float(value) == pytest.approx(0.3 * points + 2.0 * ranks)
+    gradients = torch.autograd.grad(value, (raw, ranker), retain_graph=True)
+    torch.testing.assert_close(gradients[0], 0.3 * 2 * (raw - y).detach() / (B * D))
+    slopes = differences(lambda r: 2.0 * plain_listwise(r, rivals.tolist(), there.tolist(), 7.0), ranker.detach())
+    torch.testing.assert_close(gradients[1], slopes, rtol=1e-6, atol=1e-8)
+    assert math.isnan(losses.pulls(losses.gradients(found, batch), raw)["pull_listwise"])  # it pulls at the other head
 
 
 def plain_energy(samples, y):
@@ -608,40 +592,15 @@ def test_energy_is_least_for_the_true_distribution_whatever_the_number_of_sample
 
 def test_energy_in_the_total_and_its_pull():
     raw, context, y = full_batch(4)
-    x = samples_of(5).requires_grad_()
-    rest = make_directional(), Floor(0.0, 0.0), 0.0, 0.0
-    w = params.Losses(0.3, params.Listwise(0.0, 0.1, 128), params.Energy(2.0, 5), *rest)
-    raw.requires_grad_()
-    found = losses.terms(raw, F.normalize(raw, dim=-1), context, y, 0.0, w, samples=x)
+    x, w = samples_of(5).requires_grad_(), weighted(energy=2.0)
+    batch, found = terms(raw.requires_grad_(), context, y, 0.0, w, samples=x)
     expected = 0.3 * plain_mse(raw.tolist(), y.tolist()) + 2.0 * plain_energy(x.tolist(), y.tolist())
-    assert found.total(w, 0.0).item() == pytest.approx(expected)
-    slope = torch.zeros(B, D, dtype=torch.float64)  # when all samples of a window move together
-    for b, d in itertools.product(range(B), range(D)):
-        step = torch.zeros_like(x)
-        step[:, b, d] = 1e-6
-        up, down = (plain_energy((x.detach() + s).tolist(), y.tolist()) for s in (step, -step))
-        slope[b, d] = (up - down) / 2e-6
-    assert float(losses.pulls(losses.gradients(found, raw, x), raw)["pull_energy"]) == pytest.approx(
-        float(slope.norm()), rel=1e-6
+    assert losses.total(found, losses.weights(w, 0.0)).item() == pytest.approx(expected)
+    together = differences(  # all samples of a window move together
+        lambda rows: plain_energy((x.detach() + torch.tensor(rows)).tolist(), y.tolist()), torch.zeros_like(raw)
     )
-
-
-def test_lambda_zero_leaves_the_gradient_of_the_rest():
-    raw, context, y = full_batch(6)
-    weights, without = VERSIONS["heavy"], make_losses(make_directional("none", prev=-1), *(Floor(0.6, 3.0), 2.0, 1.5))
-
-    def gradient(w, lambda_eff):
-        return autograd(lambda r, p: losses.terms(r, p, context, y, 0.04, w).total(w, lambda_eff), raw)
-
-    assert torch.equal(gradient(weights, 0.0), gradient(without, 0.0))
-    assert not torch.equal(gradient(weights, 0.1), gradient(without, 0.0))
-
-
-def test_gradients_in_closed_form():
-    raw, y, _ = random_batch(1)
-    lengths = raw.norm(dim=-1, keepdim=True)
-    torch.testing.assert_close(autograd(lambda r, p: losses.mse(r, y), raw), 2 * (raw - y) / (B * D))
-    torch.testing.assert_close(autograd(lambda r, p: losses.norm(r), raw), 2 * (lengths - 1) * raw / lengths / B)
+    pull = losses.pulls(losses.gradients(found, batch), raw)["pull_energy"]
+    assert float(pull) == pytest.approx(float(together.norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ANGULAR)
@@ -655,42 +614,20 @@ def test_angular_terms_do_not_see_length_and_pull_sideways_only(name):
     assert gradient.norm(dim=-1).max() > 1e-3
 
 
-def test_norm_is_zero_on_unit_vectors_only():
-    raw = random_batch(4)[0]
-    assert losses.norm(F.normalize(raw, dim=-1)) < 1e-30
-    assert losses.norm(2 * F.normalize(raw, dim=-1)).item() == pytest.approx(1.0)
-    assert losses.norm(0.5 * F.normalize(raw, dim=-1)).item() == pytest.approx(0.25)
-
-
-def test_floor_is_silent_above_tau():
-    raw, y, _ = EDGES["p equals target and prev"]
-    assert losses.floor(raw, y, 0.12) == 0
-    assert not autograd(lambda r, p: losses.floor(p, y, 0.12), raw).any()
-
-
-def test_directional_falls_as_the_prediction_turns_from_prev_to_target():
-    y, prev = axis(1), axis(0, 1)
-    angles = torch.linspace(0, math.pi / 2, 9, dtype=torch.float64)
-    for d in (make_directional("smooth", 8.0), make_directional("scale_aware")):
-        values = [losses.directional(math.sin(a) * y + math.cos(a) * prev, y, prev, 0.05, d).item() for a in angles]
-        assert values == sorted(set(values), reverse=True)
-
-
 @pytest.mark.parametrize("measure, prev", [("cosine", -1), ("margin", -1), ("margin", -2)])
 def test_the_shortfall_of_a_constraint_takes_the_directional_place(measure, prev):
     """Its value is the plain one, below 0 where the bound is kept, and its weight in the total is λ."""
     raw, context, y = full_batch(5)
-    unit, w = F.normalize(raw, dim=-1), make_losses(make_directional(prev=prev))
+    w = make_losses(make_directional(prev=prev))
     rows = list(zip(raw.tolist(), y.tolist(), context[:, prev].tolist(), strict=True))
     reached = mean(cos(r, t) - (cos(r, v) if measure == "margin" else 0.0) for r, t, v in rows)
-    constraint = functools.partial(params.Constraint, measure, against=(prev,))
     for bound in (reached - 0.2, reached + 0.3):
-        found = losses.terms(raw, unit, context, y, 0.0, w, constraint=constraint(bound))
-        assert float(found.directional) == pytest.approx(bound - reached, abs=1e-12)
-        assert float(found.total(w, 2.5)) == pytest.approx(
-            plain_mse(raw.tolist(), y.tolist()) + 2.5 * (bound - reached)
-        )
-    assert float(losses.terms(raw, unit, context, y, 0.0, w).directional) == 0
+        constraint = params.Constraint(measure, bound, (prev,))
+        found = terms(raw, context, y, 0.0, w, constraint=constraint)[1]
+        assert float(found["directional"]) == pytest.approx(bound - reached, abs=1e-12)
+        expected = plain_mse(raw.tolist(), y.tolist()) + 2.5 * (bound - reached)
+        assert float(total(raw, context, y, 0.0, w, 2.5, constraint=constraint)) == pytest.approx(expected)
+    assert float(terms(raw, context, y, 0.0, w)[1]["directional"]) == 0
 
 
 def test_of_several_places_the_nearest_in_the_mean_binds():

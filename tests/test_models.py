@@ -7,16 +7,11 @@ import copy
 import functools
 import math
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from lvmlib import models
-from lvmlib.baselines import baselines, fit_ridge, fit_weights
-from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
-from lvmlib.windows import windows
 
 T, H = 5, 512
 NAMES = ("transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "gated", "committee", "sampler")
@@ -55,34 +50,19 @@ def test_shapes_and_unit_norm(name, dim):
     torch.testing.assert_close(raw / raw.norm(dim=-1, keepdim=True), unit)
 
 
-@pytest.mark.parametrize(
-    "name, millions, within", [("transformer", 17.9, 0.05), ("gru", 7, 0.3), ("lstm", 5, 0.3), ("amn", 2, 0.2)]
-)
-def test_parameter_counts_at_768(name, millions, within):
-    with torch.device("meta"):
-        model = models.build(name, 768, T)
-    count = sum(p.numel() for p in model.parameters()) / 1e6
-    assert abs(count - millions) <= within
+DECODER = 4 * (2 * (4 * H * H + 4 * H) + (H * 2048 + 2048) + (2048 * H + H) + 3 * 2 * H)
+COUNTS = {  # by hand from the handbook's rows, at D = 768
+    "transformer": (768 * H + H) + DECODER + (H * H + H) + 2 * H + (H * 768 + 768),
+    "gru": (768 * H + H) + 4 * (6 * H * H + 6 * H + 2 * H) + (H * 768 + 768),
+    "lstm": 4 * (768 * H + H * H + 2 * H) + 4 * (2 * H * H + 2 * H) + (H * 768 + 768),
+}
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [  # counted by hand from the handbook's rows
-        (
-            "transformer",
-            (768 * H + H)
-            + 4 * (2 * (4 * H * H + 4 * H) + (H * 2048 + 2048) + (2048 * H + H) + 3 * 2 * H)
-            + (H * H + H)
-            + 2 * H
-            + (H * 768 + 768),
-        ),
-        ("gru", (768 * H + H) + 4 * (6 * H * H + 6 * H + 2 * H) + (H * 768 + 768)),
-        ("lstm", 4 * (768 * H + H * H + 2 * H) + 4 * (2 * H * H + 2 * H) + (H * 768 + 768)),
-    ],
-)
-def test_exact_parameter_counts(name, expected):
+@pytest.mark.parametrize("name, millions", [("transformer", 17.9), ("gru", 7), ("lstm", 5), ("amn", 2)])
+def test_parameter_counts(name, millions):
     with torch.device("meta"):
-        assert sum(p.numel() for p in models.build(name, 768, T).parameters()) == expected
+        count = sum(p.numel() for p in models.build(name, 768, T).parameters())
+    assert COUNTS.get(name, count) == count == pytest.approx(1e6 * millions, abs=3e5)
 
 
 def test_the_dropouts_of_the_handbook():
@@ -103,22 +83,17 @@ def test_the_dropouts_of_the_handbook():
 # Refusals
 
 
-@pytest.mark.parametrize("shape", [(3, T, 23), (T, 24), (3, 24), (24,), (1, 3, T, 24)])
+@pytest.mark.parametrize("shape", [(3, T, 23), (T, 24), (24,), (1, 3, T, 24), (3, 1, 24), (3, T + 1, 24)])
 def test_a_wrong_shape_is_refused(small, shape):
-    with pytest.raises(LVMError, match=r"context has shape .*needed is \(batch, 5, 24\)"):
+    with pytest.raises(LVMError, match=r"\(batch, 5, 24\)"):
         small[1](torch.zeros(shape))
 
 
 @pytest.mark.parametrize("name", ["transfomer", "", None, "Transformer"])
 def test_an_unknown_model_lists_the_known(name):
-    with pytest.raises(LVMError, match=f"unknown model {name!r}; known: {', '.join(NAMES)}"):
+    with pytest.raises(LVMError, match=", ".join(NAMES)) as e:
         models.build(name, 24)
-
-
-@pytest.mark.parametrize("length", [1, 4, 6])
-def test_the_transformer_refuses_another_context_length(length):
-    with pytest.raises(LVMError, match="context"):
-        build("transformer")(contexts()[:, :1].expand(-1, length, -1))
+    assert repr(name) in str(e.value)
 
 
 # Forward passes, from the text of handbook §2. `w` is the module's state; all in float64.
@@ -233,9 +208,8 @@ def plain_bilinear(w, context):
 
 
 def plain_two_heads(w, context):
-    return plain_bilinear(
-        {name.removeprefix("point."): x for name, x in w.items() if name.startswith("point.")}, context
-    )
+    """The point; the rankers are tested below."""
+    return plain_bilinear({n.removeprefix("point."): x for n, x in w.items() if n.startswith("point.")}, context)
 
 
 def plain_sample(w, context, noise):
@@ -254,8 +228,8 @@ def plain_sampler(w, context):
 
 PLAIN = {
     "two_heads": plain_two_heads,
-    "gated": plain_two_heads,  # its point; the ranker: below
-    "committee": plain_two_heads,  # its point; the rankers: below
+    "gated": plain_two_heads,
+    "committee": plain_two_heads,
     "transformer": plain_transformer,
     "gru": plain_gru,
     "lstm": plain_lstm,
@@ -271,9 +245,8 @@ def doubled(name, sharpen=1.0):
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(sharpen if p.ndim == 2 else 1.0).add_(
-                0.1 * torch.randn(p.shape, generator=g, dtype=torch.float64) if p.ndim == 1 else 0.0
-            )
+            moved = 0.1 * torch.randn(p.shape, generator=g, dtype=torch.float64) if p.ndim == 1 else 0.0
+            p.mul_(sharpen if p.ndim == 2 else 1.0).add_(moved)
     return model
 
 
@@ -287,10 +260,6 @@ def test_forward_pass(name, graph):
     assert expected.std(0).min() > 1e-4  # the batch's predictions differ, so there is something to compare
     # The module keeps its positions in float32.
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 if name == "transformer" else 1e-11)
-
-
-def test_sinusoidal_positions():
-    torch.testing.assert_close(models.sinusoidal_positions(T, H).double(), positions(T, H), rtol=0, atol=1e-6)
 
 
 def test_the_transformer_is_causal():
@@ -357,21 +326,22 @@ def test_order_matters_but_to_amn(small):
 # Samples
 
 
-def test_samples_are_the_formula_and_independent():
+def test_samples_are_the_formula():
     model, x = doubled("sampler"), contexts(dtype=torch.float64)
     noise = torch.randn(4, 3, 1 + 16 + 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     w = model.state_dict()
     expected = torch.stack([torch.stack([plain_sample(w, c, z) for c, z in zip(x, row, strict=True)]) for row in noise])
     torch.testing.assert_close(model.drawn(x, noise), expected, rtol=0, atol=1e-11)
-    model = build("sampler")
-    x = contexts().expand(3, T, 24)
+
+
+def test_samples_are_independent_and_the_table_stands_for_all_noise():
+    model, x = build("sampler"), contexts().expand(3, T, 24)
     drawn = model.samples(x, 50, torch.Generator().manual_seed(1))
-    assert drawn.shape == (50, 3, 24)
     torch.testing.assert_close(drawn.norm(dim=-1), torch.ones(50, 3))
     assert len(torch.unique(drawn.detach().flatten(0, 1), dim=0)) == 150  # none twice
     assert torch.equal(drawn, model.samples(x, 50, torch.Generator().manual_seed(1)))
     mean = model.samples(x[:1], 4000, torch.Generator().manual_seed(2)).mean(0)
-    assert torch.nn.functional.cosine_similarity(mean, model.raw(x[:1])).item() > 0.98  # the table stands for all noise
+    assert torch.nn.functional.cosine_similarity(mean, model.raw(x[:1])).item() > 0.98
 
 
 def test_one_sample_depends_on_the_window_alone():
@@ -393,21 +363,12 @@ def test_one_sample_depends_on_the_window_alone():
 # Training and keeping
 
 
-def test_bilinear_begins_as_copying():
-    x = contexts(384, size=50)
-    with torch.no_grad():
-        unit = build("bilinear", 384)(x)[1]
-    assert torch.nn.functional.cosine_similarity(unit, x[:, -1]).min() > 0.999
-
-
 def test_two_heads_are_two_bilinear_models_on_one_context():
     x, model = contexts(384, size=50), build("two_heads", 384)
     with torch.no_grad():
         raw, unit, ranker = model.heads(x)
         assert torch.equal(raw, model.point(x)[0]) and torch.equal(ranker, model.ranker(x)[1])
-    assert torch.equal(unit, model(x)[1])
-    assert torch.nn.functional.cosine_similarity(unit, x.mean(1)).min() > 0.99  # the point begins as the mean
-    assert torch.nn.functional.cosine_similarity(ranker, x[:, -1]).min() > 0.999  # and the ranker as copying
+        assert torch.equal(unit, model(x)[1])
 
 
 def plain_gated(w, context):
@@ -425,45 +386,47 @@ def plain_gated(w, context):
     return copied + w["metric.weight"] @ mixed + w["product.weight"] @ both
 
 
-def test_a_committee_ranks_by_the_sum_of_its_members_unit_vectors():
-    x, model = contexts(size=6), models.build("committee", 24)
-    generator = torch.Generator().manual_seed(3)
-    for p in model.parameters():  # away from the start, where gate and product are near 0
-        p.data = torch.randn(p.shape, generator=generator) / 4
-    with torch.no_grad():
-        _, _, ranker = model.eval().heads(x)
-        members = []
-        for member in model.members:
-            w = {name: p for name, p in member.named_parameters()}
-            members.append(torch.stack([plain_gated(w, c) for c in x]))
-        votes = sum(m / m.norm(dim=1, keepdim=True) for m in members)
-        assert torch.allclose(ranker, votes / votes.norm(dim=1, keepdim=True), atol=1e-5)
-        for member in model.members:
-            member.drop.p = member.drop_hidden.p = 0.0
-        alone = model.train().heads(x)[2]
-    assert alone.shape == (6, 3, 24)
-    for i, m in enumerate(members):
-        assert torch.allclose(alone[:, i], m / m.norm(dim=1, keepdim=True), atol=1e-5)
-
-
-def test_gated_heads_rank_as_a_member_of_a_committee_would():
-    x, model = contexts(size=6), models.build("gated", 24)
-    generator = torch.Generator().manual_seed(3)
+def stirred(name):
+    """A model away from its start, where gate and product are near 0."""
+    model, generator = models.build(name, 24), torch.Generator().manual_seed(3)
     for p in model.parameters():
         p.data = torch.randn(p.shape, generator=generator) / 4
-    with torch.no_grad():
-        w = dict(model.ranker.named_parameters())
-        plain = torch.stack([plain_gated(w, c) for c in x])
-        assert torch.allclose(model.eval().heads(x)[2], plain / plain.norm(dim=1, keepdim=True), atol=1e-5)
+    return model.eval()
 
 
-@pytest.mark.parametrize("name", ["gated", "committee"])
-def test_a_committee_begins_as_copying(name):
+def plain_ranker(member, x):
+    votes = torch.stack([plain_gated(dict(member.named_parameters()), c) for c in x])
+    return votes / votes.norm(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def test_a_committee_ranks_by_the_sum_of_its_members_unit_vectors():
+    x, model = contexts(size=6), stirred("committee")
+    ranker = model.heads(x)[2]
+    members = [plain_ranker(member, x) for member in model.members]
+    votes = sum(members)
+    assert torch.allclose(ranker, votes / votes.norm(dim=1, keepdim=True), atol=1e-5)
+    for member in model.members:
+        member.drop.p = member.drop_hidden.p = 0.0
+    alone = model.train().heads(x)[2]
+    assert alone.shape == (6, 3, 24)
+    for i, m in enumerate(members):
+        assert torch.allclose(alone[:, i], m, atol=1e-5)
+
+
+@torch.no_grad()
+def test_gated_heads_rank_as_a_member_of_a_committee_would():
+    x, model = contexts(size=6), stirred("gated")
+    assert torch.allclose(model.heads(x)[2], plain_ranker(model.ranker, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bilinear", "two_heads", "gated", "committee"])
+def test_the_ranker_begins_as_copying_and_the_point_of_several_heads_as_the_mean(name):
     x, model = contexts(384, size=50), build(name, 384)
     with torch.no_grad():
         _, unit, ranker = model.eval().heads(x)
-    assert torch.nn.functional.cosine_similarity(unit, x.mean(1)).min() > 0.99
     assert torch.nn.functional.cosine_similarity(ranker, x[:, -1]).min() > 0.999
+    assert name == "bilinear" or torch.nn.functional.cosine_similarity(unit, x.mean(1)).min() > 0.99
 
 
 @pytest.mark.parametrize("name", ["amn", "bilinear"])
@@ -501,163 +464,3 @@ def test_state_dict_brings_back_the_same_model(small, tmp_path):
         assert not torch.equal(other(x)[0], model(x)[0])
         other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
         assert torch.equal(other(x)[0], model(x)[0])
-
-
-# Trivial predictors
-
-
-def store_of(*articles, numbers=None):
-    """A store from (length, D) arrays, one an article, normalised; all in train."""
-    numbers = list(range(len(articles)) if numbers is None else numbers)
-    rows = np.concatenate(articles)
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    frame = pd.DataFrame(
-        {"title": [f"title {n}" for n in numbers], "split": "train"}, index=pd.Index(numbers, name="article")
-    )
-    return make_store(
-        "test",
-        rows,
-        np.repeat(numbers, [len(a) for a in articles]),
-        np.concatenate([np.arange(len(a)) for a in articles]),
-        frame,
-    )
-
-
-def random_windows(dim=6, horizon=2, count=12, length=16, seed=0):
-    """Random walks on the sphere: neighbours resemble one another."""
-    r = np.random.default_rng(seed)
-    return windows(store_of(*(r.normal(size=(length, dim)).cumsum(0) for _ in range(count))), "train", horizon)
-
-
-def design(w):
-    """Contexts (N, T, D) and targets (N, D) in float64, cut by hand from the store."""
-    rows = w.store.vectors.astype(np.float64)
-    return (np.stack([rows[s : s + T] for s in w.start]), np.stack([rows[s + T - 1 + w.horizon] for s in w.start]))
-
-
-def test_copy_last_mean_and_constant_are_exact():
-    w = random_windows()
-    predictors = baselines(w)
-    assert list(predictors) == ["constant", "copy last", "mean", "weighted mean", "ridge"]
-    x = contexts(6)
-    raw, unit = predictors["constant"](x)
-    target = design(w)[1].mean(0)  # the mean of the training targets, whatever the context
-    np.testing.assert_allclose(raw.numpy(), np.tile(target, (len(x), 1)), atol=1e-6)
-    np.testing.assert_allclose(unit.numpy(), np.tile(target / np.linalg.norm(target), (len(x), 1)), atol=1e-5)
-    raw, unit = predictors["copy last"](x)
-    assert torch.equal(raw, x[:, -1])
-    torch.testing.assert_close(unit, x[:, -1])
-    raw, unit = predictors["mean"](x)
-    mean = sum(x[:, t] for t in range(T)) / T
-    torch.testing.assert_close(raw, mean)
-    torch.testing.assert_close(unit, mean / mean.norm(dim=-1, keepdim=True))
-    for predictor in predictors.values():
-        assert not list(predictor.parameters())
-        with pytest.raises(LVMError, match="context has shape"):
-            predictor(contexts(7))
-
-
-@pytest.mark.parametrize("horizon", [1, 2])
-def test_fit_weights_is_least_squares(horizon):
-    w = random_windows(horizon=horizon)
-    context, target = design(w)
-    stacked = context.transpose(0, 2, 1).reshape(-1, T)  # a row for each coordinate of each window
-    expected = np.linalg.lstsq(stacked, target.reshape(-1), rcond=None)[0]
-    found = fit_weights(w)
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
-    predicted = baselines(w)["weighted mean"](torch.from_numpy(context).float())[0]
-    np.testing.assert_allclose(predicted.numpy(), np.einsum("t,ntd->nd", expected, context), atol=1e-5)
-
-
-def test_fit_weights_finds_the_generating_mixture():
-    """Unit vectors that turn in two planes, around a constant part, obey x[t+5] = Σ w_i x[t+i] exactly."""
-    angles, r, t = (0.9, 2.1), np.random.default_rng(0), np.arange(14)
-    polynomial = np.poly([1, *(np.exp(s * 1j * a) for a in angles for s in (1, -1))]).real
-    mixture = -polynomial[:0:-1]  # of z^5 + c4 z^4 + … + c0, oldest first
-    articles = []
-    for _ in range(6):
-        basis, size = np.linalg.qr(r.normal(size=(8, 5)))[0], r.uniform(0.4, 1, size=3)
-        articles.append(
-            size[0] * np.outer(np.ones(14), basis[:, 0])
-            + sum(
-                size[k] * (np.outer(np.cos(a * t), basis[:, 2 * k - 1]) + np.outer(np.sin(a * t), basis[:, 2 * k]))
-                for k, a in enumerate(angles, start=1)
-            )
-        )
-    found = fit_weights(windows(store_of(*articles), "train", horizon=1)).numpy()
-    assert np.ptp(mixture) > 0.5
-    np.testing.assert_allclose(found, mixture, atol=1e-4)
-
-
-STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-
-
-def plain_ridge(x, y, strength):
-    return np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ y)
-
-
-def held_out_errors(w):
-    """Squared error of each strength on every fifth article number, fitted on the others."""
-    context, target = design(w)
-    x, held = context.reshape(len(context), -1), w.store.article[w.start] % 5 == 0
-    assert held.any() and not held.all()
-    return [((x[held] @ plain_ridge(x[~held], target[~held], s) - target[held]) ** 2).sum() for s in STRENGTHS]
-
-
-@pytest.mark.parametrize("horizon", [1, 2])
-@pytest.mark.parametrize("seed", range(3))
-def test_fit_ridge_is_the_direct_solution_of_the_best_strength(horizon, seed):
-    w = random_windows(horizon=horizon, seed=seed)
-    weights, strength = fit_ridge(w)
-    assert strength == STRENGTHS[int(np.argmin(held_out_errors(w)))]
-    context, target = design(w)
-    x = context.reshape(len(context), -1)
-    expected = plain_ridge(x, target, strength)  # the final fit is on all articles
-    assert weights.shape == (T * 6, 6)
-    np.testing.assert_allclose(weights.numpy(), expected, atol=1e-4)
-    predicted = baselines(w)["ridge"](torch.from_numpy(context).float())[0]
-    np.testing.assert_allclose(predicted.numpy(), x @ expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("strange, expected", [(0, STRENGTHS[-1]), (1, STRENGTHS[0])])
-def test_the_strength_is_chosen_on_every_fifth_article(strange, expected):
-    """Articles rotate by a rule; those of number ≡ strange (mod 5) by its inverse. Where these are the held-out
-    ones, the rule is worth nothing there and the strongest shrinkage wins; where they are not, the weakest."""
-    r = np.random.default_rng(0)
-    rule = np.linalg.qr(r.normal(size=(6, 6)))[0]
-    articles = []
-    for number in range(20):
-        x = [r.normal(size=6)]
-        for _ in range(39):
-            x.append(x[-1] @ (-rule if number % 5 == strange else rule))
-        articles.append(np.array(x))
-    w = windows(store_of(*articles), "train", horizon=1)
-    assert STRENGTHS[int(np.argmin(held_out_errors(w)))] == expected
-    assert fit_ridge(w)[1] == expected
-
-
-@pytest.mark.parametrize("numbers", [(1, 2, 3), (0, 5, 10)])
-def test_without_articles_on_both_sides_the_middle_strength_is_taken(numbers):
-    r = np.random.default_rng(0)
-    w = windows(store_of(*(r.normal(size=(12, 6)) for _ in numbers), numbers=numbers), "train")
-    weights, strength = fit_ridge(w)
-    context, target = design(w)
-    assert strength == 30.0
-    np.testing.assert_allclose(weights.numpy(), plain_ridge(context.reshape(len(context), -1), target, 30.0), atol=1e-5)
-
-
-@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3])
-def test_near_constant_sequences_do_not_break_the_fits(noise):
-    """The five context vectors are collinear: the least-squares weights are not unique, the prediction is."""
-    r = np.random.default_rng(0)
-    articles = [np.tile(r.normal(size=(1, 6)), (14, 1)) + noise * r.normal(size=(14, 6)) for _ in range(10)]
-    w = windows(store_of(*articles), "train")
-    context, target = (torch.from_numpy(a).float() for a in design(w))
-    for name, predictor in baselines(w).items():
-        raw, unit = predictor(context)
-        assert torch.isfinite(raw).all()
-        if name != "constant":  # which does not know the article
-            assert torch.nn.functional.cosine_similarity(unit, target).min() > 0.98, name
-    assert fit_weights(w).sum().item() == pytest.approx(1, abs=0.01)
-    assert fit_weights(w).abs().max() < 1.5

@@ -1,4 +1,4 @@
-"""Chunks of the target's article, ranks among them and the random draws, each against plain loops.
+"""Chunks of the target's article, ranks among them, rivals and strangers, each against plain loops.
 
 Axes: N windows, B batch, V variants of a prediction, T context length, D vector dimension, K offsets.
 """
@@ -8,15 +8,12 @@ import itertools
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from judge.plain import store_of
 from scipy import stats
 
 from lvmlib import ranking as retrieval
-from lvmlib.data.open import dataset
-from lvmlib.data.store import make_store
-from lvmlib.judge.measure import negatives
 from lvmlib.ranking import TIE, Articles
 from lvmlib.windows import windows
 
@@ -36,17 +33,15 @@ def small_store(dtype=np.float32):
         6: ("ood", [*range(9)]),
         7: ("val", [0, 1]),
     }
-    article = np.concatenate([[a] * len(p) for a, (_, p) in layout.items()])
-    position = np.concatenate([p for _, p in layout.values()])
-    x = random.standard_normal((len(article), DIM)) + random.standard_normal((10, DIM))[article]
-    for one, two in ((9, 4), (13, 5)):
-        x[(article == 3) & (position == one)] = x[(article == 3) & (position == two)]
-    frame = pd.DataFrame(
-        {"title": [str(a) for a in layout], "split": [s for s, _ in layout.values()]},
-        index=pd.Index(list(layout), name="article"),
-    )
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    return make_store("small", x.astype(dtype), article, position, frame)
+    size = sum(len(p) for _, p in layout.values())
+    noise, topics = random.standard_normal((size, DIM)), random.standard_normal((10, DIM))
+    articles, first = {}, 0
+    for a, (split, position) in layout.items():
+        articles[a] = (split, np.array(position), noise[first : first + len(position)] + topics[a])
+        first += len(position)
+    same = articles[3][2]
+    same[9], same[13] = same[4], same[5]
+    return store_of(articles, dtype)
 
 
 CUTS = [("forward", 1), ("forward", 2), ("backward", 1), ("backward", 2)]
@@ -78,41 +73,42 @@ def own_rows(w, i):
 # Cosines
 
 
+def in_blocks(articles, unit, index, offsets):
+    """Cosines (B, K) at the offsets, and the mean over the article without the context (B,)."""
+    at, exists = (torch.from_numpy(a) for a in articles.columns(index, offsets))
+    cosines, mean = torch.empty(at.shape), torch.empty(len(index))
+    for block in articles.blocks(unit[:, None], index):
+        cosines[block.mine] = block.at(at[block.mine] + block.first)[:, 0]
+        mean[block.mine] = block.mean()[:, 0]
+    return cosines.masked_fill(~exists, math.nan), mean
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("direction, horizon", CUTS)
-def test_cosines_at_offsets_are_in_reading_direction_and_stop_at_ends_and_gaps(direction, horizon, dtype):
+def test_cosines_are_in_reading_direction_and_stop_at_ends_and_gaps(direction, horizon, dtype):
     w, offsets = cut(direction, horizon, dtype), range(-9, 7)
-    store, index = w.store, np.arange(len(w))
+    store, index, unit = w.store, np.arange(len(w)), random_units(0, len(w))
     row_of = {(a, p): r for r, (a, p) in enumerate(zip(store.article, store.position, strict=True))}
-    unit = random_units(0, len(w))
-    found = prepared(w).cosines_at(unit, index, offsets).numpy()
-    step = {"forward": 1, "backward": -1}[direction]
+    found, mean = in_blocks(prepared(w), unit, index, offsets)
     missing = 0
     for i, (j, k) in itertools.product(index, enumerate(offsets)):
         article, position = store.article[w.target[i]], store.position[w.target[i]]
-        between = [(article, position + s) for s in range(min(step * k, 0), max(step * k, 0) + 1)]
+        between = [(article, position + s) for s in range(min(w.step * k, 0), max(w.step * k, 0) + 1)]
         if all(place in row_of for place in between):
-            wanted = cos(unit[i], store.vectors[row_of[article, position + step * k]])
-            assert found[i, j] == pytest.approx(wanted, abs=1e-6)
+            wanted = cos(unit[i], store.vectors[row_of[article, position + w.step * k]])
+            assert float(found[i, j]) == pytest.approx(wanted, abs=1e-6)
         else:
             missing += 1
-            assert math.isnan(found[i, j])
+            assert found[i, j].isnan()
     assert missing > 20
-    context, _ = w.batch(index)  # offset −horizon is the last context vector, and so on to the first
-    at = prepared(w).cosines_at(unit, index, [-horizon - t for t in range(T)]).flip(1)
-    torch.testing.assert_close(at, torch.einsum("bd,btd->bt", unit, context / context.norm(dim=-1, keepdim=True)))
-
-
-@pytest.mark.parametrize("direction, horizon", CUTS)
-def test_mean_cosine_is_over_the_article_without_the_context(direction, horizon):
-    w = cut(direction, horizon)
-    unit = random_units(1, len(w))
-    found = prepared(w).mean_cosine(unit, np.arange(len(w)))
-    for i in range(len(w)):
+    for i in index:
         outside = set(own_rows(w, i)) - set(w.context_rows([i])[0])
         assert w.target[i] in outside
-        wanted = np.mean([cos(unit[i], w.store.vectors[r]) for r in outside])
-        assert float(found[i]) == pytest.approx(wanted, abs=1e-6)
+        wanted = np.mean([cos(unit[i], store.vectors[r]) for r in outside])
+        assert float(mean[i]) == pytest.approx(wanted, abs=1e-6)
+    context, _ = w.batch(index)  # offset −horizon is the last context vector, and so on to the first
+    at = in_blocks(prepared(w), unit, index, [-horizon - t for t in range(T)])[0].flip(1)
+    torch.testing.assert_close(at, torch.einsum("bd,btd->bt", unit, context / context.norm(dim=-1, keepdim=True)))
 
 
 # Ranks
@@ -158,23 +154,19 @@ def test_equal_chunks_share_their_mean_rank():
 def test_a_prediction_that_tells_nothing_ranks_in_the_middle():
     """Orthogonal to all, every chunk is equal: the rank is (n + 1) / 2, as good as a random one on average."""
     eye = np.eye(16, dtype=np.float32)
-    frame = pd.DataFrame({"title": ["a"], "split": ["val"]}, index=pd.Index([0], name="article"))
-    store = make_store("eye", eye[:11], np.zeros(11, int), np.arange(11), frame)
-    w = windows(store, "val", 1, T)
+    w = windows(store_of({0: ("val", np.arange(11), eye[:11])}), "val", 1, T)
     unit = torch.from_numpy(eye[15]).expand(1, len(w), 16)
     whole, novel, _ = prepared(w).ranks(unit, np.arange(len(w)))
     assert (whole == 6.0).all() and (novel == 3.5).all()
 
 
 def test_nearly_equal_is_equal_and_a_little_more_is_not():
-    frame = pd.DataFrame({"title": ["a"], "split": ["val"]}, index=pd.Index([0], name="article"))
     for gap, wanted in ((2e-7, 1.5), (1e-4, 2.0), (-1e-4, 1.0)):
         cosines = [0.1, 0.1, 0.1, 0.1, 0.1, 0.5, 0.5 + gap]  # five of the context, the target, and one more
         x = np.zeros((7, 9))
         x[:, 0] = cosines
         x[np.arange(7), np.arange(1, 8)] = np.sqrt(1 - np.square(cosines))
-        store = make_store("near", x.astype(np.float32), np.zeros(7, int), np.arange(7), frame)
-        w = windows(store, "val", 1, T)
+        w = windows(store_of({0: ("val", np.arange(7), x)}), "val", 1, T)
         whole, novel, _ = prepared(w).ranks(torch.eye(9)[:1][None], np.array([0]))
         assert float(whole) == float(novel) == wanted
 
@@ -183,15 +175,13 @@ def test_nearly_equal_is_equal_and_a_little_more_is_not():
 def test_any_batch_in_any_order_gives_the_same(size):
     w = cut("backward", 2)
     units, articles = random_units(3, 2, len(w)), prepared(w)
-    whole, novel, possible = articles.ranks(units, np.arange(len(w)))
-    mean = articles.mean_cosine(units[0], np.arange(len(w)))
+    whole = articles.ranks(units, np.arange(len(w)))
     order = np.random.default_rng(0).permutation(len(w))
     for first in range(0, len(w), size):
         index = order[first : first + size]
-        some, without, left = articles.ranks(units[:, index], index)
-        assert torch.equal(some, whole[:, index]) and torch.equal(without, novel[:, index])
-        assert torch.equal(left, possible[:, index])
-        torch.testing.assert_close(articles.mean_cosine(units[0, index], index), mean[index], rtol=0, atol=1e-6)
+        assert all(
+            torch.equal(a, b[:, index]) for a, b in zip(articles.ranks(units[:, index], index), whole, strict=True)
+        )
 
 
 @pytest.mark.parametrize("rows, numbers", [(1, 1), (15, 200), (10_000, 10**9)])
@@ -201,7 +191,7 @@ def test_however_articles_share_a_product_the_figures_are_the_same(monkeypatch, 
 
     def found():
         a = prepared(w)
-        return [*a.ranks(units, index), a.mean_cosine(units[0], index), a.cosines_at(units[0], index, range(-9, 7))]
+        return [*a.ranks(units, index), *in_blocks(a, units[0], index, range(-9, 7))]
 
     wanted = found()
     monkeypatch.setattr(retrieval, "ROWS", rows)
@@ -243,72 +233,7 @@ def test_training_windows_cost_nothing_before_they_are_asked_for():
     assert set(vars(articles)) - before == {"_begins"}
 
 
-# Random draws
-
-
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("count", [1, 7, 99])
-def test_negatives_are_of_other_articles_of_the_split_without_repeats(direction, count):
-    w = cut(direction, 1)
-    orders, rows = negatives(w, np.arange(len(w)), 0, count)
-    assert orders.shape == (len(w), T) and rows.shape == (len(w), count)
-    pool = set(np.flatnonzero(w.store.articles.loc[w.store.article, "split"] == "val"))
-    for i in range(len(w)):
-        assert sorted(orders[i]) == list(range(T))
-        there = rows[i][rows[i] >= 0]
-        assert (rows[i][len(there) :] == -1).all() and len(set(there)) == len(there)
-        others = pool - set(own_rows(w, i))
-        assert set(there) <= others and len(there) == min(count, len(others))
-
-
-def test_draws_depend_on_the_seed_and_the_target_alone():
-    w = cut("forward", 1)
-    orders, rows = negatives(w, np.arange(len(w)), 4, 9)
-    for index in ([5, 2], [11], list(range(len(w)))[::-1]):  # any batch
-        again = negatives(w, np.array(index), 4, 9)
-        np.testing.assert_array_equal(again[0], orders[index])
-        np.testing.assert_array_equal(again[1], rows[index])
-    few = w.at_most(6)  # any selection
-    places = [int(np.flatnonzero(w.start == s)[0]) for s in few.start]
-    np.testing.assert_array_equal(negatives(few, np.arange(6), 4, 9)[1], rows[places])
-    other = negatives(w, np.arange(len(w)), 5, 9)
-    assert (other[0] != orders).any(axis=1).mean() > 0.9 and (other[1] != rows).any(axis=1).all()
-    assert len({tuple(r) for r in rows}) == len(w)  # not one draw for all windows
-
-
-def test_draws_are_those_of_all_reports_so_far():
-    """Golden: by the code that first raised the instrument to 3."""
-    w = dataset("wikipedia", 2).val
-    orders, rows = negatives(w, np.array([0, 176, 523]), 0, 99)
-    assert orders.tolist() == [[1, 0, 2, 4, 3], [2, 0, 4, 1, 3], [1, 4, 0, 2, 3]]
-    first = [[3841, 3758, 1627, 894, 2797, 3782], [2630, 2616, 1986, 3793, 950, 1618], [1622, 996, 1980, 941, 1964]]
-    assert [row[: len(f)] for row, f in zip(rows.tolist(), first, strict=True)] == first
-    assert rows.sum(1).tolist() == [226215, 226811, 171473]
-
-
-def test_draws_are_uniform():
-    """Chi-square over many seeds: every order of the context, and every chunk of the other articles, alike."""
-    w = cut("forward", 1)
-    seeds, index = 400, np.arange(len(w))
-    drawn = [negatives(w, index, s, 3) for s in range(seeds)]
-    orders = np.concatenate([o for o, _ in drawn])
-    counts = pd.Series(map(tuple, orders)).value_counts().reindex(itertools.permutations(range(T)), fill_value=0)
-    assert stats.chisquare(counts).pvalue > 1e-3
-    for i in (0, len(w) // 2, len(w) - 1):  # of three articles
-        rows = np.concatenate([r[i] for _, r in drawn])
-        counts = pd.Series(rows).value_counts()
-        others = set(w.store.rows("val")) - set(own_rows(w, i))
-        assert set(counts.index) == others
-        assert stats.chisquare(counts).pvalue > 1e-3
-        first = pd.Series([r[i, 0] for _, r in drawn]).value_counts().reindex(list(others), fill_value=0)
-        assert stats.chisquare(first).pvalue > 1e-3  # the first of them stands in for the last context vector
-
-
-def test_an_only_article_has_no_negatives():
-    frame = pd.DataFrame({"title": ["a", "b"], "split": ["val", "ood"]}, index=pd.Index([0, 1], name="article"))
-    x = np.eye(16, dtype=np.float32)
-    store = make_store("one", x, [0] * 8 + [1] * 8, [*range(8)] * 2, frame)
-    assert (negatives(windows(store, "val", 1, T), np.arange(3), 0, 4)[1] == -1).all()
+# Rivals and strangers
 
 
 @pytest.mark.parametrize("direction, horizon", CUTS)

@@ -35,65 +35,36 @@ def test_chance_is_the_mean_over_every_ranking(n):
     assert chance_reciprocal_rank(n) == pytest.approx(float(sum(Fraction(1, r) for r in ranks) / len(ranks)))
 
 
-def test_chance_of_random_scores():
-    """Simulation: candidates scored at random, ranks counted; within four standard errors."""
-    random = np.random.default_rng(0)
-    for n in (6, 40):
-        scores = random.random((20_000, n))
-        rank = 1 + (scores > scores[:, :1]).sum(1)
-        for chance, values in (
-            (chance_recall(n, 1), rank <= 1),
-            (chance_recall(n, 5), rank <= 5),
-            (chance_reciprocal_rank(n), 1 / rank),
-        ):
-            assert abs(np.mean(values) - chance) < 4 * np.std(values) / math.sqrt(len(rank))
-
-
 def test_chance_is_elementwise():
-    n = np.array([[3, 12], [5, 7]])
-    np.testing.assert_allclose(chance_recall(n, 5), [[1, 5 / 12], [1, 5 / 7]])
-    wanted = [[sum(1 / i for i in range(1, m + 1)) / m for m in row] for row in n]
-    np.testing.assert_allclose(chance_reciprocal_rank(n), wanted)
+    n = np.array([[3, 12], [5, 6]])
+    np.testing.assert_allclose(chance_recall(n, 5), [[1, 5 / 12], [1, 5 / 6]])  # 5/6: handbook §4.1 point 3
+    np.testing.assert_allclose(
+        chance_reciprocal_rank(n), [[sum(1 / i for i in range(1, m + 1)) / m for m in row] for row in n]
+    )
     assert chance_recall([], 5).shape == chance_reciprocal_rank([]).shape == (0,)
 
 
-def test_mini_recall_at_5_of_six_has_chance_five_sixths():
-    assert chance_recall(6, 5) == pytest.approx(5 / 6)  # handbook §4.1 point 3
-
-
-def test_chance_median_rank_is_the_median_of_every_rank():
+@pytest.mark.parametrize("sizes", [[6], [5], [1], [3, 12], [5, 7, 7, 40], [2, 4], [1, 1, 30]])
+def test_chance_median_rank_is_the_median_of_every_rank(sizes):
     """Every window's ranks 1 … n once, times as often as makes all windows weigh the same."""
-    for sizes in ([6], [5], [1], [3, 12], [5, 7, 7, 40], [2, 4], [1, 1, 30]):
-        whole = math.lcm(*sizes)
-        ranks = [r for n in sizes for r in range(1, n + 1) for _ in range(whole // n)]
-        assert chance_median_rank(sizes) == statistics.median(ranks), sizes
-    random = np.random.default_rng(0)
-    sizes = random.integers(3, 90, 200_001)
-    assert abs(np.median(random.integers(1, sizes + 1)) - chance_median_rank(sizes)) <= 1
+    whole = math.lcm(*sizes)
+    ranks = [r for n in sizes for r in range(1, n + 1) for _ in range(whole // n)]
+    assert chance_median_rank(sizes) == statistics.median(ranks)
     assert math.isnan(chance_median_rank([]))
 
 
 def test_adjusted_is_0_at_chance_and_1_at_the_best():
     random = np.random.default_rng(0)
     n = random.integers(2, 60, 100_000)
-    rank = random.integers(1, n + 1)  # ranked at random
-    for hits, chance in ((rank <= 5, chance_recall(n, 5)), (1 / rank, chance_reciprocal_rank(n))):
-        assert abs(adjusted(hits.mean(), chance.mean())) < 4 * hits.std() / (1 - chance.mean()) / math.sqrt(len(n))
-    known = random.random(100_000) < 0.3  # knows the target in 30 % of windows, guesses in the others
-    rank = np.where(known, 1, rank)
-    assert adjusted((rank <= 5).mean(), chance_recall(n, 5).mean()) == pytest.approx(0.3, abs=0.01)
+    guessed = random.integers(1, n + 1)
+    rank = np.where(random.random(100_000) < 0.3, 1, guessed)  # knows the target in 30 % of windows
+    for k in (1, 5):
+        chance = chance_recall(n, k).mean()
+        assert adjusted((guessed <= k).mean(), chance) == pytest.approx(0, abs=0.01)
+        assert adjusted((rank <= k).mean(), chance) == pytest.approx(0.3, abs=0.01)
+    assert adjusted((1 / guessed).mean(), chance_reciprocal_rank(n).mean()) == pytest.approx(0, abs=0.01)
     np.testing.assert_allclose(adjusted([1.0, 0.5, 0.0, 1.0], [0.5, 0.5, 0.5, 1.0]), [1, 0, -1, math.nan])
     assert adjusted(0.75, 0.5) == 0.5 and np.ndim(adjusted(0.75, 0.5)) == 0
-
-
-def test_adjusted_hits_are_those_of_pykeen():
-    ranking = pytest.importorskip("pykeen.metrics.ranking")
-    random = np.random.default_rng(0)
-    n = random.integers(6, 90, 300)
-    rank = random.integers(1, n + 1)
-    for k in (1, 5, 10):
-        theirs = ranking.AdjustedHitsAtK(k=k)(ranks=rank.astype(float), num_candidates=n)
-        assert adjusted((rank <= k).mean(), chance_recall(n, k).mean()) == pytest.approx(theirs, abs=1e-12)
 
 
 # Intervals: derivations
@@ -143,7 +114,7 @@ def test_a_share_is_held_on_the_log_odds():
     assert 0 < ends[0] < p < ends[1] < 1
     turned = over_articles(1 - values, article, share=True)  # misses instead of hits
     assert turned == pytest.approx((1 - p, 1 - ends[1], 1 - ends[0]))
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+    with pytest.raises(ValueError):
         over_articles(values + 0.5, article, share=True)
 
 
@@ -194,7 +165,7 @@ def test_no_interval_with_fewer_than_two_articles(values, articles, middle):
     assert bool(few(articles[~np.isnan(values)]))
 
 
-def test_no_spread_has_no_width():
+def test_no_spread_has_no_width_and_one_huge_article_a_wide_one():
     article = [0, 0, 0, 1, 2, 2]
     assert over_articles([0.1] * 6, article) == pytest.approx([0.1] * 3, abs=1e-15)
     assert median_over_articles([0.1] * 6, article) == (0.1, 0.1, 0.1)
@@ -202,13 +173,9 @@ def test_no_spread_has_no_width():
     assert over_articles([True] * 6, article, share=True) == pytest.approx((1, bound, 1))
     assert over_articles([False] * 6, article, share=True) == pytest.approx((0, 0, 1 - bound))
     assert paired([0.3] * 6, [0.1] * 6, article) == pytest.approx([0.2] * 3)
-    assert over_seeds([[0.1] * 6] * 3, article) == pytest.approx([0.1] * 3)
-
-
-def test_one_huge_article_gives_a_wide_interval_not_an_endless_one():
-    values, article = np.r_[np.zeros(1000), 1.0], np.r_[np.zeros(1000), 1]
-    _, low, high = over_articles(values, article)
+    _, low, high = over_articles(np.r_[np.zeros(1000), 1.0], np.r_[np.zeros(1000), 1])  # one huge article
     assert math.isfinite(high) and low < 0 and high > 1
+    assert over_seeds([[0.1] * 6] * 3, article) == pytest.approx([0.1] * 3)
 
 
 def test_paired_is_the_interval_of_the_difference_and_narrower_than_apart():
@@ -218,7 +185,7 @@ def test_paired_is_the_interval_of_the_difference_and_narrower_than_apart():
     difference, low, high = paired(better, values, article)
     assert (difference, low, high) == over_articles(better - values, article)
     assert 0 < low < 0.1 < high and high - low < 0.2 * np.diff(over_articles(values, article)[1:])[0]
-    with pytest.raises(ValueError, match="same windows"):
+    with pytest.raises(ValueError):
         paired(values, values[1:], article)
 
 
@@ -228,9 +195,9 @@ def test_between_is_welchs_test_where_articles_are_single_windows():
     low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     assert between(a, np.arange(9), b, np.arange(20, 34)) == pytest.approx((a.mean() - b.mean(), low, high), rel=1e-9)
     assert between(b, np.arange(20, 34), a, np.arange(9)) == pytest.approx((b.mean() - a.mean(), -high, -low), rel=1e-9)
-    with pytest.raises(ValueError, match="share 1 articles"):
+    with pytest.raises(ValueError):
         between(a, np.arange(9), b, np.arange(8, 22))
-    with pytest.raises(ValueError, match="same seeds"):
+    with pytest.raises(ValueError):
         between(np.stack([a, a]), np.arange(9), np.stack([b, b, b]), np.arange(20, 34))
 
 
@@ -254,9 +221,9 @@ def test_one_seed_or_equal_seeds_leave_the_interval_over_articles():
     values, article = clustered(np.random.default_rng(0), articles=9)
     for seeds in (1, 3):
         assert over_seeds([values] * seeds, article) == pytest.approx(over_articles(values, article))
-    with pytest.raises(ValueError, match=r"\(S, N\)"):
+    with pytest.raises(ValueError):
         over_seeds(values, article)
-    with pytest.raises(ValueError, match=r"articles of shape"):
+    with pytest.raises(ValueError):
         over_articles(values, article[1:])
 
 
@@ -265,26 +232,20 @@ def test_median_by_hand():
     values, article = np.arange(1.0, 41.0), np.tile(np.arange(4), 10)
     values[article == 0] -= 30  # article 0 lies low, so that shares differ
     median, low, high = median_over_articles(values, article)
-    at_or_below = [float(v <= median) for v in values]
-    p, variance, df = plain(at_or_below, article)
+    p, variance, df = plain([float(v <= median) for v in values], article)
     assert p == 0.5 and median == statistics.median(values)
     odds = math.exp(stats.t.ppf(0.975, df) * math.sqrt(variance) / 0.25)
-    share = odds / (1 + odds)
-    ordered = sorted(values)
-    assert low == min(v for v in ordered if sum(u <= v for u in ordered) / 40 >= 1 - share)
-    above = [v for v in ordered if sum(u <= v for u in ordered) / 40 > share]
-    assert high == (min(above) if above else ordered[-1])
+    share, below = odds / (1 + odds), {v: sum(u <= v for u in values) / 40 for v in sorted(values)}
+    assert low == min(v for v in below if below[v] >= 1 - share)
+    assert high == min((v for v in below if below[v] > share), default=max(below))
 
 
 def test_sign_flip_is_exact_where_it_can_be():
-    values, article = [1.0, 2.0, -0.5, 4.0, 3.0], [0, 0, 1, 2, 3]
-    sums = [3.0, -0.5, 4.0, 3.0]
-    every = [
-        abs(sum(s * e for s, e in zip(sums, signs, strict=True))) for signs in itertools.product((-1, 1), repeat=4)
-    ]
+    values, article, sums = [1.0, 2.0, -0.5, 4.0, 3.0], [0, 0, 1, 2, 3], [3.0, -0.5, 4.0, 3.0]
+    every = [abs(np.dot(sums, signs)) for signs in itertools.product((-1, 1), repeat=4)]
     assert sign_flip(values, article) == sum(e >= abs(sum(sums)) for e in every) / 16 == 4 / 16
     assert sign_flip([1.0] * 15, range(15)) == 2 / 2**15
-    assert sign_flip([1.0] * 40, range(40), 500) == 1 / 501  # drawn: the one found counts itself
+    assert sign_flip([1.0] * 40, range(40), 500) == 1 / 501  # drawn: the observed one counts itself
     assert sign_flip([0.0, 0.0], [1, 2]) == sign_flip([1.0], [1]) == 1
     assert math.isnan(sign_flip([], []))
     random = np.random.default_rng(0).standard_normal(30)
@@ -305,17 +266,14 @@ def test_sign_flip_raises_no_more_false_alarms_than_it_says(articles):
     assert np.mean(np.array(shifted) <= 0.05) > 0.95
 
 
-def test_effective_articles_and_what_to_say_of_few():
+def test_effective_articles_and_the_caveats_of_few():
     assert effective_articles([3, 3, 3, 8, 8, 8]) == 2 and effective_articles([]) == 0
     assert effective_articles(np.repeat([0, 1, 2], [8, 1, 1])) == pytest.approx(100 / 66)
     assert few(np.arange(FEW)) == few(np.repeat(np.arange(10), 7), seeds=3) == ""
-    assert few(np.arange(4)).startswith("only 4 articles: ")
-    assert few(np.repeat(np.arange(13), [200] + [5] * 12)).startswith(
-        "only 13 articles, which weigh as much as 1.7 equal"
-    )
-    assert few([1, 1]) == "only 1 article: no interval"
-    assert few(np.arange(20), seeds=1) == "one seed: the interval covers articles alone"
-    assert "2 seeds" in few(np.arange(20), seeds=2) and few(np.arange(4), seeds=1).count("; ") == 1
+    assert "4 articles" in few(np.arange(4)) and "1.7 equal" in few(np.repeat(np.arange(13), [200] + [5] * 12))
+    assert "1 article:" in few([1, 1]) and few([1, 1]).endswith("no interval")
+    assert "one seed" in few(np.arange(20), seeds=1) and "2 seeds" in few(np.arange(20), seeds=2)
+    assert few(np.arange(4), seeds=1).count("; ") == 1
 
 
 # Intervals: coverage of a known truth
@@ -370,17 +328,7 @@ def test_coverage_of_each_figure(split):
     assert_held(held(0, (paired(*v, article) for v in zip(1 / rank, 1 / other, strict=True))), most=0.985)
 
 
-def test_coverage_of_the_difference_of_two_splits():
-    random = np.random.default_rng(6)
-    first, second = (
-        np.repeat(np.arange(len(SIZES[s])) + 100 * i, SIZES[s]) for i, s in enumerate(("validation", "ood"))
-    )
-    pairs = zip(latent(random, SIZES["validation"]), 0.5 * latent(random, SIZES["ood"]) - 0.2, strict=True)
-    assert_held(held(0.2, (between(a, first, b, second) for a, b in pairs)))
-
-
-@pytest.mark.parametrize("seeds", [3, 5])
-@pytest.mark.parametrize("by_seed, interaction", [(0.0, 0.0), (0.5, 0.1), (0.3, 0.5)])
+@pytest.mark.parametrize("seeds, by_seed, interaction", [(3, 0.0, 0.0), (3, 0.5, 0.1), (5, 0.3, 0.5)])
 def test_coverage_over_articles_and_seeds(seeds, by_seed, interaction):
     random = np.random.default_rng(7)
     sizes = SIZES["ood"]
@@ -395,16 +343,19 @@ def test_coverage_over_articles_and_seeds(seeds, by_seed, interaction):
         )
 
 
-def test_coverage_over_seeds_of_two_splits():
+def test_coverage_of_the_difference_of_two_splits():
+    """Of one seed, and of three that shift both splits, and the first one more."""
     random = np.random.default_rng(8)
     first, second = (
         np.repeat(np.arange(len(SIZES[s])) + 100 * i, SIZES[s]) for i, s in enumerate(("validation", "ood"))
     )
-    found = []
+    one, three = [], []
     for a, b in zip(latent(random, SIZES["validation"]), latent(random, SIZES["ood"]), strict=True):
         common, own = 2 * random.standard_normal((3, 1)), 0.3 * random.standard_normal((3, 1))
-        found.append(between(a + common + own, first, b + common, second))
-    assert_held(held(0, found))
+        one.append(between(a, first, 0.5 * b - 0.2, second))
+        three.append(between(a + common + own, first, b + common, second))
+    assert_held(held(0.2, one))
+    assert_held(held(0, three))
 
 
 def test_this_coverage_test_refuses_too_narrow_and_too_wide_intervals():

@@ -1,5 +1,6 @@
 """What several test files need: a small dataset, versions for it, and what is asked of a run's folder."""
 
+import html.parser
 import time
 
 import numpy as np
@@ -65,3 +66,21 @@ def until(condition, sweeping=None, seconds=300):
         assert sweeping is None or sweeping.poll() is None, sweeping.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+class Tags(html.parser.HTMLParser):
+    """The start tags of an HTML page with their attributes, and its texts."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]

@@ -6,16 +6,10 @@ cd "$(dirname "$0")/.."
 unset LVM_FAST OMP_NUM_THREADS
 python=.venv/bin/python shown=outputs/showcase
 versions="p6 v1 v2 v21 v22" ours="share pi margin bounded rank two_heads committee energy"
-read -r runs pages < <("$python" -c "
-import hashlib, json, sys
-from lvmlib.io import stamp as fingerprint
-from lvmlib.io import paths as params
-def short(of): return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
-files = {f'params/{name}.yaml' for name in ['base', *sys.argv[1:]]}
-of = fingerprint.sources(['training', 'fivecat']).items()
-templates = sorted((params.ROOT / 'notebooks').glob('*.ipynb'))
-print(short(sorted((file, code) for file, code in of if not file.startswith('params') or file in files)),
-      short([fingerprint.notebook(json.loads(t.read_text(encoding='utf-8'))) for t in templates]))" $versions $ours)
+root=$("$python" -c 'from lvmlib.io.paths import ROOT; print(ROOT)')
+code="lvmlib params :(exclude)lvmlib/share :(exclude)lvmlib/cli :(exclude)lvmlib/io :(exclude)lvmlib/report"
+key() { { git -C "$root" ls-files -s -- "$@"; git -C "$root" diff HEAD -- "$@"; true; } 2>&1 | sha256sum | cut -c1-12; }
+runs=$(key $code) pages=$(key $code notebooks)
 export LVM_OUTPUTS=outputs/runs-$runs
 export DONE=$LVM_OUTPUTS/done-$pages # a file for each command that ended well, by this state of all notebooks and rooms
 mkdir -p "$DONE"

@@ -5,17 +5,16 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection, Iterable, Mapping
 
-from ..config import _merged, _nearest
 from ..errors import LVMError
-from ..io import limits as untrusted
+from ..io import limits
+from ..io.inherit import nearest, read
+from ..io.paths import PARAMS
 
 
 def check_injected(cells: list[str]) -> None:
-    """Fail on a papermill `-p` name that the notebook's own parameters cell does not have, and on anything else that
-    stands among the injected parameters but plain values.
+    """Raise LVMError for an injected parameter that the notebook's own cell does not have, or that is no plain value.
 
-    `cells`: IPython's `In`. Papermill itself only warns; a mistyped name would silently do nothing. What papermill was
-    made to write beside the parameters has run by then, and is no longer passed over: `check_given` refuses it before.
+    `cells`: IPython's `In`. papermill itself only warns. The injected cell has run by then; `check_given` comes before.
     """
     injected = [i for i, source in enumerate(cells) if source.startswith("# Parameters\n")]
     if not injected:
@@ -26,23 +25,23 @@ def check_injected(cells: list[str]) -> None:
         for node in ast.parse(cells[number]).body:
             if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and _is_plain(node)):
                 raise LVMError(
-                    f"parameters: {ast.unparse(node)[:80]!r} is no name with a plain value, and it has been run; look "
-                    "at where these parameters come from, and give them by `make`, which refuses such"
+                    f"parameters: {ast.unparse(node)[:80]!r} is no name with a plain value, and it has been run; check "
+                    "where these parameters come from, and give them by `make`, which refuses such"
                 )
 
 
 def check_names(names: Iterable[str], known: Collection[str]) -> None:
-    """Raise LVMError for a name that is none of the notebook's parameters, `known`."""
+    """Raise LVMError for a name that is not among `known`, the notebook's parameters."""
     for name in names:
         if name not in known:
             also = (
                 f", or in `-y 'overrides: {{{name}: …}}'`"
-                if "overrides" in known and name in _merged("base")[0]
+                if "overrides" in known and name in read(PARAMS, "base")[0]
                 else ""
             )
             raise LVMError(
                 f"parameter {str(name)[:80]!r} is not one of this notebook's"
-                f"{_nearest(str(name)[:80], known) if not also else ''}; known: {', '.join(sorted(known))}{also}"
+                f"{nearest(str(name)[:80], known) if not also else ''}; known: {', '.join(sorted(known))}{also}"
             )
 
 
@@ -54,7 +53,7 @@ def check_given(given: Mapping, known: Collection[str]) -> None:
     check_names(given, known)
     for name, value in given.items():
         try:
-            untrusted.plain(value)
+            limits.plain(value)
         except ValueError as e:
             raise LVMError(f"parameter {name!r}: {e}; give plain values") from e
 

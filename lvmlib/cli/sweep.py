@@ -1,36 +1,44 @@
-"""What a sweep runs: versions × seeds × datasets × models from one configuration, behind workflow/Snakefile.
+"""Plan and run a sweep: versions × seeds × datasets × models of one configuration, behind workflow/Snakefile.
 
-Which run lies where, and with which parameters, is `run_folder`'s and `version`'s to say, as for a run by hand: a sweep
-takes up what `make train` has finished, and the other way round.
+Runs lie where runs by hand do: a sweep reuses what `make train` has finished, and the other way round.
 """
 
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
 import itertools
+import json
+import math
 import os
 import re
+import subprocess
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import Version, _nearest, merge, version
+from filelock import FileLock, Timeout
+
+from ..config import Version, merge, version
 from ..data.open import dataset
-from ..errors import LVMError, said
-from ..io import disk as files
-from ..io import limits as untrusted
-from ..io import stamp as fingerprint
+from ..errors import LVMError, format_error
+from ..io import limits, stamp
+from ..io.disk import lock, set_aside
+from ..io.inherit import nearest
 from ..io.paths import outputs
 from ..runs.folder import dataset_record, differences, open_run, run_folder
+from .execute import execute, move
 
 # workflow/sweep.yaml says what each of them means.
 DEFAULTS = {"versions": None, "seeds": 1, "datasets": [None], "models": ["transformer"], "epochs": None}
 DEFAULTS |= {"precision": None, "fast": False, "overrides": {}, "threads": 1, "gpus": 0}
 _EXAMPLES = {"versions": ("p6", "v22"), "datasets": ("wikipedia", "world:converging"), "models": ("transformer", "amn")}
 WORDS = {"true": True, "false": False, "null": None}
-_HELD = contextlib.ExitStack()  # until the process ends
-atexit.register(_HELD.close)
+_LOCKS = contextlib.ExitStack()  # until the process ends
+atexit.register(_LOCKS.close)
 
 
 class Comparison(NamedTuple):
@@ -50,7 +58,7 @@ class Sweep(NamedTuple):
 
 
 def plan(config: Mapping[str, Any]) -> Sweep:
-    """All runs and comparisons of a configuration, whose keys are those of workflow/sweep.yaml.
+    """Return all runs and comparisons of a configuration, whose keys are those of workflow/sweep.yaml.
 
     A version that names an architecture of its own keeps it, as in compare.ipynb. Raises LVMError for an unknown key,
     version, dataset or model, for an impossible value, and for a run that is done, but with other parameters.
@@ -58,7 +66,7 @@ def plan(config: Mapping[str, Any]) -> Sweep:
     for key in config:
         if key not in DEFAULTS:
             known = ", ".join(DEFAULTS)
-            raise LVMError(f"sweep: unknown key {key!r}{_nearest(key, DEFAULTS)}; workflow/sweep.yaml has {known}")
+            raise LVMError(f"sweep: unknown key {key!r}{nearest(key, DEFAULTS)}; workflow/sweep.yaml has {known}")
     c = {**DEFAULTS, **_typed(config)}
     for key, least in (("seeds", 1), ("threads", 1), ("gpus", 0)):
         if type(c[key]) is not int or c[key] < least:
@@ -78,13 +86,13 @@ def plan(config: Mapping[str, Any]) -> Sweep:
         for seed in range(c["seeds"]):
             own = version(name, seed=seed, **chosen)
             if not seed:
-                data_there = dataset_record(dataset(own.data, own.horizon, own.context_length, own.fast, own.direction))
+                record = dataset_record(dataset(own.data, own.horizon, own.context_length, own.fast, own.direction))
             folder = run_folder(own).absolute()
-            _refuse_another(folder, own, data_there)
-            chosen_here = {"version": name, "seed": seed, **chosen}
-            if runs.setdefault(str(folder), chosen_here) != chosen_here:
+            _refuse_another(folder, own, record)
+            parameters = {"version": name, "seed": seed, **chosen}
+            if runs.setdefault(str(folder), parameters) != parameters:
                 raise LVMError(
-                    f"sweep: {chosen_here} and {runs[str(folder)]} would both be {folder}; name datasets apart by "
+                    f"sweep: {parameters} and {runs[str(folder)]} would both be {folder}; name datasets apart by "
                     "the last part of their paths"
                 )
             page = folder.parents[1] / f"compare-{model}.ipynb"
@@ -95,70 +103,131 @@ def plan(config: Mapping[str, Any]) -> Sweep:
     return Sweep(runs, comparisons, c["threads"], c["gpus"])
 
 
-def training(planned: Sweep, folder: str) -> dict[str, Any]:
-    """The parameters of the run's train.ipynb, which alone makes use of several GPUs."""
+def training_parameters(planned: Sweep, folder: str) -> dict[str, Any]:
+    """Return the parameters of the run's train.ipynb, the only notebook that uses several GPUs."""
     return planned.runs[folder] | ({"devices": planned.gpus} if planned.gpus > 1 else {})
 
 
-def finished(comparison: Comparison) -> list[str]:
-    """The executed train.ipynb of each of its runs that has finished."""
-    there = (Path(folder) / "train.ipynb" for folder in comparison.runs)
-    return [str(path) for path in there if path.exists()]
+def finished_notebooks(comparison: Comparison) -> list[str]:
+    """Return the executed train.ipynb of each of its runs that has finished."""
+    paths = (Path(folder) / "train.ipynb" for folder in comparison.runs)
+    return [str(path) for path in paths if path.exists()]
 
 
-def comparing(comparison: Comparison) -> dict[str, Any]:
-    """The parameters of compare.ipynb over what has finished."""
-    names = dict.fromkeys(comparison.runs[str(Path(path).parent)] for path in finished(comparison))
+def comparison_parameters(comparison: Comparison) -> dict[str, Any]:
+    """Return the parameters of compare.ipynb over the runs that have finished."""
+    names = dict.fromkeys(comparison.runs[str(Path(path).parent)] for path in finished_notebooks(comparison))
     return comparison.parameters | {"versions": " ".join(names)}
 
 
-def hold() -> None:
-    """Make this process the one sweep of the outputs folder until it ends, however it ends. LVMError where one runs."""
-    there = outputs()
+def lock_outputs() -> None:
+    """Make this process the one sweep of the outputs folder until it ends. Raises LVMError if another runs there."""
     refused = "{}: another sweep is running there, {}; wait for it, or stop it"
-    _HELD.enter_context(files.hold(there / "sweep.lock", lambda holder: refused.format(there, holder)))
+    _LOCKS.enter_context(lock(outputs() / "sweep.lock", lambda holder: refused.format(outputs(), holder)))
 
 
-def keep(planned: Sweep) -> None:
-    """Set aside each comparison that stands there and tells of anything that the one which is due will not: other
-    versions, more seeds, other parameters. Snakemake deletes what it makes anew; a smaller sweep, or one of which less
-    has finished, would replace a larger one's page."""
+def set_aside_other_pages(planned: Sweep) -> None:
+    """Set aside each existing comparison that has versions, seeds or other parameters that the new one will not have.
+
+    Snakemake deletes what it makes anew: a smaller sweep would replace the page of a larger one.
+    """
     for path, comparison in planned.comparisons.items():
-        page, due = Path(path), comparing(comparison)
-        if not page.exists() or not finished(comparison):
+        page, due = Path(path), comparison_parameters(comparison)
+        if not page.exists() or not finished_notebooks(comparison):
             continue
-        told = fingerprint.given(page)
-        seeds = told.get("seeds")
-        grows = type(seeds) is int and seeds <= due["seeds"]
-        grows &= set(str(told.get("versions")).split()) <= set(due["versions"].split())
-        if not grows or told != {**due, "versions": told["versions"], "seeds": seeds}:
-            print(f"{page}: of another sweep; set aside as {files.set_aside(page).name}")
+        earlier = stamp.given(page)
+        seeds = earlier.get("seeds")
+        extends = type(seeds) is int and seeds <= due["seeds"]
+        extends &= set(str(earlier.get("versions")).split()) <= set(due["versions"].split())
+        if not extends or earlier != {**due, "versions": earlier["versions"], "seeds": seeds}:
+            print(f"{page}: of another sweep; set aside as {set_aside(page).name}")
 
 
-def settings(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration in `file`, changed by what the command line gave. Raises LVMError.
+def job(notebook: str, output: Path, values: Mapping[str, Any], gpus: int) -> None:
+    """Execute one notebook of the sweep with these parameters into `output`, on that many GPUs (0: any).
+
+    Where it fails, OUTPUT's stem + .partial.ipynb holds what has been executed, with the error.
+    """
+    partial = output.with_suffix(".partial.ipynb")
+    # A sweep that was killed may have left a job alive, on another machine, say: two must not train in one folder.
+    with lock(output.with_name(f"{output.name}.lock"), str, wait=math.inf):
+        if output.exists():
+            print(f"{output}: another job has made it")
+            return
+        locks = reserve_gpus(gpus)
+        text = base64.b64encode(json.dumps(values).encode()).decode()
+        with execute(notebook, ["-b", text], partial) as executed:
+            move(executed.path, output)
+        partial.unlink(missing_ok=True)
+        for gpu in locks:
+            gpu.release()
+
+
+def reserve_gpus(wanted: int) -> list[FileLock]:
+    """Restrict this process to `wanted` GPUs that no other job on this machine uses; wait for them. Returns the locks.
+
+    If a scheduler shows no more than are wanted, they are taken as they are.
+    """
+    visible = _visible_gpus() if wanted else []
+    if len(visible) <= wanted:
+        return []
+    while True:
+        locks, unusable = {}, 0
+        for gpu in visible:
+            path = Path(tempfile.gettempdir()) / f"lvm-gpu-{gpu}.lock"  # a folder that other users write to as well
+            gpu_lock = FileLock(path, timeout=0, mode=0o666, fallback_to_soft=False)
+            try:
+                gpu_lock.acquire()
+            except Timeout:
+                continue
+            except OSError as e:
+                unusable += 1
+                if unusable > len(visible) - wanted:
+                    raise LVMError(f"{path}: cannot be opened ({e.strerror}); remove it, or set gpus to 0") from e
+                continue
+            locks[gpu] = gpu_lock
+            if len(locks) == wanted:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(locks)
+                return list(locks.values())
+        for gpu_lock in locks.values():
+            gpu_lock.release()
+        time.sleep(1 + os.getpid() % 7)  # not all at the same time
+
+
+def _visible_gpus() -> list[str]:
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+    try:
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def read_settings(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration in `file`, changed by what the command line gave. Raises LVMError.
 
     Snakemake's own reader would run the Python in a file that asks it to (`__use_yte__`).
     """
     try:
-        content = untrusted.read_yaml(file)
+        content = limits.read_yaml(file)
     except (OSError, ValueError) as e:
-        raise LVMError(f"{file}: cannot be read ({said(e)}); restore the file") from e
+        raise LVMError(f"{file}: cannot be read ({format_error(e)}); restore the file") from e
     if not isinstance(content, dict):
         raise LVMError(f"{file}: holds no `key: value`; restore the file")
     return merge(content, given)
 
 
 def _refuse_another(folder: Path, own: Version, data: dict) -> None:
-    """Raises LVMError where a finished train.ipynb stands for a run that is not `own`: it would be taken for done."""
+    """Raise LVMError if the folder's train.ipynb is of a run that is not `own`: it would pass for finished."""
     if not (folder / "train.ipynb").exists():
         return
     record = open_run(folder)[0]
-    there = record.get("computed", {}).get("precision")
+    precision = record.get("computed", {}).get("precision")
     ours = {
         "parameters": own.to_dict(),
         "dataset": data,
-        "computed": {"precision": there if own.precision == "auto" else own.precision},
+        "computed": {"precision": precision if own.precision == "auto" else own.precision},
     }
     if differing := differences(ours, record):
         raise LVMError(
@@ -168,7 +237,7 @@ def _refuse_another(folder: Path, own: Version, data: dict) -> None:
 
 
 def _typed(value: Any) -> Any:
-    """A value as YAML has it: `snakemake --config` leaves true, null and the leaves of what is nested as text."""
+    """Return a value as YAML reads it: `snakemake --config` leaves true, null and nested leaves as text."""
     if isinstance(value, Mapping):
         return {key: _typed(x) for key, x in value.items()}
     if isinstance(value, list):
@@ -183,7 +252,7 @@ def _typed(value: Any) -> Any:
 
 
 def _listed(value: Any, key: str) -> list:
-    """A list of the configuration; from the command line it may be names with a space between."""
+    """Return a list of the configuration; from the command line it may be names with a space between."""
     listed = value.split() if isinstance(value, str) else value
     if not isinstance(listed, list) or not listed:
         raise LVMError(f"sweep: {key} is {value!r}; needed is a list, such as [{', '.join(_EXAMPLES[key])}]")

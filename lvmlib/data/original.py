@@ -1,5 +1,7 @@
 """The original's `.npz` files (handbook §1) as a store, and a dataset written back in their form.
 
+    python -m lvmlib import OUT --articles articles.npz [--train train.npz --val val.npz --ood ood.npz]
+
     convert(files, folder)    the files as a new store folder
     opened(files)             the same, kept under outputs/imported/ and used again
     export(data, folder)      articles.npz, train.npz, val.npz, ood.npz
@@ -11,7 +13,6 @@ Axes: M chunks, D vector dimension, N windows, T context length, A articles.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import hashlib
@@ -20,10 +21,9 @@ import json
 import os
 import re
 import shutil
-import sys
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +68,7 @@ def convert(
         "description": "Vectors of chunks of text in reading order, imported from the files of the original work.",
         "source": ", ".join(dict.fromkeys(path.name for path in paths.values())),
         "encoder": "not recorded in the files",
-        "command": f"python -m lvmlib.data.original OUT {' '.join(command)}",
+        "command": f"python -m lvmlib import OUT {' '.join(command)}",
         "split_rule": rule,
     }
     try:
@@ -397,34 +397,3 @@ def _put_texts(file: zipfile.ZipFile, store: Store) -> None:
     texts, count = iter(store.texts), len(store.texts)
     blocks = (np.array(list(itertools.islice(texts, rows)), dtype) for _ in range(0, count, rows))
     _put(file, "concept_texts", blocks, (count,), dtype)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. Paths are taken from the working directory."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lvmlib.data.original",
-        description="Make a store of the original's .npz files: an article file, or sequence files, or both.",
-    )
-    parser.add_argument("out", metavar="OUT", help="the store's folder, which must not exist")
-    parser.add_argument("--articles", metavar="FILE", help="article file")
-    for split in SPLITS:
-        parser.add_argument(f"--{split}", metavar="FILE", help=f"windows of {split}")
-    parser.add_argument("--name", help="of the store; the file's own by default")
-    parser.add_argument(
-        "--split-ood", metavar="RULE", default="topic", help="topic, random or source:NAME (article file alone)"
-    )
-    parser.add_argument("--drop-bad", action="store_true", help="leave out zero, NaN and infinite vectors, and gaps")
-    args = parser.parse_args(argv)
-    files = {key: os.path.abspath(path) for key in KEYS if (path := getattr(args, key))}
-    store = convert(files, args.out, name=args.name, ood=args.split_ood, drop_bad=args.drop_bad)
-    for key, value in store.datasheet["counts"].items():
-        print(f"{key}: {value}")
-    for key, value in store.datasheet["split"].items():
-        print(f"{key}: {value['articles']} articles, {value['chunks']} chunks")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except LVMError as e:
-        sys.exit(str(e))

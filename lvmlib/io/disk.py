@@ -7,14 +7,18 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from ..errors import LVMError
 
 UNTOUCHED = "what stood there before is untouched"
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system without locks
 PROBE = 1 << 20  # bytes that are tried on a disk which may be full
 TROUBLE = {
     errno.ENOSPC: ("the disk is full", "free some room"),
@@ -29,7 +33,7 @@ TROUBLE = {
 }
 
 
-def write_whole(path: Path, write: Callable[[Path], object], kept: str = UNTOUCHED) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], kept: str = UNTOUCHED) -> None:
     """`write(partial)`, flush and rename: the file appears whole or not at all, and its name outlives a power cut.
 
     One process at a time writes in a folder. Raises LVMError where the disk does not take it (full, read-only, gone);
@@ -38,7 +42,7 @@ def write_whole(path: Path, write: Callable[[Path], object], kept: str = UNTOUCH
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    with told(path, kept), _folder(path.parent) as folder:
+    with explain_os_errors(path, kept), _folder(path.parent) as folder:
         try:
             with contextlib.suppress(FileNotFoundError):
                 partial.unlink()  # it may have come with the folder: a link leads elsewhere, a pipe waits for ever
@@ -60,16 +64,21 @@ def write_whole(path: Path, write: Callable[[Path], object], kept: str = UNTOUCH
 
 
 def set_aside(path: Path, *companions: str) -> Path:
-    """Rename a file to NAME.old-1, NAME.old-2 and so on, before its suffix, the next that is free; and with it the
-    files of the same name and these suffixes. Returns its new path."""
-    kinds = (path.suffix, *companions)
-    olds = (path.with_suffix(f".old-{i}{path.suffix}") for i in range(1, 10**6))
-    old = next(p for p in olds if not any(p.with_suffix(kind).exists() for kind in kinds))
-    with told(old):
-        for kind in kinds:
-            if path.with_suffix(kind).exists():
-                path.with_suffix(kind).rename(old.with_suffix(kind))
-    return old
+    """Rename a file to NAME.old-1.SUFFIX, a folder to NAME.old-1, or the next number that is free; return the new path.
+
+    `companions`: suffixes of files of the same name, which are renamed with it.
+    """
+    path = Path(path)
+    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+    suffixes = (suffix, *companions)
+    number = 1
+    while any(os.path.lexists(path.with_name(f"{stem}.old-{number}{s}")) for s in suffixes):
+        number += 1
+    with explain_os_errors(path):
+        for s in suffixes:
+            if os.path.lexists(path.with_name(stem + s)):
+                path.with_name(stem + s).rename(path.with_name(f"{stem}.old-{number}{s}"))
+    return path.with_name(f"{stem}.old-{number}{suffix}")
 
 
 def job_folder() -> tempfile.TemporaryDirectory:
@@ -89,13 +98,15 @@ def sync(folder: Path, files: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def told(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
+def explain_os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
     """What the system refuses inside, in words: LVMError with what, where, what to do, and what is `kept`.
 
     Where the system names a file that is neither `path` nor what is made of it (something that the writer reads), that
     one is told, and no disk is blamed."""
     try:
         yield
+    except Timeout:  # of a lock
+        raise
     except OSError as e:
         if other := _elsewhere(e, path):
             raise LVMError(
@@ -125,66 +136,62 @@ def _elsewhere(e: OSError, path: Path) -> str:
 
 
 @contextlib.contextmanager
-def hold(lock: Path, refused: Callable[[str], str], wait: float = 0.0) -> Iterator[None]:
-    """The file `lock`, held by this process alone until the block ends or the process does, however that ends.
+def lock(path: Path, refused: Callable[[str], str], wait: float = 0.0) -> Iterator[None]:
+    """Hold the file `path` for this process alone until the block ends. The system frees it when the process dies.
 
-    The lock is the system's (flock); the file says who holds it and since when, and no age or number in it is ever
-    trusted. Another holder is waited for `wait` seconds, with a word, then LVMError(refused(holder)). Where a file
-    system has no locks, nothing is held.
+    The file names its holder. Another holder is waited for `wait` seconds; then LVMError(refused(holder)) is raised.
+    On a file system without locks nothing is held.
     """
-    ends, said = time.monotonic() + wait, False
-    while True:
-        with told(lock):
-            file = _opened(lock)
+    file = FileLock(path, fallback_to_soft=False)  # a marker in place of a lock would outlive a killed process
+    for seconds in (0.0, wait):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(file, 400, 0).decode(errors="replace").strip() or "another process"
-            os.close(file)
-            if time.monotonic() >= ends:
-                raise LVMError(refused(holder)) from None
-            if not said:
-                print(f"{lock}: {holder} holds it; waiting up to {wait:g} s for its end", flush=True)
-            said = True
-            time.sleep(0.1)
-            continue
-        except OSError:
-            pass  # a file system that has no locks
-        if _same(file, lock):
+            with explain_os_errors(path):
+                _acquire(file, path, seconds)
             break
-        os.close(file)  # its holder has just ended, and taken it away
+        except Timeout:
+            holder = _holder(path)
+            if wait and not seconds:
+                print(f"{path}: held by {holder}; waiting for it to end", flush=True)
+    else:
+        raise LVMError(refused(holder)) from None
+    own = None
     try:
-        with contextlib.suppress(OSError):  # a full disk: who cannot write a word will be told so soon
-            os.ftruncate(file, 0)
+        with contextlib.suppress(OSError):  # a full disk
+            own = os.stat(path)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n", encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):
-            if _same(file, lock):
-                lock.unlink()
-        os.close(file)
+            if own and os.path.samestat(own, os.stat(path)):
+                path.unlink()
+        file.release()
 
 
-def _opened(lock: Path) -> int:
-    for _ in range(100):
-        lock.parent.mkdir(parents=True, exist_ok=True)
+def _acquire(file: FileLock, path: Path, seconds: float) -> None:
+    """Acquire a lock, after removing a link or a pipe that lies at its path. Raises Timeout and OSError."""
+    for attempt in range(100):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:
-            pass  # its holder has just ended, and taken the folder away
-        except OSError as e:
-            if e.errno != errno.ELOOP:
+            if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+                path.unlink()
+            file.acquire(timeout=seconds, poll_interval=0.1)
+            return
+        except FileNotFoundError:  # its holder has just ended, and removed the folder
+            if attempt == 99:
                 raise
-            lock.unlink(missing_ok=True)  # a link, which came with the folder: what it leads to would be written over
-    raise FileNotFoundError(errno.ENOENT, "cannot be made", str(lock))
+        except Timeout:
+            raise
+        except OSError as e:
+            if e.errno not in NO_LOCKS:
+                raise
+            return
 
 
-def _same(file: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
-        return False
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(400).decode(errors="replace").strip() or "another process"
+    return "another process"
 
 
 @contextlib.contextmanager
@@ -209,3 +216,6 @@ def _refused(partial: Path) -> OSError | None:
     except OSError as e:
         return e
     return None
+
+
+told, write_whole, hold = explain_os_errors, write_atomic, lock  # the former names

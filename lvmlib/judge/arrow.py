@@ -3,10 +3,9 @@
 Axes: S seeds, N targets that both directions share.
 
 The same version is trained on the articles as they are and on the articles reversed (`direction: backward`), and both
-are asked for the very same chunks. Forward − backward is a property of the text only if the articles' two ends are:
-what copying the last vector gains by the direction is taken off, since it knows no direction but sees how articles
-begin and end. Not all of it goes: where chunks grow noisier along every article, averaging gains more from the cleaner
-context than copying does, and with many articles that small rest is declared, too.
+predict the same chunks. Forward − backward also contains how an article's beginning differs from its end. Copying the
+last vector knows no direction, so its own difference is subtracted. A small rest remains: where chunks grow noisier
+along every article, averaging gains more from a clean context than copying does.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ MEASURES = {"novel MRR": 1, "cosine": 1, "loss": -1}  # the sign that is good
 
 @dataclass(frozen=True, eq=False)
 class Arrow:
-    """What `arrow` found.
+    """The result of `arrow`.
 
-    `table`: a row for each measure (novel MRR, cosine, loss): forward, backward (means over seeds and targets), copying
-    (copy last's own forward − backward), difference (forward − backward − copying) with low and high (95 % over
-    articles and seeds), raw low and raw high (the interval with copying left in), p (sign flips of whole articles, of
-    the seeds' mean), seeds, articles, windows. `differences`: measure → (S, N). `article` (N,).
+    `table`: a row for each of MEASURES: forward, backward (means over seeds and targets), copying (copy last's own
+    forward − backward), difference (forward − backward − copying) with low and high (95 % over articles and seeds), raw
+    low and raw high (the interval with copying included), p (sign flips of whole articles, of the seeds' mean), seeds,
+    articles, windows. `differences`: measure → (S, N). `article` (N,).
     """
 
     table: pd.DataFrame
@@ -43,9 +42,10 @@ class Arrow:
 
     @property
     def declared(self) -> str:
-        """forward, backward or none: the side of 0 on which the interval of the novel MRR's difference lies whole, with
-        copying taken off and with it left in. (Taking it off alone would give a constant, which reads nothing, the
-        opposite of copying's arrow.)"""
+        """forward, backward or none: the side of 0 of the interval in novel MRR, with copying subtracted and included.
+
+        Subtracting alone would give a constant, which reads nothing, the opposite of copying's arrow.
+        """
         row = self.table.set_index("measure").loc["novel MRR"]
         if min(row["low"], row["raw low"]) > 0:
             return "forward"
@@ -53,7 +53,7 @@ class Arrow:
 
     @property
     def caution(self) -> str:
-        """What makes the interval less than it seems: few articles or seeds; empty if nothing does."""
+        """A warning if there are few articles or seeds, else an empty string."""
         return few(self.article, seeds=len(self.differences["novel MRR"]))
 
 
@@ -63,15 +63,15 @@ def arrow(
     windows: tuple[Windows, Windows],
     compare: Predictor | None = None,
 ) -> Arrow:
-    """Forward − backward over S seeds: `forward[s]` and `backward[s]` are one version's two models of seed s.
+    """Compare forward and backward models over S seeds: `forward[s]` and `backward[s]` are one version's of seed s.
 
-    `windows`: a split cut forwards and backwards; the targets of both are compared. `compare`: what is taken off, by
-    default copy last. Raises LVMError where the models do not pair, or the windows share no target.
+    `windows`: a split cut forwards and backwards; the targets of both are compared. `compare`: the predictor whose
+    difference is subtracted, by default copy last. Raises LVMError if the models do not pair, or share no target.
     """
     if len(forward) != len(backward) or not len(forward):
-        raise LVMError(f"{len(forward)} forward and {len(backward)} backward models; give one of each for every seed")
+        raise LVMError(f"{len(forward)} forward and {len(backward)} backward models; give one of each a seed")
     if windows[0].step != 1 or windows[1].step != -1:
-        raise LVMError("windows: needed are those of a split cut forward, and then backward")
+        raise LVMError("windows: give those of a split cut forward, then backward")
     ahead, back = shared(*windows)
     simple = compare or untrained(ahead.store.dim, ahead.context_length)["copy last"]
     runs = [(figures(f, ahead), figures(b, back)) for f, b in zip(forward, backward, strict=True)]
@@ -79,39 +79,23 @@ def arrow(
 
 
 def compared(runs: Sequence[Sequence[Mapping]], copied: Sequence[Mapping], article: np.ndarray) -> Arrow:
-    """`arrow` from `figures` by window: `runs` has (forwards, backwards) for each seed, `copied` the same of what is
-    taken off; all on the same targets, whose articles are `article` (N,)."""
+    """Return the `Arrow` of `figures` by window: `runs` has (forwards, backwards) for each seed, `copied` the same of
+    the predictor that is subtracted. All are of the same targets, with articles `article` (N,)."""
     rows, differences = [], {}
     for name in MEASURES:
-        taken = copied[0][name] - copied[1][name]  # (N,)
-        differences[name] = difference = np.stack([f[name] - b[name] - taken for f, b in runs])  # (S, N)
+        own = copied[0][name] - copied[1][name]  # (N,)
+        differences[name] = difference = np.stack([f[name] - b[name] - own for f, b in runs])  # (S, N)
         value, low, high = over_seeds(difference, article)
-        _, raw_low, raw_high = over_seeds(difference + taken, article)
-        rows.append(
-            {
-                "measure": name,
-                "forward": float(np.mean([f[name].mean() for f, _ in runs])),
-                "backward": float(np.mean([b[name].mean() for _, b in runs])),
-                "copying": float(taken.mean()),
-                "difference": value,
-                "low": low,
-                "high": high,
-                "raw low": raw_low,
-                "raw high": raw_high,
-                "p": sign_flip(difference.mean(0), article),
-                "seeds": len(runs),
-                "articles": len(np.unique(article)),
-                "windows": len(article),
-            }
-        )
+        _, raw_low, raw_high = over_seeds(difference + own, article)
+        row = {"measure": name, "forward": float(np.mean([f[name].mean() for f, _ in runs]))}
+        row |= {"backward": float(np.mean([b[name].mean() for _, b in runs])), "copying": float(own.mean())}
+        row |= {"difference": value, "low": low, "high": high, "raw low": raw_low, "raw high": raw_high}
+        row |= {"p": sign_flip(difference.mean(0), article), "seeds": len(runs)}
+        rows.append(row | {"articles": len(np.unique(article)), "windows": len(article)})
     return Arrow(pd.DataFrame(rows), differences, article)
 
 
 def figures(model: Predictor, windows: Windows) -> Mapping[str, np.ndarray]:
-    """What `compared` takes of one predictor on `windows`: each of MEASURES by window, (N,)."""
+    """Each of MEASURES by window, (N,), of one predictor."""
     frame = score(model, windows)
-    return {
-        "novel MRR": 1 / frame["novel rank"].to_numpy(),
-        "cosine": frame["cosine"].to_numpy(),
-        "loss": frame["loss"].to_numpy(),
-    }
+    return {"novel MRR": 1 / frame["novel rank"].to_numpy(), **{m: frame[m].to_numpy() for m in ("cosine", "loss")}}

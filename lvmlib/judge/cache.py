@@ -1,6 +1,6 @@
-"""What was computed in this process and may be asked for again: bounded in bytes, the longest unused goes first.
+"""Results of this process that are asked for again: bounded in bytes, the least recently used is dropped first.
 
-Nothing is written to disk. Arrays and frames are shared, not copied: whoever hands them on copies them.
+Nothing is written to disk. Values are shared, not copied: a caller that hands them on copies them.
 """
 
 from __future__ import annotations
@@ -8,62 +8,60 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import is_dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 
 from ..baselines import Constant, Linear, Weighted
 from ..models import Predictor
 from ..windows import Windows
 
-MOST = 1 << 28  # bytes
-PLAIN = (Constant, Linear, Weighted)  # predictors that are their class and their buffers, and nothing else
+MAX_BYTES = 1 << 28
+PLAIN = (Constant, Linear, Weighted)  # predictors that consist of their class and their buffers, and nothing else
 
 
-class Kept:
-    """Values by key; `most` bytes of them. A larger value is made anew each time."""
+class Cache:
+    """Values by key, at most `max_bytes` of them. A larger value is computed each time."""
 
-    def __init__(self, most: int = MOST):
-        self.most, self.values = most, OrderedDict()
+    def __init__(self, max_bytes: int = MAX_BYTES):
+        self.max_bytes, self.values = max_bytes, OrderedDict()
 
-    def __call__(self, key: Hashable, make: Callable):
-        """The value of `key`, made by `make()` where it is not there."""
+    def __call__(self, key: Hashable, compute: Callable):
+        """The value of `key`; `compute()` where there is none."""
         if key in self.values:
             self.values.move_to_end(key)
             return self.values[key]
-        value = make()
-        if size(value) <= self.most:
+        value = compute()
+        if size(value) <= self.max_bytes:
             self.values[key] = value
-            while sum(map(size, self.values.values())) > self.most:
+            while sum(map(size, self.values.values())) > self.max_bytes:
                 self.values.popitem(last=False)
         return value
 
 
-kept = Kept()
+cached = Cache()
 
 
 def size(value) -> int:
-    """Bytes of arrays, tensors and frames, also within tuples, lists and mappings; a word for anything else."""
+    """Bytes of arrays and tensors, also within tuples, lists, mappings and dataclasses; 8 for anything else."""
     if isinstance(value, np.ndarray | torch.Tensor):
         return value.nbytes
-    if isinstance(value, pd.DataFrame):
-        return int(value.memory_usage().sum())
+    value = vars(value) if is_dataclass(value) else value
     if isinstance(value, Mapping):
         return sum(map(size, value.values()))
     return sum(map(size, value)) if isinstance(value, tuple | list) else 8
 
 
 def windows_key(windows: Windows) -> tuple:
-    """What tells these windows from all others: the store by its fingerprint, and how and where they are cut."""
+    """A key that only equal windows share: the fingerprint of the store, and how and where they are cut."""
     cut = windows.context_length, windows.horizon, windows.step
     start = hashlib.sha256(np.ascontiguousarray(windows.start, np.int64).data).hexdigest()
     return windows.store.fingerprint, type(windows).__name__, windows.split, *cut, start
 
 
 def predictor_key(model: Predictor) -> tuple | None:
-    """What tells a trivial predictor from all others: its class, its weights and where they lie; None for a predictor
-    that may hold more than that."""
+    """A key that only equal baselines share: class, weights, device. None for a predictor that may hold more."""
     if type(model) not in PLAIN:
         return None
     digest = hashlib.sha256()

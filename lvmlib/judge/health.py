@@ -1,18 +1,19 @@
-"""What only a whole split tells of a predictor: spread, hubs, norms, copying, and whether its margin is bought.
+"""Figures of a predictor that need a whole split: spread, hubs, norms, copying, and whether it leaves its context.
 
-Axes: N windows, B batch, T context length, D vector dimension, K bands.
+Axes: N windows, B batch, T context length, D vector dimension, K bands, L bands that are examined.
 
-**Escape.** A margin against context vectors can be had by subtracting them (handbook §4.1 point 6). The rule: write the
-predictions as weighted sums of their context vectors (least squares), in the whole space and with the leading
-principal components of the store left out (a flip outside them is escape, too). Where a context vector's mean weight is
-negative beyond doubt, take that part out of every prediction and look again. If the margin against those vectors was
-higher with the negative weights, and neither the cosine to the target nor the novel reciprocal rank was, the margin
-was bought: escape. A negative weight that pays in one of the two (as an extrapolation does) is knowledge. What the rule
-cannot see: a predictor that subtracts another position in every window, so that no mean weight is negative.
+**Escape.** A predictor gains margin against context vectors by subtracting them (handbook §4.1 point 6). The rule:
+write the predictions as weighted sums of their context vectors (least squares), in the whole space and without the
+leading principal components of the store (a flip outside them is escape, too). Where a context vector's mean weight is
+negative beyond doubt, remove that part from every prediction and measure again. It is escape if the margin against
+those vectors was higher with the negative weights, and neither the cosine to the target nor the novel reciprocal rank
+was. A negative weight that raises one of the two (as an extrapolation does) is knowledge. The rule does not detect a
+predictor that subtracts another position in every window, since then no mean weight is negative.
 """
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,11 +28,11 @@ from ..models import Predictor, device_of
 from ..ranking import Articles
 from ..statistics import over_articles
 from ..windows import Store, Windows, on_device
-from .cache import kept, windows_key
+from .cache import cached, windows_key
 
 NEIGHBOURS = 10  # k of the k-occurrence
 BANDS = (0, 1, 2, 4, 8, 16, 32, 64, 128)  # leading principal components left out when looking for escape
-MATERIAL = 0.015  # a margin raised by less than this is not called bought: ridge regression reaches 0.01 by chance
+MATERIAL = 0.015  # a margin raised by less is no escape: ridge regression reaches 0.01 by chance
 SAMPLE = 16_384  # rows for the principal components
 IN_MEMORY = 1 << 26  # bytes of unit predictions; more of them lie in a temporary file
 
@@ -44,29 +45,34 @@ def health(model: Predictor, windows: Windows, batch_size: int = 512) -> dict:
     predictions, and of the targets (`… of targets`); norm and norm spread of the raw predictions; hubness: skewness of
     the k-occurrence N_10 of the split's chunks among the predictions' neighbours (Radovanović et al. 2010), and of
     the targets'; copying ratio: mean best cosine to the context of the predictions over that of the targets; weights:
-    mean weight of each context vector in the prediction, oldest first; escape (bool) and what it rests on: bands (how
-    many components were left out), margin bought, cosine paid, novel MRR paid with their intervals.
+    mean weight of each context vector, oldest first; escape (bool) and its reasons: escape band (how many components
+    were left out), margin bought, cosine paid, novel MRR paid with their intervals.
 
-    One pass of the model; memory does not grow with N but for a few numbers a window. `fivecat.judge` gives the same
-    facts from the pass that measures.
+    One pass of the model. `measure.judge` gives the same facts from the pass that measures.
     """
-    training = model.training
-    model.eval()
     vectors = on_device(windows.store, device_of(model))
-    with Gathering(windows, vectors, batch_size) as gathering:
-        for first in range(0, len(windows), batch_size):
-            context, target = windows.batch(np.arange(first, min(first + batch_size, len(windows))), vectors)
+    with evaluating(model), Gathering(windows, vectors, batch_size) as gathering:
+        for context, target in windows.batches(batch_size, vectors):
             raw, unit = model(context)
             gathering.add(raw, unit, Products.of(context, unit, target))
-        facts = gathering.facts()
-    model.train(training)
-    return facts
+        return gathering.facts()
+
+
+@contextlib.contextmanager
+def evaluating(model: Predictor):
+    """The model in eval mode, and then in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @dataclass(frozen=True, eq=False)
 class Products:
     """`vectors` (B, T + 2, D), the context, the prediction and the target, and their `products` (B, T + 2, T + 2), in
-    float64: what is asked of a prediction and its context follows from those few numbers."""
+    float64: figures of a prediction and its context follow from those few numbers."""
 
     vectors: Tensor
     products: Tensor
@@ -84,12 +90,12 @@ class Products:
         return self.products / (size[:, :, None] * size[:, None])
 
     def weights(self) -> Tensor:
-        """(B, T) weights of the context vectors in the prediction: `losses.context_weights`."""
+        """(B, T) weights of the context vectors in the prediction."""
         return _weights(self.products)
 
 
 def _weights(products: Tensor) -> Tensor:
-    """(…, T) of `products` (…, T + 2, T + 2): see `losses.context_weights`."""
+    """(…, T) from `products` (…, T + 2, T + 2): see `losses.context_weights`."""
     gram, along = products[..., :-2, :-2], products[..., :-2, -2:-1]
     size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-12)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -97,10 +103,10 @@ def _weights(products: Tensor) -> Tensor:
 
 
 class Gathering:
-    """The facts of `health`, gathered batch by batch: `add` for every window in order, then `facts`.
+    """The facts of `health`, batch by batch: `add` for every window in order, then `facts`.
 
-    The unit predictions are kept for the look at an escape, those of many windows in a file that has no name and goes
-    with this object (a context manager). What is of the targets alone is kept in the process.
+    A context manager: the unit predictions, which the escape rule reads again, are in a temporary file if there are
+    many. Facts of the targets alone are cached.
     """
 
     def __init__(self, windows: Windows, vectors: Tensor, batch_size: int):
@@ -108,7 +114,7 @@ class Gathering:
         self.pool = torch.from_numpy(windows.store.rows(windows.split)).to(vectors.device)
         self.leading = _leading(windows.store, vectors, min(max(BANDS), windows.store.dim // 2))  # (K, D)
         self.bands = [k for k in BANDS if k <= len(self.leading)]
-        self.seen = _Seen(windows.store.dim, len(self.pool), vectors.device)
+        self.moments = _Moments(windows.store.dim, len(self.pool), vectors.device)
         self.norms, self.copied, self.weights = [], [], []
         self.units = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (closed by __exit__)
 
@@ -121,7 +127,7 @@ class Gathering:
     def add(self, raw: Tensor, unit: Tensor, products: Products) -> None:
         """The next windows' raw and unit predictions (B, D)."""
         length = self.windows.context_length
-        self.seen.add(unit, self.vectors, self.pool)
+        self.moments.add(unit, self.vectors, self.pool)
         self.norms.append(raw.norm(dim=-1))
         self.copied.append(products.cosines[:, length, :length].amax(1))
         leading = self.leading.to(products.vectors)
@@ -137,11 +143,11 @@ class Gathering:
     def facts(self) -> dict:
         norm, own, weight = (torch.cat(x).double().cpu() for x in (self.norms, self.copied, self.weights))
         cut = windows_key(self.windows)
-        truth = kept(
+        truth = cached(
             ("truth", *cut, str(self.vectors.device)),
             lambda: _of_targets(self.windows, self.vectors, self.pool, self.batch_size),
         )
-        facts = self.seen.facts() | {f"{key} of targets": value for key, value in truth.items()}
+        facts = self.moments.facts() | {f"{key} of targets": value for key, value in truth.items()}
         copied = facts.pop("copied of targets")
         facts |= {"norm": float(norm.mean()), "norm spread": float(norm.std(correction=0))}
         facts["copying ratio"] = float(own.mean()) / copied
@@ -158,62 +164,65 @@ class Gathering:
             yield index, torch.frombuffer(read, dtype=torch.float32).view(-1, dim).to(self.vectors.device)
 
     def _escape(self, weight: np.ndarray) -> dict:
-        """The rule of the module's head; `weight` (N, K, T)."""
-        windows, bands = self.windows, self.bands
-        article, length = windows.article, windows.context_length
-        level = 1 - 0.05 / (len(bands) * length)  # Bonferroni: so many weights are looked at
-        mean = np.zeros((len(bands), length))  # the negative ones, else 0
-        for i, _ in enumerate(bands):
-            for t in range(length):
-                value, _, high = over_articles(weight[:, i, t], article, level=level)
-                mean[i, t] = value if high < 0 else 0.0
-        looked = [i for i in range(len(bands)) if mean[i].any()]
-        none = {"escape": False, "escape band": None, "margin bought": 0.0, "cosine paid": 0.0, "novel MRR paid": 0.0}
-        none |= {
-            f"{k} {end}": 0.0 for k in ("margin bought", "cosine paid", "novel MRR paid") for end in ("low", "high")
-        }
+        """The rule of the module's docstring; `weight` (N, K, T)."""
+        article = self.windows.article
         if len(np.unique(article)) < 2:  # no interval: nothing is beyond doubt
-            return none | {k: float("nan") for k in none if k not in ("escape", "escape band")}
-        if not looked:
-            return none
-        articles, components = Articles(windows, self.vectors), self.leading.float().to(self.vectors.device)
-        moved = np.zeros(
-            (len(windows), len(looked), 3)
-        )  # with the negative weights, less without: margin, cosine, 1/rank
+            return _escape_facts(None, *[(float("nan"),) * 3] * 3)
+        negative = self._negative(weight)
+        examined = [i for i in range(len(self.bands)) if negative[i].any()]
+        if not examined:
+            return _escape_facts(None, *[(0.0,) * 3] * 3)
+        effect = self._effect(negative[examined], [self.bands[i] for i in examined])
+        found = []
+        for j, i in enumerate(examined):
+            margin, cosine, rank = (over_articles(effect[:, j, k], article) for k in range(3))
+            found.append(_escape_facts(self.bands[i], margin, cosine, rank))
+        return max(found, key=lambda f: (f["escape"], f["margin bought"]))
+
+    def _negative(self, weight: np.ndarray) -> np.ndarray:
+        """(K, T) the mean weights that are negative beyond doubt, else 0."""
+        level = 1 - 0.05 / (len(self.bands) * self.windows.context_length)  # Bonferroni, for all the weights
+        negative = np.zeros(weight.shape[1:])
+        for i, t in np.ndindex(negative.shape):
+            value, _, high = over_articles(weight[:, i, t], self.windows.article, level=level)
+            negative[i, t] = value if high < 0 else 0.0
+        return negative
+
+    def _effect(self, negative: np.ndarray, bands: list[int]) -> np.ndarray:
+        """(N, L, 3) margin, cosine and reciprocal rank, with the `negative` weights (L, T) less without them."""
+        windows, articles, components = self.windows, Articles(self.windows, self.vectors), self.leading.float()
+        components = components.to(self.vectors.device)
+        weights = torch.from_numpy(negative).float().to(self.vectors.device)
+        effect = np.zeros((len(windows), len(bands), 3))
         for index, unit in self._predictions():
             context, target = windows.batch(index, self.vectors)
-            negative = torch.from_numpy(mean[looked]).float().to(unit.device)  # (L, T)
             mended = [unit]
-            for i, w in zip(looked, negative, strict=True):
-                rest = _without(components[: bands[i]], unit, context)[1]
+            for band, w in zip(bands, weights, strict=True):
+                rest = _without(components[:band], context)
                 mended.append(F.normalize(unit - torch.einsum("t,btd->bd", w, rest), dim=-1))
             units = torch.stack(mended)  # (1 + L, B, D)
             cosine = F.cosine_similarity(units, target, dim=-1)
             to_context = F.cosine_similarity(units[:, :, None], context, dim=-1)  # (1 + L, B, T)
             inverse = 1 / articles.ranks(units, index)[1]
-            for j, w in enumerate(negative):
+            for j, w in enumerate(weights):
                 margin = cosine - to_context @ (w / w.sum())
-                moved[index, j] = torch.stack(
-                    [(x[0] - x[j + 1]).cpu().double() for x in (margin, cosine, inverse)], 1
-                ).numpy()
-        found = []
-        for j, i in enumerate(looked):
-            margin, cosine, rank = (over_articles(moved[:, j, k], article) for k in range(3))
-            bought = margin[1] > 0 and margin[0] >= MATERIAL and not cosine[1] > 0 and not rank[1] > 0
-            facts = {"escape": bool(bought), "escape band": bands[i]}
-            for name, (value, low, high), sign in (
-                ("margin bought", margin, 1),
-                ("cosine paid", cosine, -1),
-                ("novel MRR paid", rank, -1),
-            ):
-                low, high = (low, high) if sign == 1 else (-high, -low)
-                facts |= {name: sign * value, f"{name} low": low, f"{name} high": high}
-            found.append(facts)
-        return max(found, key=lambda f: (f["escape"], f["margin bought"]))
+                both = [(x[0] - x[j + 1]).cpu().double() for x in (margin, cosine, inverse)]
+                effect[index, j] = torch.stack(both, 1).numpy()
+        return effect
 
 
-class _Seen:
-    """What `health` says of predictions and targets alike: moments and neighbours of unit vectors."""
+def _escape_facts(band: int | None, margin: tuple, cosine: tuple, rank: tuple) -> dict:
+    """Facts of one band, from (value, low, high) of the effects of the negative weights on margin, cosine and rank."""
+    escape = margin[1] > 0 and margin[0] >= MATERIAL and not cosine[1] > 0 and not rank[1] > 0
+    facts = {"escape": bool(escape), "escape band": band}
+    paid = [(0.0 - value, 0.0 - high, 0.0 - low) for value, low, high in (cosine, rank)]  # never -0.0
+    for name, interval in zip(("margin bought", "cosine paid", "novel MRR paid"), (margin, *paid), strict=True):
+        facts |= dict(zip((name, f"{name} low", f"{name} high"), interval, strict=True))
+    return facts
+
+
+class _Moments:
+    """Moments and neighbours of unit vectors, predictions or targets."""
 
     def __init__(self, dim: int, chunks: int, device: torch.device):
         self.moments = Moments(dim, torch.device("cpu") if device.type == "mps" else device)
@@ -230,18 +239,18 @@ class _Seen:
 def _of_targets(windows: Windows, vectors: Tensor, pool: Tensor, batch_size: int) -> dict[str, float]:
     """Facts of the targets, as predictions: effective rank, variance, hubness, and the mean best cosine to the
     context."""
-    seen, copied = _Seen(windows.store.dim, len(pool), vectors.device), []
+    moments, copied = _Moments(windows.store.dim, len(pool), vectors.device), []
     for context, target in windows.batches(batch_size, vectors):
         truth = F.normalize(target, dim=-1)
-        seen.add(truth, vectors, pool)
+        moments.add(truth, vectors, pool)
         copied.append((F.normalize(context, dim=-1) @ truth[..., None])[..., 0].amax(1))
-    return seen.facts() | {"copied": float(torch.cat(copied).cpu().double().mean())}
+    return moments.facts() | {"copied": float(torch.cat(copied).cpu().double().mean())}
 
 
 def leading_components(store: Store, vectors: Tensor, count: int) -> Tensor:
     """(count, D) orthonormal leading directions of the store's second moment (not centred: the mean is among them).
 
-    Of all splits, since no target is told by them; from an even sample of at most 16,384 rows.
+    Of all splits, since they reveal no target; from an even sample of at most 16,384 rows.
     """
     return _leading(store, vectors, count).float().to(vectors.device)
 
@@ -249,7 +258,7 @@ def leading_components(store: Store, vectors: Tensor, count: int) -> Tensor:
 def _leading(store: Store, vectors: Tensor, count: int) -> Tensor:
     """`leading_components` in float64, on the CPU."""
 
-    def made() -> Tensor:
+    def compute() -> Tensor:
         rows = np.linspace(0, len(store.vectors) - 1, min(SAMPLE, len(store.vectors))).round().astype(np.int64)
         rows = np.unique(rows)
         moment = torch.zeros(store.dim, store.dim, dtype=torch.float64)
@@ -258,12 +267,12 @@ def _leading(store: Store, vectors: Tensor, count: int) -> Tensor:
             moment += (x.T @ x).cpu().double()
         return torch.linalg.eigh(moment)[1].flip(1)[:, :count].T.contiguous()
 
-    return kept(("leading", store.fingerprint, count, str(vectors.device)), made)
+    return cached(("leading", store.fingerprint, count, str(vectors.device)), compute)
 
 
-def _without(components: Tensor, unit: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-    """Prediction (B, D) and context (B, T, D) with the `components` (k, D) projected out."""
-    return tuple(x - (x @ components.T) @ components for x in (unit, context))
+def _without(components: Tensor, x: Tensor) -> Tensor:
+    """Vectors (…, D) with the `components` (k, D) projected out."""
+    return x - (x @ components.T) @ components
 
 
 def _nearest(unit: Tensor, vectors: Tensor, pool: Tensor, k: int, chunk: int = 8192) -> Tensor:

@@ -1,12 +1,9 @@
-"""What a run's numbers say: the monitoring checklist, the verdict, and the decision that follows (handbook §3).
-
-History, steps and 5CAT in; findings out. Nothing here is decided before the numbers are known.
-"""
+"""Conclusions from a run's figures: the monitoring checklist, the verdict, the decision, the reading (handbook §3)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +27,9 @@ OPTIONS = {"A": "v23", "B": "v23_unguarded", "C": "v23_forward"}  # what follows
 SPIKE = 1.5  # ours: a validation loss this many times the best before it is a spike
 
 
+# The checklist
+
+
 @dataclass(frozen=True)
 class Check:
     """A line of the checklist. `held` is None where the version has no such quantity; `broke` names the first break."""
@@ -42,113 +42,98 @@ class Check:
     broke: str = ""
 
 
-def checklist(version: Version, history: pd.DataFrame, steps: pd.DataFrame) -> list[Check]:
-    """The monitoring checklist over the logged steps and the epochs so far. Needs at least one row of each."""
-    directional = version.control.rule != "none"
+# What was measured, and whether it is good: a boolean for each row of a table, one for the whole run, or None.
+Test = tuple[str, pd.Series | bool | None]
+
+
+def _rho(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
     acting = steps[steps["skip"] == 0]
-
-    def per_step(check: str, wanted: str, measured: str, good: pd.Series | None) -> Check:
-        if good is None:
-            return Check("step", check, wanted, measured, None)
-        bad = steps.loc[good.index[~good]]
-        broke = "" if bad.empty else f"step {int(bad['step'].iloc[0])}, epoch {int(bad['epoch'].iloc[0])}"
-        return Check("step", check, wanted, measured, bad.empty, broke)
-
-    def per_epoch(check: str, wanted: str, measured: str, good: Sequence[bool] | None) -> Check:
-        if good is None or not len(good):
-            return Check("epoch", check, wanted, measured, None)
-        bad = np.flatnonzero(~np.asarray(good))
-        broke = f"epoch {int(history['epoch'].iloc[bad[0]])}" if len(bad) else ""
-        return Check("epoch", check, wanted, measured, not len(bad), broke)
-
-    has_target = directional and version.control.rule != "fixed" and steps["rho_target"].notna().any()
+    if version.control.rule in ("none", "fixed") or steps["rho_target"].isna().all():
+        return "no target", None
+    if acting.empty:
+        return "every logged batch skipped", None
     miss = (acting["rho_gradient" if by_gradient(version.control) else "rho"] - acting["rho_target"]).abs()
-    last_of_steps = (
-        steps["gap"].tail(max(len(steps) // 3, 1)).mean() - steps["gap"].head(max(len(steps) // 3, 1)).mean()
-    )
-    moving = acting["lambda_eff"].std() / max(acting["lambda_eff"].mean(), 1e-12) if len(acting) > 1 else math.nan
-    skips = int(history["skips"].sum())
-    checks = [
-        per_step(
-            "ρ on its target",
-            f"|ρ − target| ≤ {RHO_TOLERANCE}",
-            "no target"
-            if not has_target
-            else "every logged batch skipped"
-            if acting.empty
-            else f"largest miss {miss.max():.3f}",
-            miss <= RHO_TOLERANCE if has_target and len(acting) else None,
-        ),
-        Check(
-            "step",
-            "no batch skipped by the guard",
-            "0 skips",
-            f"{skips} batches skipped" if directional else "no directional loss",
-            skips == 0 if directional else None,
-            f"epoch {int(history.loc[history['skips'] > 0, 'epoch'].iloc[0])}" if skips else "",
-        ),
-        per_step(
-            "both cosines positive",
-            "pos > 0 and neg > 0",
-            f"lowest pos {steps['pos'].min():+.3f}, neg {steps['neg'].min():+.3f}",
-            (steps["pos"] > 0) & (steps["neg"] > 0),
-        ),
-        Check("step", "gap climbing", "last third above first third", f"{last_of_steps:+.4f}", bool(last_of_steps > 0)),
-        Check(
-            "step",
-            "λ_eff moving",
-            "varies by 1 % or more",
-            "no directional loss"
-            if not directional
-            else "fixed by design"
-            if version.control.rule == "fixed"
-            else f"coefficient of variation {moving:.2f}",
-            bool(moving >= 0.01) if directional and version.control.rule != "fixed" and math.isfinite(moving) else None,
-        ),
-    ]
-    margin, loss = history["margin"].to_numpy(), history["val_loss"].to_numpy()
-    rises = [True] * min(RISE_EPOCHS, len(margin)) + [
-        margin[i] - margin[i - RISE_EPOCHS] >= MARGIN_RISE for i in range(RISE_EPOCHS, len(margin))
-    ]
+    return f"largest miss {miss.max():.3f}", miss <= RHO_TOLERANCE
+
+
+def _skips(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
+    if version.control.rule == "none":
+        return "no directional loss", None
+    return f"{int(epochs['skips'].sum())} batches skipped", epochs["skips"] == 0
+
+
+def _signs(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
+    pos, neg = steps["pos"], steps["neg"]
+    return f"lowest pos {pos.min():+.3f}, neg {neg.min():+.3f}", (pos > 0) & (neg > 0)
+
+
+def _gap(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
+    gap, third = steps["gap"], max(len(steps) // 3, 1)
+    rise = gap.tail(third).mean() - gap.head(third).mean()
+    return f"{rise:+.4f}", bool(rise > 0)
+
+
+def _lambda(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
+    if version.control.rule in ("none", "fixed"):
+        return ("fixed by design" if version.control.rule == "fixed" else "no directional loss"), None
+    used = steps.loc[steps["skip"] == 0, "lambda_eff"]
+    varies = used.std() / max(used.mean(), 1e-12) if len(used) > 1 else math.nan
+    return f"coefficient of variation {varies:.2f}", bool(varies >= 0.01) if math.isfinite(varies) else None
+
+
+def _margin(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
+    margin = epochs["margin"]
+    rises = margin.diff(RISE_EPOCHS).iloc[RISE_EPOCHS:] >= MARGIN_RISE
+    return f"{margin.iloc[-1] - margin.iloc[0]:+.3f} over {len(margin)} epochs", rises if len(rises) else None
+
+
+def _lowest(column: str, form: str, threshold: float) -> Callable[..., Test]:
+    return lambda version, epochs, steps: (f"lowest {epochs[column].min():{form}}", epochs[column] >= threshold)
+
+
+def _spikes(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
+    loss = epochs["val_loss"]
     best_before = np.minimum.accumulate(np.r_[loss[:1], loss[:-1]])
-    at_flip = history.loc[history["epoch"] == FLIP_EPOCH, "margin"]
-    checks += [
-        per_epoch(
-            "margin climbing",
-            f"up ≥ {MARGIN_RISE} every {RISE_EPOCHS} epochs",
-            f"{margin[-1] - margin[0]:+.3f} over {len(margin)} epochs",
-            rises if len(margin) > RISE_EPOCHS else None,
-        ),
-        per_epoch(
-            "R@5 of six kept",
-            f"≥ {RECALL:.0%} (chance {min(5 / (version.context_length + 1), 1):.0%})",
-            f"lowest {history['recall_at_5'].min():.1%}",
-            (history["recall_at_5"] >= RECALL).tolist(),
-        ),
-        per_epoch(
-            "validation cosine kept",
-            f"≥ {VAL_COS}",
-            f"lowest {history['val_cos'].min():.3f}",
-            (history["val_cos"] >= VAL_COS).tolist(),
-        ),
-        per_epoch(
-            "no spikes",
-            f"validation loss ≤ {SPIKE} × the best before it",
-            f"largest {np.max(loss / best_before):.2f} ×",
-            (loss <= SPIKE * best_before).tolist(),
-        ),
-        Check(
-            "epoch",
-            f"on its way at epoch {FLIP_EPOCH}",
-            f"margin ≥ {FLIP_MARGIN}",
-            (f"{at_flip.iloc[0]:+.3f}" + (": consider v2.3" if at_flip.iloc[0] < FLIP_MARGIN else ""))
-            if len(at_flip)
-            else "not reached",
-            bool(at_flip.iloc[0] >= FLIP_MARGIN) if len(at_flip) else None,
-            f"epoch {FLIP_EPOCH}" if len(at_flip) and at_flip.iloc[0] < FLIP_MARGIN else "",
-        ),
-    ]
+    return f"largest {np.max(loss.to_numpy() / best_before):.2f} ×", loss <= SPIKE * best_before
+
+
+def _flip(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
+    margin = epochs.loc[epochs["epoch"] == FLIP_EPOCH, "margin"]
+    if margin.empty:
+        return "not reached", None
+    return f"{margin.iloc[0]:+.3f}{': consider v2.3' * bool(margin.iloc[0] < FLIP_MARGIN)}", margin >= FLIP_MARGIN
+
+
+CHECKS = (  # every, check, wanted, test, and the table that its booleans are for
+    ("step", "ρ on its target", f"|ρ − target| ≤ {RHO_TOLERANCE}", _rho, "steps"),
+    ("step", "no batch skipped by the guard", "0 skips", _skips, "epochs"),
+    ("step", "both cosines positive", "pos > 0 and neg > 0", _signs, "steps"),
+    ("step", "gap climbing", "last third above first third", _gap, "steps"),
+    ("step", "λ_eff moving", "varies by 1 % or more", _lambda, "steps"),
+    ("epoch", "margin climbing", f"up ≥ {MARGIN_RISE} every {RISE_EPOCHS} epochs", _margin, "epochs"),
+    ("epoch", "R@5 of six kept", f"≥ {RECALL:.0%} (chance {{:.0%}})", _lowest("recall_at_5", ".1%", RECALL), "epochs"),
+    ("epoch", "validation cosine kept", f"≥ {VAL_COS}", _lowest("val_cos", ".3f", VAL_COS), "epochs"),
+    ("epoch", "no spikes", f"validation loss ≤ {SPIKE} × the best before it", _spikes, "epochs"),
+    ("epoch", f"on its way at epoch {FLIP_EPOCH}", f"margin ≥ {FLIP_MARGIN}", _flip, "epochs"),
+)
+
+
+def checklist(version: Version, history: pd.DataFrame, steps: pd.DataFrame) -> list[Check]:
+    """Return the monitoring checklist of the logged steps and epochs so far. Needs at least one row of each."""
+    chance, checks = min(5 / (version.context_length + 1), 1), []
+    for every, check, wanted, test, table in CHECKS:
+        measured, good = test(version, history, steps)
+        bad = (history if table == "epochs" else steps).iloc[:0]
+        if isinstance(good, pd.Series):
+            bad = (history if table == "epochs" else steps).loc[good.index[~good]]
+            good = bad.empty
+        step = f"step {int(bad['step'].iloc[0])}, " if table == "steps" and len(bad) else ""
+        broke = f"{step}epoch {int(bad['epoch'].iloc[0])}" if len(bad) else ""
+        checks.append(Check(every, check, wanted.format(chance), measured, good, broke))
     return checks
+
+
+# The verdict
 
 
 @dataclass(frozen=True)
@@ -165,77 +150,92 @@ class Verdict:
         return asdict(self)
 
 
+CONDITIONS = (  # name, gate and measure, threshold; the value must be above the margin's threshold, or reach the others
+    ("margin, gate A", ("A", "margin"), 0.0),
+    ("gates passed of 5", None, GATES_PASSED),
+    ("R@5 of six", ("B", "R@5 of six"), RECALL),
+    ("validation cosine", ("A", "cosine, all windows"), VAL_COS),
+)
+
+
 def verdict(version: Version, history: pd.DataFrame, report: Report) -> Verdict:
-    """The original's success conditions, and the decision point that follows.
+    """Return the original's success conditions, and the decision that follows.
 
     Margin and cosine are of validation; a gate counts where it passes on validation and on OOD. The margin is gate A's
     with the target at offset 0, not the one read late.
 
     The rule for A, B and C is ours, since the original left it to judgement. On failure: none of them where the cosine
     is not above a constant's; else **A** (a slower ramp) where the per-epoch margin rose by 0.01 or more; else **B** (a
-    fixed λ) where the control held λ at less than half of its ceiling in the mean; else **C** (data with a known
-    forward bias).
+    fixed λ) where the control kept λ below half of its ceiling on average; else **C** (data with a known forward bias).
     """
     report = report.original
-    of_six = report.value("R@5 of six", gate="B")
     gates = report.gates()
     baselines = [p for p in report.table["predictor"].unique() if p != "model"]
-
-    def beside(measure: str, gate: str) -> dict[str, float]:
-        return {p: report.value(measure, "val", p, gate) for p in baselines}
-
-    margin, val_cos = report.value("margin", gate="A"), report.value("cosine, all windows", gate="A")
-    chance = report.rows("val").set_index(["gate", "measure"])["chance"]
-    conditions = [
-        {
-            "condition": "margin, gate A",
-            "value": margin,
-            "threshold": 0.0,
-            "met": margin > 0,
-            "chance": float(chance["A", "margin"]),
-            "baselines": beside("margin", "A"),
-        },
-        {
-            "condition": "gates passed of 5",
-            "value": sum(gates.values()),
-            "threshold": GATES_PASSED,
-            "met": sum(gates.values()) >= GATES_PASSED,
-            "chance": math.nan,
-            "baselines": {p: sum(report.gates(predictor=p).values()) for p in baselines},
-        },
-        {
-            "condition": "R@5 of six",
-            "value": of_six,
-            "threshold": RECALL,
-            "met": of_six >= RECALL,
-            "chance": float(chance["B", "R@5 of six"]),
-            "baselines": beside("R@5 of six", "B"),
-        },
-        {
-            "condition": "validation cosine",
-            "value": val_cos,
-            "threshold": VAL_COS,
-            "met": val_cos >= VAL_COS,
-            "chance": float(chance["A", "cosine, all windows"]),
-            "baselines": beside("cosine, all windows", "A"),
-        },
-    ]
+    conditions = []
+    for name, figure, threshold in CONDITIONS:
+        if figure is None:
+            value, chance = sum(gates.values()), math.nan
+            beside = {p: sum(report.gates(predictor=p).values()) for p in baselines}
+        else:
+            gate, measure = figure
+            row = report.row(measure, gate=gate)
+            value, chance = float(row["value"]), float(row["chance"])
+            beside = {p: report.value(measure, "val", p, gate) for p in baselines}
+        met = value > threshold if name == "margin, gate A" else value >= threshold
+        condition = {"condition": name, "value": value, "threshold": threshold, "met": met}
+        conditions.append(condition | {"chance": chance, "baselines": beside})
     success = all(c["met"] for c in conditions)
     decision, why = _decide(version, history, report, success)
+    margin, count, of_six, val_cos = (c["value"] for c in conditions)
     failed = [c["condition"] for c in conditions if not c["met"]]
     text = (
         f"{version.name}: {'success' if success else 'no success'} by the original's conditions: margin {margin:+.3f}, "
-        f"{sum(gates.values())} of 5 gates ({', '.join(g for g, ok in gates.items() if ok) or 'none'}), "
+        f"{count} of 5 gates ({', '.join(g for g, ok in gates.items() if ok) or 'none'}), "
         f"R@5 of six {of_six:.1%}, validation cosine {val_cos:.3f}"
-        + (f"; not met: {', '.join(failed)}" if failed else "")
-        + f". {why}"
+        f"{'; not met: ' * bool(failed)}{', '.join(failed)}. {why}"
     )
     return Verdict(success, conditions, decision, why, text)
 
 
+def _decide(version: Version, history: pd.DataFrame, report: Report, success: bool) -> tuple[str, str]:
+    if success:
+        return "success", "Next: export the model, extend 5CAT on OOD, benchmark inference."
+    if "constant" in set(report.table["predictor"]):
+        cosine, constant = (report.value("cosine, all windows", predictor=p) for p in ("model", "constant"))
+        if cosine <= constant:
+            return "none", (
+                f"Nothing was learned that a constant vector does not know (its cosine is {constant:.3f}): neither "
+                "margin nor R@5 says anything yet, and no option follows. Train longer, on more data, or a smaller "
+                "model (amn) first."
+            )
+    if version.control.rule in ("none", "constrained"):
+        w = version.losses
+        reference = version.control.rule == "none" and w.mean_square and not (w.listwise.weight or w.energy.weight)
+        compared = ": it is what the others are compared with, and" if reference else ", and"
+        return "none", f"This version has no directional loss{compared} no option follows."
+    below_ceiling = 1 - float(history["lambda_eff"].mean()) / version.control.lambda_max
+    rise = float(history["margin"].iloc[-1] - history["margin"].iloc[0])
+    option = "A" if rise >= MARGIN_RISE else "B" if below_ceiling >= 0.5 else "C"
+    why = {
+        "A": f"the margin moved by {rise:+.3f} without reaching the goal; a slower ramp of the directional share is to "
+        "keep the cosine while it does",
+        "B": f"the margin moved only {rise:+.3f} from the first epoch to the last while the control held λ "
+        f"{below_ceiling:.0%} below its ceiling",
+        "C": f"the pull was near its ceiling, but the margin moved only {rise:+.3f} from the first epoch to the last; "
+        "data with a known forward bias tell whether loss or data are to blame",
+    }[option]
+    if OPTIONS[option] == version.name:
+        left = " and ".join(f"{o} ({name})" for o, name in OPTIONS.items() if o != option)
+        return option, f"The numbers point to option {option}, which this version is: {why}. Left are {left}."
+    return option, f"Option {option} ({OPTIONS[option]}) follows: {why}."
+
+
+# The reading
+
+
 @dataclass(frozen=True)
 class Reading:
-    """What the calibrated 5CAT says in words: `label` (one of LABELS), `headline`, and the `sentences` behind it."""
+    """The calibrated 5CAT in words: `label` (one of LABELS), `headline`, and the `sentences` behind it."""
 
     label: str
     headline: str
@@ -258,145 +258,116 @@ LABELS = {
 
 
 def reading(report: Report, arrow: Arrow | None = None) -> Reading:
-    """The calibrated report's verdict, from its numbers alone, over its splits but the training's (if it has others).
+    """Return the conclusion of the calibrated report, from all its splits but train (if it has others).
 
-    By the novel MRR against the best of what it is compared with, on the same windows: knowledge where the interval of
-    the difference lies above 0 on every split, and that among possible targets alone, too (else it may only know what
-    an article's opening looks like: no target); knowledge, and escape where on a split its point's margin was bought
-    all the same (`health`: a ranker may know what the point of the same model does not). Else collapsed: the
-    predictions' variance is below a tenth of the targets' on every split; else escape: named so on a split
-    (`Report.escapes`) and above arithmetic on none; else below arithmetic where the difference lies below 0 on a
-    split, otherwise not told apart.
+    By novel MRR minus that of the best baseline, on the same windows. *knowledge*: its interval is above 0 on every
+    split, also among possible targets alone (a model may only know openings, which are no targets). *knowledge, and
+    escape*: so, but on a split `health` finds that the margin of its point comes from leaving the context. Else
+    *collapsed*: the variance of predictions is below a tenth of that of targets on every split. Else *escape*: named so
+    on a split (`Report.escapes`), and above the baselines on none. Else *below arithmetic* where the interval is below
+    0 on a split, otherwise *not told apart*.
     """
     splits = [s for s in report.splits if s != "train"] or report.splits
     facts = {split: report.facts[split, "model"] for split in splits}
-    outcome = {}
-    sentences = []
+    outcomes, sentences = set(), []
     for split in splits:
-        best = report.best_trivial("novel MRR", split)
-        against = report.paired("novel MRR", split, "model", best)
-        outcome[split] = "above" if against["low"] > 0 else "below" if against["high"] < 0 else "open"
-        rival = report.best_trivial("possible MRR", split)
-        possible = report.paired("possible MRR", split, "model", rival)
-        if outcome[split] == "above" and not possible["low"] > 0:
-            outcome[split] = "openings"
-        openings = "; it may be no more than telling openings, never a target" if outcome[split] == "openings" else ""
-        mrr, margin = report.row("novel MRR", split), report.row("novel margin", split)
-        caution = few(report.frames[split, "model"]["article"])
-        sentences.append(
-            f"On {split} ({mrr['articles']} articles, {mrr['windows']} windows{'; ' + caution if caution else ''}) the "
-            f"novel MRR is {mrr['value']:.3f} [{mrr['low']:.3f}, {mrr['high']:.3f}], chance {mrr['chance']:.3f}, "
-            f"{against['value']:+.3f} [{against['low']:+.3f}, {against['high']:+.3f}] against {best} (among possible "
-            f"targets alone {possible['value']:+.3f} [{possible['low']:+.3f}, {possible['high']:+.3f}] against {rival}"
-            f"{openings}); the novel margin is {margin['value']:+.3f} [{margin['low']:+.3f}, {margin['high']:+.3f}]."
-        )
-        order = report.row("shuffled, novel MRR", split)
-        used = (
-            "costs"
-            if order["high"] < 0
-            else "gains"
-            if order["low"] > 0
-            else "neither costs nor gains beyond doubt any"
-        )
-        rolled = report.paired(
-            "mean rollout", split, "model", report.best_trivial("mean rollout", split, ["copy last", "mean"])
-        )
-        beats = "above" if rolled["low"] > 0 else "below" if rolled["high"] < 0 else "not told from"
-        sentences.append(
-            f"Shuffling the context {used} novel MRR ({order['value']:+.3f}); its rollout is {beats} the better of "
-            f"copying and averaging ({rolled['value']:+.3f} in mean cosine), its steps "
-            f"{report.value('similarity of steps', split):.2f} alike."
-        )
-        if facts[split]["escape"]:
-            f = facts[split]
-            without = f" with {f['escape band']} leading components left out" if f["escape band"] else ""
-            sentences.append(
-                f"Subtracted context vectors{without} bought {f['margin bought']:+.3f} of margin there, at "
-                f"{f['cosine paid']:+.3f} of cosine and {f['novel MRR paid']:+.3f} of novel MRR."
-            )
-    if set(outcome.values()) == {"above"}:
+        outcome, sentence = _ranks(report, split)
+        outcomes.add(outcome)
+        sentences += [sentence, _order(report, split), *_escape(facts[split])]
+    if outcomes == {"above"}:
         label = "knowledge, and escape" if any(f["escape"] for f in facts.values()) else "knowledge"
     elif all(f["variance"] < COLLAPSED * f["variance of targets"] for f in facts.values()):
         label = "collapsed"
-    elif "above" not in outcome.values() and any(report.escapes(split) for split in splits):
+    elif "above" not in outcomes and any(report.escapes(split) for split in splits):
         label = "escape"
     else:
-        label = "below arithmetic" if "below" in outcome.values() else "not told apart"
+        label = "below arithmetic" if "below" in outcomes else "not told apart"
     if arrow is not None:
-        row = arrow.table.set_index("measure").loc["novel MRR"]
-        said = {"none": "no direction", "forward": "a forward direction", "backward": "a backward direction"}
-        sentences.append(
-            f"Arrow of time, over {row['seeds']} seeds and {row['articles']} articles: {said[arrow.declared]}; forward "
-            f"− backward in novel MRR, copying's own taken off, is {row['difference']:+.3f} [{row['low']:+.3f}, "
-            f"{row['high']:+.3f}]" + (f" ({arrow.caution})." if arrow.caution else ".")
-        )
+        sentences.append(_arrow(arrow))
     return Reading(label, f"{label[0].upper() + label[1:]}: {LABELS[label]}.", sentences)
 
 
-def _decide(version: Version, history: pd.DataFrame, report: Report, success: bool) -> tuple[str, str]:
-    if success:
-        return "success", "Next: export the model, extend 5CAT on OOD, benchmark inference."
-    predictors = set(report.table["predictor"])
-    if "constant" in predictors:
-        cosine, constant = (report.value("cosine, all windows", predictor=p) for p in ("model", "constant"))
-        if cosine <= constant:
-            return "none", (
-                f"Nothing was learned that a constant vector does not know (its cosine is {constant:.3f}): neither "
-                "margin nor R@5 says anything yet, and no option follows. Train longer, on more data, or a smaller "
-                "model (amn) first."
-            )
-    if version.control.rule in ("none", "constrained"):
-        w = version.losses
-        reference = version.control.rule == "none" and w.mean_square and not (w.listwise.weight or w.energy.weight)
-        return (
-            "none",
-            "This version has no directional loss"
-            + (": it is what the others are compared with, and" if reference else ", and")
-            + " no option follows.",
-        )
-    held_back = 1 - float(history["lambda_eff"].mean()) / version.control.lambda_max
-    rise = float(history["margin"].iloc[-1] - history["margin"].iloc[0])
-    if rise >= MARGIN_RISE:
-        option = "A"
-        why = (
-            f"the margin moved by {rise:+.3f} without reaching the goal; a slower ramp of the directional share is to "
-            "keep the cosine while it does"
-        )
-    elif held_back >= 0.5:
-        option = "B"
-        why = (
-            f"the margin moved only {rise:+.3f} from the first epoch to the last while the control held λ "
-            f"{held_back:.0%} below its ceiling"
-        )
-    else:
-        option = "C"
-        why = (
-            f"the pull was near its ceiling, but the margin moved only {rise:+.3f} from the first epoch to the last; "
-            "data with a known forward bias tell whether loss or data are to blame"
-        )
-    if OPTIONS[option] == version.name:
-        left = " and ".join(f"{o} ({name})" for o, name in OPTIONS.items() if o != option)
-        return option, f"The numbers point to option {option}, which this version is: {why}. Left are {left}."
-    return option, f"Option {option} ({OPTIONS[option]}) follows: {why}."
+def _side(row: Mapping, above: str, below: str, neither: str) -> str:
+    """The word for the side of 0 on which the interval of `row` lies."""
+    return above if row["low"] > 0 else below if row["high"] < 0 else neither
+
+
+def _figure(row: Mapping, key: str = "value", form: str = "+.3f") -> str:
+    return f"{row[key]:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+
+
+def _ranks(report: Report, split: str) -> tuple[str, str]:
+    """The outcome on a split, "above", "openings", "below" or "open", and the sentence about it."""
+    best, rival = (report.best_trivial(column, split) for column in ("novel MRR", "possible MRR"))
+    against = report.paired("novel MRR", split, "model", best)
+    possible = report.paired("possible MRR", split, "model", rival)
+    outcome = _side(against, "above", "below", "open")
+    if outcome == "above" and not possible["low"] > 0:
+        outcome = "openings"
+    openings = "; it may be no more than telling openings, never a target" if outcome == "openings" else ""
+    mrr, margin = report.row("novel MRR", split), report.row("novel margin", split)
+    caution = few(report.frames[split, "model"]["article"])
+    return outcome, (
+        f"On {split} ({mrr['articles']} articles, {mrr['windows']} windows{'; ' + caution if caution else ''}) the "
+        f"novel MRR is {_figure(mrr, form='.3f')}, chance {mrr['chance']:.3f}, {_figure(against)} against {best} "
+        f"(among possible targets alone {_figure(possible)} against {rival}{openings}); "
+        f"the novel margin is {_figure(margin)}."
+    )
+
+
+def _order(report: Report, split: str) -> str:
+    order = report.row("shuffled, novel MRR", split)
+    used = _side(order, "gains", "costs", "neither costs nor gains beyond doubt any")
+    simple = report.best_trivial("mean rollout", split, ["copy last", "mean"])
+    rolled = report.paired("mean rollout", split, "model", simple)
+    return (
+        f"Shuffling the context {used} novel MRR ({order['value']:+.3f}); its rollout is "
+        f"{_side(rolled, 'above', 'below', 'not told from')} the better of "
+        f"copying and averaging ({rolled['value']:+.3f} in mean cosine), its steps "
+        f"{report.value('similarity of steps', split):.2f} alike."
+    )
+
+
+def _escape(facts: Mapping) -> list[str]:
+    if not facts["escape"]:
+        return []
+    without = f" with {facts['escape band']} leading components left out" if facts["escape band"] else ""
+    return [
+        f"Subtracted context vectors{without} bought {facts['margin bought']:+.3f} of margin there, at "
+        f"{facts['cosine paid']:+.3f} of cosine and {facts['novel MRR paid']:+.3f} of novel MRR."
+    ]
+
+
+def _arrow(arrow: Arrow) -> str:
+    row = arrow.table.set_index("measure").loc["novel MRR"]
+    words = {"none": "no direction", "forward": "a forward direction", "backward": "a backward direction"}
+    return (
+        f"Arrow of time, over {row['seeds']} seeds and {row['articles']} articles: {words[arrow.declared]}; forward "
+        f"− backward in novel MRR, copying's own taken off, is {_figure(row, 'difference')}"
+        + (f" ({arrow.caution})." if arrow.caution else ".")
+    )
+
+
+# The comparison with the original
+
+MEASURES = {
+    "margin, late": "margin read late",
+    "R@5 of six": "R@5 of six",
+    "val cos": "cosine, all windows",
+    "margin": "margin",
+    "margin, last": "margin against the last",
+    "novel MRR": "novel MRR",
+}
 
 
 def comparison(version: Version, report: Report) -> pd.DataFrame:
-    """This run, the original's published runs and the trivial predictors, by the measures that all of them have."""
-    report = report.original
-    measures = {
-        "margin, late": "margin read late",
-        "R@5 of six": "R@5 of six",
-        "val cos": "cosine, all windows",
-        "margin": "margin",
-        "margin, last": "margin against the last",
-        "novel MRR": "novel MRR",
-    }
-    rows = []
+    """Return this run, the original's published runs and the baselines, by the measures that all of them have."""
+    report, rows = report.original, []
     for name in report.table["predictor"].unique():
         run = f"{version.name}, this run" if name == "model" else f"{name}, untrained"
-        rows.append({"run": run, **{k: report.value(m, predictor=name) for k, m in measures.items()}, "note": ""})
+        rows.append({"run": run, **{k: report.value(m, predictor=name) for k, m in MEASURES.items()}, "note": ""})
     for i, name in enumerate(("p6", "v1", "v21"), start=1):
         p = load_version(name).published
         published = {"margin, late": p.margin, "R@5 of six": p.recall_at_5, "val cos": p.val_cos, "note": p.note}
         rows.insert(i, {"run": f"{name}, original", **published})
-    return pd.DataFrame(rows).astype(dict.fromkeys(measures, float))
+    return pd.DataFrame(rows).astype(dict.fromkeys(MEASURES, float))

@@ -1,23 +1,20 @@
-"""Samples against the truth: are the chunks that might come next spread as the one that came is?
+"""Spread of a model's samples: do they vary as much as the true next chunk does?
 
 Axes: N windows, B batch, S samples, T context length, D vector dimension.
 
-A model with `samples` foretells a distribution. Three questions to it, and to ensembles that need no training, on the
-same windows:
+A model with `samples`, and ensembles without training, are compared on the same windows.
 
-**Energy score** (`losses.energy`), strictly proper: the one figure for spread and place together. It is fair only to
-independent draws. The context's T vectors, each taken once, differ by choice, and would score as if the article's whole
-distribution were known; as a forecast they are drawn with replacement.
+**Energy score** (`losses.energy`), strictly proper: spread and place in one figure, fair to independent draws only. So
+context vectors are drawn with replacement: T distinct ones would look like draws of the whole distribution.
 
-**Spread ratio**, E‖x − x'‖ / E‖x − y‖: 1 where the truth is one more draw, below it where samples are too narrow (or
-beside the point), above it where they are too wide.
+**Spread ratio**, E‖x − x'‖ / E‖x − y‖: 1 where the truth y is one more draw, less where samples are too narrow or in
+the wrong place, more where they are too wide.
 
-**Ranks** of the truth among the samples, flat where it is one more of them (Gneiting et al., TEST 17, 2008, on ranks of
-vectors). By *distance*: how many members have a smaller mean distance from all others; high ranks prevail where samples
-are too narrow, or in the wrong place, low ranks where they are too wide, both where they are all equally far and truths
-are not. By *direction*: the place among them along a random direction of the window's own; a U where they are too
-narrow, a hill where they are too wide. A rank r of 1 … S+1 is shown as u = (r − V) / (S + 1) with V uniform in [0, 1):
-equal members share their places, and u is uniform for any S where truth and samples are exchangeable.
+**Ranks** of the truth among the samples, flat where it is one more of them (Gneiting et al., TEST 17, 2008). By
+*distance*: the number of members with a smaller mean distance from all others; high ranks prevail where samples are too
+narrow or in the wrong place, low ranks where they are too wide. By *direction*: the place among them along a random
+direction of each window; a U where they are too narrow, a hill where they are too wide. A rank r of 1 … S+1 becomes
+u = (r − V) / (S + 1) with V uniform in [0, 1): u is uniform where truth and samples are exchangeable.
 """
 
 from __future__ import annotations
@@ -45,10 +42,9 @@ COVERED = (0.5, 0.9)
 
 
 class Ensemble(Predictor):
-    """Samples without training: a point forecast, and to it a random row of `pool` (M, D) for each sample.
+    """Samples without training: a point forecast plus a random row of `pool` (M, D), normalised if `unit`.
 
-    With residuals for a pool: a dressed forecast (Roulston & Smith, Tellus 55A, 2003); with one row of zeros, the
-    point itself. `unit`: the samples are made unit vectors.
+    A pool of residuals gives a dressed forecast (Roulston & Smith, Tellus 55A, 2003), a row of zeros the point itself.
     """
 
     def __init__(self, point: Predictor, pool: Tensor, unit: bool = False):
@@ -81,8 +77,8 @@ class FromContext(Predictor):
 
 
 def references(train: Windows) -> dict[str, Predictor]:
-    """What samples are compared with, fitted or formed without training: the weighted mean as a point; random training
-    targets (climatology); random vectors of the context; the weighted mean with its own training residuals."""
+    """Return the forecasts to compare with: the weighted mean as a point; random training targets (climatology); random
+    context vectors; the weighted mean plus its training residuals."""
     dim, length = train.store.dim, train.context_length
     mean, nothing = Weighted(dim, fit_weights(train)), Weighted(dim, torch.zeros(length))
     context, target = train.batch(np.arange(len(train)))
@@ -98,13 +94,13 @@ def references(train: Windows) -> dict[str, Predictor]:
 def measure(
     model: Predictor, windows: Windows, count: int = SAMPLES, seed: int = 0, batch_size: int = 512
 ) -> pd.DataFrame:
-    """A row a window: article, target (row), energy, off (mean ‖x − y‖), apart (mean ‖x − x'‖), distance and direction
-    (the truth's rank among the samples as u in (0, 1), see the module's head).
+    """Measure samples against the truth, a row a window: article, target (row), energy, off (mean ‖x − y‖), apart (mean
+    ‖x − x'‖), distance and direction (the truth's rank u in (0, 1)).
 
     Raises LVMError for a model without samples. The same `seed` and `batch_size` give the same noise.
     """
     if not hasattr(model, "samples"):
-        raise LVMError(f"{type(model).__name__} has no samples; train a version whose model draws some (energy)")
+        raise LVMError(f"{type(model).__name__} has no samples; train a version with them (energy)")
     training, device = model.training, device_of(model)
     model.eval()
     vectors, random = on_device(windows.store, device), np.random.default_rng(seed)
@@ -132,25 +128,25 @@ def remoteness(members: Tensor) -> Tensor:
 
 
 def place(order: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """(B,) rank u of the first of `order` (M, B) among all: (number below + V · (number equal, itself too)) / M."""
+    """(B,) rank u of the first row of `order` (M, B) among all: (number below + V · number equal, itself too) / M."""
     below, equal = order < order[0] - TIE, np.abs(order - order[0]) <= TIE
     return (below.sum(0) + random.random(order.shape[1]) * equal.sum(0)) / len(order)
 
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """What `spread` found. `table`: split, forecast, measure, value, low, high (95 % over articles), chance (what truth
-    among its like would have), windows, articles. `frames`: what `measure` gave, by (split, forecast)."""
+    """The result of `spread`. `table`: split, forecast, measure, value, low, high (95 % over articles), chance (of a
+    calibrated forecast), windows, articles. `frames`: from `measure`, by (split, forecast)."""
 
     table: pd.DataFrame
     frames: dict[tuple[str, str], pd.DataFrame]
 
     def row(self, measure: str, split: str = "val", forecast: str = "model") -> pd.Series:
-        """One row of the table. Raises LVMError for what it does not hold."""
+        """Return a row of the table. Raises LVMError if there is none."""
         t = self.table
         rows = t[(t["measure"] == measure) & (t["split"] == split) & (t["forecast"] == forecast)]
         if not len(rows):
-            raise LVMError(f"spread holds no {measure!r} of {forecast!r} on split {split!r}")
+            raise LVMError(f"spread: no {measure!r} of {forecast!r} on split {split!r}")
         return rows.iloc[0]
 
     @property
@@ -169,7 +165,7 @@ def spread(
     count: int = SAMPLES,
     seed: int = 0,
 ) -> Spread:
-    """The spread of `model` and of every ensemble in `compare` (such as `references`) on the windows of each split."""
+    """Return the spread of `model` and of every forecast in `compare` (such as `references`) on each split."""
     device = device_of(model)
     forecasts = {"model": model, **{name: other.to(device) for name, other in compare.items()}}
     frames = {(s, n): measure(f, w, count, seed) for n, f in forecasts.items() for s, w in splits.items()}
@@ -184,12 +180,10 @@ def spread(
 def summarise(frame: pd.DataFrame) -> list[dict]:
     """Rows of one `measure` frame: measure, value, low, high over articles, chance, windows, articles.
 
-    The spread ratio is one of means, θ = a / b; its interval is that of the mean of θ + (aᵢ − θ bᵢ) / b (delta method).
-    Coverage: the share of truths within the inner part of the samples, by distance. KS: the largest gap between u and
-    the share of ranks up to u; its interval is that of the gap at that u, so it is for gaps that are clearly there. Its
-    `chance`: √(π/2) · ln 2 / √n, the mean of Kolmogorov's distribution, with the effective articles for n; what windows
-    of one article have in common counts once, so it is about the most that calibrated
-    ranks have.
+    The spread ratio θ = a / b is of means; its interval is that of θ + (aᵢ − θ bᵢ) / b (delta method). Coverage: the
+    share of truths in the inner part of the samples, by distance. KS: the largest gap between u and the share of ranks
+    up to u, with the interval of the gap at that u. Its `chance`, √(π/2) · ln 2 / √n, is the mean of Kolmogorov's
+    distribution for n effective articles, about the most that calibrated ranks have.
     """
     article = frame["article"].to_numpy()
     off, apart = frame["off"].to_numpy(), frame["apart"].to_numpy()
@@ -208,7 +202,7 @@ def summarise(frame: pd.DataFrame) -> list[dict]:
 
 
 def kolmogorov(u, article) -> tuple[float, float, float]:
-    """Largest gap |share at or below u − u| of ranks `u` (N,) in (0, 1), and the interval of the gap at that place."""
+    """Largest gap |share at or below u − u| of ranks `u` (N,) in (0, 1), and the interval of the gap at that u."""
     u = np.asarray(u, float)
     at = np.sort(u)
     high, low = np.arange(1, len(at) + 1) / len(at) - at, at - np.arange(len(at)) / len(at)
@@ -216,9 +210,9 @@ def kolmogorov(u, article) -> tuple[float, float, float]:
     return over_articles(sign * ((u <= where) - where), article)
 
 
-def _row(name: str, found: tuple, frame: pd.DataFrame, chance: float = float("nan")) -> dict:
-    keep = dict(zip(("value", "low", "high"), found, strict=True))
-    return {"measure": name, **keep, "chance": chance, "windows": len(frame), "articles": frame["article"].nunique()}
+def _row(name: str, interval: tuple, frame: pd.DataFrame, chance: float = float("nan")) -> dict:
+    figures = dict(zip(("value", "low", "high"), interval, strict=True))
+    return {"measure": name, **figures, "chance": chance, "windows": len(frame), "articles": frame["article"].nunique()}
 
 
 def histogram(frame: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -226,31 +220,26 @@ def histogram(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     edges = np.linspace(0, 1, BINS + 1)
     bins = np.clip(np.digitize(frame[column], edges) - 1, 0, BINS - 1)
     shares = [over_articles(bins == i, frame["article"], share=True) for i in range(BINS)]
-    middle = (edges[1:] + edges[:-1]) / 2
-    return pd.DataFrame(
-        [(m, *s) for m, s in zip(middle, shares, strict=True)], columns=["middle", "share", "low", "high"]
-    )
+    return pd.DataFrame(shares, columns=["share", "low", "high"]).assign(middle=(edges[1:] + edges[:-1]) / 2)
 
 
-def reading(found: Spread, split: str) -> str:
-    """What the numbers say of `model` on a split, in words."""
+def reading(result: Spread, split: str) -> str:
+    """Describe the figures of `model` on a split in words."""
 
-    def of(measure: str, bound: float, low: str, high: str, open: str) -> tuple[str, pd.Series]:
-        row = found.row(measure, split)
-        return low if row["high"] < bound else high if row["low"] > bound else open, row
+    def side(row: pd.Series, bound: float, low: str, high: str, neither: str) -> str:
+        return low if row["high"] < bound else high if row["low"] > bound else neither
 
-    width, ratio = of("spread ratio", 1.0, "narrower than", "wider than", "not told from")
-    kept, inner = of(
-        "covered by the inner 90%", 0.9, "fewer than", "more than", "no fewer nor more, beyond doubt, than"
-    )
-    others = [name for name in found.forecasts if name != "model"]
-    best = min(others, key=lambda name: found.row("energy score", split, name)["value"])
-    less = f"energy score less {best}"
-    answer, less = of(less, 0.0, "lower (better) than", "higher (worse) than", "not told from")
-    score = found.row("energy score", split)["value"]
+    ratio, inner = result.row("spread ratio", split), result.row("covered by the inner 90%", split)
+    others = [name for name in result.forecasts if name != "model"]
+    best = min(others, key=lambda name: result.row("energy score", split, name)["value"])
+    less = result.row(f"energy score less {best}", split)
+    width = side(ratio, 1.0, "narrower than", "wider than", "not significantly different from")
+    covered = side(inner, 0.9, "fewer than the", "more than the", "not significantly different from the")
+    better = side(less, 0.0, "lower (better) than", "higher (worse) than", "not significantly different from")
+    score = result.row("energy score", split)["value"]
     return (
         f"The samples' spread is {width} the truth's (ratio {ratio['value']:.3f} [{ratio['low']:.3f}, "
-        f"{ratio['high']:.3f}]); their inner 90 % hold {inner['value']:.1%} [{inner['low']:.1%}, {inner['high']:.1%}] "
-        f"of the truths, {kept} they should. The energy score, {score:.4f}, is {answer} that of the best reference, "
-        f"{best} ({less['value']:+.4f} [{less['low']:+.4f}, {less['high']:+.4f}])."
+        f"{ratio['high']:.3f}]). Their inner 90 % contain {inner['value']:.1%} [{inner['low']:.1%}, "
+        f"{inner['high']:.1%}] of the truths, {covered} expected 90 %. The energy score, {score:.4f}, is {better} that "
+        f"of the best reference, {best} ({less['value']:+.4f} [{less['low']:+.4f}, {less['high']:+.4f}])."
     )

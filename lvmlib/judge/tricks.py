@@ -1,4 +1,4 @@
-"""Predictors that raise a margin without any knowledge of the future (handbook §4.1 point 6)."""
+"""Predictors that raise a margin without knowing the future (handbook §4.1 point 6)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..models import Predictor
 
 
 class Flipped(Predictor):
-    """The context's mean with all of it that lies outside the leading `components` (K, D) times −strength."""
+    """The context's mean, with its part outside the leading `components` (K, D) multiplied by −strength."""
 
     def __init__(self, dim: int, context_length: int, components: Tensor, strength: float):
         super().__init__(dim, context_length)
@@ -19,16 +19,14 @@ class Flipped(Predictor):
 
     def raw(self, context: Tensor) -> Tensor:
         mean = context.mean(1)
-        kept = (mean @ self.components.T) @ self.components
-        return kept - self.strength * (mean - kept)
+        leading = (mean @ self.components.T) @ self.components
+        return leading - self.strength * (mean - leading)
 
 
 def tricks(dim: int, length: int, strength: float, components: Tensor) -> dict[str, Predictor]:
-    """Predictors that buy a margin without any knowledge of the future (handbook §4.1 point 6).
+    """Return the context's mean minus `strength` times context[-2], the same of context[-1], and `Flipped`.
 
-    The context's mean minus `strength` times context[-2], minus `strength` times context[-1], and the mean whose part
-    outside the leading `components` (K, D) is flipped and multiplied by `strength`. At strength 0 the first two are the
-    mean; at a strength up to 1/T they only weigh that vector less.
+    At strength 0 the first two are the mean; up to 1/T they only give that vector less weight.
     """
     out = {}
     for place in (-2, -1):

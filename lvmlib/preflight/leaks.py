@@ -1,4 +1,4 @@
-"""Leaks: the same or nearly the same chunks in two splits, in a target and its context, titles in two splits.
+"""Leaks: equal or nearly equal chunks in two splits, or in a target and its context; titles in two splits.
 
 Axes: M chunks, N windows, D vector dimension, K leading directions.
 """
@@ -15,20 +15,18 @@ import torch
 from ..windows import SPLITS, Store, Windows
 
 SAME = 0.9999  # cosine of one text encoded twice: the rounding to float16 leaves 1 − 1e-6
-# Near-same: ‖x − y‖ ≤ 0.14. All but a word or a number is the same; two chunks on one thing lie far below.
-NEAR = 0.99
-FILTER = 32  # leading components that near-same chunks are looked for in, before the exact cosine is taken
+NEAR = 0.99  # ‖x − y‖ ≤ 0.14: the same but for a word or a number; two chunks on one subject are far below
+FILTER = 32  # leading components in which candidates are searched before the exact cosine is taken
 COMPARED = 10**10  # pairs of chunks that are compared at most: about ten seconds on 2 cores
 ROWS = 8192  # rows of a store that are float32 at one time
 
 
 @dataclass(frozen=True, eq=False)
 class Leak:
-    """Chunks of `split` that stand in split `other`, too.
+    """Chunks of `split` that are also in split `other`.
 
-    `rows` (n,): the chunks looked at, of `chunks` in all; `cosine`, `match` (n,): of the nearest chunk of the other
-    split, if that is NEAR or nearer (else NaN, −1); `nearest` (k,): cosine of the nearest chunk, for a few of the rows,
-    however far it lies.
+    `rows` (n,): the chunks compared, of `chunks` in all; `cosine`, `match` (n,): of the nearest chunk of the other
+    split, where that is NEAR or more (else NaN, −1); `nearest` (k,): cosine of the nearest chunk, for some rows.
     """
 
     split: str
@@ -45,7 +43,7 @@ class Leak:
 
     @property
     def near(self) -> int:
-        """How many are the same or nearly."""
+        """The number of equal or nearly equal chunks."""
         return int((self.cosine >= NEAR).sum())
 
     @property
@@ -53,7 +51,7 @@ class Leak:
         return self.near / len(self.rows)
 
     def articles(self, store: Store) -> int:
-        """How many articles have more than half of their chunks (of those looked at) in the other split."""
+        """The number of articles with more than half of their compared chunks in the other split."""
         return int((pd.Series(self.cosine >= NEAR).groupby(store.article[self.rows]).mean() > 0.5).sum())
 
     def worst(self, store: Store, count: int = 5) -> list[tuple[int, int, float]]:
@@ -65,12 +63,11 @@ class Leak:
 
 
 def leaks(store: Store, compared: int = COMPARED, sampled: int = 500, seed: int = 0) -> list[Leak]:
-    """Same and near-same chunks of validation and OOD in train, and of OOD in validation.
+    """Find equal and nearly equal chunks of validation and OOD in train, and of OOD in validation.
 
-    Every chunk of a split is compared with every chunk of the other, as long as the pairs are at most `compared`; else
-    as many chunks of the first, drawn at random, as keep to it. Near-same chunks are near in any directions:
-    ‖P(x − y)‖ ≤ ‖x − y‖ for orthonormal P, so most pairs are ruled out in the FILTER leading components of the store,
-    and the exact cosine is taken of the rest. Memory holds a block of either split.
+    All pairs of chunks are compared, if they are at most `compared`; else a random part of the first split is. Since
+    ‖P(x − y)‖ ≤ ‖x − y‖ for orthonormal P, most pairs are ruled out in the FILTER leading components of the store, and
+    the others have their exact cosine taken. Memory holds a block of each split.
     """
     rows = {split: store.rows(split) for split in SPLITS}
     components = _leading(store, FILTER)
@@ -82,9 +79,9 @@ def leaks(store: Store, compared: int = COMPARED, sampled: int = 500, seed: int 
         count = min(len(own), max(compared // 3 // len(rows[other]), 1))
         if count < len(own):
             own = np.sort(random.choice(own, count, replace=False))
-        looked = random.choice(len(own), min(sampled, len(own)), replace=False)
-        cosine, match = _near_same(store, own, rows[other], components)
-        nearest = _nearest(store, own[looked], rows[other])
+        sample = random.choice(len(own), min(sampled, len(own)), replace=False)
+        cosine, match = _near(store, own, rows[other], components)
+        nearest = _nearest(store, own[sample], rows[other])
         found.append(Leak(split, other, len(rows[split]), own, cosine, match, nearest))
     return found
 
@@ -103,23 +100,23 @@ def _read(store: Store, rows: np.ndarray) -> torch.Tensor:
     return torch.nn.functional.normalize(x, dim=1)
 
 
-def _near_same(store, own, others, components) -> tuple[np.ndarray, np.ndarray]:
+def _near(store: Store, own: np.ndarray, others: np.ndarray, components: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and row (n,) of the nearest of the `others`, where that is NEAR or more; else NaN and −1."""
     best, match = np.full(len(own), -np.inf, np.float32), np.full(len(own), -1)
     bound = 2 - 2 * NEAR + 1e-3  # of ‖x − y‖², with room for rounding
     small = torch.cat([_read(store, own[i : i + ROWS]) @ components for i in range(0, len(own), ROWS)])  # (n, K)
     square = small.square().sum(1)
     for first in range(0, len(others), ROWS):
-        there = _read(store, others[first : first + ROWS])
-        there_small = there @ components
+        block = _read(store, others[first : first + ROWS])
+        projected = block @ components
         # ‖Px − Py‖² ≤ bound as one product: 2 Px·Py − ‖Py‖² ≥ ‖Px‖² − bound
-        right = torch.cat([2 * there_small, -there_small.square().sum(1, keepdim=True)], 1).T.contiguous()
+        right = torch.cat([2 * projected, -projected.square().sum(1, keepdim=True)], 1).T.contiguous()
         for at in range(0, len(own), 2048):
             left = torch.nn.functional.pad(small[at : at + 2048], (0, 1), value=1.0)
             reached = (left @ right).amax(1) >= square[at : at + 2048] - bound
             hit = at + np.flatnonzero(reached.numpy())
             if len(hit):
-                cosine, place = (_read(store, own[hit]) @ there.T).max(1)
-                cosine, place = cosine.numpy(), place.numpy()
+                cosine, place = (x.numpy() for x in (_read(store, own[hit]) @ block.T).max(1))
                 better = (cosine >= NEAR) & (cosine > best[hit])
                 best[hit[better]], match[hit[better]] = cosine[better], others[first + place[better]]
     return np.where(match >= 0, np.minimum(best, 1.0), np.nan), match
@@ -133,19 +130,16 @@ def _nearest(store: Store, own: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def copied(windows: Windows, most: int = 100_000) -> np.ndarray:
-    """(n,) whether the target is the same or nearly the same as a chunk of its own context; of `most` windows, evenly
-    spaced."""
-    return np.concatenate(
-        [
-            ((context @ target[..., None])[..., 0].amax(1) >= NEAR).numpy()
-            for context, target in windows.at_most(most).batches(2048)
-        ]
-    )
+    """(n,) whether the target nearly equals a chunk of its own context; of `most` windows, evenly spaced."""
+    batches = windows.at_most(most).batches(2048)
+    return np.concatenate([((x @ target[..., None])[..., 0].amax(1) >= NEAR).numpy() for x, target in batches])
 
 
 def shared_titles(store: Store) -> list[list[str]]:
-    """Titles that differ in case, spaces and punctuation alone and stand in two splits. (A store with the very same
-    title in two splits does not open.) Each as ["title (split)", …]."""
+    """Titles in two splits that differ only in case, spaces and punctuation, each as ["title (split)", …].
+
+    A store with one title in two splits does not open.
+    """
     named = store.articles[(store.articles["title"] != "") & store.articles["split"].isin(SPLITS)]
     plain = named["title"].map(lambda t: re.sub(r"[\W_]+", " ", t.casefold()).strip())
     plain = plain[plain != ""]

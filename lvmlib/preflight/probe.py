@@ -1,18 +1,20 @@
 """Order probe on raw vectors: can a small classifier tell a pair of chunks from the same pair swapped?
 
-Axes: N pairs, D vector dimension, k components, F features.
-
-A look at a dataset before any training, free of what makes Δ and the margins mislead (handbook §4.1).
+Axes: N pairs, D vector dimension, k components, F features. Unlike Δ and the margins, it is not misled by nearness
+(handbook §4.1).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.special import expit, log_expit
 
 from ..errors import LVMError
+from ..statistics import over_articles
 from ..windows import SPLITS, Store
 
 PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0)  # strong first: each fit starts from the one before
@@ -20,17 +22,18 @@ PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0)  # strong first: each fit st
 
 @dataclass(frozen=True, eq=False)
 class OrderProbe:
-    """What an order probe found.
+    """The result of an order probe on N test pairs.
 
-    `accuracy`: mean of `correct` (N,), per test pair 1, 0, or ½ where the score is 0; chance is ½. `article` (N,): for
-    intervals over articles (`statistics.over_articles`), of which there are `articles`. `classifiers`: one, or one a
-    fold.
+    `correct` (N,): 1, 0, or ½ where the score is 0; chance is ½. `article` (N,). `classifiers`: one, or one a fold.
     """
 
-    accuracy: float
     correct: np.ndarray
     article: np.ndarray
     classifiers: tuple[Classifier, ...]
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
 
     @property
     def articles(self) -> int:
@@ -55,37 +58,31 @@ class Classifier:
 def order_probe(
     store: Store, lag: int = 1, train: str = "train", test: str = "val", components: int = 16
 ) -> OrderProbe:
-    """Accuracy of telling (x_t, x_{t+lag}) from its swap, on the articles of another split.
+    """Test whether (x_t, x_{t+lag}) can be told from its swap, on the articles of another split.
 
     score(x, y) = u·(y − x) + x̃ᵀB ỹ − ỹᵀB x̃, with B antisymmetric and x̃ the whitened projection to the k leading
-    principal components of the training chunks: antisymmetric in (x, y) and without intercept, so that a pair and its
-    swap make the same demand and the chance level is exactly ½. u and B are fitted by logistic regression with a
-    ridge penalty, which is chosen by log-loss on every fifth training article, left out first.
+    principal components of the training chunks. It is antisymmetric without intercept, so chance is exactly ½. u and B
+    come from logistic regression with a ridge penalty, chosen by log-loss on every fifth training article, left out.
 
-    It sees what lies in fixed directions of the space: a drift along the article (u: leads differ from endings), and a
-    turning or announcing that is the same in all articles (B), among the leading k components (k = 0: u alone). It
-    sees no order that is relative to an article's own topic: `converging` articles are at chance, though each chunk is
-    nearer to the topic than the one before it. It sees no order at other lags. Above ½ the vectors carry an arrow of
-    time; at ½ this probe found none, which a larger model may. A drift is an arrow, but no knowledge of the next
-    chunk. The accuracy has no sign: fitted to reversed articles the probe is as good; fitted forward and tested on
-    reversed ones it is wrong exactly where it was right.
+    It detects a drift along the article (u), and a turning that is the same in all articles (B; k = 0: u alone). It
+    does not detect order relative to an article's own topic (`converging` is at chance), nor at other lags. Above ½ the
+    vectors carry their order, which may not help to predict the next chunk; at ½ a larger model may still find it.
 
     Pairs never cross articles or gaps in position. Raises LVMError for an unknown split, the same split twice, more
     components than dimensions, fewer than 5 training articles with pairs, 50 training pairs, or 2 test articles.
     """
     if train == test:
         raise LVMError(f"order_probe: train and test are both {train!r}; articles must be disjoint")
-    rows, held = pairs(store, train, lag), pairs(store, test, lag)
-    _check(store, f"to test on, {test}", held, 2, 2)
-    classifier = _fit(store, store.rows(train), rows, lag, components)
-    correct = _correct(store, classifier, held, lag)
-    return OrderProbe(float(correct.mean()), correct, store.article[held], (classifier,))
+    fit_rows, test_rows = pairs(store, train, lag), pairs(store, test, lag)
+    _check(store, f"to test on, {test}", test_rows, 2, 2)
+    classifier = _fit(store, store.rows(train), fit_rows, lag, components)
+    return OrderProbe(_correct(store, classifier, test_rows, lag), store.article[test_rows], (classifier,))
 
 
 def crossed_order_probe(store: Store, lag: int = 1, folds: int = 5, components: int = 16, splits=SPLITS) -> OrderProbe:
     """`order_probe` with every article of `splits` tested once, by a classifier fitted to the other folds' articles.
 
-    For datasets with few articles in their splits. Article number i of those with pairs is in fold i modulo `folds`.
+    Article number i of those with pairs is in fold i modulo `folds`.
     """
     rows = np.sort(np.concatenate([pairs(store, split, lag) for split in splits]))
     chunks = np.sort(np.concatenate([store.rows(split) for split in splits]))
@@ -93,20 +90,31 @@ def crossed_order_probe(store: Store, lag: int = 1, folds: int = 5, components: 
     used = np.unique(store.article[rows])
     classifiers, correct = [], np.empty(len(rows))
     for fold in range(folds):
-        out = used[fold::folds]
-        held = np.isin(store.article[rows], out)
-        kept = chunks[~np.isin(store.article[chunks], out)]
-        classifiers.append(_fit(store, kept, rows[~held], lag, components))
-        correct[held] = _correct(store, classifiers[-1], rows[held], lag)
-    return OrderProbe(float(correct.mean()), correct, store.article[rows], tuple(classifiers))
+        tested = np.isin(store.article[rows], used[fold::folds])
+        fit_chunks = chunks[~np.isin(store.article[chunks], used[fold::folds])]
+        classifiers.append(_fit(store, fit_chunks, rows[~tested], lag, components))
+        correct[tested] = _correct(store, classifiers[-1], rows[tested], lag)
+    return OrderProbe(correct, store.article[rows], tuple(classifiers))
+
+
+def probed(order: Mapping[int, OrderProbe]) -> pd.DataFrame:
+    """Accuracy of the order probe, a row a lag: lag, accuracy, low, high (95 %), pairs, articles, and order: whether it
+    is significantly above ½, corrected for the number of lags (Bonferroni)."""
+    rows = []
+    for lag, o in order.items():
+        value, low, high = over_articles(o.correct, o.article, share=True)
+        strict = over_articles(o.correct, o.article, level=1 - 0.05 / len(order), share=True)[1]
+        rows.append((lag, value, low, high, len(o.correct), o.articles, bool(strict > 0.5)))
+    columns = ["lag", "accuracy", "low", "high", "pairs", "articles", "order"]
+    return pd.DataFrame(rows, columns=columns).astype({"order": bool})
 
 
 def _check(store: Store, where: str, rows: np.ndarray, least_pairs: int, least_articles: int) -> None:
     articles = len(np.unique(store.article[rows]))
     if len(rows) < least_pairs or articles < least_articles:
         raise LVMError(
-            f"{store.name}: {len(rows)} pairs of {articles} articles {where}; an order probe needs at least "
-            f"{least_pairs} of {least_articles}: give it more articles, or a smaller lag"
+            f"{store.name}: {len(rows)} pairs of {articles} articles {where}; at least {least_pairs} of "
+            f"{least_articles} are needed: add articles, or take a smaller lag"
         )
 
 
@@ -141,7 +149,7 @@ def pairs(store: Store, split: str, lag: int = 1) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Antisymmetric features of a pair, of the same size as each other so that one penalty suits both kinds."""
+    """Antisymmetric features of a pair, all of one size, because one penalty is for all."""
 
     mean: np.ndarray  # (D,)
     whiten: np.ndarray  # (D, k)
@@ -163,23 +171,23 @@ class Features:
         return np.hstack([(y - x) / self.scale, a[:, i] * b[:, j] - a[:, j] * b[:, i]])
 
 
-def _choose(table: np.ndarray, held: np.ndarray) -> float:
-    """The penalty with the least log-loss on the pairs `held` (N,) out; the strongest of equals."""
-    fits = _logistic(table[~held], PENALTIES)
-    return min(PENALTIES, key=lambda p: -log_expit(table[held] @ fits[p]).sum())
+def _choose(table: np.ndarray, left_out: np.ndarray) -> float:
+    """The penalty with the least log-loss on the pairs `left_out` (N,); the strongest of equals."""
+    fits = _logistic(table[~left_out], PENALTIES)
+    return min(PENALTIES, key=lambda p: -log_expit(table[left_out] @ fits[p]).sum())
 
 
 def _logistic(table: np.ndarray, penalties) -> dict[float, np.ndarray]:
     """For each penalty the w (F,) that minimises −Σ_n log σ(f_n·w) + penalty/2 · ‖w‖², by Newton steps.
 
-    Every pair stands in its true order: the swapped pair has features −f and the other label, and adds the same term.
-    The minimum is unique; full steps reach it from near, and start far only if the loss falls (else they are halved).
+    Every pair is in its true order; the swapped pair, with features −f and the other label, adds the same term. The
+    minimum is unique. A step that raises the loss is halved.
     """
 
     def loss(w, penalty):
         return -log_expit(table @ w).sum() + penalty / 2 * w @ w
 
-    found, w = {}, np.zeros(table.shape[1])
+    fits, w = {}, np.zeros(table.shape[1])
     for penalty in penalties:
         for _ in range(50):
             probability = expit(table @ w)
@@ -193,5 +201,5 @@ def _logistic(table: np.ndarray, penalties) -> dict[float, np.ndarray]:
             while loss(w - size * step, penalty) > before and size > 1e-6:
                 size /= 2
             w = w - size * step
-        found[penalty] = w
-    return found
+        fits[penalty] = w
+    return fits

@@ -16,7 +16,7 @@ from ..errors import LVMError
 from ..io import limits as untrusted
 from ..io.paths import outputs
 from ..judge.fivecat import INSTRUMENT, PROFILES
-from ..runs.folder import EARLIER, NOT_COMPARED, open_run, run_folder
+from ..runs.folder import NOT_COMPARED, open_run, run_folder
 from ..runs.run import train
 from ..windows import Dataset
 
@@ -40,8 +40,9 @@ MEASURES = {
 
 
 def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
-    """`judged` of every run under outputs/<dataset> whose parameters are its version's own (seed, model, direction and
-    precision may differ). Raises LVMError if there is none.
+    """Return `judged` of every run under outputs/<dataset> whose parameters are its version's own.
+
+    Seed, model, direction and precision may differ. Raises LVMError if there is none.
     """
     root = (root or outputs()) / dataset
     folders = []
@@ -57,7 +58,7 @@ def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
 
 
 def is_judged(folder: str | Path) -> bool:
-    """Whether a run's folder holds a report of the present instrument."""
+    """Return whether a run's folder holds a report of the present instrument."""
     try:
         return untrusted.read_json(Path(folder) / "fivecat.json")["instrument"] == INSTRUMENT
     except (OSError, ValueError, KeyError, TypeError):
@@ -65,59 +66,61 @@ def is_judged(folder: str | Path) -> bool:
 
 
 def judged(folders: Sequence[Path]) -> pd.DataFrame:
-    """A row for each of these runs, and for each trivial predictor that was measured beside them (version empty).
+    """Return a row for each of these runs, and for each baseline that was measured beside them (version empty).
 
-    Columns: version, predictor (the model's or trivial predictor's name), seed, direction, epochs, precision, MEASURES,
+    Columns: version, predictor (the model's or baseline's name), seed, direction, epochs, precision, MEASURES,
     gates_val, gates_ood (of the original), reading (the calibrated label), seconds. Raises LVMError, naming the file,
     for a run without a readable report.
     """
-    rows, trivial = [], {}
+    rows, baselines = [], {}
     for folder in folders:
         record, _, _ = open_run(folder)
-        path = Path(folder) / "fivecat.json"
-        try:
-            report = untrusted.read_json(path)
-            tables = pd.concat({p: pd.DataFrame(report[p]["table"]) for p in PROFILES}, names=["profile"]).reset_index()
-            table = tables.set_index(["predictor", "profile", "split", "gate", "measure"])["value"].sort_index()
-            names = list(dict.fromkeys(tables["predictor"]))
-            figures = {p: {m: float(table[p, *k]) for m, k in MEASURES.items()} for p in names}
-            gates = {s: "".join(g for g, ok in report["original"]["gates"][s].items() if ok) for s in ("val", "ood")}
-            label = report["reading"]["label"]
-            if report["instrument"] != INSTRUMENT:
-                raise ValueError(f"written by instrument {report['instrument']}, this is {INSTRUMENT}")
-            for word in (label, *names, *gates.values()):
-                if not isinstance(word, str) or plain_name(word) != word:
-                    raise ValueError(f"{str(word)[:80]!r} is no name of a predictor, a gate or a reading")
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise LVMError(f"{path}: cannot be read as a 5CAT report ({e!r}); run train.ipynb for it again") from e
+        figures, own = _read_report(Path(folder) / "fivecat.json")
         parameters = record["parameters"]
         rows.append(
             {
                 "version": parameters["name"],
                 "predictor": parameters["model"],
-                "seed": parameters["seed"],
-                "direction": parameters.get("direction", "forward"),
-                "epochs": parameters["epochs"],
+                **{k: parameters[k] for k in ("seed", "direction", "epochs")},
                 "precision": record["computed"]["precision"],
-                **figures.pop("model"),
-                "gates_val": gates["val"],
-                "gates_ood": gates["ood"],
-                "reading": label,
+                **own,
                 "seconds": record["finished"]["training_seconds"],
             }
         )
-        if rows[-1]["direction"] == "forward":  # the trivial predictors are shown as they read the text forwards
-            trivial |= {name: {"version": "", "predictor": name, **values} for name, values in figures.items()}
-    return pd.DataFrame([*rows, *trivial.values()])
+        if parameters["direction"] == "forward":  # baselines are shown as they read the text forwards
+            baselines |= {name: {"version": "", "predictor": name, **values} for name, values in figures.items()}
+    return pd.DataFrame([*rows, *baselines.values()])
+
+
+def _read_report(path: Path) -> tuple[dict[str, dict], dict]:
+    """Return the MEASURES of each baseline in a fivecat.json, and those of the model with its gates and reading."""
+    try:
+        report = untrusted.read_json(path)
+        tables = pd.concat({p: pd.DataFrame(report[p]["table"]) for p in PROFILES}, names=["profile"]).reset_index()
+        table = tables.set_index(["predictor", "profile", "split", "gate", "measure"])["value"].sort_index()
+        names = list(dict.fromkeys(tables["predictor"]))
+        figures = {p: {m: float(table[p, *k]) for m, k in MEASURES.items()} for p in names}
+        gates = report["original"]["gates"]
+        labels = {f"gates_{s}": "".join(g for g, ok in gates[s].items() if ok) for s in ("val", "ood")}
+        labels["reading"] = report["reading"]["label"]
+        if report["instrument"] != INSTRUMENT:
+            raise ValueError(f"written by instrument {report['instrument']}, this is {INSTRUMENT}")
+        for word in (*names, *labels.values()):
+            if not isinstance(word, str) or plain_name(word) != word:
+                raise ValueError(f"{str(word)[:80]!r} is no name of a predictor, a gate or a reading")
+        own = figures.pop("model") | labels
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise LVMError(f"{path}: cannot be read as a 5CAT report ({e!r}); run train.ipynb for it again") from e
+    return figures, own
 
 
 def _settings(parameters: dict) -> dict:
     free = (*NOT_COMPARED, "seed", "model", "direction")
-    return {k: v for k, v in (EARLIER | flat(parameters)).items() if not k.startswith(free)}
+    return {k: v for k, v in flat(parameters).items() if not k.startswith(free)}
 
 
 def by_version(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `runs` drawn together over seeds: for each figure its mean, and ± half the range over the seeds."""
+    """Return the rows of `runs` averaged over seeds: each figure's mean, and half its range over the seeds (_half)."""
     figures = list(MEASURES)
     frame = frame[frame["direction"].isin(["forward", np.nan])]
     groups = frame.fillna({"precision": "", "epochs": 0}).groupby(["version", "predictor", "epochs", "precision"])
@@ -129,39 +132,32 @@ def by_version(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(summary: pd.DataFrame) -> str:
-    """`by_version` as a Markdown table."""
-
-    def cell(row, name: str, scale: float = 1, digits: int = 3, sign: str = "") -> str:
-        if np.isnan(row[name]):
-            return "–"
-        spread = f" ± {scale * row[name + '_half']:.{digits}f}" if row["seeds"] > 1 else ""
-        return f"{scale * row[name]:{sign}.{digits}f}{spread}"
-
-    lines = [
-        "| version | model | seeds | val cos | OOD cos | margin | margin, late | R@5 of six, % | novel MRR |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Return `by_version` as a Markdown table."""
+    columns = {  # heading: column, format, factor
+        "val cos": ("val_cos", ".3f", 1),
+        "OOD cos": ("ood_cos", ".3f", 1),
+        "margin": ("margin", "+.3f", 1),
+        "margin, late": ("margin_late", "+.3f", 1),
+        "R@5 of six, %": ("of_six", ".1f", 100),
+        "novel MRR": ("novel_mrr", ".3f", 1),
+    }
+    lines = [" | ".join(["| version | model | seeds", *columns]) + " |", "|---" * (3 + len(columns)) + "|"]
     for row in summary.to_dict("records"):
         name = f"`{row['version']}`" if row["version"] else "untrained"
-        cells = [
-            cell(row, "val_cos"),
-            cell(row, "ood_cos"),
-            cell(row, "margin", sign="+"),
-            cell(row, "margin_late", sign="+"),
-            cell(row, "of_six", 100, 1),
-            cell(row, "novel_mrr"),
-        ]
-        model = ", ".join(word for word in (row["predictor"], row["precision"]) if word)
-        lines.append(f"| {name} | {model} | {row['seeds'] or '–'} | " + " | ".join(cells) + " |")
+        cells = [name, ", ".join(filter(None, (row["predictor"], row["precision"]))), str(row["seeds"] or "–")]
+        for column, form, factor in columns.values():
+            spread = f" ± {factor * row[column + '_half']:{form.lstrip('+')}}" if row["seeds"] > 1 else ""
+            cells.append("–" if np.isnan(row[column]) else f"{factor * row[column]:{form}}{spread}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def directions(own: Version, forward: Dataset, backward: Dataset, seeds: int = 20) -> dict[int, tuple]:
-    """The finished runs of `own` in both directions: seed → (best model forward, best model backward).
+    """Return the finished runs of `own` in both directions: seed → (best model forward, best model backward).
 
     Only seeds below `seeds` that have both in their usual folder, with the parameters of `own`.
     """
-    found = {}
+    pairs = {}
     for seed in range(seeds):
         pair = []
         for data, direction in ((forward, "forward"), (backward, "backward")):
@@ -171,5 +167,5 @@ def directions(own: Version, forward: Dataset, backward: Dataset, seeds: int = 2
                     run = train(this, data)
                     pair += [run.best] if run.finished else []
         if len(pair) == 2:
-            found[seed] = tuple(pair)
-    return found
+            pairs[seed] = tuple(pair)
+    return pairs

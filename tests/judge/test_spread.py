@@ -16,7 +16,6 @@ from lvmlib.config import version
 from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
 from lvmlib.judge import controls
-from lvmlib.judge import spread as module
 from lvmlib.judge.spread import (
     Ensemble,
     FromContext,
@@ -27,6 +26,7 @@ from lvmlib.judge.spread import (
     reading,
     references,
     spread,
+    summarise,
 )
 from lvmlib.report import plots
 from lvmlib.windows import windows
@@ -120,7 +120,7 @@ def test_the_interval_of_the_ratio_holds_the_ratio():
         apart = 0.8 * hard * (1 + 0.1 * random.standard_normal(20)[article])
         frame = pd.DataFrame({"article": article, "off": off, "apart": apart, "energy": off - apart / 2,
                               "distance": random.random(200), "direction": random.random(200)})  # fmt: skip
-        row = next(r for r in module.summarise(frame) if r["measure"] == "spread ratio")
+        row = next(r for r in summarise(frame) if r["measure"] == "spread ratio")
         assert row["value"] == pytest.approx(apart.sum() / off.sum())
         held += row["low"] <= 0.8 <= row["high"]
     assert 180 <= held <= 199
@@ -148,24 +148,22 @@ def test_samples_like_the_truth_are_found_calibrated(draws):
     assert found.row("energy score less weighted mean, a point")["high"] < 0
     assert found.row("energy score less context vectors")["high"] < 0
     assert found.row("energy score less climatology")["value"] == pytest.approx(0, abs=0.01)
-    assert "not told from the truth's" in reading(found, "val")
+    assert "spread is not significantly different" in reading(found, "val")
 
 
-@pytest.mark.parametrize("width, said", [(0.3, "narrower"), (0.9, "wider")])
-def test_samples_too_narrow_or_too_wide_are_named(draws, width, said):
+@pytest.mark.parametrize("width, word", [(0.3, "narrower"), (0.9, "wider")])
+def test_samples_too_narrow_or_too_wide(draws, width, word):
     found = spread(OnSphere(width), {"val": draws["val"]}, {"right": OnSphere(0.5)})
     ratio, ranks = found.row("spread ratio"), found.frames["val", "model"]
     by_distance, by_direction = (histogram(ranks, c)["share"].to_numpy() for c in ("distance", "direction"))
     ends, middle = by_direction[[0, -1]].mean(), by_direction[4:6].mean()
-    if said == "narrower":
+    if word == "narrower":
         assert ratio["high"] < 0.95 and by_distance[-1] > 0.3 > 0.05 > by_distance[0] and ends > 1.5 * middle  # a U
     else:
         assert ratio["low"] > 1.05 and by_distance[0] > 0.3 > 0.05 > by_distance[-1] and middle > 1.5 * ends  # a hill
     assert found.row("KS of ranks by distance")["low"] > 0.1 and found.row("KS of ranks by direction")["low"] > 0
     assert found.row("energy score less right")["low"] > 0
-    assert said in reading(found, "val") and "higher (worse) than that of the best reference, right" in reading(
-        found, "val"
-    )
+    assert word in reading(found, "val") and "higher (worse)" in reading(found, "val")
 
 
 def test_truths_of_uneven_distance_are_seen_though_the_spread_is_right():
@@ -199,42 +197,24 @@ def test_references_are_what_their_names_say(draws):
     torch.testing.assert_close(FromContext(D, T).raw(context), context.mean(1))
 
 
-def test_context_vectors_taken_once_each_would_score_too_low(draws):
-    """Why they are drawn with replacement: members that differ by choice look like draws of the whole distribution."""
-    context, target = draws["val"].batch(np.arange(len(draws["val"])))
-    once = module.distances(context.transpose(0, 1), target)
-    oracle = measure(OnSphere(0.5), draws["val"])["energy"].mean()
-    again = measure(FromContext(D, T), draws["val"])["energy"].mean()
-    assert (once[0] - once[1] / 2).mean().item() == pytest.approx(oracle, abs=0.02) and again > oracle + 0.1
-
-
 def test_a_model_without_samples_is_refused(draws):
-    with pytest.raises(LVMError, match="Weighted has no samples; train a version"):
+    with pytest.raises(LVMError, match="Weighted"):
         measure(Weighted(D, torch.ones(T)), draws["val"])
     found = spread(OnSphere(0.5), {"val": draws["val"].at_most(50)}, {})
-    with pytest.raises(LVMError, match="no 'depth' of 'model' on split 'val'"):
+    with pytest.raises(LVMError, match="depth"):
         found.row("depth")
 
 
-def test_the_figure_is_drawn(draws):
+def test_figure_and_table_have_the_figures(draws):
     found = spread(OnSphere(0.3), {"val": draws["val"].at_most(200)}, {"right": OnSphere(0.5)})
-    figure = plots.ranks(found, "val")
-    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    axes = plots.ranks(found, "val").axes
     shares = histogram(found.frames["val", "model"], "distance")["share"]
-    assert heights == pytest.approx(100 * shares.to_numpy())
-    ratios = [line.get_xdata()[0] for line in figure.axes[2].lines if line.get_marker() == "o"]
-    assert sorted(ratios) == pytest.approx(
-        sorted(found.row("spread ratio", "val", n)["value"] for n in found.forecasts)
-    )
-
-
-def test_the_table_says_what_the_frame_does(draws):
-    found = spread(OnSphere(0.3), {"val": draws["val"].at_most(200)}, {"right": OnSphere(0.5)})
-    shown = plots.spread_table(found).data.set_index("forecast")
-    assert (
-        list(shown.index) == ["model", "right", "if calibrated"] and shown.loc["if calibrated", "spread ratio"] == "1"
-    )
-    row = found.row("energy score less right")
+    assert [patch.get_height() for patch in axes[0].patches] == pytest.approx(100 * shares.to_numpy())
+    ratios = [line.get_xdata()[0] for line in axes[2].lines if line.get_marker() == "o"]
+    values = [found.row("spread ratio", "val", n)["value"] for n in found.forecasts]
+    assert sorted(ratios) == pytest.approx(sorted(values))
+    shown, row = plots.spread_table(found).data.set_index("forecast"), found.row("energy score less right")
+    assert list(shown.index) == ["model", "right", "if calibrated"]
     assert shown.loc["right", "model less it"] == f"{row['value']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
     assert shown.loc["model", "spread ratio"].startswith(f"{found.row('spread ratio')['value']:.3f} [")
 

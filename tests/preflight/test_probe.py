@@ -11,7 +11,6 @@ import pytest
 from scipy.optimize import minimize
 
 from lvmlib.data import worlds
-from lvmlib.data.open import dataset
 from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
 from lvmlib.preflight import probe
@@ -26,7 +25,7 @@ def by_article(found):
     return np.bincount(inverse, found.correct) / np.bincount(inverse)
 
 
-def test_the_score_is_antisymmetric_and_of_the_form_that_is_said():
+def test_the_score_is_antisymmetric_and_has_the_stated_form():
     found = order_probe(worlds.rotation(**SMALL), components=4)
     (classifier,) = found.classifiers
     random = np.random.default_rng(0)
@@ -147,7 +146,7 @@ def test_test_articles_have_no_part_in_the_fit():
     assert set(found.article) == set(store.article[rows])
     (classifier,) = found.classifiers
     assert (found.articles, classifier.articles, classifier.pairs, len(found.correct)) == (8, 24, 24 * 11, 8 * 11)
-    assert found.accuracy == found.correct.mean() and set(found.correct) <= {0.0, 0.5, 1.0}
+    assert set(found.correct) <= {0.0, 0.5, 1.0}
 
 
 def test_crossed_tests_every_article_by_a_classifier_that_never_saw_it():
@@ -168,22 +167,25 @@ def test_pairs_cross_neither_articles_nor_gaps():
     np.testing.assert_array_equal(probe.pairs(store, "val", 1), [6])
 
 
-def test_too_little_is_refused():
-    store = worlds.exchangeable(articles=10, length=12, dim=16)
-    with pytest.raises(LVMError, match="train and test are both 'val'"):
-        order_probe(store, train="val", test="val")
-    with pytest.raises(LVMError, match="unknown split 'test'"):
-        order_probe(store, test="test")
-    with pytest.raises(LVMError, match="lag 0"):
-        order_probe(store, lag=0)
-    with pytest.raises(LVMError, match="17 components; choose 0"):
-        order_probe(store, components=17)
-    with pytest.raises(LVMError, match="0 pairs of 0 articles to test on, val"):
-        order_probe(store, lag=12)
-    with pytest.raises(LVMError, match="22 pairs of 2 articles to fit; an order probe needs at least 50 of 5"):
-        order_probe(store, train="ood")
-    with pytest.raises(LVMError, match="10 pairs of 10 articles in train, val, ood"):
-        crossed_order_probe(store, lag=11, folds=11)
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"train": "val", "test": "val"}, "both 'val'"),
+        ({"test": "test"}, "unknown split 'test'"),
+        ({"lag": 0}, "lag 0"),
+        ({"components": 17}, "17 components"),
+        ({"lag": 12}, "0 pairs of 0 articles"),
+        ({"train": "ood"}, "22 pairs of 2 articles"),
+    ],
+)
+def test_too_little_is_refused(arguments, words):
+    with pytest.raises(LVMError, match=words):
+        order_probe(worlds.exchangeable(articles=10, length=12, dim=16), **arguments)
+
+
+def test_too_few_pairs_for_the_folds_are_refused():
+    with pytest.raises(LVMError, match="10 pairs of 10 articles"):
+        crossed_order_probe(worlds.exchangeable(articles=10, length=12, dim=16), lag=11, folds=11)
 
 
 def test_vectors_without_any_difference_score_a_half():
@@ -192,10 +194,3 @@ def test_vectors_without_any_difference_score_a_half():
     store = make_store("same", vectors, np.repeat(np.arange(8), 10), np.tile(np.arange(10), 8), articles)
     found = order_probe(store, components=2)
     assert found.accuracy == 0.5 and set(found.correct) == {0.5}
-
-
-def test_the_embedded_data():
-    """What was found: a weak drift, growing with the lag."""
-    found = order_probe(dataset("wikipedia").store, lag=1)
-    assert found.articles == 13 and len(found.correct) == 589
-    assert 0.45 < found.accuracy < 0.6

@@ -1,41 +1,29 @@
 """What explore.ipynb moves by hand: tricks, a replayed rule, a window in texts; and the notebook with its sliders."""
 
-import dataclasses
+import functools
 import json
-import math
 import re
+from dataclasses import replace
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from nbclient import NotebookClient
+from toys import DIM, finish, make_data, version
 
 import lvmlib as lvm
 from lvmlib import config, controller, evaluate, losses
 from lvmlib.baselines import baselines
-from lvmlib.data import store as vectors
 from lvmlib.io.paths import ROOT
 from lvmlib.judge import health
 from lvmlib.report import explore, readout
-from lvmlib.runs import run as training
 
-DIM, T = 24, 5
+T = 5
 NOTEBOOK = ROOT / "notebooks" / "explore.ipynb"
-
-
-def make_data(seed=0, articles=12, length=16, title="a{}"):
-    """Articles that drift from a topic."""
-    random = np.random.default_rng(seed)
-    x = random.standard_normal((articles, 1, DIM)) + 0.8 * random.standard_normal((articles, length, DIM))
-    x /= np.linalg.norm(x, axis=-1, keepdims=True)
-    split = np.array(["train", "train", "train", "val", "ood"])[np.arange(articles) % 5]
-    frame = pd.DataFrame({"title": [title.format(i) for i in range(articles)], "split": split}, index=range(articles))
-    place = np.repeat(np.arange(articles), length), np.tile(np.arange(length), articles)
-    return lvm.dataset(vectors.make_store("toy", x.reshape(-1, DIM).astype(np.float32), *place, frame))
+FREE = {"control": {"guard": "none"}}
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +31,18 @@ def data():
     return make_data()
 
 
-def recorded(folder, data, name, log_every=1, overrides=None, epochs=3):
-    """A finished run and its tables, read back from its folder."""
-    settings = {"model": "amn", "epochs": epochs, "precision": "float32", "device": "cpu", "batch_size": 8}
-    settings["log_every"] = log_every
-    run = lvm.train(lvm.version(name, overrides or {}, **settings), data, folder)
-    assert len(list(run)) == epochs
-    _, epochs, steps = lvm.open_run(folder)
-    return run.version, steps, epochs
+@pytest.fixture(scope="module")
+def recorded(data, tmp_path_factory):
+    """recorded(name, overrides, …): version, steps, epochs of a finished run, read back from its folder."""
+
+    @functools.cache
+    def train(name, overrides="{}", epochs=3, log_every=1):
+        own = version(name, overrides=json.loads(overrides), epochs=epochs, batch_size=8, log_every=log_every)
+        run = finish(lvm.train(own, data, tmp_path_factory.mktemp("run") / "run"))
+        _, history, steps = lvm.open_run(run.folder)
+        return own, steps, history
+
+    return lambda name, overrides=None, **more: train(name, json.dumps(overrides or {}), **more)
 
 
 # Tricks
@@ -70,7 +62,7 @@ def test_the_tricks_are_what_their_names_say():
         "last + a·(last − context[-2])": last + a * (last - before),
         "mean + a·(last − mean)": mean + a * (last - mean),
     }
-    found = explore.arithmetic(DIM, T, a, components)
+    found = explore.all_tricks(DIM, T, a, components)
     assert list(found) == list(wanted)
     for name, predictor in found.items():
         assert torch.allclose(predictor(x)[0], wanted[name], atol=1e-6), name
@@ -82,7 +74,7 @@ def test_a_point_of_a_curve_is_what_5cat_says_of_that_predictor(data):
     assert len(curve) == 12 and (curve["strength"] == 0.5).sum() == 6
     names = {"val_cos": "cosine at the target"} | {k: v for k, v in explore.FIGURES.items() if k != "val_cos"}
     for row in curve[curve["strength"] == 0.5].to_dict("records"):
-        predictor = explore.arithmetic(DIM, T, 0.5, components)[row["trick"]]
+        predictor = explore.all_tricks(DIM, T, 0.5, components)[row["trick"]]
         report = lvm.fivecat(predictor, {"val": data.val})
         for column, name in names.items():
             own = report.original if column in ("margin", "of_six") else report
@@ -111,125 +103,77 @@ BY_GRADIENT = {"share": {"rewind": None, "control": {"guard": "none"}}, "pi": {"
 
 
 @pytest.mark.parametrize("name", BY_VALUE)
-def test_a_runs_own_rule_gives_the_recorded_lambda_to_the_last_bit(name, data, tmp_path):
-    version, steps, epochs = recorded(tmp_path / "run", data, name, overrides=BY_VALUE[name])
+def test_a_runs_own_rule_gives_the_recorded_lambda_to_the_last_bit(name, recorded):
+    version, steps, epochs = recorded(name, BY_VALUE[name])
     again = explore.replay(version, steps, epochs)
-    assert explore.exact(version.control, steps) and again["step"].tolist() == steps["step"].tolist()
+    assert explore.is_exact(version.control, steps) and again["step"].tolist() == steps["step"].tolist()
     for column in ("lambda_eff", "rho", "skip"):
         assert again[column].tolist() == steps[column].tolist(), column
     assert (steps["lambda_eff"].nunique() > 2) == (name not in ("p6", "v23_unguarded")), steps["lambda_eff"].tolist()
 
 
 @pytest.mark.parametrize("name", BY_GRADIENT)
-def test_of_rules_that_read_gradients_the_recorded_lambda_comes_out_to_rounding(name, data, tmp_path):
-    overrides = config.merge(BY_GRADIENT[name], {"control": {"lambda_max": 10.0}})
-    version, steps, epochs = recorded(tmp_path / "run", data, name, overrides=overrides)
+def test_of_rules_that_read_gradients_the_recorded_lambda_comes_out_to_rounding(name, recorded):
+    version, steps, epochs = recorded(name, config.merge(BY_GRADIENT[name], {"control": {"lambda_max": 10.0}}))
     again = explore.replay(version, steps, epochs)
     assert steps["lambda_eff"].nunique() > 10 and steps["lambda_eff"].max() < 10
     assert again["lambda_eff"].to_numpy() == pytest.approx(steps["lambda_eff"].to_numpy(), rel=1e-12)
 
 
-def test_after_a_rewind_the_rule_goes_on_as_in_training(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, control", [("pi", {"lambda_max": 10.0, "guard": "none", "ki": 0.05}), ("v23_unguarded", {"guard": "none"})]
+)
+def test_after_a_rewind_the_rule_goes_on_as_in_training(name, control, recorded, monkeypatch):
     """With the lower ceiling, and for pi with the state of the epoch gone back to."""
+    scores, real = iter([0.20, 0.30, 0.10, 0.29, 0.1, 0.28]), evaluate.validate
+    monkeypatch.setattr(evaluate, "validate", lambda *a, **k: real(*a, **k) | {"novel_mrr": next(scores)})
     rewind = {"fall": 0.1, "escape": 1.0, "cool": 0.5, "most": 2}
-    for name, overrides in {
-        "pi": {"control": {"lambda_max": 10.0, "guard": "none", "ki": 0.05}},
-        "v23_unguarded": {"control": {"guard": "none"}},
-    }.items():
-        told, real = iter([0.20, 0.30, 0.10, 0.29, 0.1, 0.28]), evaluate.validate
-        with monkeypatch.context() as patch:
-            patch.setattr(training, "validate", lambda *a, told=told, real=real: real(*a) | {"novel_mrr": next(told)})
-            run = recorded(tmp_path / name, data, name, overrides={"rewind": rewind, **overrides}, epochs=6)
-        version, steps, epochs = run
-        assert epochs["rewound"].tolist() == [0, 0, 1, 0, 1, 0]
-        again = explore.replay(version, steps, epochs)["lambda_eff"].to_numpy()
-        assert again == pytest.approx(steps["lambda_eff"].to_numpy(), rel=1e-12)
-        unaware = explore.replay(version, steps, epochs.assign(rewound=0.0))["lambda_eff"].to_numpy()
-        assert unaware != pytest.approx(again, rel=1e-3)
-
-
-@pytest.mark.parametrize("name", ["pi", "v23_unguarded"])
-def test_a_run_that_went_back_in_the_midst_of_epochs_is_replayed_by_its_alarms(name, data, tmp_path, monkeypatch):
-    """Once in epoch 2 (its 3rd batch), in epoch 4 once in its midst and once at its end: `rewound` is 1 and 2."""
-    more = {"pi": {"lambda_max": 10.0, "guard": "none", "ki": 0.05}, "v23_unguarded": {"guard": "none"}}
-    own = {"control": more[name], "rewind": {"fall": 0.1, "escape": 1.0, "cool": 0.5, "most": 3}, "trouble": "rewind"}
-    settings = {"model": "amn", "epochs": 5, "precision": "float32", "device": "cpu", "batch_size": 8, "log_every": 1}
-    run = lvm.train(lvm.version(name, own, **settings), data, tmp_path / "run")
-    a = run._batches
-    seen, real, score, mrr = [], losses.mse, evaluate.validate, iter([0.20, 0.30, 0.31, 0.10, 0.29])
-
-    def mse(*given):
-        seen.append(1)
-        return real(*given) * (math.nan if len(seen) in (a + 3, 3 * a + 3 + 2) else 1)
-
-    monkeypatch.setattr(losses, "mse", mse)
-    monkeypatch.setattr(training, "validate", lambda *x: score(*x) | {"novel_mrr": next(mrr)})
-    monkeypatch.setattr(training.alarms, "due", lambda *_: ("go_on", ""))  # the toy's other alarms are not meant here
-    list(run)
-    record, epochs, steps = lvm.open_run(run.folder)
-    assert epochs["rewound"].tolist() == [0, 1, 0, 2, 0]
-    told = training.alarms.kept(record, "run.yaml")
-    assert [x.epoch for x in told] == [2, 4]
-    again = explore.replay(run.version, steps, epochs, told=told)["lambda_eff"].to_numpy()
+    version, steps, epochs = recorded(name, {"rewind": rewind, "control": control}, epochs=6)
+    assert epochs["rewound"].tolist() == [0, 0, 1, 0, 1, 0]
+    again = explore.replay(version, steps, epochs)["lambda_eff"].to_numpy()
     assert again == pytest.approx(steps["lambda_eff"].to_numpy(), rel=1e-12)
-    only_ends = dataclasses.replace(run.version, trouble="go_on")
-    unaware = explore.replay(only_ends, steps, epochs.assign(rewound=[0, 1, 0, 1, 0]))["lambda_eff"].to_numpy()
+    unaware = explore.replay(version, steps, epochs.assign(rewound=0.0))["lambda_eff"].to_numpy()
     assert unaware != pytest.approx(again, rel=1e-3)
-    with pytest.raises(lvm.LVMError, match=r"epoch 2 was gone back from, in its midst or at its end.*told=run\.alarms"):
-        explore.replay(run.version, steps, epochs)
-    with pytest.raises(lvm.LVMError, match="epoch 4 was gone back from 2 times, 0 of them in its midst"):
-        explore.replay(run.version, steps, epochs, told=told[:1])
 
 
-def test_a_version_without_rewind_cools_by_what_training_takes(data, tmp_path):
-    """`trouble: rewind` alone: it has no `rewind` of its own, and went back at the ends of two epochs."""
-    own = {"trouble": {"divergence": "rewind"}, "rewind": None, "optimizer": {"lr": 10.0}, "control": {"guard": "none"}}
-    settings = {"model": "amn", "epochs": 6, "precision": "float32", "device": "cpu", "log_every": 1}
-    run = lvm.train(lvm.version("v23_unguarded", own, **settings), data, tmp_path / "run")
-    list(run)
-    assert run.history["rewound"].sum() == 2
-    again = explore.replay(run.version, run.steps, run.history, told=run.alarms)["lambda_eff"].to_numpy()
-    assert again == pytest.approx(run.steps["lambda_eff"].to_numpy(), rel=1e-12)
-    assert run.steps["lambda_eff"].nunique() == 3
-
-
-def test_what_is_exact_of_a_run_logged_now_and_then(data, tmp_path):
-    version, steps, epochs = recorded(tmp_path / "run", data, "v22", log_every=2)
-    assert len(steps) < steps["step"].max() and explore.exact(version.control, steps)
+def test_a_rule_with_memory_is_exact_only_where_every_step_is_logged(recorded):
+    version, steps, epochs = recorded("v22", log_every=2)
+    assert len(steps) < steps["step"].max() and explore.is_exact(version.control, steps)
     assert explore.replay(version, steps, epochs)["lambda_eff"].tolist() == steps["lambda_eff"].tolist()
-    slow = dataclasses.replace(version.control, rule="pi", measure="value", kp=0.0, ki=0.1)
-    assert not explore.exact(slow, steps)
+    slow = replace(version.control, rule="pi", measure="value", kp=0.0, ki=0.1)
+    assert not explore.is_exact(slow, steps)
     every = steps.assign(step=np.arange(1, len(steps) + 1))
-    assert explore.exact(slow, every) and not explore.exact(slow, every.iloc[1:])
+    assert explore.is_exact(slow, every) and not explore.is_exact(slow, every.iloc[1:])
 
 
-def test_another_rule_is_applied_to_the_recorded_losses(data, tmp_path):
-    version, steps, epochs = recorded(tmp_path / "run", data, "v22", overrides={"control": {"guard": "none"}})
+def test_another_rule_is_applied_to_the_recorded_losses(recorded):
+    version, steps, epochs = recorded("v22", FREE)
     c = version.control
     wanted = [
         min(max(2 * t * m / d, 1e-4), 0.005) for t, m, d in steps[["rho_target", "mse", "directional"]].to_numpy()
     ]
-    changed = dataclasses.replace(c, rule="fraction", lambda_max=0.005)
+    changed = replace(c, rule="fraction", lambda_max=0.005)
     found = explore.replay(version, steps, epochs, changed, aim=2.0)
     assert found["lambda_eff"].to_numpy() == pytest.approx(wanted, rel=1e-12)
     assert found["aim"].tolist() == (2 * steps["rho_target"]).tolist()
-    fixed = explore.replay(version, steps, epochs, dataclasses.replace(c, rule="fixed", lambda_max=0.01))
+    fixed = explore.replay(version, steps, epochs, replace(c, rule="fixed", lambda_max=0.01))
     assert (fixed["lambda_eff"] == 0.01).all()
-    capped = explore.replay(version, steps, epochs, dataclasses.replace(c, rule="rho_cap"), cap=0.1)
+    capped = explore.replay(version, steps, epochs, replace(c, rule="rho_cap"), cap=0.1)
     assert (capped["rho"] <= 0.1 * steps["rho_cap"] * (1 + 1e-12)).all()
     # A cap below 0.8 of the target, which no version has: there the raise branch keeps the cap from acting.
     kept = explore.replay(version, steps, epochs, cap=0.1)
     beyond = kept["rho"] > 0.1 * steps["rho_cap"] * (1 + 1e-12)
     assert 0 < beyond.sum() < len(steps) and (kept["raised"] > 0).tolist() == beyond.tolist()
-    with pytest.raises(lvm.LVMError, match="rule constrained on a run of v22"):
-        explore.replay(version, steps, epochs, dataclasses.replace(c, rule="constrained"))
+    with pytest.raises(lvm.LVMError, match=r"constrained.*v22"):
+        explore.replay(version, steps, epochs, replace(c, rule="constrained"))
 
 
-def test_a_gradient_that_was_not_logged_leaves_a_gap_and_no_trace(data, tmp_path):
+def test_a_gradient_that_was_not_logged_leaves_a_gap_and_no_trace(recorded):
     """Of a step that the guard skipped λ times the gradient is 0; another guard's λ there cannot be known."""
-    version, steps, epochs = recorded(tmp_path / "run", data, "share", overrides={"rewind": None})
+    version, steps, epochs = recorded("share", {"rewind": None})
+    steps = steps.copy()
     steps.loc[[3, 5], ["lambda_eff", "pull_directional"]] = 0.0
-    free = dataclasses.replace(version.control, guard="none")
+    free = replace(version.control, guard="none")
     found = explore.replay(version, steps, epochs, free)["lambda_eff"]
     without = explore.replay(version, steps.drop(index=[3, 5]), epochs, free)["lambda_eff"]
     assert found.isna().sum() >= 2 and found[[3, 5]].isna().all()
@@ -241,7 +185,7 @@ def test_the_raise_branch_is_entered_and_never_acts():
     random, entered = np.random.default_rng(0), 0
     c = lvm.version("v22").control
     for mse, directional, target, over, low, span in np.exp(random.uniform(-6, 1, (3000, 6))):
-        own = dataclasses.replace(c, lambda_min=low * 1e-3, lambda_max=low * 1e-3 * (1 + span))
+        own = replace(c, lambda_min=low * 1e-3, lambda_max=low * 1e-3 * (1 + span))
         cap = target * (0.8 + over)
         plain = min(max(mse * target / directional, own.lambda_min), own.lambda_max)
         rho = plain * directional / mse
@@ -252,45 +196,38 @@ def test_the_raise_branch_is_entered_and_never_acts():
     assert entered > 300
 
 
-def test_replay_counts_the_steps_that_asked_for_a_raise(data, tmp_path):
-    version, steps, epochs = recorded(tmp_path / "run", data, "v22", overrides={"control": {"guard": "none"}})
-    low = dataclasses.replace(version.control, lambda_max=0.002)
+def test_replay_counts_the_steps_that_asked_for_a_raise(recorded):
+    version, steps, epochs = recorded("v22", FREE)
+    low = replace(version.control, lambda_max=0.002)
     found = explore.replay(version, steps, epochs, low)
     held = 0.002 * steps["directional"] / steps["mse"] < 0.8 * steps["rho_target"]
     assert held.any() and found["asked"].tolist() == held.tolist() and (found["raised"] == 0).all()
-    assert not explore.replay(version, steps, epochs, dataclasses.replace(low, rule="rho_cap"))["asked"].any()
+    assert not explore.replay(version, steps, epochs, replace(low, rule="rho_cap"))["asked"].any()
 
 
 # A window in texts
 
 
-def test_a_window_is_told_with_ranks_and_its_texts_show_letter_by_letter():
-    data = make_data(title="<b>{}</b>")
+def test_a_window_is_shown_with_ranks_and_its_texts_letter_by_letter(data):
+    store = replace(data.store, articles=data.store.articles.assign(title="<i>t</i>"))
+    val = replace(data.val, store=store)
     hostile = "<script>alert(1)</script> $x$ \\(y\\) | **z** <img src=x onerror=alert(2)>"
-    texts = [f"{i} {hostile}" for i in range(len(data.store.vectors))]
-    predictors = {
-        "copy <i>last</i>": baselines(data.train)["copy last"],
-        "mean": baselines(data.train)["mean"],
-    }
-    found = {n: readout.nearest(p, data.val, [2], texts, 2) for n, p in predictors.items()}
-    page = explore.told(found, data.val)
-    assert not re.search(r"<(script|img|i|b>\d)", page) and "&lt;script&gt;" in page and "$x$" not in page
+    texts = [f"{i} {hostile}" for i in range(len(store.vectors))]
+    simple = baselines(data.train)
+    predictors = {"copy <i>last</i>": simple["copy last"], "mean": simple["mean"]}
+    neighbours = {n: readout.nearest(p, val, [2], texts, 2) for n, p in predictors.items()}
+    page = explore.window_table(neighbours, val)
+    assert not re.search(r"<(script|img|i)\b", page) and "&lt;script&gt;" in page and "$x$" not in page
     rows = re.findall(r"<tr>.*?</tr>", page)
     assert len(rows) == 1 + T + 1 + 2 * (1 + 2)  # a head; read; true; of each predictor a heading and its nearest
-    for name, frame in found.items():
+    for name, frame in neighbours.items():
         true = frame[frame["role"] == "truth"].iloc[0]
-        said = (
-            f"{readout.escape(name)}: the true one has rank {true['rank']:g} of {16 - T} chunks not read (by chance 6)"
-        )
-        assert sum(said in row for row in rows) == 1
-        near = frame[frame["role"] == "nearest in article"]
-        assert all(
-            any(f">{c:.2f}<" in row and f"{n} &lt;" in row for row in rows)
-            for c, n in near[["cosine", "row"]].to_numpy().tolist()
-            for n in [int(n)]
-        )
+        ranked = f"{readout.escape(name)}: the true one has rank {true['rank']:g} of {16 - T} chunks"
+        assert sum(ranked in row for row in rows) == 1
+        for row in frame[frame["role"] == "nearest in article"].to_dict("records"):
+            assert any(f">{row['cosine']:.2f}<" in r and f"{row['row']} &lt;" in r for r in rows)
     cells = [re.findall(r">(-?\d\.\d\d)<", row) for row in rows[1 : 2 + T]]
-    read = found["mean"][found["mean"]["role"].isin(["context", "truth"])]["cosine"]
+    read = neighbours["mean"][neighbours["mean"]["role"].isin(["context", "truth"])]["cosine"]
     assert [float(c[1]) for c in cells] == pytest.approx(read.tolist(), abs=0.0051)
     assert "Wikipedia" not in page  # these texts are nobody's there
 

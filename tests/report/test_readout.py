@@ -120,7 +120,7 @@ def test_ranks_are_those_of_5cat(store, texts, model):
     truth = R.nearest(model, val, range(len(val)), texts).query("role == 'truth'")
     frame = measure(model, val)
     assert truth["rank"].tolist() == frame["novel rank"].tolist()
-    assert truth["candidates"].tolist() == frame["novel candidates"].tolist()
+    assert truth["candidates"].tolist() == frame.candidates["novel"].tolist()
     assert np.allclose(truth["cosine"], frame["cosine"], atol=1e-6)
 
 
@@ -171,9 +171,9 @@ def test_rollout_cosines_are_those_of_5cat(store, texts, model):
     val = windows(store, "val")
     found = R.rollout(model, val, range(len(val)), texts)
     table = found[found["role"] == "truth"].pivot(index="window", columns="step", values="cosine")
-    frame = measure(model, val)
-    assert np.allclose(table[1], frame["rollout 1"], atol=1e-6)
-    assert np.allclose(table[2], frame["rollout 2"], atol=1e-6, equal_nan=True)
+    rolled = measure(model, val).rollout
+    assert np.allclose(table[1], rolled[:, 0], atol=1e-6)
+    assert np.allclose(table[2], rolled[:, 1], atol=1e-6, equal_nan=True)
 
 
 def test_models_are_left_as_they_were(store, texts):
@@ -198,8 +198,8 @@ def test_choice_is_spread_over_the_ranks():
     ]
     assert frame["novel rank"][chosen["window"]].tolist() == chosen["novel rank"].tolist()
     assert chosen["window"].iloc[0] == 99  # of windows 98 to 101, which share rank 1, the middle one
-    assert chosen["said"].iloc[0] == "best of 102 windows by novel rank (1, one of 4 such)"
-    assert chosen["said"].iloc[4] == "worst of 102 windows by novel rank (200, the only such)"
+    assert chosen["choice"].iloc[0] == "best of 102 windows by novel rank (1, one of 4 such)"
+    assert chosen["choice"].iloc[4] == "worst of 102 windows by novel rank (200, the only such)"
     assert R.choose(frame, 1)["novel rank"].tolist() == [48]  # one alone is the median, not the best
 
 
@@ -286,15 +286,15 @@ def test_the_page_says_what_is_what(store, texts, model):
     val = windows(store, "val")
     last = int(np.flatnonzero(val.article == 0)[-1])
     found = R.nearest(model, val, [last], texts)
-    chosen = pd.DataFrame({"window": [last], "novel rank": [1.0], "said": ["worst of *all*"]})
+    chosen = pd.DataFrame({"window": [last], "novel rank": [1.0], "choice": ["worst of *all*"]})
     page = "".join(Page(R.show(found, val, chosen).data).pieces)
-    assert page.startswith("Alpha: chunks 5 to 9 read, chunk 11 foretold; worst of *all*")
+    assert page.startswith("Alpha: chunks 5 to 9 read, chunk 11 predicted; worst of *all*")
     truth = found[found["role"] == "truth"].iloc[0]
     assert f"true, 2 after the last one read: rank {truth['rank']:g} of 7 in the article (by chance 4)" in page
     assert f"{truth['rank in split']:g} of 29 in all of val (by chance 15)" in page
     assert "CC BY-SA" not in page  # the texts of a store of one's own are one's own
     over = "".join(Page(R.show(R.rollout(model, val, [last], texts, 2), val).data).pieces)
-    assert "step 1, of 7 chunks" in over and "step 2, of 7 chunks; nothing true to show" in over
+    assert "step 1, of 7 chunks" in over and "step 2, of 7 chunks; no true chunk" in over
 
 
 def test_the_page_tells_nothing_twice(store, texts):
@@ -351,5 +351,5 @@ def test_embedded_data_is_credited():
     chosen = R.choose(measure(mean, val))
     page = "".join(Page(R.show(R.nearest(mean, val, chosen["window"], texts), val, chosen).data).pieces)
     assert page.count("text: authors of English Wikipedia, CC BY-SA") == 1
-    assert all(said in page for said in chosen["said"])
+    assert all(said in page for said in chosen["choice"])
     assert R.shorten(texts[val.target[chosen["window"].iloc[0]]]) in page

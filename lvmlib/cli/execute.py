@@ -1,0 +1,220 @@
+"""Execute one of notebooks/ by papermill: into a hidden partial file, then whole to its place."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import typer
+from filelock import FileLock, Timeout
+
+from ..errors import LVMError, format_error
+from ..io import limits, stamp
+from ..io.disk import TROUBLE, explain_os_errors, job_folder, write_atomic
+from ..io.paths import CHECKOUT, NOTEBOOKS, ROOT, outputs
+from .parameters import check_given
+
+KEPT = "what was finished is kept, and the same command goes on from there"
+
+
+class Executed(NamedTuple):
+    """A notebook that papermill has executed to its end, in its partial file, and its parameters."""
+
+    path: Path
+    parameters: dict
+
+
+@contextlib.contextmanager
+def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -> Iterator[Executed]:
+    """Execute notebooks/NOTEBOOK.ipynb with papermill's `options` and give the stamped result, which `move` takes.
+
+    A result that was not moved is deleted with the block. Raises typer.Exit after a message if nothing was executed to
+    its end. What a failed notebook has come to is then moved to `failed`; without that it lies in outputs/, unless it
+    ends with an LVMError, which says all.
+    """
+    check_options(notebook, options)
+    commit = stamp.commit(notebook)
+    with _partial(notebook) as partial:
+        template, target = f"notebooks/{notebook}.ipynb", str(short(partial.absolute(), ROOT))
+        done = _papermill([template if CHECKOUT else str(NOTEBOOKS / f"{notebook}.ipynb"), target, *options])
+        content = _read(partial)
+        if done.returncode:
+            _explain(done, partial, content, failed)
+            raise typer.Exit(done.returncode)
+        if content is None:  # papermill was asked for help
+            raise typer.Exit
+        if not stamp.is_executed(content):
+            print(f"\nPrepared, not executed: {short(_reveal(partial))}")
+            raise typer.Exit
+        with explain_os_errors(partial, KEPT):
+            if not stamp.stamp(partial, notebook, commit):
+                print("Files changed while the notebook ran. It counts as rendered from uncommitted files.")
+        yield Executed(partial, parameters(content))
+
+
+def move(executed: Path, notebook: Path) -> None:
+    """Move an executed notebook to its place, which may be on another disk: it appears there whole or not at all."""
+    try:
+        with explain_os_errors(notebook):
+            notebook.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(notebook, lambda partial: shutil.copyfile(executed, partial))
+    except LVMError:
+        print(f"\nThe executed notebook is {short(_reveal(executed))}", file=sys.stderr)
+        raise
+    executed.unlink()
+
+
+def parameters(content: dict) -> dict:
+    """Return the parameters that a notebook (as JSON) ran with: its parameters cell, then what papermill injected."""
+    values = {}
+    for cell in content["cells"]:
+        if {"parameters", "injected-parameters"} & set(cell["metadata"].get("tags", [])):
+            for node in ast.parse("".join(cell["source"])).body:
+                values[node.targets[0].id] = ast.literal_eval(node.value)
+    values["fast"] = values["fast"] or os.environ.get("LVM_FAST") == "1" or None
+    return values
+
+
+def find_notebook(given: str) -> str:
+    """Return the name of the notebook of notebooks/ that `given` names or leads to. Raises LVMError for any other."""
+    known = {path.stem: path.resolve() for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
+    for name, path in known.items():
+        if given == name or Path(given).resolve() == path:
+            return name
+    raise LVMError(
+        f"{given}: not one of notebooks/ here ({', '.join(known)}); name one of these, or run your own notebook by: "
+        "papermill NOTEBOOK OUT.ipynb"
+    )
+
+
+def check_options(notebook: str, options: Sequence[str]) -> None:
+    """Raise LVMError if papermill's options name no parameter of the notebook, or give one that is no plain value."""
+    import click
+    import papermill.cli  # looks at stdin when imported
+
+    try:
+        parsed = papermill.cli.papermill.make_context(
+            "papermill", [notebook, notebook, *options], resilient_parsing=True
+        ).params
+        given = [dict(parsed[key]) for key in ("parameters", "parameters_raw")]
+        given += [limits.read_yaml(ROOT / path) for path in parsed["parameters_file"]]  # papermill starts there
+        texts = [*map(str.encode, parsed["parameters_yaml"]), *map(base64.b64decode, parsed["parameters_base64"])]
+        given += map(limits.from_yaml, texts)
+    except (click.ClickException, click.exceptions.Exit):
+        return  # papermill says what is wrong with its options, or helps
+    except (OSError, ValueError) as e:
+        raise LVMError(f"parameters: cannot be read ({format_error(e)}); look at the options -f, -y and -b") from e
+    known = parameters(json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8")))
+    for values in given:
+        if not isinstance(values, dict | None):
+            raise LVMError(f"parameters: {str(values)[:80]!r} is no `name: value`")
+        check_given(values or {}, known)
+
+
+def short(path: Path, start: Path | None = None) -> Path:
+    """Return the path as seen from `start`, by default the working directory, if it lies below."""
+    start = start or Path.cwd()
+    return path.relative_to(start) if path.is_relative_to(start) else path
+
+
+@contextlib.contextmanager
+def _partial(notebook: str) -> Iterator[Path]:
+    """Give a new hidden file in outputs/, locked until the block ends and then deleted if it still lies there.
+
+    Those that killed processes left are deleted first: they are hidden, of this form, and not locked.
+    """
+    with explain_os_errors(outputs(), KEPT):
+        outputs().mkdir(parents=True, exist_ok=True)
+        for left in outputs().glob(".*.????????.partial.ipynb"):
+            with (
+                contextlib.suppress(OSError),
+                FileLock(left, timeout=0, fallback_to_soft=False),
+            ):  # of one that is used: Timeout
+                left.unlink()
+        partial = outputs() / f".{notebook}.{secrets.token_hex(4)}.partial.ipynb"
+        lock = FileLock(partial, fallback_to_soft=False)
+        try:
+            lock.acquire(timeout=10)
+        except Timeout:
+            raise
+        except OSError:
+            partial.touch()  # a file system without locks; one that takes no file says so here
+    try:
+        yield partial
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        lock.release()
+
+
+def _papermill(arguments: Sequence[str]) -> subprocess.CompletedProcess:
+    """Run papermill from ROOT. What cells print is shown as it comes; papermill's own messages are captured."""
+    # Nobody watches this kernel, whoever calls: one line an epoch.
+    environment = {k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"}
+    environment["LVM_OUTPUTS"] = str(outputs().absolute())  # papermill and the kernel start from ROOT
+    with job_folder() as place:
+        environment |= {"IPYTHONDIR": place, "JUPYTER_RUNTIME_DIR": place}
+        command = [sys.executable, "-m", "lvmlib.cli.papermill_ipc", "--no-progress-bar", "--stdout-file", "-"]
+        command += ["--start-timeout", "600", *arguments]
+        return subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def _read(partial: Path) -> dict | None:
+    """Return an executed notebook; None if there is none, or if papermill was killed while it wrote."""
+    try:
+        return json.loads(partial.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _reveal(partial: Path, target: Path | None = None) -> Path:
+    """Give a partial notebook that is to be kept a name that is not hidden; by its suffix no gallery shows it."""
+    target = target or partial.with_name(partial.name.removeprefix("."))
+    with explain_os_errors(target, f"the notebook is {short(partial)}"):
+        if target.parent == partial.parent:
+            return partial.rename(target)
+    write_atomic(target, lambda copy: shutil.copyfile(partial, copy))
+    return target
+
+
+def _explain(done: subprocess.CompletedProcess, partial: Path, content: dict | None, failed: Path | None) -> None:
+    """Print why an execution failed, and where the notebook is."""
+    outs = [out for cell in (content or {"cells": []})["cells"] for out in cell.get("outputs", [])]
+    errors = [f"{out['ename']}: {out['evalue']}" for out in outs if out["output_type"] == "error"]
+    explained = bool(errors) and errors[-1].startswith("LVMError: ")
+    if explained:
+        print(f"\n{errors[-1]}", file=sys.stderr)
+    else:
+        print((not errors and _cause(done.stderr, partial)) or done.stderr, file=sys.stderr)
+    if partial.exists() and partial.stat().st_size and (failed or not explained):
+        print(f"Failed; the notebook as far as it came: {short(_reveal(partial, failed))}", file=sys.stderr)
+
+
+def _cause(stderr: str, partial: Path) -> str:
+    """Return what papermill itself died of by its last line, as an LVMError; empty if it is for papermill to say."""
+    last = (stderr.strip().splitlines() or [""])[-1]
+    if last.endswith("DeadKernelError: Kernel died"):
+        return (
+            "LVMError: the kernel was killed, perhaps for want of memory, or because a store that it reads was cut "
+            f"short. Free some memory, or restore that store; {KEPT}"
+        )
+    match = re.fullmatch(r"\w*Error: \[Errno (\d+)\] [^:]*(?:: '(.*)')?", last)
+    if not match or int(match[1]) not in TROUBLE:
+        return ""
+    number, where = int(match[1]), [str(ROOT / match[2])] if match[2] else []
+    try:
+        with explain_os_errors(partial, KEPT):
+            raise OSError(number, os.strerror(number), *where)
+    except LVMError as e:
+        return f"LVMError: {e}"

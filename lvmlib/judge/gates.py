@@ -1,0 +1,136 @@
+"""The gates of 5CAT: what each asks, and how an interval or a threshold answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from .health import MATERIAL
+
+GATES = {
+    "A": "offset sweep",
+    "B": "retrieval",
+    "C": "context ablations",
+    "D": "rollout",
+    "E": "generalisation",
+    "F": "arrow of time",
+    "G": "health and honesty",
+}
+UNTRAINED = ("copy last", "mean")
+
+
+# Profile `original`. (gate, measure): (sense, threshold on validation, threshold on OOD); handbook §4
+THRESHOLDS = {
+    ("A", "margin"): (">=", 0.10, 0.08),
+    ("A", "cosine at the target"): (">=", 0.50, 0.48),
+    ("B", "R@1"): (">=", 0.55, 0.55),
+    ("B", "R@5"): (">=", 0.92, 0.92),
+    ("C", "shuffled"): ("<=", -0.15, -0.15),
+    ("C", "reversed"): ("<=", -0.10, -0.10),
+    ("C", "leave one out"): ("<=", -0.08, -0.08),
+    ("C", "last repeated"): ("<=", 0.05, 0.05),
+    ("C", "last replaced"): ("<=", 0.05, 0.05),
+    ("D", "mean cosine"): (">=", 0.45, 0.42),
+    ("E", "difference"): ("<=", 0.05, 0.05),
+}
+GENERALISES = 0.05  # profile `calibrated`: validation and OOD may differ by this in cosine
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of profile `calibrated`: on which side of `bound` the interval of `measure` has to lie.
+
+    `against`: of which other predictors the best is subtracted, on the same windows: `none`, `all` or `untrained`.
+    `text` names it as {other}.
+    """
+
+    gate: str
+    text: str
+    measure: str
+    against: str = "none"
+    wanted: str = "above"
+    bound: float = 0.0
+
+    def outcome(self, low: float, high: float) -> str:
+        """passed: the interval lies on the wanted side; failed: on the other; open: neither; or not measured."""
+        if self.wanted == "within":
+            return outcome(-self.bound <= low and high <= self.bound, low > self.bound or high < -self.bound, low)
+        if self.wanted == "above":
+            return outcome(low > self.bound, high <= self.bound, low)  # a frozen rollout moves by [0, 0]: failed
+        return outcome(high < self.bound, low >= self.bound, low)
+
+
+QUESTIONS = (
+    Question("A", "novel margin: against the best chunk beside context and skipped chunk", "novel margin"),
+    Question("A", "novel margin, ahead, against the best of the others ({other})", "novel margin, ahead", "all"),
+    Question("B", "novel MRR against the best of the others ({other})", "novel MRR", "all"),
+    *(
+        Question("C", f"novel MRR when the context is {name}: is order used?", f"{name}, novel MRR", wanted="below")
+        for name in ("shuffled", "reversed")
+    ),
+    Question("D", "mean rollout cosine against {other}, rolled out alike", "mean rollout", "untrained"),
+    Question("D", "rolling on against standing still at the first step", "rolling on"),
+    Question(
+        "E",
+        "cosine, validation − OOD, normal coherence",
+        "difference, normal coherence",
+        wanted="within",
+        bound=GENERALISES,
+    ),
+)
+
+
+def answers(report, split: str, predictor: str) -> pd.DataFrame:
+    """`Report.judgements`: a row for each of QUESTIONS, and one for the margin from leaving the context."""
+    rows, missing = [], dict.fromkeys(("value", "low", "high", "articles"), float("nan"))
+    for q in QUESTIONS:
+        other = ""
+        if q.against != "none":
+            among = [n for n in UNTRAINED if n != predictor] if q.against == "untrained" else None
+            other = report.best_trivial(q.measure, split, among, but=predictor)
+            found = report.paired(q.measure, split, predictor, other)
+        elif q.gate == "E":
+            both = report.rows("both", predictor)
+            both = both[both["measure"] == q.measure]
+            found = both.iloc[0] if len(both) else missing
+        else:
+            found = report.row(q.measure, split, predictor)
+        answer = {k: found[k] for k in missing} | {
+            "wanted": q.wanted + (" ± " if q.wanted == "within" else " ") + f"{q.bound:g}",
+            "outcome": q.outcome(found["low"], found["high"]),
+        }
+        rows.append({"gate": q.gate, "question": q.text.format(other=other)} | {k: found[k] for k in missing} | answer)
+    facts, articles = report.facts[split, predictor], report.row("cosine at the target", split, predictor)["articles"]
+    return pd.DataFrame([*rows, _honesty(facts, report.escapes(split, predictor), articles)])
+
+
+def _honesty(facts: Mapping, escapes: bool, articles: int) -> dict:
+    """The row on the margin from leaving the context: little of it is allowed, more only if cosine or rank gain."""
+    pays = facts["cosine paid high"] < 0 or facts["novel MRR paid high"] < 0
+    harmless = not facts["escape"] and (facts["margin bought high"] < MATERIAL or pays)
+    own = {"value": facts["margin bought"], "low": facts["margin bought low"], "high": facts["margin bought high"]}
+    answer = {"wanted": f"below {MATERIAL:g}, or paid for", "outcome": outcome(harmless, escapes, own["low"])}
+    return {"gate": "G", "question": "margin from leaving the context", **own, "articles": articles, **answer}
+
+
+def outcome(good: bool, bad: bool, low: float) -> str:
+    """One article has no interval (`low` is NaN): then nothing was measured."""
+    return "not measured" if math.isnan(low) else "passed" if good else "failed" if bad else "open"
+
+
+def worst(outcomes: Iterable[str]) -> str:
+    """One outcome for several: passed where all are, else the gravest."""
+    outcomes = list(outcomes)
+    return next((word for word in ("failed", "not measured", "open") if word in outcomes), "passed")
+
+
+def threshold_of(row: Mapping) -> tuple[float, bool | None]:
+    """The threshold of a row's measure on its split, and whether it is reached (by NaN never); (NaN, None) without."""
+    if (row["gate"], row["measure"]) not in THRESHOLDS:
+        return float("nan"), None
+    sense, val, ood = THRESHOLDS[row["gate"], row["measure"]]
+    threshold = ood if row["split"] == "ood" else val
+    return threshold, bool(row["value"] >= threshold if sense == ">=" else row["value"] <= threshold)

@@ -1,0 +1,115 @@
+"""A model as one ONNX file, checked against torch.
+
+Axes: B batch, T context length, D vector dimension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import models
+from ..errors import LVMError, extra, said
+from ..io.disk import write_whole
+from .export import load
+
+ONNX_TOLERANCE = 1e-4  # of an output's largest magnitude; float32 kernels sum in another order
+
+
+class _Heads(nn.Module):
+    """What ONNX computes of a predictor: its point, and the unit vector that ranks chunks."""
+
+    def __init__(self, model: models.Predictor):
+        super().__init__()
+        self.model = model
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        raw, _, ranker = self.model.heads(context)
+        return raw, ranker
+
+
+class _AddHeadsAxis(TorchFunctionMode):
+    """Gives attention without an axis for its heads, as AMN's, such an axis: the converter needs one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention and args[0].ndim == 3:
+            return func(*(a[:, None] for a in args[:3]), *args[3:], **(kwargs or {}))[:, 0]
+        return func(*args, **(kwargs or {}))
+
+
+def to_onnx(model: models.Predictor | str | os.PathLike, path: str | os.PathLike) -> float:
+    """Write a model, or that of an exported folder, as one ONNX file. Returns its largest difference from torch.
+
+    Input `context` (B, T, D) float32, any B; outputs `point` (B, D), the raw prediction, and `ranker` (B, D), the unit
+    vector that ranks chunks. Of a sampler only the point: drawing samples needs torch. The difference is relative to
+    the largest magnitude of each output, over batches of 1, 3 and 64 random contexts, by ONNX Runtime on the CPU.
+    Raises LVMError, and leaves no file, if it is above ONNX_TOLERANCE, if the model cannot be converted, and if `path`
+    exists.
+    """
+    for module in ("onnx", "onnxscript"):  # torch's exporter imports them late
+        extra(module, "export")
+    runtime = extra("onnxruntime", "export")
+    path = Path(path)
+    if path.exists():
+        raise LVMError(f"{path}: is there already; name a new file, or move the old one aside")
+    model = copy.deepcopy(model).cpu().eval() if isinstance(model, models.Predictor) else load(model, "cpu")
+    heads, noise = _Heads(model).eval(), torch.Generator().manual_seed(0)
+    shape = model.context_length, model.dim
+    contexts = [F.normalize(torch.randn(size, *shape, generator=noise), dim=-1) for size in (1, 3, 64)]
+    differences = []
+
+    def convert(partial: Path) -> None:
+        with _quiet(), torch.no_grad(), _AddHeadsAxis():
+            torch.onnx.export(
+                heads,
+                (contexts[1],),
+                partial,
+                input_names=["context"],
+                output_names=["point", "ranker"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                external_data=False,  # one file
+                verbose=False,
+            )
+        session = runtime.InferenceSession(partial, providers=["CPUExecutionProvider"])
+        for context in contexts:
+            with torch.no_grad():
+                wanted = [t.numpy() for t in heads(context)]
+            for got, want in zip(session.run(None, {"context": context.numpy()}), wanted, strict=True):
+                differences.append(float(np.abs(got - want).max() / np.abs(want).max()))
+        if not np.max(differences) <= ONNX_TOLERANCE:  # or NaN
+            raise LVMError(
+                f"{path}: differs from torch by {np.max(differences):.1e} of the largest value, allowed is "
+                f"{ONNX_TOLERANCE:g}; use the model with torch"
+            )
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_whole(path, convert)
+    except LVMError:
+        raise
+    except Exception as e:  # the converter and the runtime raise many kinds
+        raise LVMError(f"{path}: this {type(model).__name__} cannot be converted ({said(e)}); use it with torch") from e
+    return max(differences)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Inside, only errors are logged, and warnings are dropped: the converter logs its every step."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

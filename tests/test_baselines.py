@@ -1,0 +1,140 @@
+"""The baselines against numpy: constant, copy last, mean, weighted mean, ridge.
+
+Axes: T context length, D vector dimension, N windows.
+"""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lvmlib.baselines import STRENGTHS, baselines, fit_ridge, fit_weights
+from lvmlib.data.store import make_store
+from lvmlib.errors import LVMError
+from lvmlib.windows import windows
+
+T, D = 5, 6
+
+
+def cut(articles, horizon=2, numbers=None):
+    """Training windows of these articles, each (length, D)."""
+    numbers = list(range(len(articles)) if numbers is None else numbers)
+    vectors = np.concatenate([a / np.linalg.norm(a, axis=1, keepdims=True) for a in articles]).astype(np.float32)
+    frame = pd.DataFrame({"title": [str(n) for n in numbers], "split": "train"}, index=pd.Index(numbers))
+    position = np.concatenate([np.arange(len(a)) for a in articles])
+    store = make_store("fits", vectors, np.repeat(numbers, [len(a) for a in articles]), position, frame)
+    return windows(store, "train", horizon)
+
+
+def random_windows(horizon=2, seed=0, count=12):
+    """Random walks on the sphere: neighbours are similar."""
+    random = np.random.default_rng(seed)
+    return cut([random.normal(size=(16, D)).cumsum(0) for _ in range(count)], horizon)
+
+
+def design(w):
+    """Contexts (N, T, D) and targets (N, D) in float64, cut by hand from the store."""
+    rows = w.store.vectors.astype(np.float64)
+    return np.stack([rows[s : s + T] for s in w.start]), np.stack([rows[s + T - 1 + w.horizon] for s in w.start])
+
+
+def plain_ridge(x, y, strength):
+    return np.linalg.solve(x.T @ x + strength * np.eye(x.shape[1]), x.T @ y)
+
+
+def best_strength(w):
+    """The strength with the least squared error on every fifth article number, fitted to the others."""
+    context, target = design(w)
+    x, out = context.reshape(len(context), -1), w.store.article[w.start] % 5 == 0
+    assert out.any() and not out.all()
+    return min(STRENGTHS, key=lambda s: ((x[out] @ plain_ridge(x[~out], target[~out], s) - target[out]) ** 2).sum())
+
+
+def test_constant_copy_last_and_mean():
+    w = random_windows()
+    predictors = baselines(w)
+    assert list(predictors) == ["constant", "copy last", "mean", "weighted mean", "ridge"]
+    x = torch.nn.functional.normalize(torch.randn(3, T, D, generator=torch.Generator().manual_seed(0)), dim=-1)
+    wanted = {"constant": design(w)[1].mean(0), "copy last": x[:, -1], "mean": sum(x[:, t] for t in range(T)) / T}
+    for name, predictor in predictors.items():
+        raw, unit = predictor(x)
+        torch.testing.assert_close(unit, raw / raw.norm(dim=-1, keepdim=True))
+        if name in wanted:
+            np.testing.assert_allclose(raw.numpy(), np.broadcast_to(wanted[name], (3, D)), atol=1e-6)
+        assert not list(predictor.parameters())
+        with pytest.raises(LVMError):
+            predictor(torch.ones(3, T, D + 1))
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_weighted_mean_is_least_squares(horizon):
+    w = random_windows(horizon)
+    context, target = design(w)
+    stacked = context.transpose(0, 2, 1).reshape(-1, T)  # a row for each coordinate of each window
+    expected = np.linalg.lstsq(stacked, target.reshape(-1), rcond=None)[0]
+    weights = fit_weights(w)
+    assert weights.dtype == torch.float32
+    np.testing.assert_allclose(weights.numpy(), expected, atol=1e-5)
+    predicted = baselines(w)["weighted mean"](torch.from_numpy(context).float())[0]
+    np.testing.assert_allclose(predicted.numpy(), np.einsum("t,ntd->nd", expected, context), atol=1e-5)
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+@pytest.mark.parametrize("seed", range(2))
+def test_ridge_is_the_direct_solution_of_the_best_strength(horizon, seed):
+    w = random_windows(horizon, seed)
+    weights, strength = fit_ridge(w)
+    assert strength == best_strength(w)
+    context, target = design(w)
+    x = context.reshape(len(context), -1)
+    expected = plain_ridge(x, target, strength)  # the final fit is on all articles
+    np.testing.assert_allclose(weights.numpy(), expected, atol=1e-4)
+    predicted = baselines(w)["ridge"](torch.from_numpy(context).float())[0]
+    np.testing.assert_allclose(predicted.numpy(), x @ expected, atol=1e-4)
+
+
+def test_ridge_of_more_than_one_batch_and_of_a_given_strength():
+    w = random_windows(count=80)
+    assert len(w) > 512
+    context, target = design(w)
+    for strengths in (STRENGTHS, (3.0,)):
+        weights, strength = fit_ridge(w, strengths)
+        assert strength in strengths
+        expected = plain_ridge(context.reshape(len(context), -1), target, strength)
+        np.testing.assert_allclose(weights.numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("strange, expected", [(0, STRENGTHS[-1]), (1, STRENGTHS[0])])
+def test_the_strength_is_chosen_on_every_fifth_article(strange, expected):
+    """Articles rotate by a rule, those of number ≡ strange (mod 5) by its inverse. Where these are left out, the rule
+    fails and the strongest shrinkage wins; where they are not, the weakest."""
+    random = np.random.default_rng(0)
+    rule = np.linalg.qr(random.normal(size=(D, D)))[0]
+    articles = []
+    for number in range(20):
+        x = [random.normal(size=D)]
+        for _ in range(39):
+            x.append(x[-1] @ (-rule if number % 5 == strange else rule))
+        articles.append(np.array(x))
+    w = cut(articles, horizon=1)
+    assert best_strength(w) == expected == fit_ridge(w)[1]
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 3), (0, 5, 10)])
+def test_without_articles_on_both_sides_the_middle_strength_is_taken(numbers):
+    random = np.random.default_rng(0)
+    assert fit_ridge(cut([random.normal(size=(12, D)) for _ in numbers], numbers=numbers))[1] == 30.0
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-3])
+def test_near_constant_articles_do_not_break_the_fits(noise):
+    """The five context vectors are collinear: the least-squares weights are not unique, the prediction is."""
+    random = np.random.default_rng(0)
+    w = cut([np.tile(random.normal(size=(1, D)), (14, 1)) + noise * random.normal(size=(14, D)) for _ in range(10)])
+    context, target = (torch.from_numpy(a).float() for a in design(w))
+    for name, predictor in baselines(w).items():
+        raw, unit = predictor(context)
+        assert torch.isfinite(raw).all()
+        if name != "constant":  # which does not know the article
+            assert torch.nn.functional.cosine_similarity(unit, target).min() > 0.98, name
+    assert fit_weights(w).sum().item() == pytest.approx(1, abs=0.01) and fit_weights(w).abs().max() < 1.5
