@@ -134,11 +134,11 @@ class Windows:
 
     @property
     def offsets(self) -> np.ndarray:
-        """(T + 1,) int64: how far from `start` the rows of the context lie, as they are read, and last the target's."""
+        """(T + 1,) int64: the context's rows relative to `start`, in reading order, and last the target's."""
         return self.step * np.append(np.arange(self.context_length), self.context_length - 1 + self.horizon)
 
     def context_rows(self, index) -> np.ndarray:
-        """(B, T) the rows of the contexts of windows `index` (B,), as they are read."""
+        """(B, T) the rows of the contexts of windows `index` (B,), in reading order."""
         return self.start[np.asarray(index)][:, None] + self.offsets[:-1]
 
     def target_rows(self, index) -> np.ndarray:
@@ -237,10 +237,9 @@ def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5,
     A store that came with windows of its own gives those, forwards. Articles shorter than context_length + horizon
     give none. Raises LVMError if no article is long enough.
     """
-    if split not in SPLITS:
-        raise LVMError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    if direction not in DIRECTIONS:
-        raise LVMError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
+    for what, value, known in (("split", split, SPLITS), ("direction", direction, DIRECTIONS)):
+        if value not in known:
+            raise LVMError(f"unknown {what} {value!r}; known: {', '.join(known)}")
     if horizon < 1 or context_length < 1:
         raise LVMError(f"horizon {horizon} and context_length {context_length} must each be at least 1")
     given = store.given

@@ -97,42 +97,24 @@ def seeds() -> list[tuple[str, dict[str, bytes]]]:
         for s, w in windows.items()
     }
     numbers = {s: dicts(np.int64(w[2]), w[3], more=[1, (2.5, None)]) for s, w in windows.items()}
+    objects = {"concept_texts": texts.astype(object), "cpe_ids": texts.astype(object)}
+    objects["article_sources"] = names.astype(object)
+    orders = {"vectors": np.asfortranarray(x * 3), "chunk_indices": chunk.astype(">f8")}
+    vectors = {s: {k: p[k] for k in keys[:2]} for s, p in plain.items()}
+    sequences = {
+        "sequences": {s: packed(p) for s, p in plain.items()},
+        "metadata": {s: packed(p, s == "val") for s, p in spelt.items()},
+        "numpy metadata": {s: packed(p | {"metadata": numbers[s]}) for s, p in vectors.items()},
+        "by vectors": {s: packed(p | {"article_ids": plain[s]["article_ids"]}) for s, p in vectors.items()},
+    }
     return [
         ("articles", {"articles": articles}),
-        ("texts", {"articles": packed({**base, "concept_texts": texts, "article_sources": names}, True)}),
-        (
-            "objects",
-            {
-                "articles": packed(
-                    {
-                        **base,
-                        "concept_texts": texts.astype(object),
-                        "cpe_ids": texts.astype(object),
-                        "article_sources": names.astype(object),
-                    }
-                )
-            },
-        ),
+        ("texts", {"articles": packed(base | {"concept_texts": texts, "article_sources": names}, True)}),
+        ("objects", {"articles": packed(base | objects)}),
         ("unsorted", {"articles": packed({k: v[shuffled] for k, v in base.items()} | {"concept_texts": texts})}),
-        (
-            "orders",
-            {
-                "articles": packed(
-                    {**base, "vectors": np.asfortranarray(x * 3), "chunk_indices": chunk.astype(">f8")}, True
-                )
-            },
-        ),
-        ("sequences", {**{s: packed(p) for s, p in plain.items()}, "articles": articles}),
-        ("metadata", {**{s: packed(p, s == "val") for s, p in spelt.items()}, "articles": articles}),
-        (
-            "numpy metadata",
-            {
-                **{s: packed({**{k: plain[s][k] for k in keys[:2]}, "metadata": numbers[s]}) for s in windows},
-                "articles": articles,
-            },
-        ),
-        ("by vectors", {**{s: packed({k: p[k] for k in keys[:3]}) for s, p in plain.items()}, "articles": articles}),
-        ("rebuilt", {s: packed(p) for s, p in plain.items()}),
+        ("orders", {"articles": packed(base | orders, True)}),
+        *((kind, files | {"articles": articles}) for kind, files in sequences.items()),
+        ("rebuilt", sequences["sequences"]),
         ("rebuilt metadata", {s: packed(p, True) for s, p in spelt.items()}),
     ]
 
@@ -387,13 +369,6 @@ def main(files: int = 10_000, seed: int = 0) -> Counter:
 
 
 if __name__ == "__main__":
-    arguments = [int(a) for a in sys.argv[1:]]
-    start = time.perf_counter()
-    found = main(*arguments)
-    for (kind, result), count in sorted(found.items()):
+    for (kind, result), count in sorted(main(*map(int, sys.argv[1:])).items()):
         print(f"{kind:20} {result:10} {count}")
-    total = sum(found.values())
-    stores = sum(n for (_, result), n in found.items() if result == "store")
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{total} files, {stores} gave a good store, {total - stores} were refused")
-    print(f"{time.perf_counter() - start:.0f} s, {most:.0f} MB of memory at most")
+    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB of memory at most")

@@ -76,6 +76,6 @@ def _open(data: str | Files) -> Store:
         if (store := open_source(data)) is not None:
             return store
     raise LVMError(
-        f"data {data!r}: unknown; known: {', '.join([*embedded(), *own()])}, {', '.join(SOURCES)}; encode.ipynb makes "
-        "a dataset of your texts"
+        f"data {data!r}: neither one of {', '.join([*embedded(), *own()])}, nor {', nor '.join(SOURCES)}; encode.ipynb "
+        "makes a dataset of your texts"
     )

@@ -43,9 +43,9 @@ def split_articles(
     """(A,) strings train, val, ood. `vectors` (M, D), may be memory-mapped; `article` (M,): 0 … A − 1; `titles`, and
     `sources` where there are any, (A,). `ood`: topic, random, or source:NAME (several names with commas).
 
-    The rule stands in `rule(ood)`. Where a corpus is too small or too uneven for its shares, the nearest to them are
-    taken that leave each split 3 usable articles; a topic that is no branch is then an article with those nearest to
-    it. So whatever passes `check_articles` is split; it raises LVMError for what does not, and for an unknown `ood`.
+    `rule(ood)` describes it. A small or uneven corpus gets the nearest shares that leave each split 3 usable articles;
+    its topic may then be an article with its nearest neighbours. Whatever passes `check_articles` is split. Raises
+    LVMError for what does not pass, and for an unknown `ood`.
     """
     kind, _ = _kind(ood)
     size = np.bincount(article, minlength=len(titles))
@@ -68,9 +68,9 @@ def split_articles(
 
 
 def check_articles(size: np.ndarray, ood: str = "topic", sources: Sequence[str] | None = None) -> np.ndarray | None:
-    """Raises LVMError unless articles of so many chunks, `size` (A,), can be split: needs no vector.
+    """Raise LVMError unless articles of so many chunks, `size` (A,), can be split.
 
-    Gives (A,) whether an article is of the named sources, if `ood` names any.
+    Returns (A,) whether an article is of the sources that `ood` names, or None if it names none.
     """
     kind, names = _kind(ood)
     usable = size >= USABLE
@@ -110,7 +110,7 @@ def _kind(ood: str) -> tuple[str, list[str]]:
 def centroids(vectors: np.ndarray, article: np.ndarray, count: int | None = None) -> np.ndarray:
     """(A, D) float32: the mean vector of each article, made unit. `article` (M,): 0 … A − 1.
 
-    Reads block by block; what it gives is in memory whole: 4·A·D bytes, so 1.5 GB for a million articles of D = 384.
+    Reads block by block; the result takes 4·A·D bytes: 1.5 GB for a million articles of D = 384.
     """
     sums = np.zeros((count or int(article.max()) + 1, vectors.shape[1]), np.float32)
     for first, block in blocks(vectors):
@@ -121,9 +121,9 @@ def centroids(vectors: np.ndarray, article: np.ndarray, count: int | None = None
 
 
 def _topic(centre: np.ndarray, titles, size: np.ndarray, at_least: int, loose: bool) -> np.ndarray | None:
-    """(A,) whether an article is of the branch of the topic tree that stands farthest apart; None without a branch.
+    """(A,) whether an article is in the most distant branch of the topic tree; None without a branch.
 
-    `loose`: without one, an article and those nearest to it, by `centre` (A, D), that stand farthest apart.
+    `loose`: without a branch, the most distant group of an article and its nearest by `centre` (A, D).
     """
     from scipy.cluster.hierarchy import linkage, to_tree
 
@@ -162,10 +162,10 @@ def _topic(centre: np.ndarray, titles, size: np.ndarray, at_least: int, loose: b
 
 
 def _of_sources(names: list[str], sources, usable: np.ndarray) -> np.ndarray:
-    there = sorted(set(map(str, sources))) if sources is not None else []
+    known = sorted(set(map(str, sources))) if sources is not None else []
     for name in names:
-        if name not in there:
-            shown = ", ".join(there[:20]) or "none: this dataset has no sources"
+        if name not in known:
+            shown = ", ".join(known[:20]) or "none: this dataset has no sources"
             raise LVMError(f"ood: no article has the source {name!r}; there are: {shown}")
     outside = np.isin(np.asarray(sources, dtype=str), names)
     if (outside & usable).sum() < ARTICLES[-1]:
@@ -181,8 +181,8 @@ def _ordered(salt: str, titles: Sequence[str], articles: np.ndarray) -> np.ndarr
 
 
 def _draw(salt: str, titles, free: np.ndarray, size: np.ndarray, at_least: int, leave: int, loose: bool):
-    """Of the articles `free`, a random draw that holds 12 to 15 % of the chunks and leaves `leave` articles: its
-    numbers; None if there is none, or, if `loose`, the draw that comes nearest."""
+    """Draw articles at random from `free`: the numbers of a draw with 12 to 15 % of the chunks that leaves `leave`
+    articles; without one None, or, if `loose`, the nearest draw."""
     nearest = np.inf, None
     for seed in range(1000 if len(size) <= TREE else 20):  # of many articles the first draw will do
         order = _ordered(f"{salt}{seed}:", titles, free)

@@ -146,7 +146,7 @@ def writing(folder: str | os.PathLike) -> Iterator[Path]:
     """
     folder = Path(folder)
     if folder.exists():
-        raise LVMError(f"{folder}: exists already; name a new folder, or move the old one")
+        raise LVMError(f"{folder}: is there already; name a new folder, or move the old one aside")
     with told(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
