@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
-from tqdm import tqdm
 
 from ..config import LONGEST
 from ..data import splits
@@ -350,11 +349,12 @@ def _group(source: str, how: Options, work: Path, recipe: dict, _shard: int, pro
 
 def _watch(blocks: Iterator[VectorRows], progress: Progress) -> Iterator[VectorRows]:
     done = 0
-    with tqdm(unit="vector", desc="reading", disable=not progress.watched) as bar:
+    with progress.bar(unit="vector", desc="reading") as bar:
         for block in blocks:
             yield block
             done += len(block.article)
-            bar.update(len(block.article))
+            if bar is not None:
+                bar.update(len(block.article))
             progress.reading(done, "vectors read")
 
 
@@ -390,7 +390,7 @@ def _link(path: Path, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """`python -m lvmlib.text.build SOURCE OUT [--unit sentence …]`: the fields of Options as command-line options."""
     parser = argparse.ArgumentParser(prog="python -m lvmlib.text.build", description=inspect.cleandoc(build.__doc__))
     parser.add_argument("source")
@@ -405,9 +405,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             kind = {"int": int, "float": float}.get(kind, str)
             parser.add_argument(key, type=kind, default=option.default, help=f"default: {option.default}")
-    asked = vars(parser.parse_args(arguments))
+    arguments = vars(parser.parse_args(argv))
     try:
-        store = build(**asked)
+        store = build(**arguments)
     except LVMError as e:
         print(e, file=sys.stderr)
         return 1
@@ -415,7 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped; {RESUMABLE}", file=sys.stderr)
         return 130
     counts = ", ".join(f"{len(store.rows(split)):,} {split}" for split in SPLITS)
-    print(f"{asked['out']}: {len(store.vectors):,} vectors (D = {store.dim}; {counts}), {store.fingerprint[:16]}")
+    print(f"{arguments['out']}: {len(store.vectors):,} vectors (D = {store.dim}; {counts}), {store.fingerprint[:16]}")
     return 0
 
 
