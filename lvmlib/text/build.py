@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
-from tqdm import tqdm
 
 from ..config import LONGEST
 from ..data import splits
@@ -347,11 +346,12 @@ def _group(source: str, how: Options, work: Path, recipe: dict, _shard: int, pro
 
 def _watch(blocks: Iterator[VectorRows], progress: Progress) -> Iterator[VectorRows]:
     done = 0
-    with tqdm(unit="vector", desc="reading", disable=not progress.watched) as bar:
+    with progress.bar(unit="vector", desc="reading") as bar:
         for block in blocks:
             yield block
             done += len(block.article)
-            bar.update(len(block.article))
+            if bar is not None:
+                bar.update(len(block.article))
             progress.reading(done, "vectors read")
 
 

@@ -32,13 +32,13 @@ def shingles(words: str) -> np.ndarray:
     parts = words.encode().split(b" ")
     marks = np.fromiter(map(zlib.crc32, parts), np.uint64, len(parts))
     if len(marks) >= SHINGLE:
-        made = marks[: len(marks) - SHINGLE + 1]
+        hashes = marks[: len(marks) - SHINGLE + 1]
         for k in range(1, SHINGLE):  # a polynomial in the marks, modulo 2^64
-            made = made * np.uint64(0x9E3779B97F4A7C15) + marks[k : len(marks) - SHINGLE + 1 + k]
+            hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + marks[k : len(marks) - SHINGLE + 1 + k]
     else:
-        made = marks[:1] * np.uint64(0x9E3779B97F4A7C15) + marks[-1:]
-    made = (made ^ (made >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    return np.unique((made >> np.uint64(32)).astype(np.uint32))
+        hashes = marks[:1] * np.uint64(0x9E3779B97F4A7C15) + marks[-1:]
+    hashes = (hashes ^ (hashes >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    return np.unique((hashes >> np.uint64(32)).astype(np.uint32))
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:

@@ -244,8 +244,8 @@ def by_tokens(
             rows = order[first : first + max(1, budget // max(1, count[order[first]]))]
             features = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt")
             features = {key: value.to(model.device, non_blocking=True) for key, value in features.items()}
-            made = model.model(features)["sentence_embedding"].float()
-            parts.append(torch.nn.functional.normalize(made, dim=1))
+            embedding = model.model(features)["sentence_embedding"].float()
+            parts.append(torch.nn.functional.normalize(embedding, dim=1))
             first += len(rows)
             if tick:
                 tick(len(rows))
@@ -265,15 +265,15 @@ def throughput(
     The ways take turns for `rounds` rounds. Returns a frame: way, precision, chunks a second (median, lowest, highest),
     times the plain one in float32, and the least cosine to its vectors.
     """
-    texts, made = list(texts), {p: encoder(model, device, p) for p in ("float32", "bfloat16")}
+    texts, models = list(texts), {p: encoder(model, device, p) for p in ("float32", "bfloat16")}
     ways = {
         (way, precision): (lambda e=e, t=t: encode(texts, e, batch_size, tokens=t))
-        for precision, e in made.items()
+        for precision, e in models.items()
         for way, t in (("SentenceTransformer.encode", None), ("lvmlib", batch_size * PER_CHUNK))
     }
     seconds, cosine, reference = {key: [] for key in ways}, {}, None
     for key in ways:
-        encode(texts[:batch_size], made[key[1]], batch_size)  # warm up
+        encode(texts[:batch_size], models[key[1]], batch_size)  # warm up
     for key in tqdm(list(ways) * rounds, desc="timing", disable=not watched()):
         started = time.perf_counter()
         vectors = ways[key]()

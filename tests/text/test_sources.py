@@ -60,7 +60,7 @@ def test_a_folder_of_text_files_in_order_of_their_paths(tmp_path):
         ("news", "N", tmp_path.name),
     ]
     assert counts == {
-        "files of other kinds, passed over": 1, "titles that were there before, numbered": 1, "articles read": 5,
+        "files of other kinds, passed over": 1, "repeated titles, numbered": 1, "articles read": 5,
     }  # fmt: skip
     assert [d[0] for d in read(tmp_path, limit=2)] == ["a", "a (2)"]
 
@@ -126,7 +126,7 @@ def test_tables_give_an_article_a_row(tmp_path, kind):
     path, counts = put_table(tmp_path / f"t.{kind}", kind), Counter()
     assert read(path, counts=counts) == [(title, text, path.name) for title, text in READ]
     assert counts == {
-        "titles that were there before, numbered": 2,
+        "repeated titles, numbered": 2,
         "documents without a title": 1,
         "documents without text": 2,
         "articles read": 4,

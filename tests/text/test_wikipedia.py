@@ -99,67 +99,6 @@ def test_paragraphs_are_clean_prose(rebuilt_text):
             assert not any(residue in p for residue in residues), (title, p)
 
 
-MARKUP = """{{Infobox|name={{nested|x}}|text=LONG infobox}}
-'''Lead''' of the ''article''<ref>A note. LONG</ref> with a [[link|shown]] and [[another]]. LONG
-which goes on in the next line of the source{{cite}}.
-
-[[File:a.jpg|thumb|A [[caption]] which [http://x.y is long]. LONG]]
-Short line.
-== Heading ==
-<!-- hidden. LONG -->
-* item. LONG
-:* item of a quote. LONG
-# numbered. LONG
-;term: LONG
-:A quotation. LONG
-:''See also: an article elsewhere.'' LONG
-{| class="wikitable"
-| cell. LONG
-{|
-| inner cell. LONG
-|}
-|}
-<gallery>
-File:b.jpg|In a gallery. LONG
-</gallery>
-After the table. LONG
-
-After the table. LONG
-== Notes and references ==
-Apparatus. LONG
-=== Deeper ===
-Deeper apparatus. LONG
-== Legacy ==
-Back in the article. LONG
-== External links ==
-Link. LONG
-""".replace("LONG", "word " * 16)
-
-
-def test_what_is_kept_and_what_is_dropped():
-    wiki = pytest.importorskip("gensim.corpora.wikicorpus", reason=HOW)
-    counts = E.Counter()
-    long = " " + ("word " * 16).strip()
-    assert E._paragraphs(MARKUP, wiki, counts) == [
-        "Lead of the article with a shown and another." + long + " which goes on in the next line of the source.",
-        "A quotation." + long,
-        "After the table." + long,
-        "Back in the article." + long,
-    ]
-    assert counts == {
-        "media with captions": 1,
-        "galleries and timelines": 1,
-        "tables": 2,
-        "headings": 5,
-        "lines joined to the one before": 1,
-        "lines shorter than 80 characters": 1,
-        "list items": 4,
-        "notes that point to another article": 1,
-        "repeated paragraphs": 1,
-        "lines of references, notes, see also and the like": 3,
-    }
-
-
 # --- splits ----------------------------------------------------------------------------------------------------------
 
 
