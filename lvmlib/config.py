@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
 
+from .controller import RULES
 from .errors import LVMError
 from .io.inherit import flat, known, merge, read, unknown
 from .io.paths import PARAMS
@@ -284,15 +285,7 @@ def _control_rules(v: Version) -> Rules:
         yield v.losses.mean_square > 0, "losses.mean_square", v.losses.mean_square, f"above 0 for rule {c.rule}"
         lowest = min((value for _, value in v.schedule.rho_target), default=1.0)
         yield lowest > 0, "schedule.rho_target", lowest, f"above 0 for rule {c.rule}"
-    needs = {
-        "gradient_share": ("margin", "rho_target"),
-        "pi": ("margin", "rho_target"),
-        "fraction": ("margin", "fraction"),
-        "rho_cap": ("margin", "fraction", "rho_cap"),
-        "rho_controller": ("margin", "rho_target", "rho_cap"),
-        "fixed": ("margin",),
-    }
-    for key in needs.get(c.rule, ()):
+    for key in RULES[c.rule].schedule:
         yield bool(getattr(v.schedule, key)), f"schedule.{key}", (), f"steps [[1, value], …], for rule {c.rule}"
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .config import Control, Gate, Schedule, Steps
+if TYPE_CHECKING:  # config reads RULES
+    from .config import Control, Gate, Schedule, Steps
 
 TINY = 1e-12  # L_mse and L_dir are positive, but may underflow
 
@@ -117,10 +118,9 @@ def pi(ratio: float, target: float, c: Control, state: State) -> tuple[float, St
 
         e_t = ln target − ln(λ_{t−1}·ratio_t),    I_t = I_{t−1} + ki·e_t,    ln λ_t = I_t + kp·e_t
 
-    In ln λ, because the share is proportional to λ: from ln λ to the logarithm of the share the gain is 1 whatever the
-    losses' sizes, λ stays positive, and one pair of gains serves all versions. At a constant ratio the error follows
-    z² − (1 − ki − kp)·z − kp = 0, which settles for kp < 1 and ki + 2·kp < 2. ki = 1, kp = 0 would solve for the target
-    in every batch, as `fraction` does; a smaller ki averages over about 1/ki batches. It starts on the target.
+    In ln λ the gain to the logarithm of the share is 1 whatever the losses' sizes. At a constant ratio the error
+    follows z² − (1 − ki − kp)·z − kp = 0, which settles for kp < 1 and ki + 2·kp < 2. ki = 1, kp = 0 solves for the
+    target in every batch; a smaller ki averages over about 1/ki batches. It starts on the target.
 
     Anti-windup: nothing is integrated while λ is at the end of its range that the error pushes to, and the integral
     stays in the range (conditional integration, as in ControlVAE: Shao et al. 2020).
@@ -142,9 +142,8 @@ def constrained(violation: float, c: Control, state: State) -> tuple[float, Stat
 
         ξ_t = ν·ξ_{t−1} + (1 − ν)·g_t,    λ_t = clamp(λ_{t−1} + ki·g_t + kp·(ξ_t − ξ_{t−1}), 0, λ_max)
 
-    with ν = `c.smoothing` and ξ_{−1} = g_0 (Sohrabi et al. 2024, algorithm 1; kp = 0 is plain gradient ascent). The
-    projection is the anti-windup: a multiplier at a bound takes up no more. It falls to 0, below λ_min, where the
-    constraint does not bind; at λ_max the bound is out of reach.
+    with ν = `c.smoothing` and ξ_{−1} = g_0 (Sohrabi et al. 2024, algorithm 1; kp = 0 is plain gradient ascent). It falls
+    to 0, below λ_min, where the constraint does not bind; at λ_max the bound is out of reach.
     """
     smoothed = c.smoothing * state.last + (1 - c.smoothing) * violation if state.weight else violation
     change = smoothed - state.last if state.weight else 0.0
@@ -153,8 +152,7 @@ def constrained(violation: float, c: Control, state: State) -> tuple[float, Stat
 
 
 def cooled(c: Control, cool: float, rewinds: int) -> Control:
-    """The control with the ceiling of λ that holds after so many rewinds: `cool` times lower at each, never below
-    lambda_min."""
+    """The control with the ceiling of λ after so many rewinds: times `cool` at each, never below lambda_min."""
     if not rewinds:
         return c
     return dataclasses.replace(c, lambda_max=max(c.lambda_max * cool**rewinds, c.lambda_min))
@@ -166,8 +164,7 @@ def by_gradient(c: Control) -> bool:
 
 
 class Measured(NamedTuple):
-    """What a rule reads of a batch: detached losses, and the norms of their gradients at the prediction,
-    ‖μ·∂L_mse/∂raw‖ and ‖∂L_dir/∂raw‖."""
+    """What a rule reads of a batch: two losses, and the norms of their gradients at the prediction."""
 
     mse: float
     directional: float
@@ -175,11 +172,18 @@ class Measured(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A control rule: `solve(measured, phase, control, state)` gives λ and the next state; `schedule` are the keys of
-    the version's schedule that it reads."""
+    """A control rule: `solve` gives λ and the next state; `schedule`: the keys of the schedule that it needs."""
 
     solve: Callable[[Measured, Phase, Control, State], tuple[float, State]]
     schedule: tuple[str, ...] = ()
+
+
+def _rho_cap(m: Measured, now: Phase, c: Control, s: State) -> tuple[float, State]:
+    return rho_cap(m.mse, m.directional, now.fraction, now.rho_cap, c), s
+
+
+def _rho_controller(m: Measured, now: Phase, c: Control, s: State) -> tuple[float, State]:
+    return rho_controller(m.mse, m.directional, now.rho_target, now.rho_cap, c), s
 
 
 def _pi(m: Measured, now: Phase, c: Control, s: State) -> tuple[float, State]:
@@ -190,26 +194,17 @@ def _pi(m: Measured, now: Phase, c: Control, s: State) -> tuple[float, State]:
 RULES: dict[str, Rule] = {
     "none": Rule(lambda m, now, c, s: (0.0, s)),
     "fixed": Rule(lambda m, now, c, s: (c.lambda_max, s), ("margin",)),
-    "fraction": Rule(lambda m, now, c, s: (fraction(m.mse, m.directional, now.fraction, c), s), ("margin", "fraction")),
-    "rho_cap": Rule(
-        lambda m, now, c, s: (rho_cap(m.mse, m.directional, now.fraction, now.rho_cap, c), s),
-        ("margin", "fraction", "rho_cap"),
-    ),
-    "rho_controller": Rule(
-        lambda m, now, c, s: (rho_controller(m.mse, m.directional, now.rho_target, now.rho_cap, c), s),
-        ("margin", "rho_target", "rho_cap"),
-    ),
-    "gradient_share": Rule(
-        lambda m, now, c, s: gradient_share(m.pulls, now.rho_target, c, s), ("margin", "rho_target")
-    ),
+    "fraction": Rule(lambda m, now, c, s: (fraction(*m[:2], now.fraction, c), s), ("margin", "fraction")),
+    "rho_cap": Rule(_rho_cap, ("margin", "fraction", "rho_cap")),
+    "rho_controller": Rule(_rho_controller, ("margin", "rho_target", "rho_cap")),
+    "gradient_share": Rule(lambda m, now, c, s: gradient_share(m[2], now.rho_target, c, s), ("margin", "rho_target")),
     "pi": Rule(_pi, ("margin", "rho_target")),
     "constrained": Rule(lambda m, now, c, s: constrained(m.directional, c, s)),
 }
 
 
 class Decision(NamedTuple):
-    """λ_eff and ρ of a batch (0 where the directional term is out), the gate's factor, whether the guard skipped, and
-    the state for the next batch."""
+    """λ_eff and ρ of a batch (0 where the directional term is out), the gate's factor, whether the guard skipped."""
 
     lambda_eff: float
     rho: float
@@ -228,9 +223,9 @@ def decide(
     state: State = START,
     pulls: tuple[float, float] = (math.nan, math.nan),
 ) -> Decision:
-    """Decide λ_eff for a batch with these figures (`Measured`). `state`: that of the last decision.
+    """Decide λ_eff for a batch with these figures; `pulls` is needed where `by_gradient`.
 
-    `pulls` is needed where `by_gradient`. A batch that the guard skips does not change the state.
+    `state`: that of the last decision; a batch that the guard skips does not change it.
     """
     if c.rule == "none":
         return Decision(0.0, 0.0, 1.0, False, state)

@@ -1,9 +1,6 @@
-"""Validation: loss, cosine, mini-5CAT, novel MRR, and the spread of the predictions."""
+"""Validation: loss, cosine, mini-5CAT, novel MRR, and the moments of the predictions."""
 
 from __future__ import annotations
-
-import math
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,7 +12,6 @@ from .windows import Windows, on_device
 
 EVALUATION_BATCH = 512
 COLLAPSED = 0.1  # ours: the variance of the predictions, as a share of the targets', below which they are one vector
-SPREAD = ("effective_rank", "rank_share", "variance_share")  # of the predictions, in the table of epochs
 
 
 @torch.no_grad()
@@ -100,33 +96,3 @@ class Moments:
         share = spread / spread.sum().clamp(min=1e-12)
         rank = float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum())) if spread.sum() > 1e-9 else 1.0
         return {"effective rank": rank, "variance": max(0.0, float(1 - mean.square().sum()))}
-
-
-class Validation:
-    """All that is measured on the validation windows at the end of an epoch; see `validate`, `energy_score`, SPREAD."""
-
-    def __init__(self, windows: Windows, vectors: Tensor, energy: bool):
-        self.windows, self.vectors, self.energy = windows, vectors, energy
-        self.articles = Articles(windows, vectors)
-
-    def __call__(self, model: models.Predictor) -> dict[str, float]:
-        moments = self._moments()
-        found = validate(model, self.windows, self.vectors, self.articles, moments)
-        found["val_energy"] = energy_score(model, self.windows, self.vectors) if self.energy else math.nan
-        if not math.isfinite(found["val_cos"]):
-            return found | dict.fromkeys(SPREAD, math.nan)
-        ours, theirs = moments.facts(), self._targets
-        rank = (ours["effective rank"] - 1) / max(theirs["effective rank"] - 1, 1e-12)
-        variance = ours["variance"] / max(theirs["variance"], 1e-12)
-        return found | dict(zip(SPREAD, (ours["effective rank"], rank, variance), strict=True))
-
-    def _moments(self) -> Moments:
-        device = self.vectors.device  # Apple's devices have no float64
-        return Moments(self.vectors.shape[1], torch.device("cpu") if device.type == "mps" else device)
-
-    @cached_property
-    def _targets(self) -> dict[str, float]:
-        moments = self._moments()
-        for _, target in self.windows.batches(EVALUATION_BATCH, self.vectors):
-            moments.add(torch.nn.functional.normalize(target, dim=-1))
-        return moments.facts()

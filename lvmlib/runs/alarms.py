@@ -25,9 +25,9 @@ from typing import NamedTuple
 from ..config import Version
 from ..errors import LVMError
 from ..evaluate import COLLAPSED
-from ..evaluate import SPREAD as FACTS
 from ..loop import StepBroke, StepResult
 from ..losses import names
+from .validation import SPREAD as FACTS
 
 # Raw = 0 has the mean-square loss 1/D, a good prediction about ¾ of it, and the listwise loss of a guess is about 1½
 # times that of the best version: more than twice the lowest is no fluctuation but worse than knowing nothing.

@@ -24,12 +24,12 @@ import yaml
 from .. import losses
 from ..config import LONGEST, Version, data_name, flat
 from ..errors import LVMError
-from ..evaluate import SPREAD
 from ..io import limits
 from ..io.disk import lock, write_atomic
 from ..io.paths import outputs
 from ..io.stamp import commit
 from ..windows import Dataset
+from .validation import SPREAD
 
 INTACT = "the last checkpoint is intact"
 CONTROL = ("rho", "rho_target", "rho_cap")

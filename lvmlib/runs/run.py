@@ -45,7 +45,6 @@ from ..config import Version
 from ..data.store import check_unchanged
 from ..device import pick_device, pick_precision
 from ..errors import LVMError
-from ..evaluate import Validation
 from ..io.disk import explain_os_errors, set_aside
 from ..loop import StepBroke, Task, TrainState, epoch, start
 from ..ranking import Articles
@@ -53,6 +52,7 @@ from ..windows import DIRECTIONS, Dataset, on_device
 from . import alarms, checkpoint, folder, launch
 from .guard import Guard
 from .team import ALONE, Team, record_size
+from .validation import Validation
 
 
 def train(

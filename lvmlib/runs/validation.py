@@ -1,0 +1,45 @@
+"""What a run measures on the validation windows at the end of an epoch."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import torch
+
+from .. import evaluate, models
+from ..evaluate import EVALUATION_BATCH, Moments
+from ..ranking import Articles
+from ..windows import OnDemand, Windows
+
+SPREAD = ("effective_rank", "rank_share", "variance_share")  # of the predictions, in the table of epochs
+
+
+class Validation:
+    """All that is measured on the validation windows at the end of an epoch; see `validate`, `energy_score`, SPREAD."""
+
+    def __init__(self, windows: Windows, vectors: torch.Tensor | OnDemand, energy: bool):
+        self.windows, self.vectors, self.energy = windows, vectors, energy
+        self.articles = Articles(windows, vectors)
+
+    def __call__(self, model: models.Predictor) -> dict[str, float]:
+        moments = self._moments()
+        found = evaluate.validate(model, self.windows, self.vectors, self.articles, moments)
+        found["val_energy"] = evaluate.energy_score(model, self.windows, self.vectors) if self.energy else math.nan
+        if not math.isfinite(found["val_cos"]):
+            return found | dict.fromkeys(SPREAD, math.nan)
+        ours, theirs = moments.facts(), self._targets
+        rank = (ours["effective rank"] - 1) / max(theirs["effective rank"] - 1, 1e-12)
+        variance = ours["variance"] / max(theirs["variance"], 1e-12)
+        return found | dict(zip(SPREAD, (ours["effective rank"], rank, variance), strict=True))
+
+    def _moments(self) -> Moments:
+        device = self.vectors.device  # Apple's devices have no float64
+        return Moments(self.vectors.shape[1], torch.device("cpu") if device.type == "mps" else device)
+
+    @cached_property
+    def _targets(self) -> dict[str, float]:
+        moments = self._moments()
+        for _, target in self.windows.batches(EVALUATION_BATCH, self.vectors):
+            moments.add(torch.nn.functional.normalize(target, dim=-1))
+        return moments.facts()
