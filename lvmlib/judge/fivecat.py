@@ -64,13 +64,13 @@ class Report:
         rows = []
         for name in dict.fromkeys(name for _, name in frames):
             for split in dict.fromkeys(split for split, _ in frames):
-                found = summarise(frames[split, name], profile, horizon, context_length)
+                own = summarise(frames[split, name], profile, horizon, context_length)
                 if profile == "calibrated":
-                    found += health_rows(facts[split, name])
-                rows += [{"split": split, "predictor": name, **row} for row in found]
+                    own += health_rows(facts[split, name])
+                rows += [{"split": split, "predictor": name, **row} for row in own]
             if {("val", name), ("ood", name)} <= set(frames):
-                found = bins_delta(frames["val", name], frames["ood", name], profile)
-                rows += [{"split": "both", "predictor": name, **row} for row in found]
+                own = bins_delta(frames["val", name], frames["ood", name], profile)
+                rows += [{"split": "both", "predictor": name, **row} for row in own]
         table = pd.DataFrame(rows)
         if profile == "original":
             judged = [threshold_of(r) for r in table.to_dict("records")]
@@ -213,14 +213,16 @@ def fivecat(
     simple = untrained(some.store.dim, some.context_length)
     device = device_of(model)
     predictors = {"model": model, **{n: p.to(device) for n, p in {**simple, **(compare or {})}.items()}}
-    found, total = {}, len(predictors) * sum(len(w) for w in splits.values())
+    results, total = {}, len(predictors) * sum(len(w) for w in splits.values())
     with tqdm(total=total, desc="5CAT", unit="window", delay=1, disable=not watched()) as bar:
         for name, p in predictors.items():
             for split, w in splits.items():
                 end = bar.n + len(w)
-                found[split, name] = judge(p, w, precision=precision if name == "model" else None, progress=bar.update)
+                results[split, name] = judge(
+                    p, w, precision=precision if name == "model" else None, progress=bar.update
+                )
                 bar.update(end - bar.n)  # cached results come at once
-    frames, facts = ({key: both[i] for key, both in found.items()} for i in range(2))
+    frames, facts = ({key: both[i] for key, both in results.items()} for i in range(2))
     cut = {"horizon": some.horizon, "context_length": some.context_length}
     return Report.of(profile, frames, facts, **cut, precision=precision)
 

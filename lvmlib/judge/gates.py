@@ -91,18 +91,16 @@ def answers(report, split: str, predictor: str) -> pd.DataFrame:
         if q.against != "none":
             among = [n for n in UNTRAINED if n != predictor] if q.against == "untrained" else None
             other = report.best_trivial(q.measure, split, among, but=predictor)
-            found = report.paired(q.measure, split, predictor, other)
+            interval = report.paired(q.measure, split, predictor, other)
         elif q.gate == "E":
             both = report.rows("both", predictor)
             both = both[both["measure"] == q.measure]
-            found = both.iloc[0] if len(both) else missing
+            interval = both.iloc[0] if len(both) else missing
         else:
-            found = report.row(q.measure, split, predictor)
-        answer = {k: found[k] for k in missing} | {
-            "wanted": q.wanted + (" ± " if q.wanted == "within" else " ") + f"{q.bound:g}",
-            "outcome": q.outcome(found["low"], found["high"]),
-        }
-        rows.append({"gate": q.gate, "question": q.text.format(other=other)} | {k: found[k] for k in missing} | answer)
+            interval = report.row(q.measure, split, predictor)
+        wanted = f"within ± {q.bound:g}" if q.wanted == "within" else f"{q.wanted} {q.bound:g}"
+        row = {"gate": q.gate, "question": q.text.format(other=other), **{k: interval[k] for k in missing}}
+        rows.append(row | {"wanted": wanted, "outcome": q.outcome(interval["low"], interval["high"])})
     facts, articles = report.facts[split, predictor], report.row("cosine at the target", split, predictor)["articles"]
     return pd.DataFrame([*rows, _honesty(facts, report.escapes(split, predictor), articles)])
 

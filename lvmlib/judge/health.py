@@ -173,11 +173,11 @@ class Gathering:
         if not examined:
             return _escape_facts(None, *[(0.0,) * 3] * 3)
         effect = self._effect(negative[examined], [self.bands[i] for i in examined])
-        found = []
+        by_band = []
         for j, i in enumerate(examined):
             margin, cosine, rank = (over_articles(effect[:, j, k], article) for k in range(3))
-            found.append(_escape_facts(self.bands[i], margin, cosine, rank))
-        return max(found, key=lambda f: (f["escape"], f["margin bought"]))
+            by_band.append(_escape_facts(self.bands[i], margin, cosine, rank))
+        return max(by_band, key=lambda f: (f["escape"], f["margin bought"]))
 
     def _negative(self, weight: np.ndarray) -> np.ndarray:
         """(K, T) the mean weights that are negative beyond doubt, else 0."""

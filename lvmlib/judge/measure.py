@@ -174,15 +174,15 @@ def _measure(
             )
             variants = ablated(context, torch.from_numpy(order).to(device), vectors, others)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                found = _predict(model, context, variants, windows, index)
-            products = Products.of(context, found.unit, target)
+                predictions = _predict(model, context, variants, windows, index)
+            products = Products.of(context, predictions.unit, target)
             if gathering is not None:
-                gathering.add(found.raw, found.unit, products)
+                gathering.add(predictions.raw, predictions.unit, products)
             rows = windows.target_rows(index)
             figures = {"article": windows.store.article[rows], "target": rows}
-            figures |= {"loss": (found.raw - target).square().mean(1)}
-            figures |= {"six_rank": among_context(found.ranker, context, target)}
-            figures |= _of_articles(articles, found, index, others)
+            figures |= {"loss": (predictions.raw - target).square().mean(1)}
+            figures |= {"six_rank": among_context(predictions.ranker, context, target)}
+            figures |= _of_articles(articles, predictions, index, others)
             figures |= _of_context(products, figures["cosine"])
             parts.append(_on_host(figures))
             if progress is not None:
@@ -212,29 +212,29 @@ def _predict(model: Predictor, context: Tensor, variants: Mapping[str, Tensor], 
     return _Predictions(raw, unit, ranker, stacked, points, steps, points if one_head else slice(steps[-1] + 1, None))
 
 
-def _of_articles(articles: Articles, found: _Predictions, index: np.ndarray, others: np.ndarray) -> dict:
+def _of_articles(articles: Articles, predictions: _Predictions, index: np.ndarray, others: np.ndarray) -> dict:
     """The figures that compare predictions with chunks: of the own article, from one product, and of `others`."""
-    units, size, device, wide = found.stacked, len(index), articles.device, articles.wide
+    units, size, device, wide = predictions.stacked, len(index), articles.device, articles.wide
     horizon = articles.windows.horizon
     offsets = [*OFFSETS, *(h * horizon for h in range(STEPS)), *range(1, STEPS + 1)]  # sweep, rollout, and late
     at, inside = (torch.from_numpy(a).to(device) for a in articles.columns(index, offsets))
     cosine = torch.empty(size, units.shape[1], device=device)
-    ranks = torch.empty(size, len(range(units.shape[1])[found.rankers]), len(KINDS), dtype=wide, device=device)
+    ranks = torch.empty(size, len(range(units.shape[1])[predictions.rankers]), len(KINDS), dtype=wide, device=device)
     mean = torch.empty(size, STEPS, device=device)
     moved = torch.empty(size, STEPS, len(offsets), device=device)
     for block in articles.blocks(units, index):
         cosine[block.mine] = block.at(block.target)[..., 0]
-        ranks[block.mine] = block.ranks(found.rankers).to(wide)
-        mean[block.mine] = block.mean(found.steps)
-        moved[block.mine] = block.at(at[block.mine] + block.first)[:, found.steps]
+        ranks[block.mine] = block.ranks(predictions.rankers).to(wide)
+        mean[block.mine] = block.mean(predictions.steps)
+        moved[block.mine] = block.at(at[block.mine] + block.first)[:, predictions.steps]
     sweep, right, late = moved.masked_fill(~inside[:, None], float("nan")).split([len(OFFSETS), STEPS, STEPS], 2)
-    inverse, ranked = 1 / ranks[:, :, KINDS.index("novel")], cosine[:, found.rankers][:, 0]
-    cosine = cosine[:, found.points]
+    inverse, ranked = 1 / ranks[:, :, KINDS.index("novel")], cosine[:, predictions.rankers][:, 0]
+    cosine = cosine[:, predictions.points]
     change, mrr_change = cosine[:, 1:] - cosine[:, :1], inverse[:, 1:] - inverse[:, :1]
     missing = torch.from_numpy(others[:, 0] < 0).to(device)
     for changes in (change, mrr_change):  # of `last from elsewhere`, the last ablation
         changes[:, -1] = changes[:, -1].masked_fill(missing, float("nan"))
-    length, rolled = articles.windows.context_length, units[:, found.steps]
+    length, rolled = articles.windows.context_length, units[:, predictions.steps]
     # The original leaves one out by repeating the last vector at the end: leaving out the last changes nothing.
     left_out = sum(change[:, 2 + i] for i in range(length - 1)) / length
     candidates = articles.candidates[index], articles.novel_candidates[index], articles.possible_candidates[index]
@@ -244,7 +244,7 @@ def _of_articles(articles: Articles, found: _Predictions, index: np.ndarray, oth
         "offsets": sweep[:, 0],
         "ranks": ranks[:, 0],
         "candidates": np.stack(candidates, 1).astype(float),
-        **_hundred(found.ranker, ranked, others, articles),
+        **_hundred(predictions.ranker, ranked, others, articles),
         "cosine_change": torch.cat([change, left_out[:, None]], 1),
         "mrr_change": mrr_change,
         "rollout": right.diagonal(dim1=1, dim2=2),

@@ -133,8 +133,8 @@ def _difference(val: Measurements, ood: Measurements, name: str, above: float, b
         # Articles of two stores may bear the same number; that val and ood share none is checked before.
         value, low, high = between(cosines[0], articles[0], cosines[1], articles[1] + articles[0].max() + 1)
     counts = {"windows": sum(map(len, cosines)), "articles": sum(len(np.unique(a)) for a in articles)}
-    found = {"value": value, "low": low, "high": high, **counts}
-    return {"gate": "E", "measure": name, **found, "chance": NAN, "adjusted": NAN}
+    interval = {"value": value, "low": low, "high": high, **counts}
+    return {"gate": "E", "measure": name, **interval, "chance": NAN, "adjusted": NAN}
 
 
 def _mean(values) -> float:
@@ -149,9 +149,9 @@ def _mean_rollout(rollout: np.ndarray) -> np.ndarray:
 
 def _row(measured: Measurements, gate: str, name: str, values, chance: float = NAN, share: bool = False) -> Row:
     """A row of the report; `share`: the values lie in [0, 1], and are adjusted for chance."""
-    found = with_interval(values, measured.article, share)
-    above = float(adjusted(found["value"], chance)) if share else NAN
-    return {"gate": gate, "measure": name, **found, "chance": chance, "adjusted": above}
+    interval = with_interval(values, measured.article, share)
+    above = float(adjusted(interval["value"], chance)) if share else NAN
+    return {"gate": gate, "measure": name, **interval, "chance": chance, "adjusted": above}
 
 
 def _sweep(m: Measurements, horizon: int, length: int) -> list[Row]:

@@ -332,16 +332,6 @@ def test_duplicate_chunks_share_their_mean_rank(dim, batch_size):
     np.testing.assert_array_equal(ranks["novel"], wanted["novel rank"])
 
 
-def test_equal_chunks_rank_in_the_middle():
-    """Where nothing distinguishes chunks, knowing nothing ranks at (n + 1) / 2."""
-    vector = np.random.default_rng(0).standard_normal(16)
-    store = store_of({0: ("val", np.arange(11), np.tile(vector, (11, 1)))})
-    found = measure(copy_last(16), windows(store, "val", 1, T))
-    np.testing.assert_allclose(found.ranks["all"], 6.0)
-    np.testing.assert_allclose(found.ranks["novel"], 3.5)
-    np.testing.assert_allclose(found.cosine, 1, atol=TOLERANCE)
-
-
 # Ablations of known predictors
 
 

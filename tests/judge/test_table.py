@@ -210,16 +210,6 @@ def test_margin_is_read_against_the_best_offset_of_the_mean_sweep_on_complete_wi
     assert list(table.loc["A", "windows"]) == [2, 2, 2, 3, 3]
 
 
-def test_late_margin_counts_the_target_among_the_other_offsets():
-    """Read one step late, a predictor that finds its target has the target itself against it (§4.1 point 5)."""
-    frame = measured("scan", "val", 2).copy()
-    for k in ORIGINAL_OFFSETS:
-        frame[f"offset {k:+d}"] = frame[f"offset {k:+d}"] * 0 + {0: 0.9, 1: 0.5}.get(k, 0.2)
-    table = summary(frame, "original", 2)
-    assert table.loc[("A", "margin"), "value"] == pytest.approx(0.4, abs=1e-6)
-    assert table.loc[("A", "margin read late"), "value"] == pytest.approx(-0.4, abs=1e-6)
-
-
 def test_intervals_are_over_articles():
     frame = measured("scan", "val", 1)
     original, calibrated = summary(frame, "original"), summary(frame)
@@ -260,8 +250,7 @@ def test_no_complete_window_gives_nan_not_a_crash():
 
 
 def test_an_only_article_has_no_hundred():
-    random = np.random.default_rng(0)
-    store = store_of({0: ("val", np.arange(15), random.standard_normal((15, 8)))})
+    store = store_of({0: ("val", np.arange(15), np.random.default_rng(0).standard_normal((15, 8)))})
     row = summary(measure(Scan(8), windows(store, "val", 1, T))).loc[("B", "1 of 100")]
     assert row[["value", "low", "high", "chance"]].isna().all() and row["windows"] == 0
 
