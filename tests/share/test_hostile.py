@@ -205,7 +205,7 @@ ROWS = [
     Row("`run.yaml`", "a file of a terabyte", "seed0-amn.*run.yaml", Place.tables, Place.sparse_record),
     Row("`run.yaml`", "a pipe", "seed0-amn.*run.yaml", Place.tables, Place.pipe_record),
     Row("`run.yaml`", "text for a number", "dataset.windows", Place.tables, swap("run.yaml", r"train: \d+", "train: '<b>'")),
-    Row("`run.yaml`", "text for a group", "computed", Place.tables, put("run.yaml", "{parameters: {}, computed: x}")),
+    Row("`run.yaml`", "text for a group", "seed0-amn.*run.yaml", Place.tables, put("run.yaml", "{parameters: {}, computed: x}")),
     Row("`epochs.csv`", "text for a number", "seed0-amn", Place.tables, swap("epochs.csv", r"\n1,", "\n=cmd|'/C calc'!A1,")),
     Row("`fivecat.json`", "10⁵ lists in each other", "fivecat.json", Place.report, put("fivecat.json", DEEP)),
     Row("`fivecat.json`", "10⁵ digits", "fivecat.json", Place.report, put("fivecat.json", f'{{"instrument": {DIGITS}}}')),
