@@ -142,8 +142,8 @@ def constrained(violation: float, c: Control, state: State) -> tuple[float, Stat
 
         ξ_t = ν·ξ_{t−1} + (1 − ν)·g_t,    λ_t = clamp(λ_{t−1} + ki·g_t + kp·(ξ_t − ξ_{t−1}), 0, λ_max)
 
-    with ν = `c.smoothing` and ξ_{−1} = g_0 (Sohrabi et al. 2024, algorithm 1; kp = 0 is plain gradient ascent). It falls
-    to 0, below λ_min, where the constraint does not bind; at λ_max the bound is out of reach.
+    with ν = `c.smoothing` and ξ_{−1} = g_0 (Sohrabi et al. 2024, algorithm 1; kp = 0 is plain gradient ascent). It
+    falls to 0, below λ_min, where the constraint does not bind; at λ_max the bound is out of reach.
     """
     smoothed = c.smoothing * state.last + (1 - c.smoothing) * violation if state.weight else violation
     change = smoothed - state.last if state.weight else 0.0

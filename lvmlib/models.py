@@ -8,9 +8,7 @@ Axes: B batch, T context length, D vector dimension (of the data), H hidden widt
 from __future__ import annotations
 
 import math
-import zlib
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -322,26 +320,6 @@ class Sampler(Predictor):
 
     def raw(self, context: Tensor) -> Tensor:
         return self.drawn(context, self.table[:, None]).mean(0)
-
-
-class OneSample(Predictor):
-    """One sample of a model that has `samples`, as a predictor, for 5CAT.
-
-    The noise follows from `seed` and the set of the context's vectors: not from the batch, nor from their order, so
-    that a shuffled context keeps its noise. It changes with the last bits of a vector.
-    """
-
-    def __init__(self, model: Predictor, seed: int = 0):
-        super().__init__(model.dim, model.context_length)
-        self.model, self.seed = model, seed
-
-    def raw(self, context: Tensor) -> Tensor:
-        drawn = []
-        for window, vectors in zip(context, context.detach().float().cpu().numpy(), strict=True):
-            key = np.random.SeedSequence([self.seed, *sorted(zlib.crc32(v.tobytes()) for v in vectors)])
-            noise = torch.Generator(context.device).manual_seed(int(key.generate_state(1)[0]))
-            drawn.append(self.model.samples(window[None], 1, noise)[0, 0])
-        return torch.stack(drawn)
 
 
 ARCHITECTURES = {

@@ -16,7 +16,7 @@ the effective number is Kish's, Survey Sampling (1965).
 from __future__ import annotations
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import special, stats
 
 FEW = 5.0  # effective articles: with fewer, intervals cover the truth less, or more, often than they say
 EXACT = 2**14  # sign patterns that are enumerated, not drawn: up to 15 articles
@@ -106,7 +106,7 @@ def over_articles(values, articles, level: float = 0.95, share: bool = False) ->
     spread it has no width; but a share of 0 or 1 has Clopper and Pearson's bound for as many trials as effective
     articles.
     """
-    return _interval([(1, *_checked(values, articles, 1))], level, share)
+    return _interval([(1, *check_values(values, articles, 1))], level, share)
 
 
 def median_over_articles(values, articles, level: float = 0.95) -> tuple[float, float, float]:
@@ -115,11 +115,11 @@ def median_over_articles(values, articles, level: float = 0.95) -> tuple[float, 
     Woodruff (JASA 47, 1952): the share of windows at or below the median is 1/2, with an interval over articles (on the
     scale of log-odds); the ends are the values at the two ends of that interval. NaN as in `over_articles`.
     """
-    values, articles = _checked(values, articles, 1)
+    values, articles = check_values(values, articles, 1)
     if not values.shape[1]:
         return float("nan"), float("nan"), float("nan")
     median = float(np.median(values))
-    _, variance, df = _jackknife((values <= median).astype(float), articles)
+    _, variance, df = jackknife((values <= median).astype(float), articles)
     if np.isnan(variance[0]):
         return median, float("nan"), float("nan")
     reach = stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance[0]) * 4  # d logit / dp = 4 at p = 1/2
@@ -153,7 +153,9 @@ def between(values_1, articles_1, values_2, articles_2, level: float = 0.95) -> 
     if shapes[0][:-1] != shapes[1][:-1]:
         raise ValueError(f"between: values of shapes {shapes[0]} and {shapes[1]}; both must be of the same seeds")
     axes = len(shapes[0])
-    return _interval([(1, *_checked(values_1, articles_1, axes)), (-1, *_checked(values_2, articles_2, axes))], level)
+    return _interval(
+        [(1, *check_values(values_1, articles_1, axes)), (-1, *check_values(values_2, articles_2, axes))], level
+    )
 
 
 def over_seeds(values, articles, level: float = 0.95, share: bool = False) -> tuple[float, float, float]:
@@ -165,7 +167,7 @@ def over_seeds(values, articles, level: float = 0.95, share: bool = False) -> tu
     A window counts where no seed is NaN. With S = 1 the interval covers articles alone, with S = 2 it is too narrow:
     see `few`. For two versions with a run per seed, pass the difference (S, N). `share` as in `over_articles`.
     """
-    return _interval([(1, *_checked(values, articles, 2))], level, share)
+    return _interval([(1, *check_values(values, articles, 2))], level, share)
 
 
 def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> float:
@@ -175,7 +177,7 @@ def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> floa
     possible p is then 2^(1−A)), else of `permutations` random ones and the observed one. NaN values are left out; NaN
     for no window.
     """
-    values, articles = _checked(values, articles, 1)
+    values, articles = check_values(values, articles, 1)
     sums = _sums(values, articles)[0][0]  # (A,)
     if not len(sums):
         return float("nan")
@@ -190,65 +192,7 @@ def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> floa
     return float((reached.sum() + extra) / (len(reached) + extra))
 
 
-def smallest_difference(values, article, power=0.8, level=0.95, articles: float | None = None) -> float:
-    """Return the least mean difference that an interval over articles separates from 0 with probability `power`.
-
-    `values` (N,): paired differences of windows, such as 1/rank of one predictor less that of another; only their
-    spread over `article` (N,) counts. `articles`: as if there were so many, as unequal as these. NaN for fewer than
-    two; 0 without spread.
-
-    The interval θ̂ ± t_c √V̂ of `over_articles` lies above 0 if θ̂/√V̂ > t_c. With a true difference δ, θ̂ normal about δ
-    with variance V, and V̂ as V·χ²_df/df, that ratio has a noncentral t distribution of noncentrality δ/√V. V itself is
-    known as V̂ = V·s² only, with s² as χ²_df/df: a difference of λ√V̂ has the noncentrality λs. So λ makes the mean of
-    P(T_df(λs) > t_c) over s equal `power`. With A′ articles V becomes V·A/A′ and df + 1 becomes (df + 1)·A′/A.
-    """
-    values, article = _checked(values, article, 1)
-    _, (variance,), df = _jackknife(values, article)
-    own = len(np.unique(article))
-    scale = 1.0 if articles is None else articles / max(own, 1)
-    if np.isnan(variance) or own * scale < 2:
-        return float("nan")
-    spread = np.sqrt(stats.chi2.ppf((np.arange(64) + 0.5) / 64, df) / df)  # s, at even steps of its distribution
-    return float(_noncentrality(max((df + 1) * scale - 1, 1.0), power, level, spread) * np.sqrt(variance / scale))
-
-
-def _noncentrality(df: float, power: float, level: float, spread: np.ndarray) -> float:
-    """λ at which the mean of P(T_df(λs) > t_c) over `spread` s is `power`."""
-    beyond = stats.t.ppf((1 + level) / 2, df)
-
-    def short(x: float) -> float:
-        seen = stats.norm.sf(beyond - x * spread) if df > 1e4 else 1 - special.nctdtr(df, x * spread, beyond)
-        return seen.mean() - power
-
-    most = beyond + 3.0
-    while short(most) < 0:
-        most *= 2
-    return float(optimize.brentq(short, 0, most))
-
-
-def articles_needed(values, article, difference: float, power: float = 0.8, level: float = 0.95) -> float:
-    """Return the least number of articles, as unequal as these, whose `smallest_difference` is at most `difference`.
-
-    NaN for fewer than two articles, infinite beyond 10⁹.
-    """
-    if np.isnan(smallest_difference(values, article, power, level)):
-        return float("nan")
-
-    def enough(n: int) -> bool:
-        return smallest_difference(values, article, power, level, n) <= difference
-
-    low, high = 1, 2
-    while not enough(high):
-        low, high = high, 2 * high
-        if high > 10**9:
-            return float("inf")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return float(high)
-
-
-def _checked(values, articles, axes: int) -> tuple[np.ndarray, np.ndarray]:
+def check_values(values, articles, axes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return values as (S, N) floats without the windows where one is NaN, and the articles' numbers 0 … A−1 (N,)."""
     values, articles = np.asarray(values, float), np.asarray(articles)
     if values.ndim != axes or articles.shape != values.shape[-1:]:
@@ -265,7 +209,7 @@ def _sums(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.stack([np.bincount(articles, row, len(sizes)) for row in values]), sizes
 
 
-def _jackknife(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def jackknife(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Return means (S,), their variances (S,) by leaving out an article at a time (NaN below two articles), and df."""
     sums, sizes = _sums(values, articles)
     n, number = sizes.sum(), len(sizes)
@@ -285,12 +229,12 @@ def _interval(parts, level: float, share: bool = False) -> tuple[float, float, f
     seeds = len(parts[0][1])
     per_seed, own, squares, common = np.zeros(seeds), 0.0, 0.0, 0.0
     for sign, values, articles in parts:
-        per_seed = per_seed + sign * _jackknife(values, articles)[0]
+        per_seed = per_seed + sign * jackknife(values, articles)[0]
         centre = values.mean(0, keepdims=True)
-        _, (variance,), df = _jackknife(centre, articles)
+        _, (variance,), df = jackknife(centre, articles)
         own, squares = own + variance, squares + variance**2 / df
         if seeds > 1:  # the deviations have (S − 1)/S of the interaction's variance; the seeds' mean has 1/S of it
-            common += _jackknife(values - centre, articles)[1].sum() / (seeds - 1) / seeds
+            common += jackknife(values - centre, articles)[1].sum() / (seeds - 1) / seeds
     mean, variance = float(per_seed.mean()), own
     if seeds > 1:
         between_seeds = per_seed.var(ddof=1) / seeds

@@ -12,6 +12,7 @@ import torch
 
 from lvmlib import models
 from lvmlib.errors import LVMError
+from lvmlib.judge.spread import OneSample
 
 T, H = 5, 512
 NAMES = ("transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "gated", "committee", "sampler")
@@ -346,7 +347,7 @@ def test_samples_are_independent_and_the_table_stands_for_all_noise():
 
 def test_one_sample_depends_on_the_window_alone():
     """Neither on the batch nor on the order in the context; and it is a sample, not the mean."""
-    model, x = models.OneSample(build("sampler")), contexts(size=40)
+    model, x = OneSample(build("sampler")), contexts(size=40)
     with torch.no_grad():
         whole = model(x)[0]
         turned = torch.randperm(40, generator=torch.Generator().manual_seed(0))
@@ -354,7 +355,7 @@ def test_one_sample_depends_on_the_window_alone():
         assert torch.equal(torch.cat([model(x[i : i + 1])[0] for i in range(40)]), whole)
         # At the start the sampler is all but symmetric in its context: reversed, only the noise could tell.
         assert (model(x.flip(1))[0] - whole).norm(dim=1).max() < 0.2
-        assert (models.OneSample(build("sampler"), seed=1)(x)[0] - whole).norm(dim=1).min() > 0.3
+        assert (OneSample(build("sampler"), seed=1)(x)[0] - whole).norm(dim=1).min() > 0.3
         at = (whole - model.model(x)[0]).norm(dim=1)
         expected = (build("sampler").samples(x, 200, torch.Generator().manual_seed(0)) - model.model(x)[0]).norm(dim=-1)
     assert at.mean() == pytest.approx(expected.mean().item(), abs=4 * expected.std().item() / math.sqrt(40))

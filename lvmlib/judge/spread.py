@@ -19,6 +19,7 @@ u = (r − V) / (S + 1) with V uniform in [0, 1): u is uniform where truth and s
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -243,3 +244,23 @@ def reading(result: Spread, split: str) -> str:
         f"{inner['high']:.1%}] of the truths, {covered} expected 90 %. The energy score, {score:.4f}, is {better} that "
         f"of the best reference, {best} ({less['value']:+.4f} [{less['low']:+.4f}, {less['high']:+.4f}])."
     )
+
+
+class OneSample(Predictor):
+    """One sample of a model that has `samples`, as a predictor, for 5CAT.
+
+    The noise follows from `seed` and the set of the context's vectors: not from the batch, nor from their order, so
+    that a shuffled context keeps its noise. It changes with the last bits of a vector.
+    """
+
+    def __init__(self, model: Predictor, seed: int = 0):
+        super().__init__(model.dim, model.context_length)
+        self.model, self.seed = model, seed
+
+    def raw(self, context: Tensor) -> Tensor:
+        drawn = []
+        for window, vectors in zip(context, context.detach().float().cpu().numpy(), strict=True):
+            key = np.random.SeedSequence([self.seed, *sorted(zlib.crc32(v.tobytes()) for v in vectors)])
+            noise = torch.Generator(context.device).manual_seed(int(key.generate_state(1)[0]))
+            drawn.append(self.model.samples(window[None], 1, noise)[0, 0])
+        return torch.stack(drawn)

@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 
 from ..judge.arrow import Arrow
-from ..statistics import articles_needed, effective_articles, few, over_articles, smallest_difference
+from ..statistics import effective_articles, few, over_articles
 from ..windows import SPLITS, Dataset, Windows
 from .arrows import above_chance, beyond, declared, ridge_and_mean
 from .facts import TRAINED, WEIGHTING, best_trivial, joined, unused
 from .leaks import NEAR, Leak, shared_titles
+from .power import articles_needed, smallest_difference
 from .probe import OrderProbe, probed
 
 LEAK = 0.01  # share of a split's chunks that are also in train: MRR may be too high by as much

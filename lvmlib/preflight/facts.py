@@ -21,8 +21,9 @@ from ..judge.arrow import Arrow
 from ..judge.fivecat import Report, fivecat, score
 from ..models import Predictor
 from ..ranking import Articles
-from ..statistics import articles_needed, chance_reciprocal_rank, over_articles, smallest_difference
+from ..statistics import chance_reciprocal_rank, over_articles
 from ..windows import SPLITS, Dataset, GivenWindows, Store, Windows, article_spans
+from .power import articles_needed, smallest_difference
 
 ROWS = 8192  # rows of a store that are float32 at one time
 WEIGHTING = ("copy last", "mean", "weighted mean")  # baselines with one weight for each context position

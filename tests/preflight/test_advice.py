@@ -19,8 +19,8 @@ from lvmlib.errors import LVMError
 from lvmlib.preflight import advice, facts, leaks
 from lvmlib.preflight.advice import SIGNAL, Results
 from lvmlib.preflight.arrows import crossed_arrows
+from lvmlib.preflight.power import smallest_difference
 from lvmlib.preflight.probe import crossed_order_probe
-from lvmlib.statistics import smallest_difference
 from lvmlib.windows import SPLITS
 
 

@@ -17,7 +17,8 @@ from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
 from lvmlib.judge.fivecat import fivecat
 from lvmlib.preflight import facts as preflight
-from lvmlib.statistics import articles_needed, over_articles, smallest_difference
+from lvmlib.preflight.power import articles_needed, smallest_difference
+from lvmlib.statistics import over_articles
 from lvmlib.windows import Dataset, GivenWindows, windows
 
 D, LENGTHS = 12, (9, 25, 7, 30, 14, 3, 22, 17, 19, 28)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from lvmlib import config, models
 from lvmlib.errors import LVMError
+from lvmlib.judge.spread import OneSample
 from lvmlib.share import onnx
 from lvmlib.share.onnx import ONNX_TOLERANCE, to_onnx
 
@@ -51,7 +52,7 @@ def test_an_existing_file_is_refused(tmp_path):
 
 def test_a_difference_or_a_failure_leaves_no_file(tmp_path, monkeypatch):
     with pytest.raises(LVMError, match="OneSample"):
-        to_onnx(models.OneSample(models.build("sampler", 16)), tmp_path / "model.onnx")
+        to_onnx(OneSample(models.build("sampler", 16)), tmp_path / "model.onnx")
     model = models.build("bilinear", 16)
     torch.nn.init.constant_(model.metric.weight, torch.nan)
     with pytest.raises(LVMError, match="differs from torch by nan"):
