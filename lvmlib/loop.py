@@ -298,8 +298,7 @@ def seeded(seed: int, epoch: int):
 class Lowered:
     """A model's copy for steps in bfloat16: `model` has the weights of the products in bfloat16 and shares all others.
 
-    Autocast casts each weight at each use and each gradient back, into new memory; here both are done once a step, into
-    memory that stays. The numbers are the same ones.
+    The numbers are those of autocast, which casts at each use, into new memory; here it is once a step.
     """
 
     def __init__(self, model: models.Predictor):
@@ -325,10 +324,8 @@ class Lowered:
 
 
 def clip(model: torch.nn.Module, most: float) -> Tensor:
-    """Scale the model's gradient down to norm `most` where it is larger, and return its norm before that.
-
-    As `clip_grad_norm_`, which multiplies in any case: a pass over all gradients that changes nothing.
-    """
+    """Scale the model's gradient down to norm `most` where it is larger, and return its norm before that; as
+    `clip_grad_norm_`, without a multiplication by 1."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if norm.device.type != "cpu" or not norm <= most:  # also where it is NaN

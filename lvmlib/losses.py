@@ -56,11 +56,8 @@ def directional_smooth(unit: Tensor, target: Tensor, prev: Tensor, margin: float
 def directional_scale_aware(
     unit: Tensor, target: Tensor, prev: Tensor, margin: float, gamma: float, alpha: float, margin_ratio: float
 ) -> Tensor:
-    """L_dir from v2.1 on: the smooth hinge on the gap (weight α) and on the ratio (1 − α).
-
-    The ratio keeps its pull where both cosines are small. It does not see two negative cosines (handbook
-    §4.1 point 8): the floor and the sign guard are there for that.
-    """
+    """L_dir from v2.1 on: the smooth hinge on the gap (weight α) and on the ratio (1 − α), which keeps its pull where
+    both cosines are small. Two negative cosines (handbook §4.1 point 8) are left to the floor and the sign guard."""
     pos, neg = cosine(unit, target), cosine(unit, prev)
     by_gap, by_ratio = hinge(gap(pos, neg), margin, gamma), hinge(ratio(pos, neg), margin_ratio, gamma)
     return (alpha * by_gap + (1 - alpha) * by_ratio).mean()
@@ -85,8 +82,7 @@ def listwise(unit: Tensor, rivals: Tensor, there: Tensor, scale: Tensor) -> Tens
     """L_list: mean −log softmax(scale · cos(p, ·))[0] over `rivals` (B, C, D), unit vectors with the target first.
 
     `there` (B, C): which of them count; `scale`: 1 / temperature. InfoNCE with the target's own article for negatives
-    (van den Oord et al. 2018, eq. 4): it asks for the rank that the novel MRR measures, and for no norm or cosine.
-    `unit` (B, D), or (B, K, D) for K rankers: the mean of their losses.
+    (van den Oord et al. 2018, eq. 4). `unit` (B, D), or (B, K, D) for K rankers: the mean of their losses.
     """
     logits = scale * torch.einsum("b...d,bcd->b...c", unit, rivals)
     there = there if unit.ndim == 2 else there[:, None]
@@ -113,8 +109,8 @@ def energy(samples: Tensor, target: Tensor) -> Tensor:
         (1/S) Σ_s ‖x_s − y‖ − 1/(2 S (S−1)) Σ_{s≠s'} ‖x_s − x_s'‖
 
     Strictly proper: least in the mean where the samples are drawn from the target's own distribution (Gneiting &
-    Raftery, JASA 102, 2007, eq. 22 with β = 1). Its mean does not depend on S where the samples are independent draws;
-    for members that are chosen to differ it is too low. One sample has no second term: the distance of a point.
+    Raftery, JASA 102, 2007, eq. 22 with β = 1). Its mean does not depend on S for independent draws. One sample has no
+    second term: the distance of a point.
     """
     off, apart = distances(samples, target)
     return off - apart / 2
@@ -282,12 +278,8 @@ def gradients(terms: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor | N
 
 
 def pulls(gradients: Mapping[str, Tensor | None], raw: Tensor) -> dict[str, Tensor]:
-    """How hard each term pulls at the prediction: the norm over the batch of its gradient there, as `pull_<term>`; and
-    `angle`, in degrees, between the mean-square and the directional gradient. NaN where there is no gradient.
-
-    ρ compares the terms' values; these are what each does to the weights (handbook §4.1 point 7). Above 90 degrees the
-    two work against each other.
-    """
+    """The norm over the batch of each term's gradient at the prediction, as `pull_<term>` (handbook §4.1 point 7); and
+    `angle`, in degrees, between the mean-square and the directional gradient. NaN where there is no gradient."""
     nan = raw.new_full((), float("nan"))
     out = {f"pull_{name}": nan if g is None else g.norm() for name, g in gradients.items()}
     out["angle"] = nan
