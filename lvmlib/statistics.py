@@ -19,7 +19,6 @@ import numpy as np
 from scipy import special, stats
 
 FEW = 5.0  # effective articles: with fewer, intervals cover the truth less, or more, often than they say
-EXACT = 2**14  # sign patterns that are enumerated, not drawn: up to 15 articles
 
 
 # Chance levels
@@ -170,28 +169,6 @@ def over_seeds(values, articles, level: float = 0.95, share: bool = False) -> tu
     return _interval([(1, *check_values(values, articles, 2))], level, share)
 
 
-def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> float:
-    """Return the two-sided p of "each article's sum of `values` (N,) is as likely with the other sign".
-
-    The share of sign patterns whose |Σ ±sₐ| is at least the observed one: of all 2^A patterns up to A = 15 (the least
-    possible p is then 2^(1−A)), else of `permutations` random ones and the observed one. NaN values are left out; NaN
-    for no window.
-    """
-    values, articles = check_values(values, articles, 1)
-    sums = _sums(values, articles)[0][0]  # (A,)
-    if not len(sums):
-        return float("nan")
-    if 2 ** (len(sums) - 1) <= EXACT:
-        patterns = np.arange(2 ** (len(sums) - 1))[:, None] >> np.arange(len(sums)) & 1  # the last sign fixed: halves
-        extra = 0
-    else:
-        patterns = np.random.default_rng(seed).integers(0, 2, (permutations, len(sums)))
-        extra = 1
-    flipped = np.abs((1 - 2 * patterns) @ sums)
-    reached = flipped >= abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
-    return float((reached.sum() + extra) / (len(reached) + extra))
-
-
 def check_values(values, articles, axes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return values as (S, N) floats without the windows where one is NaN, and the articles' numbers 0 … A−1 (N,)."""
     values, articles = np.asarray(values, float), np.asarray(articles)
@@ -203,7 +180,7 @@ def check_values(values, articles, axes: int) -> tuple[np.ndarray, np.ndarray]:
     return values[:, counts], np.unique(articles[counts], return_inverse=True)[1]
 
 
-def _sums(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def article_sums(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return each article's sum (S, A) and number of windows (A,)."""
     sizes = np.bincount(articles).astype(float)
     return np.stack([np.bincount(articles, row, len(sizes)) for row in values]), sizes
@@ -211,7 +188,7 @@ def _sums(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def jackknife(values: np.ndarray, articles: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Return means (S,), their variances (S,) by leaving out an article at a time (NaN below two articles), and df."""
-    sums, sizes = _sums(values, articles)
+    sums, sizes = article_sums(values, articles)
     n, number = sizes.sum(), len(sizes)
     means = sums.sum(1) / n if n else np.full(len(values), np.nan)
     if number < 2:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lvmlib.judge.arrow import sign_flip
 from lvmlib.statistics import (
     FEW,
     adjusted,
@@ -22,7 +23,6 @@ from lvmlib.statistics import (
     over_articles,
     over_seeds,
     paired,
-    sign_flip,
 )
 
 

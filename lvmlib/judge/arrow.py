@@ -19,10 +19,11 @@ import pandas as pd
 from ..baselines import untrained
 from ..errors import LVMError
 from ..models import Predictor
-from ..statistics import few, over_seeds, sign_flip
+from ..statistics import article_sums, check_values, few, over_seeds
 from ..windows import Windows, shared
 from .fivecat import score
 
+EXACT = 2**14  # sign patterns that are enumerated, not drawn: up to 15 articles
 MEASURES = {"novel MRR": 1, "cosine": 1, "loss": -1}  # the sign that is good
 
 
@@ -99,3 +100,25 @@ def figures(model: Predictor, windows: Windows) -> Mapping[str, np.ndarray]:
     """Each of MEASURES by window, (N,), of one predictor."""
     frame = score(model, windows)
     return {"novel MRR": 1 / frame["novel rank"].to_numpy(), **{m: frame[m].to_numpy() for m in ("cosine", "loss")}}
+
+
+def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> float:
+    """Return the two-sided p of "each article's sum of `values` (N,) is as likely with the other sign".
+
+    The share of sign patterns whose |Σ ±sₐ| is at least the observed one: of all 2^A patterns up to A = 15 (the least
+    possible p is then 2^(1−A)), else of `permutations` random ones and the observed one. NaN values are left out; NaN
+    for no window.
+    """
+    values, articles = check_values(values, articles, 1)
+    sums = article_sums(values, articles)[0][0]  # (A,)
+    if not len(sums):
+        return float("nan")
+    if 2 ** (len(sums) - 1) <= EXACT:
+        patterns = np.arange(2 ** (len(sums) - 1))[:, None] >> np.arange(len(sums)) & 1  # the last sign fixed: halves
+        extra = 0
+    else:
+        patterns = np.random.default_rng(seed).integers(0, 2, (permutations, len(sums)))
+        extra = 1
+    flipped = np.abs((1 - 2 * patterns) @ sums)
+    reached = flipped >= abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
+    return float((reached.sum() + extra) / (len(reached) + extra))

@@ -15,8 +15,8 @@ from lvmlib.baselines import Constant, Linear, untrained
 from lvmlib.data import worlds
 from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
-from lvmlib.judge.arrow import MEASURES, Arrow, arrow
-from lvmlib.statistics import over_seeds, sign_flip
+from lvmlib.judge.arrow import MEASURES, Arrow, arrow, sign_flip
+from lvmlib.statistics import over_seeds
 from lvmlib.windows import windows
 
 T, DIM = 5, 10
