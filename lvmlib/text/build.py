@@ -691,6 +691,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-# ------------------------------------------------------------------------------------------------------- command line
