@@ -11,8 +11,9 @@ from lvmlib import windows as W
 from lvmlib.data import original as I
 from lvmlib.errors import LVMError
 
-SHARED = Path(__file__).resolve().parents[1] / "shared"
-GOLDEN, ENGLISH = SHARED / "golden" / "fivecat_original.npz", SHARED / "vectors" / "english_sentences.npz"
+TESTS = Path(__file__).resolve().parent
+GOLDEN = TESTS / "golden" / "fivecat_original.npz"
+ENGLISH = TESTS.parent / "shared" / "vectors" / "english_sentences.npz"
 PARTS = {"train": set(range(20)), "val": set(range(20, 25)), "ood": set(range(25, 30))}
 
 
