@@ -36,7 +36,7 @@ import yaml
 
 from ..errors import LVMError
 from ..io import limits as untrusted
-from ..io.disk import sync, told, write_whole
+from ..io.disk import explain_os_errors, sync, write_atomic
 from ..io.paths import EMBEDDED
 from ..windows import GivenWindows, Store, blocks
 from .checks import check_articles, check_chunks, check_given, check_vectors
@@ -147,12 +147,12 @@ def writing(folder: str | os.PathLike) -> Iterator[Path]:
     folder = Path(folder)
     if folder.exists():
         raise LVMError(f"{folder}: is there already; name a new folder, or move the old one aside")
-    with told(folder):
+    with explain_os_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     try:
         yield partial
-        with told(folder):
+        with explain_os_errors(folder):
             partial.chmod(0o755)  # mkdtemp makes it the owner's alone
             sync(partial)
             partial.rename(folder)
@@ -292,7 +292,7 @@ def _remember(folder: Path, outcome: dict, began: float) -> None:
         return
     with contextlib.suppress(LVMError):  # no right to write, a full disk: the next opening checks again
         text = json.dumps(outcome, indent=1) + "\n"
-        write_whole(folder / CHECKED, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_atomic(folder / CHECKED, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _read_datasheet(folder: Path) -> tuple[dict, dict, str]:

@@ -1,0 +1,194 @@
+"""The result of a full check is remembered, and only for files in the same state."""
+
+import json
+import mmap
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+from stores import age, random_store, refused, reseal, same, with_extras
+
+from lvmlib.data import store as V
+from lvmlib.errors import LVMError
+
+
+def test_a_remembered_check_reads_no_vector_and_no_chunk(known, checks, monkeypatch):
+    whole = V.open_store(known, verify=True)
+    assert len(checks) == 1
+    for name in ("sha256_file", "check_chunks", "check_articles", "_fingerprint"):
+        monkeypatch.setattr(V, name, lambda *a: pytest.fail("read again"))
+    same(V.open_store(known), whole)
+    assert len(checks) == 1
+    moved = known.rename(known.with_name("moved"))
+    same(V.open_store(moved), whole)
+    assert len(checks) == 1  # the same files under another name
+
+
+def test_columns_are_views_of_the_map(known):
+    store = V.open_store(known)
+    for column in (store.article, store.position):
+        base = column
+        while isinstance(base, np.ndarray):
+            base = base.base
+        assert isinstance(base, mmap.mmap)
+
+
+def test_texts_and_given_windows_of_a_remembered_check(tmp_path, checks, monkeypatch):
+    folder = V.write_store(with_extras()[0], tmp_path / "s")
+    age(folder)
+    whole = V.open_store(folder)
+    checks.clear()
+    monkeypatch.setattr(V, "check_given", lambda *a: pytest.fail("checked again"))
+    again = V.open_store(folder)
+    same(again, whole)
+    assert not checks and list(again.texts) == list(whole.texts) and again.texts[4] == whole.texts[4]
+    assert len(again.texts) == len(whole.texts) == len(whole.vectors)
+    assert again.given.start.tolist() == whole.given.start.tolist() and again.given.split.dtype == np.int64
+    (folder / "texts.jsonl").write_bytes((folder / "texts.jsonl").read_bytes() + b'"more"\n')
+    refused(folder, "texts.jsonl", "sha256")
+
+
+@pytest.mark.parametrize("name", V.STORE_FILES[:3])
+def test_a_wrong_checksum_is_seen_in_spite_of_a_remembered_check(known, name):
+    content = bytearray((known / name).read_bytes())
+    content[-2] ^= 1
+    (known / name).write_bytes(content)
+    refused(known, name, "sha256")
+    refused(known, name, "sha256")  # a refusal is not remembered as a success
+
+
+def test_another_file_of_the_same_size_and_time_is_seen(known):
+    path = known / "vectors.npy"
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[-2] ^= 1
+    (known / "new").write_bytes(content)
+    os.utime(known / "new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(known / "new", path)  # another inode
+    refused(known, "vectors.npy", "sha256")
+
+
+def test_what_is_not_seen_and_that_verify_sees_it(known):
+    """As the docstring says: bytes changed in place, and the time set back."""
+    path = known / "vectors.npy"
+    stat = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x00\x01")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    V.open_store(known)
+    with pytest.raises(LVMError, match=r"vectors.npy: its sha256"):
+        V.open_store(known, verify=True)
+
+
+def test_a_change_within_a_second_of_the_check_is_seen(folder, checks):
+    """Its time may be the same: so what is younger than a second is not remembered."""
+    path = folder / "vectors.npy"
+    V.open_store(folder)
+    assert len(checks) == 1 and not (folder / V.CHECKED).exists()
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    refused(folder, "vectors.npy", "sha256")
+
+
+def test_a_file_that_changes_while_it_is_checked_is_not_remembered(folder, monkeypatch):
+    age(folder)
+    monkeypatch.setattr(V, "_fingerprint", lambda *a: os.utime(folder / "chunks.npy") or "0" * 64)
+    V.open_store(folder)
+    assert not (folder / V.CHECKED).exists()
+
+
+def test_a_new_datasheet_or_a_new_file_is_checked_anew(known, checks):
+    sheet = yaml.safe_load((known / "datasheet.yaml").read_text(encoding="utf-8"))
+    (known / "datasheet.yaml").write_text(yaml.safe_dump({**sheet, "name": "other"}), encoding="utf-8")
+    assert V.open_store(known).name == "other" and len(checks) == 1
+    (known / "texts.jsonl").write_text("")
+    refused(known, "texts.jsonl", "sha256")
+
+
+def test_a_copied_memory_is_none(known, tmp_path, checks):
+    shutil.copytree(known, tmp_path / "copy")  # it keeps sizes and times
+    assert (tmp_path / "copy" / V.CHECKED).is_file()
+    same(V.open_store(tmp_path / "copy"), V.open_store(known))
+    assert checks == [str(tmp_path / "copy" / "vectors.npy")]
+    store = random_store(12, gaps=False)
+    other = V.write_store(store, tmp_path / "other")
+    shutil.copy2(known / V.CHECKED, other / V.CHECKED)
+    assert V.open_store(other).fingerprint == store.fingerprint
+    assert checks[-1] == str(other / "vectors.npy")
+
+
+MEMORIES = (
+    lambda b: b"",
+    lambda b: b[:-9],
+    lambda b: b"[]",
+    lambda b: b"5",
+    lambda b: b"{}",
+    lambda b: b"\xff\xfe\x00",
+    lambda b: b"[" * 100_000,
+    lambda b: b.replace(b'"check": 1', b'"check": 0'),
+    lambda b: b.replace(b'"size": ', b'"size": 1'),
+    *(
+        lambda b, change=change: json.dumps(json.loads(b) | change).encode()
+        for change in ({"fingerprint": 7}, {"fingerprint": "short"}, {"files": []}, {"more": 1})
+    ),
+)
+
+
+@pytest.mark.parametrize("content", MEMORIES)
+def test_a_damaged_memory_is_none_and_is_mended(known, checks, content):
+    path, whole = known / V.CHECKED, (known / V.CHECKED).read_bytes()
+    path.write_bytes(content(whole))
+    assert path.read_bytes() != whole
+    for _ in range(2):
+        V.open_store(known)
+        assert len(checks) == 1 and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("where", ["write", "rename", "a folder in its place"])
+def test_a_memory_that_cannot_be_written(folder, checks, monkeypatch, where):
+    age(folder)
+
+    def deny(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    if where == "a folder in its place":
+        (folder / V.CHECKED).mkdir()
+    else:
+        monkeypatch.setattr(*((V.Path, "write_text") if where == "write" else (V.os, "replace")), deny)
+    before = sorted(folder.iterdir())
+    same(V.open_store(folder), V.open_store(folder))
+    assert len(checks) == 2 and sorted(folder.iterdir()) == before
+
+
+def test_the_package_is_not_written(folder, monkeypatch):
+    monkeypatch.setattr(V, "EMBEDDED", folder.parent)
+    age(folder)
+    V.open_store(folder)
+    assert not (folder / V.CHECKED).exists()
+
+
+def test_sealing_remembers_what_was_written_long_enough_ago(tmp_path, checks):
+    store = random_store(11, gaps=False)
+    with V.writing(tmp_path / "s") as partial:
+        np.save(partial / "vectors.npy", store.vectors)
+        np.save(partial / "chunks.npy", np.stack([store.article, store.position], 1))
+        age(partial, 2)
+        V.seal(partial, "s", store.articles, {})
+    checks.clear()
+    assert V.open_store(tmp_path / "s").fingerprint == store.fingerprint and not checks
+
+
+def test_a_table_of_wider_integers_opens_the_same(known, checks):
+    whole = V.open_store(known)
+    np.save(known / "wider.npy", np.load(known / "chunks.npy").astype(np.int64))
+    (known / "wider.npy").rename(known / "chunks.npy")  # not written into the file that `whole` has mapped
+    reseal(known)
+    age(known)
+    same(replace(V.open_store(known), datasheet=whole.datasheet), whole)
+    same(replace(V.open_store(known), datasheet=whole.datasheet), whole)
+    assert len(checks) == 1

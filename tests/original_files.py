@@ -1,0 +1,69 @@
+"""Files in the original's form, for tests."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fuzz_importers import LENGTH, cut, world
+
+from lvmlib import windows as W
+from lvmlib.data import original as I
+from lvmlib.errors import LVMError
+
+TESTS = Path(__file__).resolve().parent
+GOLDEN = TESTS / "golden" / "fivecat_original.npz"
+ENGLISH = TESTS.parent / "shared" / "vectors" / "english_sentences.npz"
+PARTS = {"train": set(range(20)), "val": set(range(20, 25)), "ood": set(range(25, 30))}
+
+
+def saved(folder, name, compressed=False, **arrays):
+    path = folder / f"{name}.npz"
+    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+    return path
+
+
+def article_file(folder, x, article, chunk, name="articles", **more):
+    return saved(folder, name, vectors=x, article_indices=article, chunk_indices=chunk, **more)
+
+
+def sequence_files(folder, x, article, chunk, horizon=2, indices=True, parts=PARTS, **more):
+    """{split: path} with plain arrays, and {split: (contexts, targets, ids, target indices)}."""
+    windows = {s: cut(x, article, chunk, own, horizon) for s, own in parts.items()}
+    paths = {}
+    for s, (contexts, targets, ids, at) in windows.items():
+        given = {"target_indices": at} if indices else {}
+        paths[s] = saved(
+            folder, s, context_sequences=contexts, target_vectors=targets, article_ids=ids, **given, **more
+        )
+    return paths, windows
+
+
+def check_windows(store, windows, horizon=2):
+    """The store's windows are those of the files, in their order, vector for vector."""
+    assert (store.given.horizon, store.given.context_length) == (horizon, LENGTH)
+    for s, (contexts, targets, ids, at) in windows.items():
+        w = W.windows(store, s, horizon, LENGTH)
+        assert np.array_equal(store.vectors[w.context_rows(np.arange(len(w)))], contexts)
+        assert np.array_equal(store.vectors[w.target], targets)
+        assert np.array_equal(w.article, ids)
+        assert np.array_equal(store.position[w.target], at)
+
+
+COUNT = len(world()[0])
+
+
+def refused(files, folder, message, marker=None, **options):
+    before = sorted(p.name for p in folder.iterdir())
+    begin = time.process_time()
+    with pytest.raises(LVMError, match=message) as caught:
+        I.convert(files, folder / "store", **options)
+    assert type(caught.value) is LVMError and len(str(caught.value)) < 1200
+    assert time.process_time() - begin < 5
+    assert sorted(p.name for p in folder.iterdir()) == before  # nothing left, whole or in part
+    assert marker is None or not marker.exists()
+    return str(caught.value)
+
+
+def without(*names, **more):
+    return lambda arrays: {**{k: v for k, v in arrays.items() if k not in names}, **more}
