@@ -20,6 +20,3 @@ def require(module: str, extra: str = "encode"):
 def format_error(e: BaseException) -> str:
     """What an exception says, on one line."""
     return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-
-
-extra, said = require, format_error  # the former names

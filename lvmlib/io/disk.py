@@ -214,6 +214,3 @@ def _write_error(partial: Path) -> OSError | None:
     except OSError as e:
         return e
     return None
-
-
-told, write_whole, hold = explain_os_errors, write_atomic, lock  # the former names

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ..baselines import untrained
 from ..config import watched
 from ..errors import LVMError
-from ..io.disk import write_whole
+from ..io.disk import write_atomic
 from ..models import Predictor, device_of
 from ..windows import Dataset, Windows
 from .gates import GATES, UNTRAINED, answers, threshold_of, worst
@@ -176,7 +176,7 @@ class Report:
             {"instrument": INSTRUMENT, "precision": self.precision, **more, **profiles, "health": health}
         )
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(Path(path), lambda partial: Path(partial).write_text(text + "\n", encoding="utf-8"))
+        write_atomic(Path(path), lambda partial: Path(partial).write_text(text + "\n", encoding="utf-8"))
 
 
 def _without_nan(value):

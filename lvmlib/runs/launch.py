@@ -25,7 +25,7 @@ import torch
 from .. import errors
 from ..config import Version
 from ..errors import LVMError
-from ..io.paths import ROOT
+from ..io.paths import PACKAGE
 
 PROCESS = ("lvmlib", "parallel")  # what the processes run, after `python -m`
 ATTACHED = "--attached"  # the word by which they know that a notebook launched them
@@ -95,7 +95,7 @@ def launch(folder: Path, asked: Group, device: str) -> Iterator[None]:
     """
     check_devices(asked, device)
     path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *path])}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // asked.devices)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={asked.devices}"]
     command += ["-m", *PROCESS, str(folder.resolve()), ATTACHED]

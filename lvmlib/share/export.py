@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import models
 from ..data.store import writing
 from ..device import pick_device
-from ..errors import LVMError, extra, said
+from ..errors import LVMError, format_error, require
 from ..io.limits import read_bytes, read_json
 from ..judge.fivecat import INSTRUMENT, Report
 from ..judge.rating import reading, verdict
@@ -107,7 +107,9 @@ def export(run: Run | str | os.PathLike, folder: str | os.PathLike, report: Repo
             **{key: parameters[key] for key in ("model", "context_length", "horizon", "direction", "seed")},
         )
     except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise e if isinstance(e, LVMError) else LVMError(f"{source / 'run.yaml'}: {said(e)}; restore the file") from e
+        raise (
+            e if isinstance(e, LVMError) else LVMError(f"{source / 'run.yaml'}: {format_error(e)}; restore the file")
+        ) from e
     check_best(source, record, epochs)  # after _read_weights, whose errors say more
     content = _read_report(source / "fivecat.json") if report is None else _check_report(report, run, config)
     with writing(folder) as partial:
@@ -118,7 +120,7 @@ def export(run: Run | str | os.PathLike, folder: str | os.PathLike, report: Repo
             text = card(config, dataset["windows"], content, parameters["fast"])
         except (KeyError, TypeError, AttributeError) as e:
             raise LVMError(
-                f"{source / 'fivecat.json'}: lacks {said(e)}; run train.ipynb again, or give `report`"
+                f"{source / 'fivecat.json'}: lacks {format_error(e)}; run train.ipynb again, or give `report`"
             ) from e
         (partial / CARD).write_text(text, encoding="utf-8")
         _open(partial)  # finds now what would be wrong for whoever opens it
@@ -155,13 +157,15 @@ def push(folder: str | os.PathLike, name: str, private: bool = True) -> str:
     try:
         commit = model.push_to_hub(name, private=private, commit_message=message, allow_patterns=list(FILES))
     except Exception as e:  # the client has an exception for each of: no network, no rights, name taken
-        raise LVMError(f"{HUB}{name}: the hub did not take {folder} ({said(e)}); sign in, or check the network") from e
+        raise LVMError(
+            f"{HUB}{name}: the hub did not take {folder} ({format_error(e)}); sign in, or check the network"
+        ) from e
     return str(getattr(commit, "commit_url", commit))
 
 
 def _hub_model() -> type:
     """Return the class of models on the hub. Raises LVMError without the extra `export`, which has the mixin."""
-    hub = extra("huggingface_hub", "export")
+    hub = require("huggingface_hub", "export")
 
     class HubModel(hub.PyTorchModelHubMixin):
         """An exported folder with the mixin's `push_to_hub`; `predictor` is its model."""
@@ -182,7 +186,9 @@ def _hub_model() -> type:
             try:
                 snapshot = Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
             except Exception as e:  # as in `push`
-                raise LVMError(f"{HUB}{name}: not loaded from the hub ({said(e)}); check name and network") from e
+                raise LVMError(
+                    f"{HUB}{name}: not loaded from the hub ({format_error(e)}); check name and network"
+                ) from e
             # CACHE/models--OWNER--NAME/snapshots/COMMIT/ has links to files elsewhere in the cache, and no farther
             return cls(snapshot, inside=snapshot.parents[2])
 
@@ -230,7 +236,7 @@ def _read_config(path: Path) -> Config:
         key = one_line(error["loc"][0])[:80] if error["loc"] else "not a configuration"
         raise LVMError(f"{path}: {key}: {one_line(error['msg'])[:300]}; {ADVICE}") from e
     except (OSError, ValueError) as e:
-        raise LVMError(f"{path}: cannot be read ({said(e)}); {ADVICE}") from e
+        raise LVMError(f"{path}: cannot be read ({format_error(e)}); {ADVICE}") from e
 
 
 def _shapes(name: str, dim: int, length: int) -> dict[str, tuple[int, ...]]:
@@ -266,7 +272,7 @@ def _read_weights(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = Non
                     raise LVMError(f"{path}: {one_line(name)[:80]} is {part.get_dtype()}, not F32; {ADVICE}")
             tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, safetensors.SafetensorError) as e:
-        raise LVMError(f"{path}: not a whole safetensors file ({said(e)}); {ADVICE}") from e
+        raise LVMError(f"{path}: not a whole safetensors file ({format_error(e)}); {ADVICE}") from e
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise LVMError(f"{path}: {one_line(name)[:80]} holds NaN or infinite values; {ADVICE}")
@@ -298,4 +304,4 @@ def _read_report(path: Path) -> dict | None:
             raise ValueError(f"written by instrument {content['instrument']}, this is {INSTRUMENT}")
         return content
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise LVMError(f"{path}: not a 5CAT report ({said(e)}); run train.ipynb again, or give `report`") from e
+        raise LVMError(f"{path}: not a 5CAT report ({format_error(e)}); run train.ipynb again, or give `report`") from e

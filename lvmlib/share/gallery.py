@@ -25,9 +25,9 @@ from typing import Any
 from urllib.parse import quote
 
 from ..config import data_name, resolved
-from ..errors import LVMError, said
+from ..errors import LVMError, format_error
 from ..io import stamp
-from ..io.disk import hold, sync, told, write_whole
+from ..io.disk import explain_os_errors, lock, sync, write_atomic
 from ..io.limits import read_json
 from ..io.paths import ROOT, outputs
 from ..judge.fivecat import GATES, INSTRUMENT
@@ -53,11 +53,11 @@ def build(
     root = Path(root or outputs())
     out = Path(out or root / "gallery")
     new = out.with_name(f".{out.name}.new")
-    with told(out), contextlib.ExitStack() as stack:
+    with explain_os_errors(out), contextlib.ExitStack() as stack:
         _check_gallery(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = out.with_name(f".{out.name}.gallery.lock")
-        stack.enter_context(hold(lock, lambda by: f"{out}: {by} is building it; wait for it"))
+        place = out.with_name(f".{out.name}.gallery.lock")
+        stack.enter_context(lock(place, lambda by: f"{out}: {by} is building it; wait for it"))
         _check_gallery(new)
         if new.exists():  # a killed build left it
             shutil.rmtree(new)
@@ -106,7 +106,7 @@ def _own_pages(out: Path) -> set[str]:
     try:
         return existing & set(read_json(out / MARK)["files"]) if existing else existing
     except Exception as e:
-        raise LVMError(f"{out / MARK}: cannot be read ({said(e)}); restore it, or move {out} away") from e
+        raise LVMError(f"{out / MARK}: cannot be read ({format_error(e)}); restore it, or move {out} away") from e
 
 
 def _move(new: Path, out: Path, record: dict) -> None:
@@ -136,7 +136,7 @@ def _move(new: Path, out: Path, record: dict) -> None:
 
 def _write_mark(out: Path, record: dict, pages: set[str]) -> None:
     text = json.dumps(record | {"files": sorted(pages)}) + "\n"
-    write_whole(out / MARK, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_atomic(out / MARK, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _collect(root: Path, showcase: bool, fast: bool) -> list[dict]:
@@ -172,7 +172,7 @@ def _card(read_facts: Callable, path: Path, fallback: dict, root: Path, fast: bo
             warning["detail"] = _short(warning["detail"], root)
         return card
     except Exception as e:  # a damaged file makes its reader raise anything
-        warning = {"what": "cannot be read", "detail": _short(said(e), root)}
+        warning = {"what": "cannot be read", "detail": _short(format_error(e), root)}
         return fallback | {"state": "damaged", "warnings": [warning]} | known
 
 
@@ -202,7 +202,7 @@ def _write_page(path: Path, site: Path, names: set[str], card: dict, root: Path)
         notebook = read(path)
         content = page(notebook, home="../index.html").encode("utf-8")
     except Exception as e:  # one damaged notebook must not stop the gallery
-        card["warnings"].append({"what": f"{path.name} cannot be shown", "detail": _short(said(e), root)})
+        card["warnings"].append({"what": f"{path.name} cannot be shown", "detail": _short(format_error(e), root)})
         return None
     (site / "pages" / f"{name}.html").write_bytes(content)  # not in the try: a full disk is no damaged notebook
     names.add(name)
@@ -242,7 +242,7 @@ def facts(folder: Path) -> dict[str, Any]:
         if finished:
             warnings.append({"what": "not judged", "detail": "there is no fivecat.json; run train.ipynb again"})
     except Exception as e:  # a damaged report
-        warnings.append({"what": "fivecat.json cannot be read", "detail": said(e)})
+        warnings.append({"what": "fivecat.json cannot be read", "detail": format_error(e)})
     broken = [c for c in checklist(version, history, steps) if c.held is False] if len(history) else []
     result["checks"] = [
         {"what": c.check, "detail": f"{c.measured}, wanted {c.wanted}" + (f"; first at {c.broke}" if c.broke else "")}

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import models
-from ..errors import LVMError, extra, said
-from ..io.disk import write_whole
+from ..errors import LVMError, format_error, require
+from ..io.disk import write_atomic
 from .export import load
 
 ONNX_TOLERANCE = 1e-4  # of an output's largest magnitude; float32 kernels sum in another order
@@ -57,8 +57,8 @@ def to_onnx(model: models.Predictor | str | os.PathLike, path: str | os.PathLike
     exists.
     """
     for module in ("onnx", "onnxscript"):  # torch's exporter imports them late
-        extra(module, "export")
-    runtime = extra("onnxruntime", "export")
+        require(module, "export")
+    runtime = require("onnxruntime", "export")
     path = Path(path)
     if path.exists():
         raise LVMError(f"{path}: is there already; name a new file, or move the old one aside")
@@ -95,11 +95,13 @@ def to_onnx(model: models.Predictor | str | os.PathLike, path: str | os.PathLike
 
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_whole(path, convert)
+        write_atomic(path, convert)
     except LVMError:
         raise
     except Exception as e:  # the converter and the runtime raise many kinds
-        raise LVMError(f"{path}: this {type(model).__name__} cannot be converted ({said(e)}); use it with torch") from e
+        raise LVMError(
+            f"{path}: this {type(model).__name__} cannot be converted ({format_error(e)}); use it with torch"
+        ) from e
     return max(differences)
 
 

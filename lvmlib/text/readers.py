@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LVMError, extra
+from ..errors import LVMError, require
 from .markdown import prose
 
 LARGEST = 1 << 28  # bytes of one article, which is held in memory
@@ -182,7 +182,7 @@ def read_parquet(files: Files, query: Query, counts: Counter) -> Iterator[tuple]
 
 def parquet_batches(path: Path, columns: Callable[..., list[str]], size: int) -> Iterator:
     """Yield a file's record batches of at most `size` rows. `columns(schema)` returns the names of those to read."""
-    parquet = extra("pyarrow.parquet")
+    parquet = require("pyarrow.parquet")
     with (
         wrap_errors(f"{path}: as Parquet", DAMAGED),
         parquet.ParquetFile(path, memory_map=False, pre_buffer=False) as file,
@@ -192,7 +192,7 @@ def parquet_batches(path: Path, columns: Callable[..., list[str]], size: int) ->
 
 def is_text(kind) -> bool:
     """Return whether an Arrow type holds strings."""
-    types = extra("pyarrow").types
+    types = require("pyarrow").types
     kind = kind.value_type if types.is_dictionary(kind) else kind
     return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
@@ -200,7 +200,7 @@ def is_text(kind) -> bool:
 @contextlib.contextmanager
 def hub_stream(name: str, config: str | None, subset: str) -> Iterator:
     """Open a hub dataset as a stream of rows. Raises LVMError if it, or a row, does not come."""
-    datasets = extra("datasets")
+    datasets = require("datasets")
     name, _, revision = name.partition("@")
     with wrap_errors(
         f"hub:{name} (config {config}, subset {subset})",

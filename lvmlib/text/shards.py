@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from ..config import watched
-from ..errors import LVMError, said
-from ..io.disk import write_whole
+from ..errors import LVMError, format_error
+from ..io.disk import write_atomic
 from . import encoders
 
 RESUMABLE = "finished work is kept: call again to continue"
@@ -84,7 +84,7 @@ def encode_shards(
                 _check(vectors, model, batch, first)
                 characters = np.array([len(text) for text in batch], np.int32)
                 arrays = {"vectors": vectors.astype(np.float16), "tokens": tokens, "characters": characters}
-                write_whole(path, lambda p, a=arrays, b=batch: _save(p, {**a, "hash": _hash(b)}), RESUMABLE)
+                write_atomic(path, lambda p, a=arrays, b=batch: _save(p, {**a, "hash": _hash(b)}), RESUMABLE)
                 progress.add(0, log=True)
             else:
                 progress.skip(len(batch))
@@ -106,7 +106,8 @@ def _vectors(
         return vectors, np.zeros(len(texts), np.int32)
     except torch.OutOfMemoryError as e:
         raise LVMError(
-            f"device {model.device}: its memory is full ({said(e)}); lower batch_size from {batch_size}; {RESUMABLE}"
+            f"device {model.device}: its memory is full ({format_error(e)}); lower batch_size from {batch_size}; "
+            f"{RESUMABLE}"
         ) from e
 
 

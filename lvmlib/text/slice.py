@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data import store as store_format
-from ..errors import LVMError, extra
+from ..errors import LVMError, require
 from ..io.paths import EMBEDDED
 from ..windows import Store
 
@@ -47,8 +47,8 @@ def wikipedia_slice(path: str | os.PathLike | None = None) -> tuple[list[tuple[s
     A paragraph is running prose of at least 80 characters, wiki markup removed. `path`: the file, if it is not in the
     gensim wheel. Raises LVMError if it is missing or has another sha256, or if gensim is not installed.
     """
-    wiki = extra("gensim.corpora.wikicorpus")
-    path = Path(path or Path(extra("gensim").__file__).parent / "test" / "test_data" / SLICE)
+    wiki = require("gensim.corpora.wikicorpus")
+    path = Path(path or Path(require("gensim").__file__).parent / "test" / "test_data" / SLICE)
     if not path.is_file():
         raise LVMError(f"{path.name}: missing in the installed gensim; install gensim 4.4.0")
     if store_format.sha256_file(path) != SLICE_SHA256:

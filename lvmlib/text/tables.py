@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.checks import NORM_TOLERANCE
-from ..errors import LVMError, extra
+from ..errors import LVMError, require
 from .readers import DAMAGED, Files, hub_stream, is_text, no_column, parquet_batches, wrap_errors
 from .sources import check_limit, locate, title_line, unique
 
@@ -141,7 +141,7 @@ def _vector_rows(batches, source: str, names: dict, limit: int | None, counts: C
 
 def _columns(schema, named: dict, where: str, counts: Counter) -> dict[str, str | None]:
     """Return the column of each role, named or guessed; put them in words into `counts["columns"]`."""
-    types = extra("pyarrow").types
+    types = require("pyarrow").types
 
     def is_number(kind) -> bool:
         return types.is_integer(kind) or types.is_floating(kind)

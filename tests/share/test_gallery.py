@@ -316,7 +316,7 @@ def test_the_old_gallery_stays_until_the_new_one_is_whole(outputs, tmp_path, mon
     (tmp_path / ".site.new" / "pages").mkdir(parents=True)  # as a killed build leaves it
     (tmp_path / ".site.new" / "gallery.json").write_text("{")
     (tmp_path / ".site.new" / "pages" / "half.html").write_text("")
-    with files.hold(tmp_path / ".site.gallery.lock", str), pytest.raises(LVMError, match=f"{os.getpid()}.* building"):
+    with files.lock(tmp_path / ".site.gallery.lock", str), pytest.raises(LVMError, match=f"{os.getpid()}.* building"):
         gallery.build(out, outputs)
     done = []
     monkeypatch.setattr(gallery, "sync", lambda folder, files=True: done.append(folder.name))

@@ -335,7 +335,7 @@ def test_opening_a_store_writes_through_no_link(place):
 
 def test_write_whole_replaces_a_link(place):
     (place.outputs / "x").symlink_to(place.precious)
-    files.write_whole(place.outputs / "x", lambda p: p.write_text("new"))
+    files.write_atomic(place.outputs / "x", lambda p: p.write_text("new"))
     assert place.precious.read_text() == "mine" and (place.outputs / "x").read_text() == "new"
 
 
