@@ -226,14 +226,6 @@ def weights(settings: Losses, lambda_eff: float) -> dict[str, float]:
     return {name: weight for name, weight in (found | dict(settings.extra)).items() if weight}
 
 
-def total(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The weighted sum of the terms; one without a weight costs no gradient."""
-    found = torch.zeros_like(terms["mse"])
-    for name, weight in weights.items():
-        found = found + weight * terms[name]
-    return found
-
-
 @torch.no_grad()
 def health(unit: Tensor, target: Tensor, context: Tensor, prev: int) -> dict[str, Tensor]:
     """What is watched (handbook §3), batch means: pos, neg, gap, ratio; and `escape`, the share of negative weights.

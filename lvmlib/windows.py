@@ -215,22 +215,6 @@ def prefetch(mapped: np.ndarray, rows: np.ndarray, read: torch.Tensor | OnDemand
         area.madvise(mmap.MADV_WILLNEED, at, length)
 
 
-def shared(forward: Windows, backward: Windows) -> tuple[Windows, Windows]:
-    """The windows of both directions that have the same target chunk, in the same order.
-
-    Raises LVMError if there are none, or if the stores differ.
-    """
-    if forward.store.fingerprint != backward.store.fingerprint:
-        raise LVMError(f"windows of {forward.store.name} and {backward.store.name} share no target; use one store")
-    common, ours, theirs = np.intersect1d(forward.target, backward.target, return_indices=True)
-    if not len(common):
-        raise LVMError(
-            f"{forward.store.name}, split {forward.split}: no chunk is a target in both directions; that needs an "
-            f"article of {2 * (forward.context_length + forward.horizon) - 1} consecutive chunks"
-        )
-    return replace(forward, start=forward.start[ours]), replace(backward, start=backward.start[theirs])
-
-
 def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5, direction: str = "forward") -> Windows:
     """All windows of a split; none crosses an article or a gap in positions. `backward` reads the articles reversed.
 

@@ -14,6 +14,7 @@ import lvmlib as lvm
 from lvmlib import windows as W
 from lvmlib.data import store as V
 from lvmlib.errors import LVMError
+from lvmlib.judge.arrow import shared
 
 # --- windows ---------------------------------------------------------------------------------------------------------
 
@@ -266,7 +267,7 @@ def test_dataset_reads_every_split_in_its_direction():
 def test_shared_are_the_windows_of_both_with_the_same_target(seed, horizon):
     store = random_store(seed, longest=80)
     ahead, back = (W.windows(store, "train", horizon, 3, d) for d in ("forward", "backward"))
-    one, two = W.shared(ahead, back)
+    one, two = shared(ahead, back)
     common = [t for t in ahead.target.tolist() if t in set(back.target.tolist())]
     assert one.target.tolist() == two.target.tolist() == common and common
     assert (one.step, two.step) == (1, -1)
@@ -283,8 +284,8 @@ def test_shared_needs_articles_long_enough_and_one_store():
         store = random_store(seed, gaps=False, longest=length)
         return [W.windows(store, "train", 2, 5, d) for d in ("forward", "backward")]
 
-    assert len(W.shared(*cut(13))[0]) == 3  # one target in each of three articles: six chunks on either side
+    assert len(shared(*cut(13))[0]) == 3  # one target in each of three articles: six chunks on either side
     with pytest.raises(LVMError, match=" 13 "):
-        W.shared(*cut(12))
+        shared(*cut(12))
     with pytest.raises(LVMError, match="random1 and random2"):
-        W.shared(cut(20)[0], cut(20, seed=2)[1])
+        shared(cut(20)[0], cut(20, seed=2)[1])

@@ -11,7 +11,7 @@ along every article, averaging gains more from a clean context than copying does
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from ..baselines import untrained
 from ..errors import LVMError
 from ..models import Predictor
 from ..statistics import article_sums, check_values, few, over_seeds
-from ..windows import Windows, shared
+from ..windows import Windows
 from .fivecat import score
 
 EXACT = 2**14  # sign patterns that are enumerated, not drawn: up to 15 articles
@@ -122,3 +122,19 @@ def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> floa
     flipped = np.abs((1 - 2 * patterns) @ sums)
     reached = flipped >= abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
     return float((reached.sum() + extra) / (len(reached) + extra))
+
+
+def shared(forward: Windows, backward: Windows) -> tuple[Windows, Windows]:
+    """The windows of both directions that have the same target chunk, in the same order.
+
+    Raises LVMError if there are none, or if the stores differ.
+    """
+    if forward.store.fingerprint != backward.store.fingerprint:
+        raise LVMError(f"windows of {forward.store.name} and {backward.store.name} share no target; use one store")
+    common, ours, theirs = np.intersect1d(forward.target, backward.target, return_indices=True)
+    if not len(common):
+        raise LVMError(
+            f"{forward.store.name}, split {forward.split}: no chunk is a target in both directions; that needs an "
+            f"article of {2 * (forward.context_length + forward.horizon) - 1} consecutive chunks"
+        )
+    return replace(forward, start=forward.start[ours]), replace(backward, start=backward.start[theirs])

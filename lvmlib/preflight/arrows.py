@@ -12,10 +12,10 @@ import numpy as np
 
 from ..baselines import STRENGTHS, Linear, Sums, Weighted, least_squares, untrained
 from ..errors import LVMError
-from ..judge.arrow import MEASURES, Arrow, compared, figures
+from ..judge.arrow import MEASURES, Arrow, compared, figures, shared
 from ..models import Predictor
 from ..statistics import chance_reciprocal_rank, over_articles
-from ..windows import Dataset, Windows, shared
+from ..windows import Dataset, Windows
 from .facts import candidates, joined
 
 
