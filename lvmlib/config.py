@@ -19,11 +19,9 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from .controller import RULES
 from .errors import LVMError
 from .io.inherit import flat, known, merge, read, unknown
-from .io.paths import PARAMS
+from .io.paths import PARAMS, folder_name
 from .io.strict import Cosine, Count, Flag, Group, Number, Positive, Share, Text, Weight, Whole, group, validate, wrong
 
-UNFIT = set('\\*?"<>|`${};')  # characters of paths, shells and markup: not in the name of a folder made here
-LONGEST = 200  # bytes of such a name
 GENERATIVE = ("sampler",)  # models that have samples
 SEVERAL_HEADS = ("two_heads", "gated", "committee")  # models that rank by another vector than their point
 
@@ -346,19 +344,8 @@ def changes(own: Version) -> list[tuple[str, Any, Any]]:
 
 
 def data_name(data: str | Files) -> str:
-    """Return what a run's folder and the figures call a dataset: the last part of its name, without .npz.
-
-    Raises LVMError if that is no plain name: folders are made by it.
-    """
-    if isinstance(data, Files):
-        data = data.articles or data.train
-    name = data.rstrip("/").rsplit("/", 1)[-1].removesuffix(".npz").replace(":", "-")
-    if not name or name.startswith(".") or not name.isprintable() or set(name) & UNFIT or len(name.encode()) > LONGEST:
-        raise LVMError(
-            f"data {data[:LONGEST]!r}: its runs' folder is named after the last part of the path, which must not be "
-            f"empty, begin with '.', contain any of {' '.join(sorted(UNFIT))}, or exceed {LONGEST} bytes"
-        )
-    return name
+    """Return what a run's folder and the figures call a dataset: the last part of its name, without .npz."""
+    return folder_name((data.articles or data.train) if isinstance(data, Files) else data)
 
 
 def watched() -> bool:

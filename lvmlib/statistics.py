@@ -108,26 +108,6 @@ def over_articles(values, articles, level: float = 0.95, share: bool = False) ->
     return _interval([(1, *check_values(values, articles, 1))], level, share)
 
 
-def median_over_articles(values, articles, level: float = 0.95) -> tuple[float, float, float]:
-    """Return the median of `values` (N,) and its interval over `articles` (N,).
-
-    Woodruff (JASA 47, 1952): the share of windows at or below the median is 1/2, with an interval over articles (on the
-    scale of log-odds); the ends are the values at the two ends of that interval. NaN as in `over_articles`.
-    """
-    values, articles = check_values(values, articles, 1)
-    if not values.shape[1]:
-        return float("nan"), float("nan"), float("nan")
-    median = float(np.median(values))
-    _, variance, df = jackknife((values <= median).astype(float), articles)
-    if np.isnan(variance[0]):
-        return median, float("nan"), float("nan")
-    reach = stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance[0]) * 4  # d logit / dp = 4 at p = 1/2
-    ordered, n = np.sort(values[0]), values.shape[1]
-    low = ordered[max(int(np.ceil(special.expit(-reach) * n - 1e-9)) - 1, 0)]  # the first with a share >= p
-    high = ordered[min(int(np.floor(special.expit(reach) * n + 1e-9)), n - 1)]  # the first with a share > p
-    return median, float(min(low, median)), float(max(high, median))
-
-
 def paired(a, b, articles, level: float = 0.95) -> tuple[float, float, float]:
     """Return the mean difference a − b on the same windows, (N,) each, and its interval over `articles` (N,).
 

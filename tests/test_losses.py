@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.float64]
 # The handbook in plain Python: rows are lists of floats.
 
 
-def total(terms, weights):
+def weighted_sum(terms, weights):
     """The weighted sum of the terms; a term without a weight costs no gradient."""
     return sum((weight * terms[name] for name, weight in weights.items()), torch.zeros_like(terms["mse"]))
 
@@ -248,7 +248,7 @@ def terms(raw, context, y, margin, weights, **more):
 
 def total(raw, context, y, margin, weights, lambda_eff, **more):
     found = terms(raw, context, y, margin, weights, **more)[1]
-    return total(found, losses.weights(weights, lambda_eff))
+    return weighted_sum(found, losses.weights(weights, lambda_eff))
 
 
 def plain_total(raw, context, y, margin, w, lambda_eff):
@@ -299,7 +299,7 @@ def test_a_version_without_a_directional_loss_has_no_gradient_and_no_pull_of_it(
 
 def test_terms_of_weight_zero_cost_nothing_even_where_they_are_not_finite():
     nan, mse = (torch.tensor(x, requires_grad=True) for x in (float("nan"), 2.0))
-    value = total(dict.fromkeys(losses.TERMS, nan) | {"mse": mse}, losses.weights(make_losses(), 0.0))
+    value = weighted_sum(dict.fromkeys(losses.TERMS, nan) | {"mse": mse}, losses.weights(make_losses(), 0.0))
     value.backward()
     assert (value.item(), mse.grad, nan.grad) == (2.0, 1.0, None)
 
@@ -338,9 +338,9 @@ def test_a_registered_term_is_computed_weighted_and_pulls(own):
     assert list(found)[-1] == "far" and float(found["far"]) == pytest.approx(expected)
     without = plain_total(*plain(raw, context, y), 0.04, own, 0.3)
     weights = losses.weights(own, 0.3)
-    assert float(total(found, weights)) == pytest.approx(without + 0.5 * expected)
+    assert float(weighted_sum(found, weights)) == pytest.approx(without + 0.5 * expected)
     gradients = losses.gradients(found, batch)
-    (wanted,) = torch.autograd.grad(total(found, weights), raw, retain_graph=True)
+    (wanted,) = torch.autograd.grad(weighted_sum(found, weights), raw, retain_graph=True)
     losses.backward(found, weights, batch, gradients)
     torch.testing.assert_close(raw.grad, wanted)
     slope = differences(lambda r: plain_orthogonality(r, middle), raw.detach())
@@ -524,7 +524,7 @@ def test_the_head_that_ranks_takes_the_listwise_loss_and_the_point_none_of_it():
     w = weighted(listwise=2.0)
     ranking = F.normalize(ranker, dim=-1), rivals, there, scale
     batch, found = terms(raw, context, y, 0.0, w, rivals=ranking)
-    value = total(found, losses.weights(w, 0.0))
+    value = weighted_sum(found, losses.weights(w, 0.0))
     points, ranks = plain_mse(*plain(raw, y)), plain_listwise(*plain(ranker, rivals), there.tolist(), 7.0)
     assert float(value) == pytest.approx(0.3 * points + 2.0 * ranks)
     gradients = torch.autograd.grad(value, (raw, ranker), retain_graph=True)
@@ -600,7 +600,7 @@ def test_energy_in_the_total_and_its_pull():
     x, w = samples_of(5).requires_grad_(), weighted(energy=2.0)
     batch, found = terms(raw.requires_grad_(), context, y, 0.0, w, samples=x)
     expected = 0.3 * plain_mse(raw.tolist(), y.tolist()) + 2.0 * plain_energy(x.tolist(), y.tolist())
-    assert total(found, losses.weights(w, 0.0)).item() == pytest.approx(expected)
+    assert weighted_sum(found, losses.weights(w, 0.0)).item() == pytest.approx(expected)
     together = differences(  # all samples of a window move together
         lambda rows: plain_energy((x.detach() + torch.tensor(rows)).tolist(), y.tolist()), torch.zeros_like(raw)
     )

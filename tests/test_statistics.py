@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from lvmlib.judge.arrow import sign_flip
+from lvmlib.judge.table import median_over_articles
 from lvmlib.statistics import (
     FEW,
     adjusted,
@@ -19,7 +20,6 @@ from lvmlib.statistics import (
     chance_reciprocal_rank,
     effective_articles,
     few,
-    median_over_articles,
     over_articles,
     over_seeds,
     paired,

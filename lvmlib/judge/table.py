@@ -10,6 +10,7 @@ from typing import TypedDict
 
 import numpy as np
 import pandas as pd
+from scipy import special, stats
 
 from ..ranking import TIE
 from ..statistics import (
@@ -18,7 +19,8 @@ from ..statistics import (
     chance_median_rank,
     chance_recall,
     chance_reciprocal_rank,
-    median_over_articles,
+    check_values,
+    jackknife,
     over_articles,
 )
 from .measure import OFFSETS, PARTS, STEPS, Measurements, ablations
@@ -252,3 +254,23 @@ def _original(m: Measurements, length: int) -> list[Row]:
         whole = _mean_rollout(rollout)
         rows.append(_row(m, "D", name, whole, _mean(chance[~np.isnan(whole)])))
     return rows
+
+
+def median_over_articles(values, articles, level: float = 0.95) -> tuple[float, float, float]:
+    """Return the median of `values` (N,) and its interval over `articles` (N,).
+
+    Woodruff (JASA 47, 1952): the share of windows at or below the median is 1/2, with an interval over articles (on the
+    scale of log-odds); the ends are the values at the two ends of that interval. NaN as in `over_articles`.
+    """
+    values, articles = check_values(values, articles, 1)
+    if not values.shape[1]:
+        return float("nan"), float("nan"), float("nan")
+    median = float(np.median(values))
+    _, variance, df = jackknife((values <= median).astype(float), articles)
+    if np.isnan(variance[0]):
+        return median, float("nan"), float("nan")
+    reach = stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance[0]) * 4  # d logit / dp = 4 at p = 1/2
+    ordered, n = np.sort(values[0]), values.shape[1]
+    low = ordered[max(int(np.ceil(special.expit(-reach) * n - 1e-9)) - 1, 0)]  # the first with a share >= p
+    high = ordered[min(int(np.floor(special.expit(reach) * n + 1e-9)), n - 1)]  # the first with a share > p
+    return median, float(min(low, median)), float(max(high, median))

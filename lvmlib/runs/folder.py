@@ -22,11 +22,11 @@ import torch
 import yaml
 
 from .. import losses
-from ..config import LONGEST, Version, data_name, flat
+from ..config import Version, data_name, flat
 from ..errors import LVMError
 from ..io import limits
 from ..io.disk import lock, write_atomic
-from ..io.paths import outputs
+from ..io.paths import LONGEST, outputs
 from ..io.stamp import commit
 from ..windows import Dataset
 from .validation import SPREAD

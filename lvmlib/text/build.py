@@ -31,7 +31,6 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from ..config import LONGEST
 from ..data import splits
 from ..data import store as store_format
 from ..data.open import embedded
@@ -39,7 +38,7 @@ from ..device import pick_device
 from ..errors import LVMError, format_error
 from ..io import limits as untrusted
 from ..io.disk import lock, sync, write_atomic
-from ..io.paths import ROOT, outputs
+from ..io.paths import LONGEST, ROOT, outputs
 from ..windows import Store
 from . import chunking, encoders, sources
 from .datasheet import Built, datasheet

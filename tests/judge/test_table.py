@@ -32,8 +32,8 @@ from judge.plain import (
 
 from lvmlib import models
 from lvmlib.judge.measure import measure
-from lvmlib.judge.table import best_other, bins_delta, figure, summarise
-from lvmlib.statistics import between, median_over_articles, over_articles
+from lvmlib.judge.table import best_other, bins_delta, figure, median_over_articles, summarise
+from lvmlib.statistics import between, over_articles
 from lvmlib.windows import windows
 
 
