@@ -14,7 +14,7 @@ from .runs.run import train
 from .share.export import export, load
 
 __all__ = [
-    "LVMError", "arrow", "baselines", "changes", "check_injected", "checklist", "comparison", "dataset",
-    "export", "fivecat", "known_versions", "load", "open_run", "reading", "run_folder", "train", "validate",
-    "verdict", "version", "watched",
+    "LVMError", "arrow", "baselines", "changes", "check_injected", "checklist", "comparison", "dataset", "export",
+    "fivecat", "known_versions", "load", "open_run", "reading", "run_folder", "train", "validate", "verdict",
+    "version", "watched",
 ]  # fmt: skip
