@@ -11,9 +11,7 @@ from lvmlib import windows as W
 from lvmlib.data import original as I
 from lvmlib.errors import LVMError
 
-TESTS = Path(__file__).resolve().parent
-GOLDEN = TESTS / "golden" / "fivecat_original.npz"
-ENGLISH = TESTS.parent / "shared" / "vectors" / "english_sentences.npz"
+GOLDEN = Path(__file__).resolve().parent / "golden" / "fivecat_original.npz"
 PARTS = {"train": set(range(20)), "val": set(range(20, 25)), "ood": set(range(25, 30))}
 
 
@@ -54,16 +52,13 @@ COUNT = len(world()[0])
 
 
 def refused(files, folder, message, marker=None, **options):
+    """Check that `files` are not converted, and return the error."""
     before = sorted(p.name for p in folder.iterdir())
     begin = time.process_time()
     with pytest.raises(LVMError, match=message) as caught:
-        I.convert(files, folder / "store", **options)
+        I.convert(files, folder / "refused", **options)
     assert type(caught.value) is LVMError and len(str(caught.value)) < 1200
     assert time.process_time() - begin < 5
     assert sorted(p.name for p in folder.iterdir()) == before  # nothing left, whole or in part
     assert marker is None or not marker.exists()
     return str(caught.value)
-
-
-def without(*names, **more):
-    return lambda arrays: {**{k: v for k, v in arrays.items() if k not in names}, **more}

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import LVMError
 from . import npz as npz_format
 from .npz import BIGGEST
-from .original_read import Sequences, Table, allocate, chunk_key, float32, note_norms, unit
+from .original_read import Sequences, Table, allocate, chunk_key, note_norms, stored_type, unit
 
 SAME = 0.999  # two vectors with a cosine above are the same chunk: float16 changes it by less than 1e-6
 HORIZONS = range(1, 17)
@@ -34,10 +34,7 @@ class Placing:
         """(N,) first rows of the windows of a file, −1 for those that are dropped."""
         absent = np.flatnonzero(~np.isin(s.ids, list(self.table.spans)))
         if len(absent):
-            raise LVMError(
-                f"{s.path}: window {absent[0]} is of article {s.ids[absent[0]]}, which {self.table.where} does not "
-                f"have ({len(absent)} such windows); the files do not belong together"
-            )
+            raise self._fault(s, absent[0], f"{self.table.where} does not have it ({len(absent)} such windows)")
         starts, last = np.full(s.count, -1, np.int64), {}
         for number, x in s.blocks(self.drop_bad, []):
             x = unit(x)
@@ -61,6 +58,11 @@ class Placing:
         if count:
             self.counts[why] = self.counts.get(why, 0) + int(count)
 
+    def _fault(self, s: Sequences, number: int, what: str) -> LVMError:
+        return LVMError(
+            f"{s.path}: window {number} (article {s.ids[number]}): {what}; the files do not belong together"
+        )
+
     def _gap(self, s: Sequences, number: int) -> None:
         if self.gaps is None:
             raise LVMError(
@@ -77,20 +79,19 @@ class Placing:
                 cosines[self.horizon] = np.array([fit.max(initial=-1) for _, fit in self._fits(s, number, x)])
             else:
                 start = self.table.find(s.ids[number], s.indices[number]) - self._span(s)
-                cosines[self.horizon] = self._fit(s, start, s.ids[number], x)
-        where = f"{s.path}: window {number[0]} and following"
-        self.horizon = _best_horizon(cosines, where, "the files do not belong together")
+                cosines[self.horizon] = self._cosines(s, start, s.ids[number], x).min(1)
+        self.horizon = _best_horizon(cosines, str(s.path), "the files do not belong together")
 
-    def _fit(self, s: Sequences, start: np.ndarray, ids: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """(B,) smallest cosine of windows (B, T + 1, D) with those that begin at rows `start`."""
+    def _cosines(self, s: Sequences, start: np.ndarray, ids: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """(B, T + 1) cosines of windows (B, T + 1, D) with those that begin at rows `start`."""
         rows = start[:, None] + np.append(np.arange(s.length), self._span(s))
-        return self.table.cosine(x, rows, ids[:, None]).min(1)
+        return self.table.cosine(x, rows, ids[:, None])
 
     def _by_index(self, s: Sequences, number: np.ndarray, x: np.ndarray) -> np.ndarray:
         """(B,) first rows, by article number and target index."""
         ids = s.ids[number]
         start = self.table.find(ids, s.indices[number].astype(np.int64)) - self._span(s)
-        for i in np.flatnonzero(self._fit(s, start, ids, x) <= SAME):
+        for i in np.flatnonzero(self._cosines(s, start, ids, x).min(1) <= SAME):
             self._explain(s, number[i], x[i])
             start[i] = -1
         return start
@@ -106,34 +107,28 @@ class Placing:
         if cosine[self.horizon].min() > SAME:
             self._gap(s, number)
             return
-        own = self.table.position[slice(*self.table.spans[int(article)])]
-        others = [horizon for horizon in HORIZONS if cosine[horizon].min() > SAME]
-        hint = f"; with horizon {others[0]} they fit, but all windows of a dataset have one" if others else ""
+        others = [f" (they fit at horizon {h})" for h in HORIZONS if cosine[h].min() > SAME]
         first, shown = t - self._span(s), ("none" if c == -1 else f"{c:.3f}" for c in cosine[self.horizon])
-        raise LVMError(
-            f"{s.path}: window {number} (article {article}, target index {t}): its context and target should be chunks "
-            f"{first} to {first + s.length - 1} and {t} of {self.table.where} (horizon {self.horizon}; the article has "
-            f"{own.min()} to {own.max()}), but the cosines with them are {', '.join(shown)}{hint}; the files do not "
-            "belong together, or target_indices count otherwise than chunk_indices"
+        what = (
+            f"its context and target should be chunks {first} to {first + s.length - 1} and {t} of {self.table.where} "
+            f"(horizon {self.horizon}), but the cosines with them are {', '.join(shown)}{''.join(others[:1])}"
         )
+        raise self._fault(s, number, what)
 
     def _fits(self, s: Sequences, number: np.ndarray, x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """For each window: (place in the block, smallest cosine with the window at each row of its article)."""
+        steps = [*range(s.length), self._span(s)]
         for article in dict.fromkeys(s.ids[number].tolist()):
             begin, end = self.table.spans[article]
-            own, count = np.flatnonzero(s.ids[number] == article), end - begin - self._span(s)
-            if count < 1:
-                yield from ((i, np.empty(0)) for i in own)
-                continue
+            own, count = np.flatnonzero(s.ids[number] == article), max(0, end - begin - self._span(s))
             rows = max(1, npz_format.BLOCK_BYTES // (4 * s.dim))  # of the article at a time
             size = len(own) * (s.length + 1) * (end - begin)
             for part in np.array_split(own, size // npz_format.BLOCK_BYTES + 1):
                 wanted = x[part].reshape(-1, s.dim).T
-                pieces = (slice(a, min(a + rows, end)) for a in range(begin, end, rows))
-                cosine = np.concatenate([unit(float32(self.table.vectors[piece])) @ wanted for piece in pieces])
+                pieces = (self.table.vectors[a : min(a + rows, end)] for a in range(begin, end, rows))
+                cosine = np.concatenate([unit(piece.astype(np.float32)) @ wanted for piece in pieces])
                 cosine[self.table.bad[begin:end]] = 1
                 cosine = cosine.reshape(end - begin, len(part), -1)
-                steps = [*range(s.length), self._span(s)]
                 fit = np.min([cosine[step : step + count, :, j] for j, step in enumerate(steps)], 0)
                 yield from zip(part, fit.T, strict=True)
 
@@ -145,12 +140,11 @@ class Placing:
             article = int(s.ids[number[i]])
             first = np.flatnonzero(fit > SAME)
             if not len(first):
-                best = f" (best cosine {fit.max():.3f})" if len(fit) else ""
-                raise LVMError(
-                    f"{s.path}: window {number[i]} (article {article}): its context and, {self.horizon} chunks after "
-                    f"it, its target are not found in that article of {table.where}{best}; the files do not belong "
-                    "together, or the windows have several horizons"
+                best = fit.max(initial=-1)
+                what = (
+                    f"at horizon {self.horizon} it is nowhere in that article of {table.where} (best cosine {best:.3f})"
                 )
+                raise self._fault(s, number[i], what)
             fit, first = fit[first], first + table.spans[article][0]
             end = first + self._span(s)
             gapless = table.position[end] - table.position[first] == self._span(s)
@@ -163,28 +157,24 @@ class Placing:
         return starts
 
 
-def _best_horizon(cosines: dict[int, np.ndarray], where: str, hint: str) -> int:
+def _best_horizon(cosines: dict[int, np.ndarray], where: str, advice: str) -> int:
     """The horizon at which the largest part of the targets is found, and with the best mean cosine.
 
     Raises LVMError if there is none at which most are, or if several are equal.
     """
-    fits = []
+    fits = {}
     for horizon, cosine in cosines.items():
         same = cosine[cosine > SAME]
         if len(same) > len(cosine) / 2:
-            fits.append((round(len(same) / len(cosine), 2), round(float(same.mean()), 6), horizon))
-    if not fits:
+            fits[horizon] = round(len(same) / len(cosine), 2), round(float(same.mean()), 6)
+    best = [horizon for horizon, fit in fits.items() if fit == max(fits.values())]
+    if len(best) != 1:
+        compared = max(map(len, cosines.values()))
         raise LVMError(
-            f"{where}: at none of the horizons {HORIZONS[0]} to {HORIZONS[-1]} are most targets where they should be "
-            f"(at most {max(map(len, cosines.values()))} could be compared); {hint}"
+            f"{where}: of the horizons {HORIZONS[0]} to {HORIZONS[-1]}, {', '.join(map(str, best)) or 'none'} fit the "
+            f"targets of {compared} windows compared, and needed is exactly one; {advice}"
         )
-    rivals = [fit[2] for fit in fits if fit[:2] == max(fits)[:2]]
-    if len(rivals) > 1:
-        raise LVMError(
-            f"{where}: fit the horizons {', '.join(map(str, rivals))} alike, as the chunks repeat; add windows, or the "
-            "article file"
-        )
-    return rivals[0]
+    return best[0]
 
 
 def _overlap(sequences: list[Sequences], drop_bad: bool, where: str) -> int:
@@ -218,23 +208,20 @@ def rebuild(sequences: list[Sequences], path: Path, drop_bad: bool, counts: dict
     where = ", ".join(dict.fromkeys(str(s.path) for s in sequences))
     for s in sequences:
         if s.indices is None:
-            raise LVMError(
-                f"{s.path}: says of which article each window is, but not where in it; add target_indices (or "
-                "target_chunk_index in metadata), or the article file as articles"
-            )
+            raise LVMError(f"{s.path}: does not say where in its article a window is; add target_indices, or articles")
     horizon = _overlap(sequences, drop_bad, where)
     span, dim = sequences[0].length - 1 + horizon, sequences[0].dim
     steps = np.append(np.arange(sequences[0].length), span) - span
     for s in sequences:
         if s.indices.min() < span:
             raise LVMError(
-                f"{s.path}: window {s.indices.argmin()}: its target index {s.indices.min()} is out of range: with the "
-                f"horizon {horizon} its context would begin before its article; correct it, or add the article file"
+                f"{s.path}: window {s.indices.argmin()}: at horizon {horizon} the context of its target index "
+                f"{s.indices.min()} would begin before its article; correct it, or add the article file"
             )
     keys = [np.unique(chunk_key(s.ids[:, None], s.indices[:, None] + steps)) for s in sequences]
     keys = np.unique(np.concatenate(keys))
-    dtype = np.dtype(np.float16 if all(s.contexts.dtype.itemsize == 2 for s in sequences) else np.float32)
-    vectors, missing = allocate(path, (len(keys), dim), dtype, where), np.ones(len(keys), bool)
+    vectors = allocate(path, (len(keys), dim), stored_type([s.contexts for s in sequences]), where)
+    missing = np.ones(len(keys), bool)
     for s in sequences:
         norms = []
         for number, x in s.blocks(drop_bad, norms):

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..errors import LVMError
 from ..windows import article_spans
@@ -23,11 +22,6 @@ from .npz import BIGGEST, Member, Npz, check_room, whole
 CONTEXTS = ("context_sequences", "contexts")  # with or without the prefix train_, val_ or ood_; so are the following
 TARGETS = ("target_vectors", "targets")
 ARTICLE_ARRAYS = ("vectors", "article_indices", "chunk_indices")
-
-
-def float32(x: np.ndarray) -> np.ndarray:
-    """A copy in float32; torch converts float16 several times faster than numpy."""
-    return torch.tensor(x).float().numpy() if x.dtype == np.float16 else x.astype(np.float32)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -51,19 +45,17 @@ def read_blocks(npz: Npz, member: Member, drop_bad: bool, norms: list, rows: int
     A row is bad if one of its vectors is zero, NaN or infinite. Raises LVMError after the last row, with the first bad
     row and their number, if there are any and they are not to be dropped.
     """
-    fault, count = "", 0
+    count, first_bad = 0, 0
     for first, block in npz.rows(member, rows):
         with np.errstate(all="ignore"):
-            x = float32(block)
+            x = block.astype(np.float32)
             norm = np.sqrt(np.einsum("...d,...d->...", x, x))
             good = (norm > 1e-15) & (norm < 1e15)
         bad = ~good.reshape(len(block), -1).all(1)
-        if bad.any() and not fault:
-            row = int(np.argmax(bad))
-            zero = (norm[row] <= 1e-15).any()
-            fault = f"row {first + row} has {'a zero vector' if zero else 'NaN or infinite values'}"
-        count += int(bad.sum())
-        if fault and not drop_bad:
+        if bad.any() and not drop_bad:
+            first_bad = first_bad if count else first + int(np.argmax(bad))
+            count += int(bad.sum())
+        if count:
             continue  # from here on rows are only counted
         x[bad] = 0
         off = good & ~(np.abs(norm - 1) <= NORM_TOLERANCE - 1e-6) & ~bad.reshape(-1, *[1] * (norm.ndim - 1))
@@ -71,8 +63,11 @@ def read_blocks(npz: Npz, member: Member, drop_bad: bool, norms: list, rows: int
             x[off] /= norm[off, None]
             norms.append(norm[off])
         yield first, x, bad
-    if fault and not drop_bad:
-        raise LVMError(f"{member.where}: {fault} ({count} bad rows); repair the file, or use drop_bad (--drop-bad)")
+    if count:
+        raise LVMError(
+            f"{member.where}: row {first_bad} has a vector that is zero, NaN or infinite ({count} bad rows); "
+            "repair the file, or use drop_bad (--drop-bad)"
+        )
 
 
 def note_norms(counts: dict, what: str, norms: list[np.ndarray]) -> None:
@@ -92,7 +87,7 @@ def chunk_key(article: np.ndarray, position: np.ndarray) -> np.ndarray:
 
 class Table:
     """The chunks: `vectors` (M, D) on disk; `article`, `position` (M,); `bad` (M,): rows to drop; `file_order` (M,):
-    each row's row in the file, None if it is the same; `spans`: article → (first row, end)."""
+    each row's row in the file; `spans`: article → (first row, end)."""
 
     def __init__(self, vectors: np.ndarray, article, position, bad, where: str, file_order: np.ndarray | None = None):
         self.vectors, self.article, self.position, self.bad = vectors, article, position, bad
@@ -117,14 +112,14 @@ class Table:
     def cosine(self, x: np.ndarray, rows: np.ndarray, article: np.ndarray) -> np.ndarray:
         """Cosine of unit vectors (…, D) with rows of `article`: −1 for a row of another article, 1 for a bad row."""
         inside = np.clip(rows, 0, len(self.article) - 1)
-        cosine = np.einsum("...d,...d->...", x, unit(float32(self.vectors[inside])))
+        cosine = np.einsum("...d,...d->...", x, unit(self.vectors[inside].astype(np.float32)))
         own = (rows == inside) & (self.article[inside] == article)
         return np.where(own, np.where(self.bad[inside], 1, cosine), -1.0)
 
 
-def allocate(path: Path, shape: tuple[int, int], dtype: np.dtype, where: str) -> np.memmap:
+def allocate(path: Path, shape: tuple[int, int], dtype: type, where: str) -> np.memmap:
     """A new .npy file mapped for writing, its disk space reserved: writing a map on a full disk kills the process."""
-    check_room(path.parent, math.prod(shape) * dtype.itemsize, where)
+    check_room(path.parent, math.prod(shape) * np.dtype(dtype).itemsize, where)
     vectors = np.lib.format.open_memmap(path, "w+", dtype, shape)
     with contextlib.suppress(AttributeError), open(path, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -132,22 +127,22 @@ def allocate(path: Path, shape: tuple[int, int], dtype: np.dtype, where: str) ->
 
 
 def read_articles(npz: Npz, path: Path, drop_bad: bool, counts: dict) -> Table:
-    """The chunks of an article file, their vectors written to `path`. The order of the file is kept where articles
-    are in one run of rows and positions rise; else rows are sorted. Raises LVMError for a missing array or a chunk
-    given twice."""
+    """The chunks of an article file, their vectors written to `path`.
+
+    The order of the file is kept where articles are in one run of rows and positions rise; else rows are sorted.
+    Raises LVMError for a missing array or a chunk given twice.
+    """
     missing = [name for name in ARTICLE_ARRAYS if name not in npz]
     if missing:
-        sequences = any(name.endswith(CONTEXTS) for name in npz.members)
-        hint = "; it looks like a sequence file: give it as train, val or ood" if sequences else ""
         raise LVMError(
-            f"{npz.path}: an article file needs {', '.join(ARTICLE_ARRAYS)}; missing: {', '.join(missing)}{hint}; "
-            f"there are: {npz.listed}"
+            f"{npz.path}: an article file needs {', '.join(ARTICLE_ARRAYS)}; missing: {', '.join(missing)}; there are: "
+            f"{npz.listed}; give a sequence file as train, val or ood"
         )
     member = _vectors(npz, "vectors", 2, "(chunks, dimension)")
     article, position = (npz.numbers(name, member.shape[0]) for name in ARTICLE_ARRAYS[1:])
+    order = np.arange(len(article))
     begins = article_spans(article)[0]
     rising = ((np.diff(position) > 0) | (np.diff(article) != 0)).all()
-    order = rank = None
     if not rising or len(np.unique(article[begins])) < len(begins):
         order = np.lexsort((position, article))
         article, position = article[order], position[order]
@@ -158,16 +153,19 @@ def read_articles(npz: Npz, path: Path, drop_bad: bool, counts: dict) -> Table:
                 f"{npz.path}: rows {a} and {b} are both chunk {position[twice[0]]} of article {article[twice[0]]} "
                 f"({len(twice)} such pairs); keep one of them"
             )
-        rank = np.argsort(order)
         counts["rows sorted by article and position"] = len(order)
-    dtype = np.dtype(np.float16 if member.dtype.itemsize == 2 else np.float32)
-    vectors = allocate(path, member.shape, dtype, member.where)
-    bad, norms = np.zeros(len(vectors), bool), []
+    vectors = allocate(path, member.shape, stored_type([member]), member.where)
+    rank, bad, norms = np.argsort(order), np.zeros(len(vectors), bool), []
     for first, x, bad_rows in read_blocks(npz, member, drop_bad, norms):
-        rows = slice(first, first + len(x)) if rank is None else rank[first : first + len(x)]
+        rows = rank[first : first + len(x)]
         vectors[rows], bad[rows] = x, bad_rows  # float16 comes back as it was
     note_norms(counts, "vectors normalised", norms)
     return Table(vectors, article, position, bad, str(npz.path), order)
+
+
+def stored_type(members: Sequence[Member]) -> type:
+    """float16 if all arrays have it, else float32."""
+    return np.float16 if all(member.dtype.itemsize == 2 for member in members) else np.float32
 
 
 class Sequences:
@@ -176,25 +174,21 @@ class Sequences:
 
     def __init__(self, npz: Npz, split: str):
         self.npz, self.split, self.path = npz, split, npz.path
-        contexts, own = self._find(CONTEXTS, [f"{split}_", "", "train_"])
-        targets, _ = self._find(TARGETS, [own, f"{split}_", "", "train_"])
-        for what, name, spellings in (("contexts", contexts, CONTEXTS), ("targets", targets, TARGETS)):
-            if name is None:
-                hint = "; it looks like an article file: give it as articles" if "vectors" in npz else ""
-                raise LVMError(f"{npz.path}: has no {what} ({', '.join(spellings)}){hint}; there are: {npz.listed}")
+        contexts, targets = self._find(*CONTEXTS), self._find(*TARGETS)
+        ids, indices, metadata = (self._find(name) for name in ("article_ids", "target_indices", "metadata"))
+        needed = {"contexts": contexts, "targets": targets, "article_ids or metadata": ids or metadata}
+        missing = [what for what, name in needed.items() if name is None]
+        if missing:
+            raise LVMError(
+                f"{npz.path}: a sequence file needs {', '.join(needed)}; missing: {', '.join(missing)}; there are: "
+                f"{npz.listed}; give an article file as articles"
+            )
         self.contexts = _vectors(npz, contexts, 3, "(windows, context length, dimension)")
         self.count, self.length, self.dim = self.contexts.shape
-        needed = f"({self.count}, {self.dim}), a vector of the same dimension for each context"
-        self.targets = _vectors(npz, targets, 2, needed)
+        shape = f"({self.count}, {self.dim}), a vector of the same dimension for each context"
+        self.targets = _vectors(npz, targets, 2, shape)
         if self.targets.shape != (self.count, self.dim):
-            raise self.targets.needs(needed)
-        prefixes = [own, f"{split}_", ""]
-        ids, indices, metadata = (self._find((n,), prefixes)[0] for n in ("article_ids", "target_indices", "metadata"))
-        if ids is None and metadata is None:
-            raise LVMError(
-                f"{npz.path}: does not say of which articles its windows are; give article_ids (windows,), or "
-                "metadata, dicts with article_index and target_chunk_index"
-            )
+            raise self.targets.needs(shape)
         metadata = metadata if ids is None or indices is None else None
         listed = self._metadata(npz.member(metadata)) if metadata else (None, None)
         self.ids = listed[0] if ids is None else npz.numbers(ids, self.count)
@@ -207,34 +201,31 @@ class Sequences:
             )
         self.used = {contexts, targets, ids, indices, metadata}
 
-    def _find(self, spellings: Sequence[str], prefixes: Sequence[str]) -> tuple[str | None, str]:
-        """The name of an array in this file, with the first prefix that has one, and that prefix."""
-        for prefix in prefixes:
+    def _find(self, *spellings: str) -> str | None:
+        """The name of an array in this file."""
+        for prefix in (f"{self.split}_", "", "train_"):
             names = [prefix + s for s in spellings if prefix + s in self.npz]
             if len(names) > 1:
                 raise LVMError(f"{self.path}: holds both {' and '.join(names)}, which mean the same; leave one out")
             if names:
-                return names[0], prefix
-        return None, ""
+                return names[0]
+        return None
 
     def _metadata(self, member: Member) -> tuple[np.ndarray, np.ndarray | None]:
         """Article numbers (N,), and target indices (N,) unless no window has one."""
         if member.dtype.kind != "O" or member.shape != (self.count,):
             raise member.needs(f"({self.count},) dicts with article_index and target_chunk_index")
-        items, columns = self.npz.objects(member), []
-        for key in ("article_index", "target_chunk_index"):
-            if columns and not any(key in item for item in items):
-                return columns[0], None
-            columns.append(np.empty(self.count, np.int32))
-            for row, item in enumerate(items):
-                where = f"{member.where}, window {row}"
-                if not isinstance(item, dict):
-                    raise LVMError(f"{where}: is {type(item).__name__}; needed is a dict with article_index")
-                if key not in item:
-                    keys = ", ".join(sorted(item))[:100] or "nothing"
-                    raise LVMError(f"{where}: has no {key}; it has: {keys}; give it to all windows")
-                columns[-1][row] = whole(item[key], f"{where}, {key}")
-        return columns[0], columns[1]
+        items = self.npz.objects(member)
+        keys = ["article_index", "target_chunk_index"]
+        if not any("target_chunk_index" in item for item in items if isinstance(item, dict)):
+            keys.pop()
+        columns = np.empty((2, self.count), np.int32)
+        for row, item in enumerate(items):
+            where = f"{member.where}, window {row}"
+            if not isinstance(item, dict) or any(key not in item for key in keys):
+                raise LVMError(f"{where}: needed is a dict with {' and '.join(keys)}, as for the other windows")
+            columns[: len(keys), row] = [whole(item[key], f"{where}, {key}") for key in keys]
+        return columns[0], columns[1] if len(keys) == 2 else None
 
     def blocks(self, drop_bad: bool, norms: list) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(numbers of good windows (B,), their contexts and, last, targets (B, T + 1, D)), as `read_blocks`."""
