@@ -10,6 +10,7 @@ import yaml
 
 from lvmlib import windows as W
 from lvmlib.data import store as V
+from lvmlib.data import worlds
 from lvmlib.errors import LVMError
 
 DIM = 6
@@ -59,10 +60,11 @@ class Trap:
         return open, (str(self.mark), "w")
 
 
-def reseal(folder, *more):
-    """Make the checksums right again, so that the check behind them is what must speak."""
+def reseal(folder):
+    """Make the checksums right again, so that the check behind them is what must refuse."""
     sheet = yaml.safe_load((folder / "datasheet.yaml").read_text(encoding="utf-8"))
-    sheet["sha256"] = {f: V.sha256_file(folder / f) for f in (*V.STORE_FILES[:3], *more)}
+    files = [name for name in (*V.STORE_FILES[:3], *V.OPTIONAL_FILES) if (folder / name).is_file()]
+    sheet["sha256"] = {name: V.sha256_file(folder / name) for name in files}
     (folder / "datasheet.yaml").write_text(yaml.safe_dump(sheet), encoding="utf-8")
 
 
@@ -73,10 +75,10 @@ def refused(folder, *words):
         assert str(word) in str(e.value), f"{word!r} not in: {e.value}"
 
 
-def spoil(folder, change, name="vectors.npy", *more):
+def spoil(folder, change, name="vectors.npy"):
     """Save another array under a name, with the right checksum."""
     np.save(folder / name, change(np.load(folder / name)))
-    reseal(folder, *more)
+    reseal(folder)
 
 
 def row_set(row, value):
@@ -130,3 +132,12 @@ def with_extras(seed=5):
     given = W.GivenWindows(split, np.concatenate(list(cut.values())), 1, 3)
     texts = [f"row {i}\nof \u2028 many \u00e9 \U0001f600" for i in range(len(store.vectors))]
     return replace(store, texts=texts, given=given), cut
+
+
+# --- worlds ----------------------------------------------------------------------------------------------------------
+
+
+def simulated(measure, name, draws, **arguments):
+    """The mean of a measure (a number or an array) over independent samples of a world, and its error."""
+    values = np.array([measure(worlds.world(name, seed=10**6 + i, **arguments)) for i in range(draws)], float)
+    return values.mean(0), values.std(0, ddof=1) / np.sqrt(draws)

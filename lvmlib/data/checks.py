@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -45,22 +46,20 @@ def check_vectors(vectors: np.ndarray, where: str) -> None:
         norms = np.linalg.norm(block.astype(np.float32), axis=1)
         bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))  # negated, so that NaN counts as bad
         if len(bad):
-            norm = norms[bad[0]]
-            fault = "is a zero vector" if norm == 0 else f"has norm {norm:.4g}, not 1"
-            fault = fault if np.isfinite(norm) else "has NaN or infinite values"
-            advice = "normalise the vectors" if norm > 0 and np.isfinite(norm) else "drop or re-encode that chunk"
-            raise LVMError(f"{where}: row {first + bad[0]} {fault} ({len(bad)} such rows in its block); {advice}")
+            raise LVMError(
+                f"{where}: row {first + bad[0]} has norm {norms[bad[0]]:.4g}, not 1 ({len(bad)} such in its block); "
+                "normalise the vectors, and drop those that are zero, NaN or infinite"
+            )
 
 
 def check_chunks(chunks: np.ndarray, count: int, where: str) -> np.ndarray:
     """`chunks` (M, 2) as int32. Raises LVMError unless it keeps each article in one run of rising positions."""
-    if chunks.shape != (count, 2) or not np.issubdtype(chunks.dtype, np.integer):
+    integers = chunks.shape == (count, 2) and np.issubdtype(chunks.dtype, np.integer)
+    if not integers or chunks.min() < 0 or chunks.max() > np.iinfo(np.int32).max:
         raise LVMError(
-            f"{where}: has shape {chunks.shape} and type {chunks.dtype}; "
-            f"needed is ({count}, 2) integers, a row for each vector"
+            f"{where}: has shape {chunks.shape} and type {chunks.dtype}; needed is ({count}, 2) integers from 0 to "
+            f"{np.iinfo(np.int32).max}, a row for each vector"
         )
-    if chunks.min() < 0 or chunks.max() > np.iinfo(np.int32).max:
-        raise LVMError(f"{where}: article numbers and positions must lie between 0 and {np.iinfo(np.int32).max}")
     chunks = np.asarray(chunks).astype(np.int32, copy=False)  # unsigned differences would never be negative
     article, position = chunks[:, 0], chunks[:, 1]
     numbers, runs = np.unique(article[article_spans(article)[0]], return_counts=True)
@@ -94,12 +93,7 @@ def check_articles(articles: pd.DataFrame, used: np.ndarray, where: str) -> None
 
 def check_disjoint(splits: Mapping[str, object], where: str) -> None:
     """Raise LVMError if an article (number or title) is in two of the splits: training would leak."""
-    names = list(splits)
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            both = sorted(set(splits[a]) & set(splits[b]))
-            if both:
-                raise LVMError(
-                    f"{where}: article {both[0]!r} is in both {a} and {b} ({len(both)} such); "
-                    "an article belongs to one split"
-                )
+    for a, b in itertools.combinations(splits, 2):
+        both = sorted(set(splits[a]) & set(splits[b]))
+        if both:
+            raise LVMError(f"{where}: article {both[0]!r} is in both {a} and {b} ({len(both)} such); give it one split")

@@ -57,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """What a chunk is before it is normalised: x_t = mean + Σ parts, a stationary Gaussian process with E‖x_t‖² = 1.
+    """A chunk before it is normalised: x_t = mean + Σ parts, a stationary Gaussian process with E‖x_t‖² = 1.
 
     In coordinates `basis` (D, D), orthogonal, the process splits into P independent planes; a part of r planes lives in
     the first r. `common`: the share of the mean, the same vector in all articles. `time`: −1 for the reversed process.
@@ -71,7 +71,7 @@ class Law:
 
     @property
     def mean(self) -> np.ndarray:
-        """(D,)"""
+        """(D,) the mean of all chunks."""
         return self.basis.sum(1) * np.sqrt(self.common / self.dim)  # equally far along every axis of the basis
 
     def reversed(self) -> Law:
@@ -116,21 +116,18 @@ class Law:
         chunk `elsewhere` steps after the last (Neyman and Pearson: no test separates the two better).
 
         Given the context both are Gaussian, with means m₁, m₀ and covariances S₁, S₀. The part of the log ratio at a
-        chunk c that depends on c and the context is c·(S₁⁻¹ m₁ − S₀⁻¹ m₀), a product as in a ranking by cosine; the
-        square of c is nearly equal for all chunks in high dimension. The topic falls out. Zero where there is no order.
+        chunk c that depends on c and the context is c·(S₁⁻¹ m₁ − S₀⁻¹ m₀). Zero where there is no order.
         """
-        near, far = (
-            np.linalg.inv(self._residual(h, context_length)) @ self.weights(h, context_length)
-            for h in (horizon, elsewhere)
-        )
+        near, far = (self._precision_weights(h, context_length) for h in (horizon, elsewhere))
         full = self._dense(near - far)
         return self._linear(full, -np.einsum("tde,e->d", full, self.mean))
 
-    def _residual(self, horizon: int, context_length: int) -> np.ndarray:
-        """(P, 2, 2) the covariance of the target given the context."""
+    def _precision_weights(self, horizon: int, context_length: int) -> np.ndarray:
+        """(T, P, 2, 2) S⁻¹ K, S the covariance of the target given the context."""
         kernel = self.weights(horizon, context_length)
         across = [self.covariance(context_length - 1 + horizon - j) for j in range(context_length)]
-        return self.covariance(0) - sum(k @ c.mT for k, c in zip(kernel, across, strict=True))
+        residual = self.covariance(0) - sum(k @ c.mT for k, c in zip(kernel, across, strict=True))
+        return np.linalg.inv(residual) @ kernel
 
     def _dense(self, kernel: np.ndarray) -> np.ndarray:
         """(T, D, D) from (T, P, 2, 2) in the planes."""

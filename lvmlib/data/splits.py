@@ -5,13 +5,13 @@ Axes: M chunks, D vector dimension, A articles.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from ..errors import LVMError
+from ..io.inherit import nearest
 from ..windows import blocks
 
 USABLE = 7  # chunks of an article that gives a window: 5 of context, horizon 2
@@ -40,12 +40,12 @@ def split_articles(
     ood: str = "topic",
     sources: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """(A,) strings train, val, ood. `vectors` (M, D), may be memory-mapped; `article` (M,): 0 … A − 1; `titles`, and
-    `sources` where there are any, (A,). `ood`: topic, random, or source:NAME (several names with commas).
+    """(A,) strings train, val, ood, by `rule(ood)`.
 
-    `rule(ood)` describes it. A small or uneven corpus gets the nearest shares that leave each split 3 usable articles;
-    its topic may then be an article with its nearest neighbours. Whatever passes `check_articles` is split. Raises
-    LVMError for what does not pass, and for an unknown `ood`.
+    `vectors` (M, D), may be memory-mapped; `article` (M,): 0 … A − 1; `titles`, and `sources` if any, (A,).
+    `ood`: topic, random, or source:NAME (several names with commas). A small or uneven corpus gets the nearest shares
+    that leave each split 3 usable articles; its topic may then be an article with its nearest neighbours.
+    Raises LVMError for an unknown `ood`, and for what `check_articles` refuses.
     """
     kind, _ = _kind(ood)
     size = np.bincount(article, minlength=len(titles))
@@ -73,20 +73,24 @@ def check_articles(size: np.ndarray, ood: str = "topic", sources: Sequence[str] 
     Returns (A,) whether an article is of the sources that `ood` names, or None if it names none.
     """
     kind, names = _kind(ood)
-    usable = size >= USABLE
-    if usable.sum() < 3 * ARTICLES[-1]:
+    usable, least = size >= USABLE, ARTICLES[-1]
+    if usable.sum() < 3 * least:
         raise LVMError(
             f"only {usable.sum()} of {len(size)} articles have {USABLE} chunks or more; a split into train, val and "
-            f"ood needs {3 * ARTICLES[-1]} such: take more or longer articles, or smaller chunks"
+            f"ood needs {3 * least} such: take more or longer articles, or smaller chunks"
         )
     if kind != "source":
         return None
-    outside = _of_sources(names, sources, usable)
-    left = (usable & ~outside).sum()
-    if left < 2 * ARTICLES[-1]:
+    known = sorted(set(map(str, sources))) if sources is not None else []
+    if unknown := sorted(set(names) - set(known)):
+        shown = ", ".join(known[:20]) or "none: this dataset has no sources"
+        raise LVMError(f"ood: no article has the source {unknown[0]!r}; there are: {shown}")
+    outside = np.isin(np.asarray(sources, dtype=str), names)
+    inside, left = (usable & outside).sum(), (usable & ~outside).sum()
+    if inside < least or left < 2 * least:
         raise LVMError(
-            f"ood {ood!r}: leaves {left} articles of {USABLE} chunks or more, and train and val need "
-            f"{2 * ARTICLES[-1]}: name fewer sources, or take more articles"
+            f"ood {ood!r}: of the articles with {USABLE} chunks or more, ood gets {inside} ({least} are needed), train "
+            f"and val get {left} ({2 * least} are needed); name other sources, or take more articles"
         )
     return outside
 
@@ -101,17 +105,12 @@ def _kind(ood: str) -> tuple[str, list[str]]:
     kind, colon, names = ood.partition(":") if isinstance(ood, str) else (repr(ood), "", "")
     listed = [name.strip() for name in names.split(",") if name.strip()]
     if kind not in RULES or bool(listed) != (kind == "source") or (colon and kind != "source"):
-        near = difflib.get_close_matches(kind, RULES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near and near[0] != ood else ""
-        raise LVMError(f"ood {ood!r}: unknown{hint}; known: topic, random, source:NAME[,NAME…]")
+        raise LVMError(f"ood {ood!r}: unknown{nearest(kind, RULES)}; known: topic, random, source:NAME[,NAME…]")
     return kind, listed
 
 
 def centroids(vectors: np.ndarray, article: np.ndarray, count: int | None = None) -> np.ndarray:
-    """(A, D) float32: the mean vector of each article, made unit. `article` (M,): 0 … A − 1.
-
-    Reads block by block; the result takes 4·A·D bytes: 1.5 GB for a million articles of D = 384.
-    """
+    """(A, D) float32: the mean vector of each article, made unit. `article` (M,): 0 … A − 1."""
     sums = np.zeros((count or int(article.max()) + 1, vectors.shape[1]), np.float32)
     for first, block in blocks(vectors):
         np.add.at(sums, article[first : first + len(block)], block.astype(np.float32))
@@ -161,21 +160,6 @@ def _topic(centre: np.ndarray, titles, size: np.ndarray, at_least: int, loose: b
     return outside
 
 
-def _of_sources(names: list[str], sources, usable: np.ndarray) -> np.ndarray:
-    known = sorted(set(map(str, sources))) if sources is not None else []
-    for name in names:
-        if name not in known:
-            shown = ", ".join(known[:20]) or "none: this dataset has no sources"
-            raise LVMError(f"ood: no article has the source {name!r}; there are: {shown}")
-    outside = np.isin(np.asarray(sources, dtype=str), names)
-    if (outside & usable).sum() < ARTICLES[-1]:
-        raise LVMError(
-            f"ood: the sources {', '.join(names)} hold too few usable articles ({(outside & usable).sum()} of "
-            f"{USABLE} chunks or more, and {ARTICLES[-1]} are needed); name more sources"
-        )
-    return outside
-
-
 def _ordered(salt: str, titles: Sequence[str], articles: np.ndarray) -> np.ndarray:
     return np.array(sorted(articles, key=lambda a: hashlib.sha256(f"{salt}{titles[a]}".encode()).digest()), dtype=int)
 
@@ -183,7 +167,7 @@ def _ordered(salt: str, titles: Sequence[str], articles: np.ndarray) -> np.ndarr
 def _draw(salt: str, titles, free: np.ndarray, size: np.ndarray, at_least: int, leave: int, loose: bool):
     """Draw articles at random from `free`: the numbers of a draw with 12 to 15 % of the chunks that leaves `leave`
     articles; without one None, or, if `loose`, the nearest draw."""
-    nearest = np.inf, None
+    closest = np.inf, None
     for seed in range(1000 if len(size) <= TREE else 20):  # of many articles the first draw will do
         order = _ordered(f"{salt}{seed}:", titles, free)
         share = size[order].cumsum() / size.sum()
@@ -193,5 +177,5 @@ def _draw(salt: str, titles, free: np.ndarray, size: np.ndarray, at_least: int, 
         count = min(max(count, at_least), len(order) - leave)
         if loose and count >= at_least:
             off = max(0.12 - share[count - 1], share[count - 1] - 0.15)
-            nearest = min(nearest, (off, order[:count]), key=lambda n: n[0])
-    return nearest[1]
+            closest = min(closest, (off, order[:count]), key=lambda n: n[0])
+    return closest[1]

@@ -12,8 +12,6 @@ A store is a folder:
                     the datasheet has their horizon and context_length under `windows`
     datasheet.yaml  name, how it was made, and the sha256 of the files above
     checked.json    the result of the last full check, and the state of the files at that time
-
-Vectors and chunk table stay on disk: a store may be larger than memory, or than a GPU's memory.
 """
 
 from __future__ import annotations
@@ -49,16 +47,13 @@ TICK = 1.0  # seconds: a second change within this time may leave the same time 
 
 
 class Texts(Sequence):
-    """The texts of a store, read from texts.jsonl when asked for; memory holds only where each line begins.
+    """The `count` texts in a texts.jsonl, read when asked for; memory holds only where each line begins.
 
-    Raises LVMError if the file does not have `count` lines, or if a line is not a JSON string. `checked`: the count is
-    known to be right, so the file is first read when a text is asked for.
+    Raises LVMError if the file does not have `count` lines, or if a line is not a JSON string.
     """
 
-    def __init__(self, path: str | os.PathLike, count: int, checked: bool = False):
-        self.path, self.count = Path(path), count
-        if not checked:
-            _ = self.begins
+    def __init__(self, path: Path, count: int):
+        self.path, self.count = path, count
 
     @functools.cached_property
     def begins(self) -> np.ndarray:
@@ -82,13 +77,10 @@ class Texts(Sequence):
     def __getitem__(self, row):
         if isinstance(row, slice):
             return [self[r] for r in range(*row.indices(len(self)))]
-        if not -len(self) <= row < len(self):
-            raise IndexError(row)
-        row = int(row) % len(self)
+        row = range(len(self))[row]
         with open(self.path, "rb") as file:
             file.seek(self.begins[row])
-            line = file.read(self.begins[row + 1] - self.begins[row])
-        return self._text(line, row)
+            return self._text(file.readline(), row)
 
     def __iter__(self) -> Iterator[str]:
         with open(self.path, "rb") as file:
@@ -96,13 +88,10 @@ class Texts(Sequence):
                 yield self._text(line, row)
 
     def _text(self, line: bytes, row: int) -> str:
-        try:
-            text = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise LVMError(f"{self.path}: line {row + 1} is not JSON ({e}); restore the file") from e
-        if not isinstance(text, str):
-            raise LVMError(f"{self.path}: line {row + 1} holds {type(text).__name__}, not a text; restore the file")
-        return text
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(text := json.loads(line), str):
+                return text
+        raise LVMError(f"{self.path}: line {row + 1} is not a text in JSON; restore the file")
 
 
 def make_store(name: str, vectors, article, position, articles: pd.DataFrame, datasheet: dict | None = None) -> Store:
@@ -116,9 +105,8 @@ def make_store(name: str, vectors, article, position, articles: pd.DataFrame, da
         )
     chunks = check_chunks(np.stack([article, position], 1), len(vectors), name)
     check_articles(articles, chunks[:, 0], name)
-    return Store(
-        name, vectors, chunks[:, 0], chunks[:, 1], articles, datasheet or {}, _fingerprint(vectors, chunks, articles)
-    )
+    fingerprint = _fingerprint(vectors, chunks, articles)
+    return Store(name, vectors, chunks[:, 0], chunks[:, 1], articles, datasheet or {}, fingerprint)
 
 
 def write_store(store: Store, folder: str | os.PathLike) -> Path:
@@ -170,49 +158,38 @@ def seal(partial: Path, name: str, articles: pd.DataFrame, datasheet: Mapping) -
     articles.to_csv(partial / "articles.csv", index_label="article")
     files = [*STORE_FILES[:3], *(f for f in OPTIONAL_FILES if (partial / f).exists())]
     content = {"name": name, **datasheet, "sha256": {f: sha256_file(partial / f) for f in files}}
-    (partial / "datasheet.yaml").write_text(
-        yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    with open(partial / "datasheet.yaml", "w", encoding="utf-8") as file:
+        yaml.safe_dump(content, file, sort_keys=False, allow_unicode=True)
     return open_store(partial)
 
 
 def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
     """Open a store folder; vectors and chunk table stay on disk, memory-mapped.
 
-    The first call reads and checks everything, and writes checked.json with the size, time of change and inode of each
-    large file. While these stay the same, later calls read only articles.csv and the datasheet. Nothing is remembered
-    of a folder that cannot be written, or of a file that changed within a second of its check. A change that leaves
-    size, time and inode as they were is not seen; `verify` checks everything in any case.
+    The first call checks everything, and writes checked.json with the size, time of change and inode of each large
+    file. While these stay the same, later calls read only articles.csv and the datasheet. Files that changed within a
+    second of their check are not remembered. `verify` checks everything in any case.
 
-    Raises LVMError, naming the file, for a missing or damaged file, a wrong checksum, shape or dtype, NaN, zero or
-    unnormalised vectors, an article in two runs of rows, or an article in two splits.
+    Raises LVMError, naming the file, for a missing or damaged file, a wrong checksum, or what `checks` refuses.
     """
     folder, began = Path(folder), time.time()
-    for name in STORE_FILES:
-        if not (folder / name).is_file():
-            raise LVMError(f"{folder / name}: missing; a store folder holds {', '.join(STORE_FILES)}")
     state = _state(folder)
     datasheet, recorded, digest = _read_datasheet(folder)
     files = [*STORE_FILES[:3], *(f for f in OPTIONAL_FILES if f in recorded or (folder / f).exists())]
     for name in files:
         if not (folder / name).is_file():
-            raise LVMError(f"{folder / name}: missing, but datasheet.yaml lists it; restore the file")
-    known = {"check": CHECK, "datasheet": digest, "files": state}
-    fingerprint = None if verify else _remembered(folder, known)
-    try:
-        table = untrusted.read_bytes(folder / "articles.csv", 1 << 30)
-    except (OSError, ValueError) as e:
-        raise LVMError(f"{folder / 'articles.csv'}: cannot be read ({e}); restore the file") from e
+            raise LVMError(f"{folder / name}: missing; restore the file")
+    state_checked = {"check": CHECK, "datasheet": digest, "files": state}
+    fingerprint = None if verify else _remembered(folder, state_checked)
+    articles = _read_articles(folder / "articles.csv")
     for name in files if fingerprint is None else ["articles.csv"]:
-        digest = hashlib.sha256(table).hexdigest() if name == "articles.csv" else sha256_file(folder / name)
-        if digest != recorded.get(name):
+        if sha256_file(folder / name) != recorded.get(name):
             raise LVMError(
                 f"{folder / name}: its sha256 is not the one in datasheet.yaml; restore the file, or build the store "
                 "again"
             )
     vectors, chunks = _load_array(folder / "vectors.npy"), _load_array(folder / "chunks.npy")
-    articles = _read_articles(table, folder / "articles.csv")
-    texts = Texts(folder / "texts.jsonl", len(vectors), fingerprint is not None) if "texts.jsonl" in files else None
+    texts = Texts(folder / "texts.jsonl", len(vectors)) if "texts.jsonl" in files else None
     given = _read_windows(folder / "windows.npy", datasheet) if "windows.npy" in files else None
     if fingerprint is None:
         check_vectors(vectors, str(folder / "vectors.npy"))
@@ -220,12 +197,14 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
         check_articles(articles, chunks[:, 0], str(folder / "articles.csv"))
         if given is not None:
             check_given(given, chunks, articles, str(folder / "windows.npy"))
+        if texts is not None:
+            _ = texts.begins
         fingerprint = _fingerprint(vectors, chunks, articles, given)
-        _remember(folder, {**known, "fingerprint": fingerprint}, began)
+        _remember(folder, {**state_checked, "fingerprint": fingerprint}, began)
     chunks = np.asarray(chunks).astype(np.int32, copy=False)  # a view of the map, if it is int32 as we write it
-    article, position = chunks[:, 0], chunks[:, 1]
-    name, opened = plain_name(str(datasheet.get("name") or folder.name)), (folder.resolve(), state)
-    return Store(name, vectors, article, position, articles, datasheet, fingerprint, texts, given, opened)
+    name = plain_name(str(datasheet.get("name") or folder.name))
+    opened = folder.resolve(), state
+    return Store(name, vectors, chunks[:, 0], chunks[:, 1], articles, datasheet, fingerprint, texts, given, opened)
 
 
 def check_unchanged(store: Store) -> None:
@@ -234,12 +213,9 @@ def check_unchanged(store: Store) -> None:
     Nothing is read while size, time of change and inode are the same; else the store is checked in full, and files with
     the same content pass. A store in memory never changes.
     """
-    if store.opened is None:
+    if store.opened is None or _state(store.opened[0]) == store.opened[1]:
         return
-    folder, known = store.opened
-    began, state = time.time(), _state(folder)
-    if state == known:
-        return
+    folder = store.opened[0]
     try:
         fingerprint = open_store(folder).fingerprint
     except (LVMError, OSError) as e:
@@ -249,9 +225,6 @@ def check_unchanged(store: Store) -> None:
             f"{folder}: this store was changed while it was in use (fingerprint {store.fingerprint[:16]}, now "
             f"{fingerprint[:16]}); restore it, or start a new run"
         )
-    if _settled(folder, state, began):
-        known.clear()
-        known.update(state)
 
 
 def plain_name(name: str) -> str:
@@ -269,12 +242,6 @@ def _state(folder: Path) -> dict:
     return stats
 
 
-def _settled(folder: Path, state: dict, began: float) -> bool:
-    """Whether no file changed during a check that `began` with this `state`, or just before it."""
-    changed = max((stat["mtime_ns"] for stat in state.values()), default=0) / 1e9
-    return changed <= began - TICK and _state(folder) == state
-
-
 def _remembered(folder: Path, known: dict) -> str | None:
     """The fingerprint in checked.json, if it is of files in just this state."""
     try:
@@ -287,8 +254,12 @@ def _remembered(folder: Path, known: dict) -> str | None:
 
 
 def _remember(folder: Path, outcome: dict, began: float) -> None:
-    """Write checked.json, unless the files are not settled, or the folder is the package's own or cannot be written."""
-    if not _settled(folder, outcome["files"], began) or EMBEDDED in folder.resolve().parents:
+    """Write checked.json.
+
+    Not if a file changed during the check or just before it, nor in the package or a folder that cannot be written.
+    """
+    changed = max((stat["mtime_ns"] for stat in outcome["files"].values()), default=0) / 1e9
+    if changed > began - TICK or _state(folder) != outcome["files"] or EMBEDDED in folder.resolve().parents:
         return
     with contextlib.suppress(LVMError):  # no right to write, a full disk: the next opening checks again
         text = json.dumps(outcome, indent=1) + "\n"
@@ -307,10 +278,11 @@ def _read_datasheet(folder: Path) -> tuple[dict, dict, str]:
         ) from e
 
 
-def _read_articles(table: bytes, path: Path) -> pd.DataFrame:
+def _read_articles(path: Path) -> pd.DataFrame:
     try:
         # Read as text first: an article listed twice must be seen, not merged.
-        articles = pd.read_csv(io.BytesIO(table), keep_default_na=False, dtype=str)
+        table = io.BytesIO(untrusted.read_bytes(path, 1 << 30))
+        articles = pd.read_csv(table, keep_default_na=False, dtype=str)
         numbers = articles["article"].to_numpy(object).astype(np.int64)  # by int(): refuses fractions
         if (numbers != numbers.astype(np.int32)).any():
             raise OverflowError("an article number beyond int32")

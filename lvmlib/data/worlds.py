@@ -11,8 +11,7 @@ Axes: A articles, L chunks an article, D vector dimension, P = D/2 planes, T con
 - copy: almost no change within an article. Shows which measures copying wins.
 
 A world is a `Store`: a sample, with plain numbers in `datasheet["truth"]`; `law` and `cosines` give the rest. Closed
-forms are those of high dimension, where a chunk has length 1 before it is normalised; at D = 48 they are off by up to
-0.02 (`simulated` gives the truth of any measure there).
+forms hold in high dimension, where a chunk has length 1 before it is normalised; at D = 48 they are off by up to 0.02.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ HINT = 0.05  # the share of the hint, taken from the noise as well
 def exchangeable_law(dim: int = 384, topic: float = 0.425, basis: int = 0) -> Law:
     """x_t = normalise(mean + topic + noise_t): every order of an article's chunks is equally probable.
 
-    `topic`: its share; the cosine of any two chunks is COMMON + topic = 0.45, the mean of the real lags 1 to 4.
-    `basis`: the seed of the basis, in this and the other worlds.
+    The cosine of any two chunks is COMMON + `topic`. `basis`: the seed of the basis, in this and the other worlds.
     """
     return _law(dim, basis, [_even(dim, 1.0, topic), _even(dim, 0.0, 1 - COMMON - topic)])
 
@@ -61,16 +59,14 @@ def copy_law(dim: int = 384, noise: float = 0.01, basis: int = 0) -> Law:
 def rotation_law(dim: int = 384, strength: float = 1.0, planes: int | None = None, basis: int = 0) -> Law:
     """Topic, fading drift, noise, and in `planes` planes (default D/8) a rotation: y_{t+1} = 0.8·R·y_t + noise.
 
-    `strength` 0…1: the share of turning forward minus that of turning backward; at 0 both directions of time have one
-    law, and there is still something to predict.
+    `strength` 0…1: the share of turning forward minus that of turning backward; at 0 both directions have one law.
 
     Planes turn by θ_p evenly between 0 and π. In each the covariance at lag k is
     0.8^k (cos kθ · I + strength · sin kθ · J): the arrow is in the antisymmetric part, and Σ_p cos kθ_p = 0 for lags
     k < 2·planes, so the lag cosines do not depend on the strength. Mirroring every plane (J → −J) turns the reversed
     world into this one: a model trained for each direction finds *no* difference (in `announcing_law` it does).
     """
-    _check_strength(strength)
-    planes = _check_planes(planes, dim, dim // 8)
+    planes = _checked(strength, planes, dim, dim // 8)
     angle = (np.arange(planes) + 0.5) * np.pi / planes
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]).transpose(2, 0, 1)  # (r, 2, 2)
     variance = np.broadcast_to(np.eye(2) * TURNING / (2 * planes), turn.shape)
@@ -89,14 +85,12 @@ def announcing_law(
 ) -> Law:
     """Topic, noise, and in `planes` planes (default D/16) a faint hint u_t and a loud, fading theme v_t.
 
-    (u, v) ← [[0, 0], [c, 0.55]] (u, v) + noise, u white; c makes strength² of v's news come from u. Forward, a loud
-    thing is predicted from a faint one, backward a faint one from a loud one: the forward predictor explains more. At
-    strength 0 both directions of time have one law. The lag cosines are those of `rotation_law` at every strength.
-    `delay`: the theme comes so many chunks later; horizon − 1 gives as clear an arrow at that horizon, but none to a
-    probe of adjacent pairs.
+    (u, v) ← [[0, 0], [c, 0.55]] (u, v) + noise, u white; c makes strength² of v's news come from u. The forward
+    predictor explains more: it predicts what is loud. At strength 0 both directions have one law. The lag cosines are
+    those of `rotation_law`. `delay`: the theme comes so many chunks later; horizon − 1 gives as clear an arrow at that
+    horizon, but none to a probe of adjacent pairs.
     """
-    _check_strength(strength)
-    planes = _check_planes(planes, dim, dim // 16)
+    planes = _checked(strength, planes, dim, dim // 16)
     heard = strength * np.sqrt((1 - FADING**2) * DRIFT / HINT)
     transition = np.broadcast_to(np.array([[0.0, 0.0], [heard, FADING]]), (planes, 2, 2))
     variance = np.broadcast_to(np.diag([HINT, DRIFT]) / planes, (planes, 2, 2))
@@ -116,7 +110,7 @@ def _stationary(
     splits: Sequence[str] = SPLIT_PATTERN,
     **parameters,
 ) -> Store:
-    """A sample of a law in `LAWS` with these `parameters`. Worlds that differ in `seed` are samples of one law."""
+    """A sample of a law in `LAWS` with these `parameters`."""
     made = LAWS[name](dim=dim, **parameters)
     defaults = {key: p.default for key, p in inspect.signature(LAWS[name]).parameters.items() if key != "dim"}
     parameters = defaults | parameters
@@ -152,11 +146,10 @@ def _sloping(
     **slope: float,
 ) -> Store:
     """Articles that come nearer to their topic, or leave it: x_t = normalise(topic + s_t · noise_t), s_t from `first`
-    to `last` evenly.
+    to `last` evenly; topic and noise_t are independent random unit vectors.
 
-    Topic and noise_t are independent random unit vectors, so in high dimension
-    cos(x_t, x_u) ≈ 1 / √((1 + s_t²)(1 + s_u²)) (`converging_cosine`). Where s_t falls, a chunk is nearer to the next
-    one than to the one before, Δ > 0, and the order holds nothing else to predict. The data of option C.
+    Where s_t falls, a chunk is nearer to the next one than to the one before, Δ > 0, and the order holds nothing else
+    to predict. The data of option C.
     """
     slope = SLOPES[name] | slope
     random = np.random.default_rng(seed)
@@ -166,12 +159,6 @@ def _sloping(
     expected = cosines(name, length, **slope)
     truth = {"arrow": 0, "lag_cosine": _by_lag(lambda k: lag_cosine(expected, k), length)}
     return _store(name, vectors, {**slope, "seed": seed, "truth": truth}, splits)
-
-
-def converging_cosine(length: int, first: float, last: float) -> np.ndarray:
-    """(L, L) expected cosines between positions t ≠ u in the limit of high dimension (the diagonal is not 1)."""
-    s = np.sqrt(1 + np.linspace(first, last, length) ** 2)
-    return 1 / np.outer(s, s)
 
 
 SLOPES = {"converging": {"first": 2.0, "last": 0.6}, "diverging": {"first": 0.6, "last": 2.0}}
@@ -206,7 +193,7 @@ def world(name: str, **arguments) -> Store:
 def law(name: str, **parameters) -> Law:
     """The law of a stationary world; `parameters`: those of the world without its size, seed and splits.
 
-    Raises LVMError for a world without one (converging and diverging are not stationary: `converging_cosine`).
+    Raises LVMError for a world that is not stationary (converging and diverging).
     """
     if name not in LAWS:
         raise LVMError(f"world {name!r} has no stationary law; those that have: {', '.join(LAWS)}")
@@ -214,30 +201,22 @@ def law(name: str, **parameters) -> Law:
 
 
 def cosines(name: str, length: int = 40, **parameters) -> np.ndarray:
-    """(L, L) expected cosines between the positions of an article in high dimension, 1 on the diagonal; any world."""
-    if name in SLOPES:
-        parameters = {key: parameters.get(key, value) for key, value in SLOPES[name].items()}
-        expected = converging_cosine(length, **parameters)
-        np.fill_diagonal(expected, 1)
-        return expected
-    return law(name, **parameters).cosines(length)
+    """(L, L) expected cosines between the positions of an article in high dimension, 1 on the diagonal; any world.
+
+    Of the sloping worlds: cos(x_t, x_u) = 1 / √((1 + s_t²)(1 + s_u²)).
+    """
+    if name not in SLOPES:
+        return law(name, **parameters).cosines(length)
+    first, last = (parameters.get(key, value) for key, value in SLOPES[name].items())
+    long = np.sqrt(1 + np.linspace(first, last, length) ** 2)
+    expected = 1 / np.outer(long, long)
+    np.fill_diagonal(expected, 1)
+    return expected
 
 
 def lag_cosine(expected: np.ndarray, lag: int) -> float:
     """Mean over the positions of `cosines` (L, L): E cos(x_t, x_{t+lag})."""
     return float(np.diagonal(expected, lag).mean())
-
-
-def simulated(
-    measure: Callable[[Store], object], name: str, draws: int = 40, first_seed: int = 1_000_000, **arguments
-) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of a measure over independent samples of a world, and its error (standard deviation / √draws).
-
-    `measure(store)` gives a number or an array. The samples have the seeds first_seed, first_seed + 1, …, far from
-    those of experiments. The mean is the expectation at this size: for a biased measure take the experiment's size.
-    """
-    values = np.array([measure(world(name, seed=first_seed + i, **arguments)) for i in range(draws)], float)
-    return values.mean(0), values.std(0, ddof=1) / np.sqrt(draws)
 
 
 def reverse(store: Store) -> Store:
@@ -249,12 +228,10 @@ def reverse(store: Store) -> Store:
     name = store.name.removesuffix(suffix) if store.name.endswith(suffix) else store.name + suffix
     datasheet = {**store.datasheet, "reversed": not store.datasheet.get("reversed", False)}
     if "truth" in datasheet:
-        truth = dict(datasheet["truth"])
+        truth = datasheet["truth"] = dict(datasheet["truth"])
         truth["arrow"] = -truth["arrow"]
-        if "optimal_cosine" in truth:
-            forward, backward = truth["optimal_cosine"]["forward"], truth["optimal_cosine"]["backward"]
-            truth["optimal_cosine"] = {"forward": backward, "backward": forward}
-        datasheet["truth"] = truth
+        if optimal := truth.get("optimal_cosine"):
+            truth["optimal_cosine"] = {"forward": optimal["backward"], "backward": optimal["forward"]}
     return make_store(name, np.asarray(store.vectors)[flipped], store.article, position, store.articles, datasheet)
 
 
@@ -303,12 +280,10 @@ def _basis(dim: int, seed: int) -> np.ndarray:
     return basis
 
 
-def _check_strength(strength: float) -> None:
+def _checked(strength: float, planes: int | None, dim: int, default: int) -> int:
+    """The number of planes. Raises LVMError for an impossible strength or number."""
     if not 0 <= strength <= 1:
         raise LVMError(f"strength {strength}: must lie between 0 and 1; for the other sign take the reversed world")
-
-
-def _check_planes(planes: int | None, dim: int, default: int) -> int:
     planes = max(default, 1) if planes is None else planes
     if not 1 <= planes <= dim // 2:
         raise LVMError(f"planes {planes}: must lie between 1 and dim / 2 = {dim // 2}")
@@ -326,14 +301,8 @@ def _store(name: str, vectors: np.ndarray, datasheet: dict, splits: Sequence[str
     """
     count, length, dim = vectors.shape
     split = np.array(splits)[np.arange(count) % len(splits)]
-    table = pd.DataFrame(
-        {"title": [f"{name} {i}" for i in range(count)], "split": split}, index=pd.RangeIndex(count, name="article")
-    )
-    return make_store(
-        f"world:{name}",
-        vectors.reshape(-1, dim).astype(np.float32),
-        np.repeat(np.arange(count), length),
-        np.tile(np.arange(length), count),
-        table,
-        {"world": name, **datasheet},
-    )
+    titles = [f"{name} {i}" for i in range(count)]
+    table = pd.DataFrame({"title": titles, "split": split}, index=pd.RangeIndex(count, name="article"))
+    x = vectors.reshape(-1, dim).astype(np.float32)
+    article, position = np.repeat(np.arange(count), length), np.tile(np.arange(length), count)
+    return make_store(f"world:{name}", x, article, position, table, {"world": name, **datasheet})

@@ -4,6 +4,7 @@ Axes: A articles, L chunks an article, D vector dimension.
 """
 
 import math
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ import scipy.linalg
 import scipy.stats
 import torch
 import yaml
+from stores import simulated
 
 from lvmlib.baselines import baselines, untrained
 from lvmlib.config import version
@@ -37,53 +39,24 @@ def closed_form(length, first, last):
     return np.array([[1 / math.sqrt((1 + a * a) * (1 + b * b)) for b in s] for a in s])
 
 
-def tolerance(store):
-    """Of a cosine averaged over articles: it scatters by less than 1/√D in each, and its bias is of order 1/D."""
-    return 5 / math.sqrt(store.dim * len(store.articles)) + 2 / store.dim
-
-
-SLOPES = [(2.0, 0.6), (0.6, 2.0), (1.0, 1.0), (3.0, 0.0)]
-
-
-@pytest.mark.parametrize("first, last", SLOPES)
+@pytest.mark.parametrize("first, last", [(2.0, 0.6), (0.6, 2.0), (3.0, 0.0)])
 def test_cosines_match_the_closed_form(first, last):
     store = worlds.world("converging", articles=150, length=9, dim=256, first=first, last=last, seed=3)
-    x = articles_of(store)
-    cosines = np.einsum("atd,aud->tu", x, x) / len(x)
-    apart = ~np.eye(9, dtype=bool)
-    np.testing.assert_allclose(cosines[apart], closed_form(9, first, last)[apart], rtol=0, atol=tolerance(store))
-    # One article alone stays within what its dimension allows.
-    one = np.einsum("td,ud->tu", x[0], x[0])
-    assert np.abs(one - closed_form(9, first, last))[apart].max() < 5 / math.sqrt(store.dim)
+    x, expected = articles_of(store), closed_form(9, first, last)
+    cosines, apart = np.einsum("atd,aud->tu", x, x) / len(x), ~np.eye(9, dtype=bool)
+    # Averaged over articles a cosine scatters by less than 1/√D in each, and its bias is of order 1/D.
+    np.testing.assert_allclose(cosines[apart], expected[apart], rtol=0, atol=5 / math.sqrt(256 * 150) + 2 / 256)
+    one = np.einsum("td,ud->tu", x[0], x[0])  # one article stays within what its dimension allows
+    assert np.abs(one - expected)[apart].max() < 5 / math.sqrt(256)
+    # Δ = cos(last, next) − cos(last, previous) is not 0, though the order holds nothing to predict (§4.1 point 2).
+    delta = [expected[t, t + 1] - expected[t, t - 1] for t in range(1, 8)]
+    assert np.sign(delta).tolist() == [np.sign(first - last)] * 7
 
 
-def delta(store, t):
-    """(A,) Δ = cos(last, next) − cos(last, previous), the context's last chunk at position t."""
-    x = articles_of(store)
-    return (x[:, t] * x[:, t + 1]).sum(-1) - (x[:, t] * x[:, t - 1]).sum(-1)
-
-
-@pytest.mark.parametrize("first, last, sign", [(2.0, 0.6, 1), (0.6, 2.0, -1), (1.0, 1.0, 0)])
-def test_delta_has_the_sign_of_the_convergence_and_its_size(first, last, sign):
-    """Nothing of the order can be predicted, and yet Δ is not 0 (§4.1 point 2): that is what this world is for."""
-    length = 9
-    store = worlds.world("converging", articles=300, length=length, dim=256, first=first, last=last, seed=1)
-    expected = closed_form(length, first, last)
-    found = np.mean([delta(store, t) for t in range(1, length - 1)], axis=0)
-    wanted = np.mean([expected[t, t + 1] - expected[t, t - 1] for t in range(1, length - 1)])
-    assert found.mean() == pytest.approx(wanted, abs=4 * found.std() / math.sqrt(len(found)) + 1 / store.dim)
-    if sign:
-        assert np.sign(wanted) == sign and np.sign(found.mean()) == sign
-        assert abs(found.mean()) > 10 * found.std() / math.sqrt(len(found))
-
-
-def test_splits_are_disjoint_and_three_one_one():
-    store = worlds.world("converging", articles=20, length=9, dim=16)
-    articles = {s: set(store.article[store.rows(s)].tolist()) for s in SPLITS}
-    assert {s: len(a) for s, a in articles.items()} == {"train": 12, "val": 4, "ood": 4}
-    assert set.union(*articles.values()) == set(range(20))  # with the sizes: no article in two
-    data = dataset(store, horizon=2)
+def test_splits_are_three_one_one():
+    data = dataset(worlds.world("converging", articles=20, length=9, dim=16), horizon=2)
     assert {s: len(getattr(data, s)) for s in SPLITS} == {"train": 12 * 3, "val": 4 * 3, "ood": 4 * 3}
+    assert set(data.train.article) | set(data.val.article) | set(data.ood.article) == set(range(20))
 
 
 def test_by_name():
@@ -126,7 +99,7 @@ def test_the_world_is_as_near_to_itself_as_wikipedia(name):
     for lag, real in zip(range(1, 5), (0.501, 0.455, 0.431, 0.415), strict=True):
         assert law.lag_cosine(lag) == pytest.approx(real, abs=0.003)
     x = articles_of(worlds.world(name))
-    for lag in range(1, 12):
+    for lag in (1, 2, 5, 11):
         assert np.einsum("atd,atd->at", x[:, lag:], x[:, :-lag]).mean() == pytest.approx(law.lag_cosine(lag), abs=0.005)
     across = x.mean(1) @ x.mean(1).T
     assert across[~np.eye(len(x), dtype=bool)].mean() == pytest.approx(worlds.COMMON, abs=0.003)
@@ -214,16 +187,7 @@ def test_the_law_s_ranker_is_the_logarithm_of_the_likelihood_ratio(name):
         near, far = conditional(horizon, window), conditional(elsewhere, window)
         ratio = [near.logpdf(c) - far.logpdf(c) for c in (law.mean + np.eye(16), law.mean - np.eye(16))]
         np.testing.assert_allclose(vector, (ratio[0] - ratio[1]) / 2, atol=1e-4)  # the square of c falls out
-
-
-def test_the_law_s_ranker_ranks_better_than_the_optimum_and_points_worse():
-    fresh = windows(worlds.rotation(30, 40, 48, seed=9, splits=("val",)), "val")
-    law = worlds.law("rotation", dim=48)
-    best, ranker = (score(m, fresh) for m in (law.optimal(2), law.ranking(2)))
-    for rank in ("novel rank", "possible rank"):
-        assert (1 / ranker[rank]).mean() > (1 / best[rank]).mean() + 0.08
-    assert ranker["cosine"].mean() < best["cosine"].mean() - 0.08
-    still = worlds.law("exchangeable", dim=48).ranking(2)
+    still = worlds.law("exchangeable", dim=16).ranking(horizon)
     torch.testing.assert_close(still.weights, torch.zeros_like(still.weights), rtol=0, atol=1e-5)
 
 
@@ -256,13 +220,11 @@ def gain(store, predictor, other, horizon):
 @pytest.mark.parametrize("name", ["rotation", "announcing"])
 def test_at_strength_0_both_directions_have_one_law(name):
     law = worlds.law(name, dim=48, strength=0)
-    for lag in range(8):
-        np.testing.assert_allclose(law.covariance(lag), law.covariance(-lag), atol=1e-12)
     np.testing.assert_allclose(law.weights(2), law.reversed().weights(2), atol=1e-12)
     assert worlds.world(name, articles=5, length=8, dim=16, strength=0).datasheet["truth"]["arrow"] == 0
-    # Monte Carlo, one predictor before both directions: its mean over the samples is 0 within error.
+    # One predictor before both directions: its mean gain over the samples is 0 within error.
     optimum = law.optimal(1)
-    mean, error = worlds.simulated(
+    mean, error = simulated(
         lambda s: gain(s, optimum, optimum, 1), name, 20, articles=20, length=20, dim=48, strength=0
     )
     assert abs(mean) < 3.5 * error and error < 0.003
@@ -364,30 +326,18 @@ def test_shuffling_leaves_no_lags_and_no_arrow():
     assert abs(gain(worlds.shuffled(store), optimum, optimum, 1)) < 0.012 < gain(store, optimum, optimum, 1)
 
 
-def test_simulated_truth_meets_the_closed_form_where_there_is_one():
-    def lags(store):
-        x = articles_of(store)
-        return [np.einsum("atd,atd->at", x[:, k:], x[:, :-k]).mean() for k in (1, 2)]
-
-    mean, error = worlds.simulated(lags, "rotation", draws=10, articles=20, length=12)
-    assert mean.shape == error.shape == (2,) and (error < 0.004).all()
-    law = worlds.law("rotation")
-    np.testing.assert_allclose(mean, [law.lag_cosine(1), law.lag_cosine(2)], atol=4 * error.max() + 2 / 384)
+IMPOSSIBLE = [
+    ({"strength": 1.5}, "strength"),
+    ({"strength": -1}, "strength"),
+    ({"dim": 15}, "dim"),
+    ({"planes": 9, "dim": 16}, "planes"),
+]
 
 
 @pytest.mark.parametrize(
     "name, arguments, key",
     [
-        *(
-            (name, arguments, key)
-            for name in ("rotation", "announcing")
-            for arguments, key in (
-                ({"strength": 1.5}, "strength"),
-                ({"strength": -1}, "strength"),
-                ({"dim": 15}, "dim"),
-                ({"planes": 9, "dim": 16}, "planes"),
-            )
-        ),
+        *((name, *case) for name in ("rotation", "announcing") for case in IMPOSSIBLE),
         ("exchangeable", {"dim": 16, "topic": 1.175}, "share"),
         ("copy", {"dim": 16, "splits": ("train", "test")}, "'test'"),
     ],
@@ -403,24 +353,19 @@ def test_impossible_worlds_are_refused(name, arguments, key):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """(world, version) → the scores of a brief run of it on fresh articles; of another name, of that predictor."""
-    made = {}
 
-    def scored(name, of, seed=0):
-        if (name, of, seed) not in made:
-            data = dataset(worlds.world(name, dim=48))
-            fresh = windows(worlds.world(name, articles=40, dim=48, seed=10**6, splits=("val",)), "val")
-            if of in ("rank", "two_heads"):
-                settings = {"optimizer": {"lr": 3.0e-3}}
-                own = version(of, settings, seed=seed, epochs=6, device="cpu", precision="float32")
-                run = train(own, data, out=tmp_path_factory.mktemp("runs") / "run")
-                list(run)
-                model = run.best
-            elif of == "optimum":
-                model = worlds.law(name, dim=48).optimal(2)
-            else:
-                model = (untrained(48, 5) | baselines(data.train))[of]
-            made[name, of, seed] = score(model, fresh)
-        return made[name, of, seed]
+    @cache
+    def scored(name, of):
+        data = dataset(worlds.world(name, dim=48))
+        fresh = windows(worlds.world(name, articles=40, dim=48, seed=10**6, splits=("val",)), "val")
+        if of == "optimum":
+            return score(worlds.law(name, dim=48).optimal(2), fresh)
+        if of not in ("rank", "two_heads"):
+            return score((untrained(48, 5) | baselines(data.train))[of], fresh)
+        own = version(of, {"optimizer": {"lr": 3.0e-3}}, seed=0, epochs=6, device="cpu", precision="float32")
+        run = train(own, data, out=tmp_path_factory.mktemp("runs") / "run")
+        list(run)
+        return score(run.best, fresh)
 
     return scored
 
@@ -429,17 +374,13 @@ def reciprocal(frame, kind="novel"):
     return 1 / frame[f"{kind} rank"]
 
 
-def test_rank_has_the_gain_of_the_optimum_on_a_rotation_world(small):
-    for kind in ("novel", "possible"):
-        ours, best, copy = (reciprocal(small("rotation", n), kind).mean() for n in ("rank", "optimum", "copy last"))
-        assert best > copy + 0.15
-        assert (ours - copy) / (best - copy) >= 0.95
-
-
-def test_rank_claims_no_gain_on_an_exchangeable_world(small):
+@pytest.mark.parametrize("kind", ["novel", "possible"])
+def test_rank_has_the_gain_of_the_optimum_where_there_is_order(small, kind):
+    ours, best, copy = (reciprocal(small("rotation", n), kind).mean() for n in ("rank", "optimum", "copy last"))
+    assert best > copy + 0.15
+    assert (ours - copy) / (best - copy) >= 0.95
     ours, copy = small("exchangeable", "rank"), small("exchangeable", "copy last")
-    for kind in ("novel", "possible"):
-        assert over_articles(reciprocal(ours, kind) - reciprocal(copy, kind), ours["article"])[1] <= 0
+    assert over_articles(reciprocal(ours, kind) - reciprocal(copy, kind), ours["article"])[1] <= 0
 
 
 @pytest.mark.parametrize("name", ["rotation", "exchangeable"])

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.optimize import minimize
+from stores import simulated
 
 from lvmlib.data import worlds
 from lvmlib.data.store import make_store
@@ -77,7 +78,7 @@ def test_chance_level_without_order():
 
 @pytest.mark.parametrize("name", ["converging", "diverging", "copy"])
 def test_no_arrow_where_only_coherence_changes(name):
-    mean, error = worlds.simulated(lambda s: order_probe(s, components=4).accuracy, name, draws=30, **SMALL)
+    mean, error = simulated(lambda s: order_probe(s, components=4).accuracy, name, draws=30, **SMALL)
     assert abs(mean - 0.5) < 3.5 * error and error < 0.02
 
 
@@ -95,7 +96,7 @@ def test_strength_0_and_shuffled_articles_are_at_chance():
         return zero(worlds.shuffled(store, seed=int(store.datasheet["seed"])))
 
     for measure, strength in ((zero, 0.0), (shuffled, 1.0)):
-        mean, error = worlds.simulated(measure, "rotation", draws=30, strength=strength, **SMALL)
+        mean, error = simulated(measure, "rotation", draws=30, strength=strength, **SMALL)
         assert abs(mean - 0.5) < 3.5 * error
 
 
