@@ -85,8 +85,9 @@ def seeds() -> list[tuple[str, dict[str, bytes]]]:
     windows = {s: cut(x, article, chunk, set(own)) for s, own in parts.items()}
     base = {"vectors": x, "article_indices": article, "chunk_indices": chunk}
     texts = np.array([f"text {i}" * (i % 3) for i in range(len(x))])
-    names = np.array([f"source {a % 2}" for a in range(30)])
-    articles = packed(base)
+    named = {"concept_texts": texts, "article_sources": np.array([f"source {a % 2}" for a in range(30)])}
+    objects = {name: array.astype(object) for name, array in (named | {"cpe_ids": texts}).items()}
+    orders = {"vectors": np.asfortranarray(x * 3), "chunk_indices": chunk.astype(">f8")}
     shuffled = np.random.default_rng(1).permutation(len(x))
     keys = ("context_sequences", "target_vectors", "article_ids", "target_indices")
     plain = {s: dict(zip(keys, w, strict=True)) for s, w in windows.items()}
@@ -95,9 +96,6 @@ def seeds() -> list[tuple[str, dict[str, bytes]]]:
         for s, w in windows.items()
     }
     numbers = {s: dicts(np.int64(w[2]), w[3], more=[1, (2.5, None)]) for s, w in windows.items()}
-    objects = {"concept_texts": texts.astype(object), "cpe_ids": texts.astype(object)}
-    objects["article_sources"] = names.astype(object)
-    orders = {"vectors": np.asfortranarray(x * 3), "chunk_indices": chunk.astype(">f8")}
     vectors = {s: {k: p[k] for k in keys[:2]} for s, p in plain.items()}
     sequences = {
         "sequences": {s: packed(p) for s, p in plain.items()},
@@ -106,12 +104,12 @@ def seeds() -> list[tuple[str, dict[str, bytes]]]:
         "by vectors": {s: packed(p | {"article_ids": plain[s]["article_ids"]}) for s, p in vectors.items()},
     }
     return [
-        ("articles", {"articles": articles}),
-        ("texts", {"articles": packed(base | {"concept_texts": texts, "article_sources": names}, True)}),
+        ("articles", {"articles": packed(base)}),
+        ("texts", {"articles": packed(base | named, True)}),
         ("objects", {"articles": packed(base | objects)}),
         ("unsorted", {"articles": packed({k: v[shuffled] for k, v in base.items()} | {"concept_texts": texts})}),
         ("orders", {"articles": packed(base | orders, True)}),
-        *((kind, files | {"articles": articles}) for kind, files in sequences.items()),
+        *((kind, files | {"articles": packed(base)}) for kind, files in sequences.items()),
         ("rebuilt", sequences["sequences"]),
         ("rebuilt metadata", {s: packed(p, True) for s, p in spelt.items()}),
     ]

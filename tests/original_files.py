@@ -1,7 +1,6 @@
 """Files in the original's form, for tests."""
 
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +10,8 @@ from lvmlib import windows as W
 from lvmlib.data import original as I
 from lvmlib.errors import LVMError
 
-GOLDEN = Path(__file__).resolve().parent / "golden" / "fivecat_original.npz"
+X, ARTICLE, CHUNK = world()
+COUNT = len(X)
 PARTS = {"train": set(range(20)), "val": set(range(20, 25)), "ood": set(range(25, 30))}
 
 
@@ -21,20 +21,15 @@ def saved(folder, name, compressed=False, **arrays):
     return path
 
 
-def article_file(folder, x, article, chunk, name="articles", **more):
+def article_file(folder, x=X, article=ARTICLE, chunk=CHUNK, name="articles", **more):
     return saved(folder, name, vectors=x, article_indices=article, chunk_indices=chunk, **more)
 
 
-def sequence_files(folder, x, article, chunk, horizon=2, indices=True, parts=PARTS, **more):
+def sequence_files(folder, x=X, article=ARTICLE, chunk=CHUNK, horizon=2, indices=True, parts=PARTS):
     """{split: path} with plain arrays, and {split: (contexts, targets, ids, target indices)}."""
     windows = {s: cut(x, article, chunk, own, horizon) for s, own in parts.items()}
-    paths = {}
-    for s, (contexts, targets, ids, at) in windows.items():
-        given = {"target_indices": at} if indices else {}
-        paths[s] = saved(
-            folder, s, context_sequences=contexts, target_vectors=targets, article_ids=ids, **given, **more
-        )
-    return paths, windows
+    names = ("context_sequences", "target_vectors", "article_ids", *(["target_indices"] if indices else []))
+    return {s: saved(folder, s, **dict(zip(names, arrays, strict=False))) for s, arrays in windows.items()}, windows
 
 
 def check_windows(store, windows, horizon=2):
@@ -46,9 +41,6 @@ def check_windows(store, windows, horizon=2):
         assert np.array_equal(store.vectors[w.target], targets)
         assert np.array_equal(w.article, ids)
         assert np.array_equal(store.position[w.target], at)
-
-
-COUNT = len(world()[0])
 
 
 def refused(files, folder, message, marker=None, **options):

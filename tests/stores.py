@@ -50,16 +50,6 @@ def naive_starts(store, split, horizon, context_length):
 # --- damaged and hostile stores --------------------------------------------------------------------------------------
 
 
-class Trap:
-    """A pickle that leaves a mark when it is read."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return open, (str(self.mark), "w")
-
-
 def reseal(folder):
     """Make the checksums right again, so that the check behind them is what must refuse."""
     sheet = yaml.safe_load((folder / "datasheet.yaml").read_text(encoding="utf-8"))

@@ -133,10 +133,7 @@ class Npz:
             raise LVMError(f"{where}: has the impossible shape {str(shape)[:50]}; {DAMAGED}")
         promised = member.skip + dtype.itemsize * math.prod(shape)
         if dtype.kind != "O" and (promised != info.file_size or member.row_bytes > MOST):
-            raise LVMError(
-                f"{where}: promises {shape} of {dtype}, {promised:,} bytes (at most {MOST:,} in a row), but has "
-                f"{info.file_size:,}; {DAMAGED}"
-            )
+            raise LVMError(f"{where}: promises {shape} of {dtype}, but has {info.file_size:,} bytes; {DAMAGED}")
         return member
 
     def rows(self, member: Member, rows: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
@@ -167,13 +164,12 @@ class Npz:
     def objects(self, member: Member) -> list:
         """The items of an object array, in order. No code of the file is run, and arrays within are not made.
 
-        Raises LVMError for any pickle but that of an array of plain things, naming what it asks to load, and for one
-        that unpacks to too much.
+        Raises LVMError for any pickle but that of an array of plain things, and for one that unpacks to too much.
         """
-        if member.info.file_size > member.allowed:
+        size = member.info.file_size
+        if size > member.allowed:
             raise LVMError(
-                f"{member.where}: an object array that unpacks to {member.info.file_size:,} bytes, more than the "
-                f"{member.allowed:,} allowed; save it as a plain array"
+                f"{member.where}: unpacks to {size:,} bytes ({member.allowed:,} allowed); save a plain array"
             )
         with _reading(member.where, "it is a pickle, and nothing in it was run: save it as a plain array"):
             data = io.BytesIO(self.zip.read(member.info))
@@ -186,11 +182,8 @@ class Npz:
     def numbers(self, name: str, count: int) -> np.ndarray:
         """(count,) int32 from an array of article numbers or positions."""
         member = self.member(name)
-        if member.shape != (count,) or member.dtype.kind not in "iufO":
+        if member.shape != (count,) or member.dtype.kind not in "iuf":
             raise member.needs(f"({count},) whole numbers, one for each vector or window")
-        if member.dtype.kind == "O":
-            items = enumerate(self.objects(member))
-            return np.array([whole(item, f"{member.where}, row {row}") for row, item in items], np.int32)
         numbers = np.empty(count, np.int32)
         for first, block in self.rows(member):
             with np.errstate(all="ignore"):
@@ -303,7 +296,7 @@ class _Unpickler(pickle._Unpickler):
     """Load what numpy writes of an array of plain things; nothing that the pickle names is looked up or called.
 
     It is Python's own unpickler: the one in C allocates memory by a number in the file, and its opcodes cannot be left
-    out. Any opcode that could make, change or hash anything but plain things is refused.
+    out. An opcode that could make, change or hash anything but plain things is not in `dispatch`.
     """
 
     def __init__(self, data: io.BytesIO, count: int):
@@ -358,11 +351,9 @@ def _counted(load):
     return step
 
 
-_inherited = {name: ord(getattr(pickle, name)) for name in OPCODES.split()}
+_loaders = {name: pickle._Unpickler.dispatch[ord(getattr(pickle, name))] for name in OPCODES.split()}
 _Unpickler.dispatch = {
-    code: _counted(pickle._Unpickler.dispatch[code]) if MAKING.search(name) else pickle._Unpickler.dispatch[code]
-    for name, code in _inherited.items()
-} | {
+    **{ord(getattr(pickle, n)): _counted(load) if MAKING.search(n) else load for n, load in _loaders.items()},
     ord(pickle.REDUCE): _Unpickler.call,
     ord(pickle.BUILD): _Unpickler.build,
     ord(pickle.SETITEM): _Unpickler.set_item,

@@ -265,7 +265,7 @@ def _list_unused(archives: dict[str, Npz], sequences: list[Sequences], sheet: di
         if member.dtype.kind == "O" and member.info.file_size <= member.allowed:
             every[path, name].objects(member)
     if unused:
-        sheet["left_out"] = [f"{name} ({path.name})" for path, name in unused]
+        sheet["left_out"] = sorted(f"{name} ({path.name})" for path, name in unused)
 
 
 def opened(files: str | os.PathLike | Mapping | Files) -> Store:

@@ -99,19 +99,17 @@ class Placing:
     def _explain(self, s: Sequences, number: int, x: np.ndarray) -> None:
         """Raise LVMError for a window (T + 1, D) that does not fit; only count it if a chunk before its target is
         missing and such windows are dropped."""
-        article, t, cosine = s.ids[number], int(s.indices[number]), {}
-        for horizon in {self.horizon, *HORIZONS}:
-            rows = self.table.find(article, t - horizon - s.length + 1 + np.arange(s.length))
-            rows = np.append(rows, self.table.find(article, t))
-            cosine[horizon] = np.where(rows < 0, -1, self.table.cosine(x, rows, article))
-        if cosine[self.horizon].min() > SAME:
+        article, t = s.ids[number], int(s.indices[number])
+        first = t - self._span(s)
+        rows = self.table.find(article, np.append(first + np.arange(s.length), t))
+        cosine = np.where(rows < 0, -1, self.table.cosine(x, rows, article))
+        if cosine.min() > SAME:
             self._gap(s, number)
             return
-        others = [f" (they fit at horizon {h})" for h in HORIZONS if cosine[h].min() > SAME]
-        first, shown = t - self._span(s), ("none" if c == -1 else f"{c:.3f}" for c in cosine[self.horizon])
+        shown = ", ".join("none" if c == -1 else f"{c:.3f}" for c in cosine)
         what = (
             f"its context and target should be chunks {first} to {first + s.length - 1} and {t} of {self.table.where} "
-            f"(horizon {self.horizon}), but the cosines with them are {', '.join(shown)}{''.join(others[:1])}"
+            f"(horizon {self.horizon}), but the cosines with them are {shown}"
         )
         raise self._fault(s, number, what)
 

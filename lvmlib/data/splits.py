@@ -89,8 +89,8 @@ def check_articles(size: np.ndarray, ood: str = "topic", sources: Sequence[str] 
     inside, left = (usable & outside).sum(), (usable & ~outside).sum()
     if inside < least or left < 2 * least:
         raise LVMError(
-            f"ood {ood!r}: of the articles with {USABLE} chunks or more, ood gets {inside} ({least} are needed), train "
-            f"and val get {left} ({2 * least} are needed); name other sources, or take more articles"
+            f"ood {ood!r}: of the articles with {USABLE} chunks or more, ood gets {inside} ({least} are needed), "
+            f"train and val get {left} ({2 * least} are needed); name other sources, or take more articles"
         )
     return outside
 

@@ -65,10 +65,8 @@ class Texts(Sequence):
                 at += len(block)
         begins = np.concatenate(begins)
         if len(begins) != self.count + 1 or begins[-1] != at:
-            raise LVMError(
-                f"{self.path}: has {len(begins) - 1} whole lines for {self.count} vectors; restore the file, or build "
-                "the store again"
-            )
+            lines = len(begins) - 1
+            raise LVMError(f"{self.path}: has {lines} whole lines for {self.count} vectors; restore the file")
         return begins
 
     def __len__(self) -> int:
@@ -99,10 +97,7 @@ def make_store(name: str, vectors, article, position, articles: pd.DataFrame, da
     vectors, article, position = np.asanyarray(vectors), np.asarray(article), np.asarray(position)
     check_vectors(vectors, name)
     if not article.shape == position.shape == (len(vectors),):
-        raise LVMError(
-            f"{name}: {len(vectors)} vectors, but articles {article.shape} and positions {position.shape}; "
-            "give each vector one of both"
-        )
+        raise LVMError(f"{name}: give each of the {len(vectors)} vectors one article number and one position")
     chunks = check_chunks(np.stack([article, position], 1), len(vectors), name)
     check_articles(articles, chunks[:, 0], name)
     fingerprint = _fingerprint(vectors, chunks, articles)
@@ -184,10 +179,7 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
     articles = _read_articles(folder / "articles.csv")
     for name in files if fingerprint is None else ["articles.csv"]:
         if sha256_file(folder / name) != recorded.get(name):
-            raise LVMError(
-                f"{folder / name}: its sha256 is not the one in datasheet.yaml; restore the file, or build the store "
-                "again"
-            )
+            raise LVMError(f"{folder / name}: its sha256 is not that in datasheet.yaml; restore the file")
     vectors, chunks = _load_array(folder / "vectors.npy"), _load_array(folder / "chunks.npy")
     texts = Texts(folder / "texts.jsonl", len(vectors)) if "texts.jsonl" in files else None
     given = _read_windows(folder / "windows.npy", datasheet) if "windows.npy" in files else None
@@ -245,12 +237,11 @@ def _state(folder: Path) -> dict:
 def _remembered(folder: Path, known: dict) -> str | None:
     """The fingerprint in checked.json, if it is of files in just this state."""
     try:
-        written = untrusted.read_json(folder / CHECKED)
-        fingerprint = written.pop("fingerprint")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        outcome = untrusted.read_json(folder / CHECKED)
+        fingerprint = str(outcome["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    valid = isinstance(fingerprint, str) and len(fingerprint) == 64 and written == known
-    return fingerprint if valid else None
+    return fingerprint if len(fingerprint) == 64 and outcome == {**known, "fingerprint": fingerprint} else None
 
 
 def _remember(folder: Path, outcome: dict, began: float) -> None:
@@ -273,9 +264,7 @@ def _read_datasheet(folder: Path) -> tuple[dict, dict, str]:
         datasheet = untrusted.from_yaml(sheet)
         return datasheet, dict(datasheet["sha256"]), hashlib.sha256(sheet).hexdigest()
     except (OSError, KeyError, TypeError, ValueError) as e:
-        raise LVMError(
-            f"{folder / 'datasheet.yaml'}: cannot be read as a datasheet with checksums ({e!r}); restore the file"
-        ) from e
+        raise LVMError(f"{folder / 'datasheet.yaml'}: cannot be read as a datasheet ({e!r}); restore the file") from e
 
 
 def _read_articles(path: Path) -> pd.DataFrame:
@@ -293,27 +282,22 @@ def _read_articles(path: Path) -> pd.DataFrame:
 
 
 def _read_windows(path: Path, datasheet: dict) -> GivenWindows:
-    table, cut = _load_array(path), datasheet.get("windows")
-    if table.ndim != 2 or table.shape[1] != 2 or table.dtype != np.int64:
+    table, cut = np.asarray(_load_array(path)), datasheet.get("windows")
+    cut = [cut.get(key) for key in ("horizon", "context_length")] if isinstance(cut, dict) else [None]
+    if table.shape[1:] != (2,) or table.dtype != np.int64:
         raise LVMError(f"{path}: has shape {table.shape} and type {table.dtype}; needed is (windows, 2) int64")
-    if not isinstance(cut, dict) or not all(
-        isinstance(cut.get(k), int) and 1 <= cut[k] < 2**31 for k in ("horizon", "context_length")
-    ):
+    if not all(isinstance(number, int) and 1 <= number < 2**31 for number in cut):
         raise LVMError(f"{path}: datasheet.yaml has no windows: {{horizon: …, context_length: …}}; restore the file")
-    table = np.asarray(table)
-    return GivenWindows(table[:, 0], table[:, 1], cut["horizon"], cut["context_length"])
+    return GivenWindows(table[:, 0], table[:, 1], *cut)
 
 
 def _load_array(path: Path) -> np.ndarray:
     """The array of a .npy file, memory-mapped: a header that promises too much is refused before memory is taken."""
     try:
         # Mode "c" (copy on write): nothing reaches the file, and torch takes the array without a warning.
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
+        return np.lib.format.open_memmap(path, mode="c")
     except Exception as e:  # a damaged header comes out of numpy as SyntaxError, TokenError, OverflowError, ...
         raise LVMError(f"{path}: not a readable .npy array ({e}); restore the file") from e
-    if not isinstance(array, np.ndarray):
-        raise LVMError(f"{path}: is an archive (.npz), not a .npy array; restore the file")
-    return array
 
 
 def sha256_file(path: str | os.PathLike) -> str:
@@ -321,9 +305,7 @@ def sha256_file(path: str | os.PathLike) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _fingerprint(
-    vectors: np.ndarray, chunks: np.ndarray, articles: pd.DataFrame, given: GivenWindows | None = None
-) -> str:
+def _fingerprint(vectors, chunks, articles: pd.DataFrame, given: GivenWindows | None = None) -> str:
     digest = hashlib.sha256(repr((vectors.shape, str(vectors.dtype))).encode())
     for _, block in blocks(vectors):
         digest.update(np.ascontiguousarray(block).data)

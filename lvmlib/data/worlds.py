@@ -42,31 +42,31 @@ HINT = 0.05  # the share of the hint, taken from the noise as well
 
 
 @lru_cache(maxsize=16)
-def exchangeable_law(dim: int = 384, topic: float = 0.425, basis: int = 0) -> Law:
+def exchangeable_law(dim: int = 384, topic: float = 0.425) -> Law:
     """x_t = normalise(mean + topic + noise_t): every order of an article's chunks is equally probable.
 
-    The cosine of any two chunks is COMMON + `topic`. `basis`: the seed of the basis, in this and the other worlds.
+    The cosine of any two chunks is COMMON + `topic`.
     """
-    return _law(dim, basis, [_even(dim, 1.0, topic), _even(dim, 0.0, 1 - COMMON - topic)])
+    return _law(dim, [_even(dim, 1.0, topic), _even(dim, 0.0, 1 - COMMON - topic)])
 
 
-def copy_law(dim: int = 384, noise: float = 0.01, basis: int = 0) -> Law:
+def copy_law(dim: int = 384, noise: float = 0.01) -> Law:
     """Near-constant articles: exchangeable, a chunk differs from its article by a share `noise` (cosines 1 − noise)."""
-    return exchangeable_law(dim, 1 - COMMON - noise, basis)
+    return exchangeable_law(dim, 1 - COMMON - noise)
 
 
 @lru_cache(maxsize=16)
-def rotation_law(dim: int = 384, strength: float = 1.0, planes: int | None = None, basis: int = 0) -> Law:
-    """Topic, fading drift, noise, and in `planes` planes (default D/8) a rotation: y_{t+1} = 0.8·R·y_t + noise.
+def rotation_law(dim: int = 384, strength: float = 1.0) -> Law:
+    """Topic, fading drift, noise, and in r = D/8 planes a rotation: y_{t+1} = 0.8·R·y_t + noise.
 
     `strength` 0…1: the share of turning forward minus that of turning backward; at 0 both directions have one law.
 
     Planes turn by θ_p evenly between 0 and π. In each the covariance at lag k is
     0.8^k (cos kθ · I + strength · sin kθ · J): the arrow is in the antisymmetric part, and Σ_p cos kθ_p = 0 for lags
-    k < 2·planes, so the lag cosines do not depend on the strength. Mirroring every plane (J → −J) turns the reversed
+    k < 2r, so the lag cosines do not depend on the strength. Mirroring every plane (J → −J) turns the reversed
     world into this one: a model trained for each direction finds *no* difference (in `announcing_law` it does).
     """
-    planes = _checked(strength, planes, dim, dim // 8)
+    planes = _planes(strength, dim // 8)
     angle = (np.arange(planes) + 0.5) * np.pi / planes
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]).transpose(2, 0, 1)  # (r, 2, 2)
     variance = np.broadcast_to(np.eye(2) * TURNING / (2 * planes), turn.shape)
@@ -76,26 +76,24 @@ def rotation_law(dim: int = 384, strength: float = 1.0, planes: int | None = Non
         if weight
     ]
     noise = 1 - COMMON - TOPIC - DRIFT - TURNING
-    return _law(dim, basis, [_even(dim, 1.0, TOPIC), _even(dim, FADING, DRIFT), _even(dim, 0.0, noise), *turning])
+    return _law(dim, [_even(dim, 1.0, TOPIC), _even(dim, FADING, DRIFT), _even(dim, 0.0, noise), *turning])
 
 
 @lru_cache(maxsize=16)
-def announcing_law(
-    dim: int = 384, strength: float = 1.0, planes: int | None = None, delay: int = 0, basis: int = 0
-) -> Law:
-    """Topic, noise, and in `planes` planes (default D/16) a faint hint u_t and a loud, fading theme v_t.
+def announcing_law(dim: int = 384, strength: float = 1.0, delay: int = 0) -> Law:
+    """Topic, noise, and in D/16 planes a faint hint u_t and a loud, fading theme v_t.
 
     (u, v) ← [[0, 0], [c, 0.55]] (u, v) + noise, u white; c makes strength² of v's news come from u. The forward
     predictor explains more: it predicts what is loud. At strength 0 both directions have one law. The lag cosines are
     those of `rotation_law`. `delay`: the theme comes so many chunks later; horizon − 1 gives as clear an arrow at that
     horizon, but none to a probe of adjacent pairs.
     """
-    planes = _checked(strength, planes, dim, dim // 16)
+    planes = _planes(strength, dim // 16)
     heard = strength * np.sqrt((1 - FADING**2) * DRIFT / HINT)
     transition = np.broadcast_to(np.array([[0.0, 0.0], [heard, FADING]]), (planes, 2, 2))
     variance = np.broadcast_to(np.diag([HINT, DRIFT]) / planes, (planes, 2, 2))
     noise = 1 - COMMON - TOPIC - DRIFT - HINT
-    return _law(dim, basis, [_even(dim, 1.0, TOPIC), _even(dim, 0.0, noise), Part(transition, variance, delay)])
+    return _law(dim, [_even(dim, 1.0, TOPIC), _even(dim, 0.0, noise), Part(transition, variance, delay)])
 
 
 # The worlds
@@ -258,8 +256,8 @@ def _unit(random: np.random.Generator, *shape: int) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _law(dim: int, basis: int, parts: list[Part]) -> Law:
-    return Law(dim, COMMON, tuple(parts), _basis(dim, basis))
+def _law(dim: int, parts: list[Part]) -> Law:
+    return Law(dim, COMMON, tuple(parts), _basis(dim))
 
 
 def _even(dim: int, memory: float, share: float) -> Part:
@@ -271,23 +269,20 @@ def _even(dim: int, memory: float, share: float) -> Part:
 
 
 @lru_cache(maxsize=8)
-def _basis(dim: int, seed: int) -> np.ndarray:
-    """(D, D) a random orthogonal matrix, the same for all worlds of this seed."""
+def _basis(dim: int) -> np.ndarray:
+    """(D, D) a random orthogonal matrix, the same for all worlds."""
     if dim < 2 or dim % 2:
         raise LVMError(f"dim {dim}: these worlds are made of planes; choose an even number")
-    basis = np.linalg.qr(np.random.default_rng([dim, seed]).standard_normal((dim, dim)))[0]
+    basis = np.linalg.qr(np.random.default_rng([dim, 0]).standard_normal((dim, dim)))[0]
     basis.flags.writeable = False
     return basis
 
 
-def _checked(strength: float, planes: int | None, dim: int, default: int) -> int:
-    """The number of planes. Raises LVMError for an impossible strength or number."""
+def _planes(strength: float, planes: int) -> int:
+    """The number of planes, at least one. Raises LVMError for an impossible strength."""
     if not 0 <= strength <= 1:
         raise LVMError(f"strength {strength}: must lie between 0 and 1; for the other sign take the reversed world")
-    planes = max(default, 1) if planes is None else planes
-    if not 1 <= planes <= dim // 2:
-        raise LVMError(f"planes {planes}: must lie between 1 and dim / 2 = {dim // 2}")
-    return planes
+    return max(planes, 1)
 
 
 def _by_lag(cosine: Callable[[int], float], length: int) -> dict[int, float]:

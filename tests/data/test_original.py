@@ -4,16 +4,19 @@ import io
 import pickle
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fuzz_importers import LENGTH, cut, dicts, world
-from original_files import GOLDEN, PARTS, article_file, check_windows, refused, saved, sequence_files
+from original_files import ARTICLE, CHUNK, PARTS, X, article_file, check_windows, refused, saved, sequence_files
 
 import lvmlib as lvm
 from lvmlib import windows as W
 from lvmlib.data import original as I
 from lvmlib.data import store as V
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "fivecat_original.npz"
 
 # --- the forms -------------------------------------------------------------------------------------------------------
 
@@ -28,9 +31,8 @@ SPELLINGS = [
 @pytest.mark.parametrize("contexts, targets", SPELLINGS)
 @pytest.mark.parametrize("form", ["arrays", "metadata", "both"])
 def test_every_spelling(tmp_path, contexts, targets, form):
-    x, article, chunk = world()
-    windows = {s: cut(x, article, chunk, own) for s, own in PARTS.items()}
-    paths = {"articles": article_file(tmp_path, x, article, chunk)}
+    windows = {s: cut(X, ARTICLE, CHUNK, own) for s, own in PARTS.items()}
+    paths = {"articles": article_file(tmp_path)}
     for s, (c, t, ids, at) in windows.items():
         metadata = {"metadata": dicts(ids, at, title="t", more=[1, (2, None)])}
         arrays = {"article_ids": ids, "target_indices": at.astype(np.float64)}
@@ -38,7 +40,7 @@ def test_every_spelling(tmp_path, contexts, targets, form):
         paths[s] = saved(tmp_path, s, compressed=form == "both", **{contexts: c, targets: t}, **more)
     store = I.convert(paths, tmp_path / "store")
     check_windows(store, windows)
-    assert store.vectors.dtype == np.float32 and np.array_equal(store.vectors, x)
+    assert store.vectors.dtype == np.float32 and np.array_equal(store.vectors, X)
     assert store.articles["split"].tolist() == ["train"] * 20 + ["val"] * 5 + ["ood"] * 5
     assert store.datasheet["encoder"] == "not recorded in the files"
     assert str(tmp_path) not in (tmp_path / "store" / "datasheet.yaml").read_text()
@@ -47,8 +49,7 @@ def test_every_spelling(tmp_path, contexts, targets, form):
 
 @pytest.mark.parametrize("protocol", range(2, 6))  # those that numpy has written
 def test_metadata_of_every_pickle_protocol(tmp_path, protocol):
-    x, article, chunk = world()
-    paths, windows = sequence_files(tmp_path, x, article, chunk)
+    paths, windows = sequence_files(tmp_path)
     for s, (c, t, ids, at) in windows.items():
         metadata = dicts(np.int64(ids), at, title="naïve", score=np.float32(0.5), raw=b"\xff")
         head = io.BytesIO()
@@ -56,9 +57,7 @@ def test_metadata_of_every_pickle_protocol(tmp_path, protocol):
         saved(tmp_path, s, contexts=c, targets=t)
         with zipfile.ZipFile(paths[s], "a") as file:
             file.writestr("metadata.npy", head.getvalue() + pickle.dumps(metadata, protocol))
-    check_windows(
-        I.convert(paths | {"articles": article_file(tmp_path, x, article, chunk)}, tmp_path / "store"), windows
-    )
+    check_windows(I.convert(paths | {"articles": article_file(tmp_path)}, tmp_path / "store"), windows)
 
 
 @pytest.mark.parametrize("horizon, form", [(1, "metadata"), (2, "article_ids"), (5, "article_ids")])
@@ -119,9 +118,8 @@ def test_sequences_alone_are_rebuilt(tmp_path, horizon, shuffled):
 
 
 def test_rebuilding_drops_windows_whose_skipped_chunk_is_nowhere(tmp_path):
-    x, article, chunk = world()
-    lone = np.flatnonzero(np.bincount(article) == 7)  # one window of horizon 2
-    paths, windows = sequence_files(tmp_path, x, article, chunk)
+    lone = np.flatnonzero(np.bincount(ARTICLE) == 7)  # one window of horizon 2
+    paths, windows = sequence_files(tmp_path)
     store = I.convert(paths, tmp_path / "store")
     (dropped,) = [n for why, n in store.datasheet["counts"].items() if "between context and target" in why]
     assert dropped == len(lone) > 0
@@ -175,9 +173,8 @@ TEXTS = ["plain", "", "naïve – ☃ 𝔘", 'a "quoted"\nline\r\n', "x" * 3000]
 @pytest.mark.parametrize("form", ["unicode", "objects", "bytes"])
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_texts_are_kept(tmp_path, form, shuffled):
-    x, article, chunk = world()
-    texts = [TEXTS[i % len(TEXTS)] + str(i) * (i % 2) for i in range(len(x))]
-    order = np.random.default_rng(0).permutation(len(x)) if shuffled else np.arange(len(x))
+    texts = [TEXTS[i % len(TEXTS)] + str(i) * (i % 2) for i in range(len(X))]
+    order = np.random.default_rng(0).permutation(len(X)) if shuffled else np.arange(len(X))
     given = [texts[i] for i in order]
     encoded = [t.encode() for t in given]
     more = {
@@ -185,45 +182,41 @@ def test_texts_are_kept(tmp_path, form, shuffled):
         "bytes": {"concept_texts": np.array(encoded)},
         "objects": {"concept_texts": np.array([None if t == "" else t for t in given], object)},
     }[form]
-    path = article_file(tmp_path, x[order], article[order], chunk[order], **more)
+    path = article_file(tmp_path, X[order], ARTICLE[order], CHUNK[order], **more)
     store = I.convert(path, tmp_path / "store")
-    assert np.array_equal(store.vectors, x) and np.array_equal(store.article, article)
+    assert np.array_equal(store.vectors, X) and np.array_equal(store.article, ARTICLE)
     assert list(store.texts) == texts and store.texts[3] == texts[3]
     assert ("rows sorted by article and position" in store.datasheet["counts"]) == shuffled
 
 
 def test_texts_follow_dropped_rows_and_broken_characters(tmp_path):
-    x, article, chunk = world()
-    texts = [f"t{i}" for i in range(len(x))]
+    texts = [f"t{i}" for i in range(len(X))]
     texts[0] = "half \ud83d of a pair"
-    x[5] = np.nan
-    order = np.random.default_rng(0).permutation(len(x))
-    path = article_file(tmp_path, x[order], article[order], chunk[order], concept_texts=np.array(texts, object)[order])
+    x = np.where(np.arange(len(X))[:, None] == 5, np.nan, X)
+    order = np.random.default_rng(0).permutation(len(X))
+    path = article_file(tmp_path, x[order], ARTICLE[order], CHUNK[order], concept_texts=np.array(texts, object)[order])
     store = I.convert(path, tmp_path / "store", drop_bad=True)
     assert list(store.texts) == ["half \ufffd of a pair", *texts[1:5], *texts[6:]]
 
 
 def test_the_files_order_is_kept_where_it_will_do(tmp_path):
-    """Articles that stand together with rising positions are not moved, whatever their numbers."""
-    x, article, chunk = world()
+    """Articles whose chunks are together, with rising positions, are not moved, whatever their numbers."""
     number = np.random.default_rng(0).permutation(100)
-    article = number[article]
-    parts = {s: {int(number[a]) for a in own} for s, own in PARTS.items()}
-    paths, windows = sequence_files(tmp_path, x, article, chunk, parts=parts)
-    store = I.convert({**paths, "articles": article_file(tmp_path, x, article, chunk)}, tmp_path / "store")
-    assert np.array_equal(store.article, article) and np.array_equal(store.vectors, x)
+    article, parts = number[ARTICLE], {s: set(number[list(own)].tolist()) for s, own in PARTS.items()}
+    paths, windows = sequence_files(tmp_path, article=article, parts=parts)
+    store = I.convert({**paths, "articles": article_file(tmp_path, article=article)}, tmp_path / "store")
+    assert np.array_equal(store.article, article) and np.array_equal(store.vectors, X)
     check_windows(store, windows)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_unsorted_articles_are_sorted(tmp_path, compressed):
-    x, article, chunk = world()
-    order = np.random.default_rng(0).permutation(len(x))
-    numbers = {"article_indices": article[order].astype(np.uint8), "chunk_indices": chunk[order].astype(np.float32)}
-    paths, windows = sequence_files(tmp_path, x, article, chunk)
-    paths["articles"] = saved(tmp_path, "articles", compressed, vectors=x[order], **numbers)
+    order = np.random.default_rng(0).permutation(len(X))
+    numbers = {"article_indices": ARTICLE[order].astype(np.uint8), "chunk_indices": CHUNK[order].astype(np.float32)}
+    paths, windows = sequence_files(tmp_path)
+    paths["articles"] = saved(tmp_path, "articles", compressed, vectors=X[order], **numbers)
     store = I.convert(paths, tmp_path / "store")
-    assert np.array_equal(store.vectors, x) and np.array_equal(store.position, chunk)
+    assert np.array_equal(store.vectors, X) and np.array_equal(store.position, CHUNK)
     check_windows(store, windows)
 
 
@@ -242,46 +235,42 @@ FORMS = {
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_types_and_orders(tmp_path, form, compressed):
-    x, article, chunk = world()
-    numbers = {"article_indices": article.astype(">i8"), "chunk_indices": chunk}
-    store = I.convert(saved(tmp_path, "a", compressed, vectors=FORMS[form](x), **numbers), tmp_path / "store")
-    expected = x.astype(np.float16) if "hal" in form else x
+    numbers = {"article_indices": ARTICLE.astype(">i8"), "chunk_indices": CHUNK}
+    store = I.convert(saved(tmp_path, "a", compressed, vectors=FORMS[form](X), **numbers), tmp_path / "store")
+    expected = X.astype(np.float16) if "hal" in form else X
     assert store.vectors.dtype == expected.dtype and np.array_equal(store.vectors, expected)
     assert "vectors normalised" not in store.datasheet["counts"]
 
 
 def test_norms(tmp_path):
-    x, article, chunk = world()
-    scale = np.where(np.arange(len(x)) % 3 == 0, 2.5, 1.0)
-    store = I.convert(article_file(tmp_path, x * scale[:, None], article, chunk), tmp_path / "scaled")
-    assert np.allclose(store.vectors, x, atol=1e-6)
+    scale = np.where(np.arange(len(X)) % 3 == 0, 2.5, 1.0)
+    store = I.convert(article_file(tmp_path, X * scale[:, None]), tmp_path / "scaled")
+    assert np.allclose(store.vectors, X, atol=1e-6)
     assert store.datasheet["counts"]["vectors normalised"] == (scale > 1).sum()
     assert store.datasheet["counts"]["norms of the vectors normalised"] == "2.5 to 2.5"
 
 
 def test_unnormalised_sequences(tmp_path):
-    x, article, chunk = world()
-    paths, windows = sequence_files(tmp_path, 3 * x.astype(np.float64), article, chunk)
-    with_articles = I.convert({**paths, "articles": article_file(tmp_path, x, article, chunk)}, tmp_path / "a")
-    assert np.array_equal(with_articles.vectors, x)
+    paths, windows = sequence_files(tmp_path, 3 * X.astype(np.float64))
+    with_articles = I.convert({**paths, "articles": article_file(tmp_path)}, tmp_path / "a")
+    assert np.array_equal(with_articles.vectors, X)
     alone = I.convert(paths, tmp_path / "b")
     rows = W.windows(alone, "val").target
-    lone = np.isin(windows["val"][2], np.flatnonzero(np.bincount(article) == 7))
+    lone = np.isin(windows["val"][2], np.flatnonzero(np.bincount(ARTICLE) == 7))
     assert np.allclose(alone.vectors[rows], windows["val"][1][~lone] / 3, atol=1e-6)
     assert alone.datasheet["counts"]["vectors in windows of val normalised"] == len(lone) * 6
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
 def test_bad_article_vectors(tmp_path, value):
-    x, article, chunk = world()
-    paths, windows = sequence_files(tmp_path, x, article, chunk)
-    bad = x.copy()
-    rows = np.flatnonzero(article == 1)[[2]].tolist() + np.flatnonzero(article == 22).tolist()
+    paths, windows = sequence_files(tmp_path)
+    bad = X.copy()
+    rows = np.flatnonzero(ARTICLE == 1)[[2]].tolist() + np.flatnonzero(ARTICLE == 22).tolist()
     bad[rows] = value
-    files = {**paths, "articles": article_file(tmp_path, bad, article, chunk)}
+    files = {**paths, "articles": article_file(tmp_path, bad)}
     refused(files, tmp_path, rf"articles\.npz: array vectors: row {rows[0]} .*{len(rows)} bad rows")
     store = I.convert(files, tmp_path / "store", drop_bad=True)
-    assert np.array_equal(store.vectors, np.delete(x, rows, 0))
+    assert np.array_equal(store.vectors, np.delete(X, rows, 0))
     assert store.datasheet["counts"]["vectors dropped (zero, NaN or infinite)"] == len(rows)
     assert 22 not in store.articles.index
     for s, w in windows.items():
@@ -293,9 +282,8 @@ def test_bad_article_vectors(tmp_path, value):
 
 
 def test_bad_sequence_vectors(tmp_path):
-    x, article, chunk = world()
-    paths, windows = sequence_files(tmp_path, x, article, chunk)
-    articles = article_file(tmp_path, x, article, chunk)
+    paths, windows = sequence_files(tmp_path)
+    articles = article_file(tmp_path)
     c, t, ids, at = windows["train"]
     c, t = c.copy(), t.copy()
     c[3, 1], t[5] = np.nan, 0
@@ -308,15 +296,14 @@ def test_bad_sequence_vectors(tmp_path):
 
 
 def test_windows_across_a_gap(tmp_path):
-    x, article, chunk = world()
-    paths, windows = sequence_files(tmp_path, x, article, chunk)
-    gap = chunk.copy()
-    own = np.flatnonzero(article == 3)
+    paths, windows = sequence_files(tmp_path)
+    gap = CHUNK.copy()
+    own = np.flatnonzero(ARTICLE == 3)
     gap[own[6:]] += 2  # the file counts on, as if two chunks had been left out
     c, t, ids, at = windows["train"]
-    moved = [gap[(article == a) & (chunk == p)][0] for a, p in zip(ids, at, strict=True)]
+    moved = [gap[(a == ARTICLE) & (p == CHUNK)][0] for a, p in zip(ids, at, strict=True)]
     paths["train"] = saved(tmp_path, "train", contexts=c, targets=t, article_ids=ids, target_indices=moved)
-    files = {**paths, "articles": article_file(tmp_path, x, article, gap)}
+    files = {**paths, "articles": article_file(tmp_path, chunk=gap)}
     refused(files, tmp_path, "article 3.* gap")
     store = I.convert(files, tmp_path / "store", drop_bad=True)
     crossing = (ids == 3) & (at >= 6)

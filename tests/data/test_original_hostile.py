@@ -10,10 +10,8 @@ import zipfile
 import fuzz_importers as fuzz
 import numpy as np
 import pytest
-from fuzz_importers import Runs, world
-from original_files import COUNT, refused
-
-X, ARTICLE, CHUNK = world()
+from fuzz_importers import Runs
+from original_files import ARTICLE, CHUNK, COUNT, X, refused
 
 
 def base(**more):
@@ -125,6 +123,7 @@ ITEM_CASES = {
     "the array's own list in itself": (b"h\x12" + NONES, "row 0: is list"),
     "a tuple as a key": (b"}NN\x86Ns" + NONES, "keys that are no texts"),
     "keys put into a list": (b"]\x8c\x01aNs" + NONES, "no texts"),
+    "a number of 6,000 digits": (b"I0x" + b"f" * 5000 + b"\n" + NONES, "row 0: is int"),
     "a byte array of 16 exabytes": (b"\x96" + b"\xff" * 8, "KeyError: 150"),
     "a text of 16 exabytes": (b"\x8d" + b"\xff" * 8, "BINUNICODE8 exceeds"),
     "a set": (b"\x8f", "KeyError: 143"),
@@ -150,10 +149,6 @@ ARTICLE_CASES = {
     "numpy's own loader": (pickled(b"cnumpy\nload\n(X\x01\x00\x00\x00xtR."), r"numpy\.load"),
     "codecs.decode": (pickled(b"c_codecs\ndecode\n."), r"_codecs\.decode"),
     "BUILD twice on an array": (pickled(ARRAY[:-1] + b"(K\x01)NNNtb."), "inside"),
-    "a number of 6,000 digits": (
-        pickled(PREFIX + b"I0x" + b"f" * 5000 + b"\n" + NONES + SUFFIX, name="chunk_indices"),
-        "chunk_indices, row 0: is int",
-    ),
     "more items than the shape": (pickled(ARRAY, shape=(COUNT - 1,)), "concept_texts.*shape|more than"),
     "an array that claims a huge shape": (
         pickled(ARRAY.replace(b"K\x01M" + struct.pack("<H", COUNT), b"K\x01" + HUGE, 1)),
@@ -223,6 +218,7 @@ ARTICLE_CASES = {
     ),
     "NaN among the indices": (changed(3, np.nan, "chunk_indices", chunk_indices=CHUNK.astype(float)), "row 3: is nan"),
     "indices that are texts": (archive(base(article_indices=np.array(["a"] * COUNT))), "<U1"),
+    "indices that are objects": (archive(base(article_indices=ARTICLE.astype(object))), "object"),
     "indices of another length": (archive(base(article_indices=np.zeros(3, int))), r"\(3,\)"),
     "too few articles to split": (archive({k: v[ARTICLE < 5] for k, v in base().items()}), "5 of 5 articles"),
 }

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from stores import Trap, edit_articles, put, random_store, refused, reseal, row_set, same, spoil, with_extras, with_row
+from fuzz_importers import Runs
+from stores import edit_articles, put, random_store, refused, reseal, row_set, same, spoil, with_extras, with_row
 
 from lvmlib import windows as W
 from lvmlib.data import checks as C
@@ -129,13 +130,13 @@ def test_missing_file(folder, name):
 def test_unreadable_array(folder, tmp_path, name, damage):
     path, content, mark = folder / name, (folder / name).read_bytes(), tmp_path / "mark"
     if damage == "object":
-        np.save(path, np.array([Trap(mark)], dtype=object), allow_pickle=True)
+        np.save(path, np.array([Runs(mark)], dtype=object), allow_pickle=True)
     elif damage == "npz":
         with open(path, "wb") as f:
             np.savez(f, a=np.ones(3))
     else:
         damaged = {"truncated": content[:-7], "header only": content[:128], "empty": b"", "text": b"vectors\n"}
-        path.write_bytes(damaged.get(damage, pickle.dumps(Trap(mark))))
+        path.write_bytes(damaged.get(damage, pickle.dumps(Runs(mark))))
     reseal(folder)
     refused(folder, name, "restore")
     assert not mark.exists(), "code from the file was run"
