@@ -184,15 +184,13 @@ class Npz:
         member = self.member(name)
         if member.shape != (count,) or member.dtype.kind not in "iuf":
             raise member.needs(f"({count},) whole numbers, one for each vector or window")
-        numbers = np.empty(count, np.int32)
-        for first, block in self.rows(member):
-            with np.errstate(all="ignore"):
-                good = (block >= 0) & (block <= BIGGEST) & (block == np.floor(block))
-            if not good.all():
-                row = int(np.argmin(good))
-                whole(block[row].item(), f"{member.where}, row {first + row}")
-            numbers[first : first + len(block)] = block
-        return numbers
+        numbers = np.concatenate([block for _, block in self.rows(member)])
+        with np.errstate(all="ignore"):
+            good = (numbers >= 0) & (numbers <= BIGGEST) & (numbers == np.floor(numbers))
+        if not good.all():
+            row = int(np.argmin(good))
+            whole(numbers[row].item(), f"{member.where}, row {row}")
+        return numbers.astype(np.int32)
 
     def texts(self, name: str) -> Iterator[str]:
         """The texts of an array of them; None and NaN are empty texts, and halves of surrogate pairs �."""
