@@ -107,9 +107,7 @@ class Law:
 
     def optimal(self, horizon: int, context_length: int = 5) -> Optimal:
         """The best predictor (in high dimension) by mean-square error, and so by cosine: a models.Predictor."""
-        full = self._dense(self.weights(horizon, context_length))
-        bias = self.mean - np.einsum("tde,e->d", full, self.mean)
-        return self._linear(full, bias)
+        return self._linear(self.weights(horizon, context_length), self.mean)
 
     def ranking(self, horizon: int, context_length: int = 5, elsewhere: int = 20) -> Optimal:
         """The linear predictor that ranks an article's chunks by the likelihood ratio of the target's law to that of a
@@ -119,8 +117,7 @@ class Law:
         chunk c that depends on c and the context is c·(S₁⁻¹ m₁ − S₀⁻¹ m₀). Zero where there is no order.
         """
         near, far = (self._precision_weights(h, context_length) for h in (horizon, elsewhere))
-        full = self._dense(near - far)
-        return self._linear(full, -np.einsum("tde,e->d", full, self.mean))
+        return self._linear(near - far, np.zeros(self.dim))
 
     def _precision_weights(self, horizon: int, context_length: int) -> np.ndarray:
         """(T, P, 2, 2) S⁻¹ K, S the covariance of the target given the context."""
@@ -129,25 +126,13 @@ class Law:
         residual = self.covariance(0) - sum(k @ c.mT for k, c in zip(kernel, across, strict=True))
         return np.linalg.inv(residual) @ kernel
 
-    def _dense(self, kernel: np.ndarray) -> np.ndarray:
-        """(T, D, D) from (T, P, 2, 2) in the planes."""
+    def _linear(self, kernel: np.ndarray, constant: np.ndarray) -> Optimal:
+        """constant + Σ_j K_j (context_j − mean), of K (T, P, 2, 2) in the planes."""
         turned = self.basis.reshape(self.dim, -1, 2).transpose(1, 0, 2)  # (P, D, 2)
-        return np.stack([(turned @ k).transpose(1, 0, 2).reshape(self.dim, -1) @ self.basis.T for k in kernel])
-
-    def _linear(self, full: np.ndarray, bias: np.ndarray) -> Optimal:
-        weights = full.transpose(0, 2, 1).reshape(-1, self.dim)  # models.Linear multiplies from the right
+        full = np.stack([(turned @ k).transpose(1, 0, 2).reshape(self.dim, -1) @ self.basis.T for k in kernel])
+        bias = constant - np.einsum("tde,e->d", full, self.mean)
+        weights = full.transpose(0, 2, 1).reshape(-1, self.dim)  # (T·D, D): models.Linear multiplies from the right
         return Optimal(self.dim, torch.from_numpy(weights).float(), torch.from_numpy(bias).float())
-
-    def optimal_cosine(self, horizon: int, context_length: int = 5) -> float:
-        """Expected cosine of `optimal` with its target in high dimension: E p·x over ‖p‖, where
-        E p·x = common + Σ_j tr K_j E[z_j z_targetᵀ]."""
-        kernel, context = self.weights(horizon, context_length), range(context_length)
-        target = context_length - 1 + horizon
-        product = self.common + sum(np.einsum("pij,pji->", kernel[j], self.covariance(j - target)) for j in context)
-        square = self.common + sum(
-            np.einsum("pij,pjk,pik->", kernel[i], self.covariance(i - j), kernel[j]) for i in context for j in context
-        )
-        return float(product / np.sqrt(square))
 
     def sample(self, articles: int, length: int, seed: int) -> np.ndarray:
         """(A, L, D) float32 unit vectors."""

@@ -10,14 +10,13 @@ Axes: A articles, L chunks an article, D vector dimension, P = D/2 planes, T con
 - converging, diverging: coherence rises, falls. No order, but Δ and some margins are not 0.
 - copy: almost no change within an article. Shows which measures copying wins.
 
-A world is a `Store`: a sample, with plain numbers in `datasheet["truth"]`; `law` and `cosines` give the rest. Closed
-forms hold in high dimension, where a chunk has length 1 before it is normalised; at D = 48 they are off by up to 0.02.
+A world is a `Store`: a sample of its `law`. The closed forms of `law` and `cosines` hold in high dimension, where a
+chunk has length 1 before it is normalised; at D = 48 they are off by up to 0.02.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import numpy as np
@@ -100,33 +99,11 @@ def announcing_law(dim: int = 384, strength: float = 1.0, delay: int = 0) -> Law
 
 
 def _stationary(
-    name: str,
-    articles: int = 160,
-    length: int = 40,
-    dim: int = 384,
-    seed: int = 0,
-    splits: Sequence[str] = SPLIT_PATTERN,
-    **parameters,
+    name: str, articles: int = 160, length: int = 40, dim: int = 384, seed: int = 0, splits=SPLIT_PATTERN, **parameters
 ) -> Store:
     """A sample of a law in `LAWS` with these `parameters`."""
-    made = LAWS[name](dim=dim, **parameters)
-    defaults = {key: p.default for key, p in inspect.signature(LAWS[name]).parameters.items() if key != "dim"}
-    parameters = defaults | parameters
-    by_lag, optimal = _truth(made)
-    truth = {
-        "arrow": int(parameters.get("strength", 0) > 0),
-        "lag_cosine": {k: c for k, c in by_lag.items() if k < length},
-        "optimal_cosine": {direction: dict(cosine) for direction, cosine in optimal.items()},
-    }
-    return _store(name, made.sample(articles, length, seed), {**parameters, "seed": seed, "truth": truth}, splits)
-
-
-@lru_cache(maxsize=16)  # many samples of one law have one truth
-def _truth(law: Law) -> tuple[dict, dict]:
-    """Lag cosines, and the cosine of the optimum in each direction by horizon, with a context of 5."""
-    ways = {"forward": law, "backward": law.reversed()}
-    optimal = {way: {h: round(own.optimal_cosine(h), 6) for h in (1, 2)} for way, own in ways.items()}
-    return _by_lag(law.lag_cosine, 9), optimal
+    vectors = law(name, dim=dim, **parameters).sample(articles, length, seed)
+    return _store(name, vectors, {**parameters, "seed": seed}, splits)
 
 
 def _reversed(of: str, *size, **arguments) -> Store:
@@ -135,13 +112,7 @@ def _reversed(of: str, *size, **arguments) -> Store:
 
 
 def _sloping(
-    name: str,
-    articles: int = 160,
-    length: int = 40,
-    dim: int = 384,
-    seed: int = 0,
-    splits: Sequence[str] = SPLIT_PATTERN,
-    **slope: float,
+    name: str, articles: int = 160, length: int = 40, dim: int = 384, seed: int = 0, splits=SPLIT_PATTERN, **slope
 ) -> Store:
     """Articles that come nearer to their topic, or leave it: x_t = normalise(topic + s_t · noise_t), s_t from `first`
     to `last` evenly; topic and noise_t are independent random unit vectors.
@@ -154,9 +125,7 @@ def _sloping(
     noise_scale = np.linspace(slope["first"], slope["last"], length)[None, :, None]
     vectors = _unit(random, articles, 1, dim) + noise_scale * _unit(random, articles, length, dim)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    expected = cosines(name, length, **slope)
-    truth = {"arrow": 0, "lag_cosine": _by_lag(lambda k: lag_cosine(expected, k), length)}
-    return _store(name, vectors, {**slope, "seed": seed, "truth": truth}, splits)
+    return _store(name, vectors, {**slope, "seed": seed}, splits)
 
 
 SLOPES = {"converging": {"first": 2.0, "last": 0.6}, "diverging": {"first": 0.6, "last": 2.0}}
@@ -218,18 +187,13 @@ def lag_cosine(expected: np.ndarray, lag: int) -> float:
 
 
 def reverse(store: Store) -> Store:
-    """A store with every article read from its end, gaps kept, in memory; the truth of a world is flipped with it."""
+    """A store with every article read from its end, gaps kept, in memory."""
     first, last = _article_ends(store)
     flipped = first + last - np.arange(len(first))  # the row as far from the article's other end
     position = store.position[first] + store.position[last] - store.position[flipped]
     suffix = " reversed"
     name = store.name.removesuffix(suffix) if store.name.endswith(suffix) else store.name + suffix
     datasheet = {**store.datasheet, "reversed": not store.datasheet.get("reversed", False)}
-    if "truth" in datasheet:
-        truth = datasheet["truth"] = dict(datasheet["truth"])
-        truth["arrow"] = -truth["arrow"]
-        if optimal := truth.get("optimal_cosine"):
-            truth["optimal_cosine"] = {"forward": optimal["backward"], "backward": optimal["forward"]}
     return make_store(name, np.asarray(store.vectors)[flipped], store.article, position, store.articles, datasheet)
 
 
@@ -240,7 +204,7 @@ def shuffled(store: Store, seed: int = 0) -> Store:
     """
     first, _ = _article_ends(store)
     order = np.lexsort((np.random.default_rng(seed).random(len(first)), first))
-    datasheet = {**store.datasheet, "shuffled": seed, "truth": {"arrow": 0}}
+    datasheet = {**store.datasheet, "shuffled": seed}
     vectors = np.asarray(store.vectors)[order]
     return make_store(f"{store.name} shuffled", vectors, store.article, store.position, store.articles, datasheet)
 
@@ -283,10 +247,6 @@ def _planes(strength: float, planes: int) -> int:
     if not 0 <= strength <= 1:
         raise LVMError(f"strength {strength}: must lie between 0 and 1; for the other sign take the reversed world")
     return max(planes, 1)
-
-
-def _by_lag(cosine: Callable[[int], float], length: int) -> dict[int, float]:
-    return {k: round(float(cosine(k)), 6) for k in range(1, min(9, length))}
 
 
 def _store(name: str, vectors: np.ndarray, datasheet: dict, splits: Sequence[str]) -> Store:
