@@ -3,7 +3,7 @@
     python tests/fuzz_importers.py [FILES] [SEED]
 
 A failure is any other exception, a warning, a folder left over, a file that a pickle's code would have made, more than
-five seconds, or a message without advice. Failing files are kept and named.
+five seconds, or a message without advice. Failing files are copied and named.
 """
 
 from __future__ import annotations
@@ -312,9 +312,9 @@ def main(files: int = 10_000, seed: int = 0) -> Counter:
                 changed[role] = mutated(own[role], rng, rng.choice(pool), marker) or b"\x00"
             result = outcome(changed, top / "run", marker, drop_bad=rng.random() < 0.3)
             if result.startswith("FAILED"):
-                kept = Path(tempfile.mkdtemp(prefix="fuzz-")) / f"{seed}-{number}"
-                shutil.copytree(top / "run", kept)
-                failures.append(f"{kind}, file {number}: {result} ({kept})")
+                copy = Path(tempfile.mkdtemp(prefix="fuzz-")) / f"{seed}-{number}"
+                shutil.copytree(top / "run", copy)
+                failures.append(f"{kind}, file {number}: {result} ({copy})")
                 print(failures[-1], flush=True)
             counts[kind, result.split(":")[0]] += 1
             shutil.rmtree(top / "run")

@@ -111,7 +111,7 @@ class Npz:
             f"claims {info.file_size:,} bytes, but has {info.compress_size:,} in the file": (
                 info.compress_size > self.path.stat().st_size or info.file_size > most
             ),
-            "is there twice": name in self.members,
+            "is in the archive twice": name in self.members,
         }
         for fault, found in faults.items():
             if found:
@@ -189,7 +189,7 @@ class Npz:
             good = (numbers >= 0) & (numbers <= BIGGEST) & (numbers == np.floor(numbers))
         if not good.all():
             row = int(np.argmin(good))
-            whole(numbers[row].item(), f"{member.where}, row {row}")
+            whole_number(numbers[row].item(), f"{member.where}, row {row}")
         return numbers.astype(np.int32)
 
     def texts(self, name: str) -> Iterator[str]:
@@ -217,7 +217,7 @@ def _bar(member: Member) -> tqdm:
     return tqdm(total=size, unit="B", unit_scale=True, desc=name, delay=3, leave=False, disable=off)
 
 
-def whole(item, where: str) -> int:
+def whole_number(item, where: str) -> int:
     """`item` as a whole number that a store can hold."""
     if isinstance(item, bool) or not isinstance(item, int | float) or not 0 <= item <= BIGGEST or item != int(item):
         short = isinstance(item, float) or (isinstance(item, int) and abs(item) < 1 << 64)
@@ -229,7 +229,7 @@ def whole(item, where: str) -> int:
 def _plain(block: np.ndarray) -> list:
     """The items (n,) of an array as numbers or texts. Numpy itself lets any 4 bytes pass as a character."""
     if block.dtype.kind == "U" and block.dtype.itemsize and block.view(np.uint32).max(initial=0) > sys.maxunicode:
-        raise ValueError("holds code points that there are not")
+        raise ValueError("has characters beyond Unicode")
     return block.tolist()
 
 

@@ -168,7 +168,7 @@ def _read(source: Npz | None, sequences: list[Sequences], path: Path, drop_bad: 
     checks.check_disjoint({s.split: np.unique(s.ids).tolist() for s in sequences}, where)
     if source is None:
         table, horizon = rebuild(sequences, path, drop_bad, counts)
-        gaps = "windows dropped, as a chunk between context and target stands in no file"
+        gaps = "windows dropped, as a chunk between context and target is in no file"
         return table, Placing(table, horizon, drop_bad, gaps, counts)
     table = read_articles(source, path, drop_bad, counts)
     dim = table.vectors.shape[1]

@@ -17,7 +17,7 @@ from ..errors import LVMError
 from ..windows import article_spans
 from . import npz as npz_format
 from .checks import NORM_TOLERANCE
-from .npz import BIGGEST, Member, Npz, check_room, whole
+from .npz import BIGGEST, Member, Npz, check_room, whole_number
 
 CONTEXTS = ("context_sequences", "contexts")  # with or without the prefix train_, val_ or ood_; so are the following
 TARGETS = ("target_vectors", "targets")
@@ -135,7 +135,7 @@ def read_articles(npz: Npz, path: Path, drop_bad: bool, counts: dict) -> Table:
     missing = [name for name in ARTICLE_ARRAYS if name not in npz]
     if missing:
         raise LVMError(
-            f"{npz.path}: an article file needs {', '.join(ARTICLE_ARRAYS)}; missing: {', '.join(missing)}; there are: "
+            f"{npz.path}: an article file needs {', '.join(ARTICLE_ARRAYS)}; missing: {', '.join(missing)}; it has: "
             f"{npz.listed}; give a sequence file as train, val or ood"
         )
     member = _vectors(npz, "vectors", 2, "(chunks, dimension)")
@@ -180,7 +180,7 @@ class Sequences:
         missing = [what for what, name in needed.items() if name is None]
         if missing:
             raise LVMError(
-                f"{npz.path}: a sequence file needs {', '.join(needed)}; missing: {', '.join(missing)}; there are: "
+                f"{npz.path}: a sequence file needs {', '.join(needed)}; missing: {', '.join(missing)}; it has: "
                 f"{npz.listed}; give an article file as articles"
             )
         self.contexts = _vectors(npz, contexts, 3, "(windows, context length, dimension)")
@@ -224,7 +224,7 @@ class Sequences:
             where = f"{member.where}, window {row}"
             if not isinstance(item, dict) or any(key not in item for key in keys):
                 raise LVMError(f"{where}: needed is a dict with {' and '.join(keys)}, as for the other windows")
-            columns[: len(keys), row] = [whole(item[key], f"{where}, {key}") for key in keys]
+            columns[: len(keys), row] = [whole_number(item[key], f"{where}, {key}") for key in keys]
         return columns[0], columns[1] if len(keys) == 2 else None
 
     def blocks(self, drop_bad: bool, norms: list) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -84,7 +84,7 @@ def check_articles(size: np.ndarray, ood: str = "topic", sources: Sequence[str] 
     known = sorted(set(map(str, sources))) if sources is not None else []
     if unknown := sorted(set(names) - set(known)):
         shown = ", ".join(known[:20]) or "none: this dataset has no sources"
-        raise LVMError(f"ood: no article has the source {unknown[0]!r}; there are: {shown}")
+        raise LVMError(f"ood: no article has the source {unknown[0]!r}; known: {shown}")
     outside = np.isin(np.asarray(sources, dtype=str), names)
     inside, left = (usable & outside).sum(), (usable & ~outside).sum()
     if inside < least or left < 2 * least:

@@ -88,8 +88,8 @@ def announcing_law(dim: int = 384, strength: float = 1.0, delay: int = 0) -> Law
     horizon, but none to a probe of adjacent pairs.
     """
     planes = _planes(strength, dim // 16)
-    heard = strength * np.sqrt((1 - FADING**2) * DRIFT / HINT)
-    transition = np.broadcast_to(np.array([[0.0, 0.0], [heard, FADING]]), (planes, 2, 2))
+    coupling = strength * np.sqrt((1 - FADING**2) * DRIFT / HINT)
+    transition = np.broadcast_to(np.array([[0.0, 0.0], [coupling, FADING]]), (planes, 2, 2))
     variance = np.broadcast_to(np.diag([HINT, DRIFT]) / planes, (planes, 2, 2))
     noise = 1 - COMMON - TOPIC - DRIFT - HINT
     return _law(dim, [_even(dim, 1.0, TOPIC), _even(dim, 0.0, noise), Part(transition, variance, delay)])

@@ -157,9 +157,9 @@ ARTICLE_CASES = {
     "texts that are numbers": (archive(base(concept_texts=np.array([1.5] * COUNT, object))), "row 0: is float"),
     "texts of another length": (archive(base(concept_texts=np.array(["a"]))), r"concept_texts: has shape \(1,\)"),
     "bytes that are no UTF-8": (archive(base(concept_texts=np.array([b"\xff\xfe"] * COUNT))), "UnicodeDecodeError"),
-    "code points that there are not": (
+    "characters beyond Unicode": (
         member("concept_texts", npy("<U1", (COUNT,), b"\xff\xff\xff\x7f" * COUNT)),
-        "row 0 .*code points",
+        "row 0 .*Unicode",
     ),
     "object array that unpacks to too much": (
         pickled(PREFIX + b"\x8d" + struct.pack("<Q", 20 << 20) + b"a" * (20 << 20) + SUFFIX),

@@ -112,7 +112,7 @@ def test_articles_without_a_chunk_change_nothing():
         ("topics", None, "'topic'"),
         *((ood, None, "known: topic, random") for ood in ("", None, "source", "source:", "random:x")),
         ("source:news", None, "has no sources"),
-        ("source:nws", ["news"] * 80, "there are: news"),
+        ("source:nws", ["news"] * 80, "known: news"),
         ("source:news", ["news"] * 80, "train and val get 0"),
         ("source:news", ["news"] * 75 + ["film"] * 5, "train and val get 5"),
         ("source:news", ["news"] + ["film"] * 79, "ood gets 1"),
