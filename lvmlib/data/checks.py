@@ -29,10 +29,7 @@ def check_given(given: GivenWindows, chunks: np.ndarray, articles: pd.DataFrame,
     )
     if not good.all():
         bad = int(np.argmin(good))
-        raise LVMError(
-            f"{where}: window {bad} (split {given.split[bad]}, first row {given.start[bad]}) does not lie in one "
-            f"article of its split without a gap ({(~good).sum()} such); import the files again"
-        )
+        raise LVMError(f"{where}: window {bad} is not in one gapless article of its split; import the files again")
 
 
 def check_vectors(vectors: np.ndarray, where: str) -> None:
@@ -46,9 +43,9 @@ def check_vectors(vectors: np.ndarray, where: str) -> None:
         norms = np.linalg.norm(block.astype(np.float32), axis=1)
         bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))  # negated, so that NaN counts as bad
         if len(bad):
+            norm = norms[bad[0]]
             raise LVMError(
-                f"{where}: row {first + bad[0]} has norm {norms[bad[0]]:.4g}, not 1 ({len(bad)} such in its block); "
-                "normalise the vectors, and drop those that are zero, NaN or infinite"
+                f"{where}: row {first + bad[0]} has norm {norm:.4g}, not 1; normalise the vector, or drop it"
             )
 
 
@@ -69,10 +66,7 @@ def check_chunks(chunks: np.ndarray, count: int, where: str) -> np.ndarray:
         falling = (np.diff(position[rows]) <= 0) & (np.diff(article[rows]) == 0)
         if falling.any():
             row = int(np.flatnonzero(falling)[0]) + first
-            raise LVMError(
-                f"{where}: row {row} (article {article[row]}) does not rise in position; "
-                "sort each article by position and drop duplicates"
-            )
+            raise LVMError(f"{where}: row {row} (article {article[row]}) does not rise in position; sort the rows")
     return chunks
 
 

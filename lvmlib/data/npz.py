@@ -169,7 +169,7 @@ class Npz:
         size = member.info.file_size
         if size > member.allowed:
             raise LVMError(
-                f"{member.where}: unpacks to {size:,} bytes ({member.allowed:,} allowed); save a plain array"
+                f"{member.where}: unpacks to {size:,} bytes (at most {member.allowed:,}); save a plain array"
             )
         with _reading(member.where, "it is a pickle, and nothing in it was run: save it as a plain array"):
             data = io.BytesIO(self.zip.read(member.info))

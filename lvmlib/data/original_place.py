@@ -17,6 +17,7 @@ from .original_read import Sequences, Table, allocate, chunk_key, note_norms, st
 
 SAME = 0.999  # two vectors with a cosine above are the same chunk: float16 changes it by less than 1e-6
 HORIZONS = range(1, 17)
+MIXED = "the files do not belong together"
 SAMPLE = 256  # windows of a file from which the horizon is deduced
 
 
@@ -58,17 +59,12 @@ class Placing:
         if count:
             self.counts[why] = self.counts.get(why, 0) + int(count)
 
-    def _fault(self, s: Sequences, number: int, what: str) -> LVMError:
-        return LVMError(
-            f"{s.path}: window {number} (article {s.ids[number]}): {what}; the files do not belong together"
-        )
+    def _fault(self, s: Sequences, number: int, what: str, advice: str = MIXED) -> LVMError:
+        return LVMError(f"{s.path}: window {number} (article {s.ids[number]}): {what}; {advice}")
 
     def _gap(self, s: Sequences, number: int) -> None:
         if self.gaps is None:
-            raise LVMError(
-                f"{s.path}: window {number} (article {s.ids[number]}): crosses a gap in the chunk_indices of its "
-                "article; use drop_bad (--drop-bad), or number the chunks without gaps"
-            )
+            raise self._fault(s, number, "crosses a gap in chunk_indices", "use drop_bad (--drop-bad)")
         self._count(self.gaps)
 
     def _deduce(self, s: Sequences, number: np.ndarray, x: np.ndarray) -> None:
@@ -80,7 +76,7 @@ class Placing:
             else:
                 start = self.table.find(s.ids[number], s.indices[number]) - self._span(s)
                 cosines[self.horizon] = self._cosines(s, start, s.ids[number], x).min(1)
-        self.horizon = _best_horizon(cosines, str(s.path), "the files do not belong together")
+        self.horizon = _best_horizon(cosines, str(s.path), MIXED)
 
     def _cosines(self, s: Sequences, start: np.ndarray, ids: np.ndarray, x: np.ndarray) -> np.ndarray:
         """(B, T + 1) cosines of windows (B, T + 1, D) with those that begin at rows `start`."""
@@ -107,11 +103,8 @@ class Placing:
             self._gap(s, number)
             return
         shown = ", ".join("none" if c == -1 else f"{c:.3f}" for c in cosine)
-        what = (
-            f"its context and target should be chunks {first} to {first + s.length - 1} and {t} of {self.table.where} "
-            f"(horizon {self.horizon}), but the cosines with them are {shown}"
-        )
-        raise self._fault(s, number, what)
+        chunks = f"chunks {first} to {first + s.length - 1} and {t}"
+        raise self._fault(s, number, f"at horizon {self.horizon} its cosines with {chunks} are {shown}")
 
     def _fits(self, s: Sequences, number: np.ndarray, x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """For each window: (place in the block, smallest cosine with the window at each row of its article)."""
@@ -139,10 +132,7 @@ class Placing:
             first = np.flatnonzero(fit > SAME)
             if not len(first):
                 best = fit.max(initial=-1)
-                what = (
-                    f"at horizon {self.horizon} it is nowhere in that article of {table.where} (best cosine {best:.3f})"
-                )
-                raise self._fault(s, number[i], what)
+                raise self._fault(s, number[i], f"is nowhere at horizon {self.horizon} (best cosine {best:.3f})")
             fit, first = fit[first], first + table.spans[article][0]
             end = first + self._span(s)
             gapless = table.position[end] - table.position[first] == self._span(s)
@@ -212,10 +202,8 @@ def rebuild(sequences: list[Sequences], path: Path, drop_bad: bool, counts: dict
     steps = np.append(np.arange(sequences[0].length), span) - span
     for s in sequences:
         if s.indices.min() < span:
-            raise LVMError(
-                f"{s.path}: window {s.indices.argmin()}: at horizon {horizon} the context of its target index "
-                f"{s.indices.min()} would begin before its article; correct it, or add the article file"
-            )
+            small = s.indices.min()
+            raise LVMError(f"{s.path}: target index {small} is too small at horizon {horizon}; add the article file")
     keys = [np.unique(chunk_key(s.ids[:, None], s.indices[:, None] + steps)) for s in sequences]
     keys = np.unique(np.concatenate(keys))
     vectors = allocate(path, (len(keys), dim), stored_type([s.contexts for s in sequences]), where)

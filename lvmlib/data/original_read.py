@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,12 @@ ARTICLE_ARRAYS = ("vectors", "article_indices", "chunk_indices")
 
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-15)
+
+
+def _require(npz: Npz, needed: Mapping[str, object], advice: str) -> None:
+    missing = [name for name, found in needed.items() if not found]
+    if missing:
+        raise LVMError(f"{npz.path}: missing: {', '.join(missing)} (it has {npz.listed}); {advice}")
 
 
 def _vectors(npz: Npz, name: str, ndim: int, needed: str) -> Member:
@@ -64,10 +70,8 @@ def read_blocks(npz: Npz, member: Member, drop_bad: bool, norms: list, rows: int
             norms.append(norm[off])
         yield first, x, bad
     if count:
-        raise LVMError(
-            f"{member.where}: row {first_bad} has a vector that is zero, NaN or infinite ({count} bad rows); "
-            "repair the file, or use drop_bad (--drop-bad)"
-        )
+        fault = f"row {first_bad} is zero, NaN or infinite ({count} bad rows)"
+        raise LVMError(f"{member.where}: {fault}; repair the file, or use drop_bad (--drop-bad)")
 
 
 def note_norms(counts: dict, what: str, norms: list[np.ndarray]) -> None:
@@ -132,12 +136,7 @@ def read_articles(npz: Npz, path: Path, drop_bad: bool, counts: dict) -> Table:
     The order of the file is kept where articles are in one run of rows and positions rise; else rows are sorted.
     Raises LVMError for a missing array or a chunk given twice.
     """
-    missing = [name for name in ARTICLE_ARRAYS if name not in npz]
-    if missing:
-        raise LVMError(
-            f"{npz.path}: an article file needs {', '.join(ARTICLE_ARRAYS)}; missing: {', '.join(missing)}; it has: "
-            f"{npz.listed}; give a sequence file as train, val or ood"
-        )
+    _require(npz, {name: name in npz for name in ARTICLE_ARRAYS}, "give a sequence file as train, val or ood")
     member = _vectors(npz, "vectors", 2, "(chunks, dimension)")
     article, position = (npz.numbers(name, member.shape[0]) for name in ARTICLE_ARRAYS[1:])
     order = np.arange(len(article))
@@ -150,8 +149,7 @@ def read_articles(npz: Npz, path: Path, drop_bad: bool, counts: dict) -> Table:
         if len(twice):
             a, b = order[twice[0]], order[twice[0] + 1]
             raise LVMError(
-                f"{npz.path}: rows {a} and {b} are both chunk {position[twice[0]]} of article {article[twice[0]]} "
-                f"({len(twice)} such pairs); keep one of them"
+                f"{npz.path}: rows {a} and {b} are the same chunk ({len(twice)} such pairs); keep one of them"
             )
         counts["rows sorted by article and position"] = len(order)
     vectors = allocate(path, member.shape, stored_type([member]), member.where)
@@ -177,12 +175,7 @@ class Sequences:
         contexts, targets = self._find(*CONTEXTS), self._find(*TARGETS)
         ids, indices, metadata = (self._find(name) for name in ("article_ids", "target_indices", "metadata"))
         needed = {"contexts": contexts, "targets": targets, "article_ids or metadata": ids or metadata}
-        missing = [what for what, name in needed.items() if name is None]
-        if missing:
-            raise LVMError(
-                f"{npz.path}: a sequence file needs {', '.join(needed)}; missing: {', '.join(missing)}; it has: "
-                f"{npz.listed}; give an article file as articles"
-            )
+        _require(npz, needed, "give an article file as articles")
         self.contexts = _vectors(npz, contexts, 3, "(windows, context length, dimension)")
         self.count, self.length, self.dim = self.contexts.shape
         shape = f"({self.count}, {self.dim}), a vector of the same dimension for each context"
@@ -195,10 +188,8 @@ class Sequences:
         self.indices = listed[1] if indices is None else npz.numbers(indices, self.count)
         if metadata and not np.array_equal(self.ids, listed[0]):
             row = int(np.argmax(self.ids != listed[0]))
-            raise LVMError(
-                f"{npz.path}: window {row} is of article {self.ids[row]} by {ids}, of article {listed[0][row]} by "
-                f"{metadata}; leave the wrong one out"
-            )
+            articles = f"{self.ids[row]} by {ids}, {listed[0][row]} by {metadata}"
+            raise LVMError(f"{npz.path}: window {row} is of article {articles}; leave the wrong one out")
         self.used = {contexts, targets, ids, indices, metadata}
 
     def _find(self, *spellings: str) -> str | None:

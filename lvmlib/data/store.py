@@ -213,10 +213,7 @@ def check_unchanged(store: Store) -> None:
     except (LVMError, OSError) as e:
         raise LVMError(f"{folder}: this store was changed or removed while it was in use ({e})") from e
     if fingerprint != store.fingerprint:
-        raise LVMError(
-            f"{folder}: this store was changed while it was in use (fingerprint {store.fingerprint[:16]}, now "
-            f"{fingerprint[:16]}); restore it, or start a new run"
-        )
+        raise LVMError(f"{folder}: this store was changed while it was in use; restore it, or start a new run")
 
 
 def plain_name(name: str) -> str:
