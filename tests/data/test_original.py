@@ -209,17 +209,6 @@ def test_the_files_order_is_kept_where_it_will_do(tmp_path):
     check_windows(store, windows)
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_unsorted_articles_are_sorted(tmp_path, compressed):
-    order = np.random.default_rng(0).permutation(len(X))
-    numbers = {"article_indices": ARTICLE[order].astype(np.uint8), "chunk_indices": CHUNK[order].astype(np.float32)}
-    paths, windows = sequence_files(tmp_path)
-    paths["articles"] = saved(tmp_path, "articles", compressed, vectors=X[order], **numbers)
-    store = I.convert(paths, tmp_path / "store")
-    assert np.array_equal(store.vectors, X) and np.array_equal(store.position, CHUNK)
-    check_windows(store, windows)
-
-
 # --- the vectors -----------------------------------------------------------------------------------------------------
 
 
@@ -244,20 +233,14 @@ def test_types_and_orders(tmp_path, form, compressed):
 
 def test_norms(tmp_path):
     scale = np.where(np.arange(len(X)) % 3 == 0, 2.5, 1.0)
-    store = I.convert(article_file(tmp_path, X * scale[:, None]), tmp_path / "scaled")
+    paths, windows = sequence_files(tmp_path, 3 * X.astype(np.float64))
+    store = I.convert({**paths, "articles": article_file(tmp_path, X * scale[:, None])}, tmp_path / "scaled")
     assert np.allclose(store.vectors, X, atol=1e-6)
     assert store.datasheet["counts"]["vectors normalised"] == (scale > 1).sum()
     assert store.datasheet["counts"]["norms of the vectors normalised"] == "2.5 to 2.5"
-
-
-def test_unnormalised_sequences(tmp_path):
-    paths, windows = sequence_files(tmp_path, 3 * X.astype(np.float64))
-    with_articles = I.convert({**paths, "articles": article_file(tmp_path)}, tmp_path / "a")
-    assert np.array_equal(with_articles.vectors, X)
-    alone = I.convert(paths, tmp_path / "b")
-    rows = W.windows(alone, "val").target
+    alone = I.convert(paths, tmp_path / "alone")
     lone = np.isin(windows["val"][2], np.flatnonzero(np.bincount(ARTICLE) == 7))
-    assert np.allclose(alone.vectors[rows], windows["val"][1][~lone] / 3, atol=1e-6)
+    assert np.allclose(alone.vectors[W.windows(alone, "val").target], windows["val"][1][~lone] / 3, atol=1e-6)
     assert alone.datasheet["counts"]["vectors in windows of val normalised"] == len(lone) * 6
 
 

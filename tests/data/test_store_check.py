@@ -59,20 +59,21 @@ def test_a_wrong_checksum_is_seen_in_spite_of_a_remembered_check(known, name):
     refused(known, name, "sha256")  # a refusal is not remembered as a success
 
 
+def change(path, other_inode=False):
+    """Change a file's bytes, not its size or time."""
+    stat, written = path.stat(), path.with_name("new") if other_inode else path
+    written.write_bytes(flipped(path))
+    os.utime(written, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    written.rename(path)
+
+
 def test_another_file_of_the_same_size_and_time_is_seen(known):
-    path = known / "vectors.npy"
-    stat = path.stat()
-    (known / "new").write_bytes(flipped(path))
-    os.utime(known / "new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    os.replace(known / "new", path)  # another inode
+    change(known / "vectors.npy", other_inode=True)
     refused(known, "vectors.npy", "sha256")
 
 
 def test_verify_sees_bytes_changed_in_place_with_the_time_set_back(known):
-    path = known / "vectors.npy"
-    stat = path.stat()
-    path.write_bytes(flipped(path))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    change(known / "vectors.npy")
     V.open_store(known)
     with pytest.raises(LVMError, match=r"vectors.npy: its sha256"):
         V.open_store(known, verify=True)
@@ -80,12 +81,9 @@ def test_verify_sees_bytes_changed_in_place_with_the_time_set_back(known):
 
 def test_a_change_within_a_second_of_the_check_is_seen(folder, checks):
     """Its time may be the same: so what is younger than a second is not remembered."""
-    path = folder / "vectors.npy"
     V.open_store(folder)
     assert len(checks) == 1 and not (folder / V.CHECKED).exists()
-    stat = path.stat()
-    path.write_bytes(flipped(path))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    change(folder / "vectors.npy")
     refused(folder, "vectors.npy", "sha256")
 
 
@@ -117,8 +115,8 @@ def test_a_copied_memory_is_none(known, tmp_path, checks):
 MEMORIES = [lambda b, bad=bad: bad for bad in (b"", b"[]", b"5", b"{}", b"\xff\xfe\x00", b"[" * 100_000)]
 MEMORIES += [lambda b: b[:-9], lambda b: b.replace(b'"size": ', b'"size": 1')]
 MEMORIES += [
-    lambda b, change=change: json.dumps(json.loads(b) | change).encode()
-    for change in ({"check": 0}, {"fingerprint": 7}, {"fingerprint": "short"}, {"files": []}, {"more": 1})
+    lambda b, part=part: json.dumps(json.loads(b) | part).encode()
+    for part in ({"check": 0}, {"fingerprint": 7}, {"fingerprint": "short"}, {"files": []}, {"more": 1})
 ]
 
 
