@@ -168,12 +168,11 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
     Raises LVMError, naming the file, for a missing or damaged file, a wrong checksum, or what `checks` refuses.
     """
     folder, began = Path(folder), time.time()
+    _require(folder, STORE_FILES)
     state = _state(folder)
     datasheet, recorded, digest = _read_datasheet(folder)
     files = [*STORE_FILES[:3], *(f for f in OPTIONAL_FILES if f in recorded or (folder / f).exists())]
-    for name in files:
-        if not (folder / name).is_file():
-            raise LVMError(f"{folder / name}: missing; restore the file")
+    _require(folder, files)
     state_checked = {"check": CHECK, "datasheet": digest, "files": state}
     fingerprint = None if verify else _remembered(folder, state_checked)
     articles = _read_articles(folder / "articles.csv")
@@ -219,6 +218,12 @@ def check_unchanged(store: Store) -> None:
 def plain_name(name: str) -> str:
     """A name from a file as pages and tables can show it: one line of at most 100 characters, without markup."""
     return "".join("-" if c in "<>[]`$|\\" or not c.isprintable() else c for c in name)[:100]
+
+
+def _require(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise LVMError(f"{folder / name}: missing; a store folder holds {', '.join(STORE_FILES)}")
 
 
 def _state(folder: Path) -> dict:

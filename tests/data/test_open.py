@@ -31,7 +31,7 @@ def test_unknown_data_names_the_known(name):
 
 @pytest.mark.parametrize("name", ["..", "."])
 def test_a_folder_that_is_no_store(name):
-    with pytest.raises(LVMError, match=r"datasheet\.yaml"):
+    with pytest.raises(LVMError, match=V.STORE_FILES[0]):
         lvm.dataset(name)
 
 
