@@ -50,7 +50,7 @@ class Texts(Sequence):
     """The `count` texts in a texts.jsonl, read when asked for; memory holds only where each line begins.
 
     Raises LVMError if the file does not have `count` lines, or if a line is not a JSON string. `checked`: the count is
-    known to be right.
+    right, or checked later.
     """
 
     def __init__(self, path: Path, count: int, checked: bool = False):
@@ -183,7 +183,7 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
         if sha256_file(folder / name) != recorded.get(name):
             raise LVMError(f"{folder / name}: its sha256 is not that in datasheet.yaml; restore the file")
     vectors, chunks = _load_array(folder / "vectors.npy"), _load_array(folder / "chunks.npy")
-    texts = Texts(folder / "texts.jsonl", len(vectors), fingerprint is not None) if "texts.jsonl" in files else None
+    texts = Texts(folder / "texts.jsonl", len(vectors), checked=True) if "texts.jsonl" in files else None
     given = _read_windows(folder / "windows.npy", datasheet) if "windows.npy" in files else None
     if fingerprint is None:
         check_vectors(vectors, str(folder / "vectors.npy"))
@@ -191,6 +191,8 @@ def open_store(folder: str | os.PathLike, verify: bool = False) -> Store:
         check_articles(articles, chunks[:, 0], str(folder / "articles.csv"))
         if given is not None:
             check_given(given, chunks, articles, str(folder / "windows.npy"))
+        if texts is not None:
+            _ = texts.begins
         fingerprint = _fingerprint(vectors, chunks, articles, given)
         _remember(folder, {**state_checked, "fingerprint": fingerprint}, began)
     chunks = np.asarray(chunks).astype(np.int32, copy=False)  # a view of the map, if it is int32 as we write it
