@@ -112,8 +112,9 @@ def hub(monkeypatch, tmp_path):
     import huggingface_hub
 
     state = SimpleNamespace(down=False, cached=None, asked=[], folder=tmp_path / "snapshots" / ("c" * 40))
-    names = """README.md modules.json config.json model.safetensors pytorch_model.bin 1_Dense/config.json
-        1_Dense/pytorch_model.bin onnx/model.onnx onnx/config.json convert.py a.h5 .gitattributes""".split()
+    names = ["README.md", "modules.json", "config.json", "model.safetensors", "pytorch_model.bin"]
+    names += ["1_Dense/config.json", "1_Dense/pytorch_model.bin", "onnx/model.onnx", "onnx/config.json"]
+    names += ["convert.py", "a.h5", ".gitattributes"]
 
     def model_info(self, repository, revision=None, timeout=None):
         assert timeout is not None and timeout <= 15
