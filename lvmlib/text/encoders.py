@@ -59,8 +59,8 @@ class Encoder:
 
     @property
     def dimension(self) -> int:
-        asked = getattr(self.model, "get_embedding_dimension", None)  # older versions know another name
-        return (asked or self.model.get_sentence_embedding_dimension)()
+        known = getattr(self.model, "get_embedding_dimension", None)  # older versions have another name
+        return (known or self.model.get_sentence_embedding_dimension)()
 
 
 def encoder(name: str = OFFLINE, device: str | None = None, precision: str = "float32") -> Encoder:
@@ -161,11 +161,8 @@ def _check_modules(folder: Path, name: str) -> None:
         kinds = [str(module["type"]) for module in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise LVMError(f"encoder {name!r}: its modules.json cannot be read ({format_error(e)}); fetch it again") from e
-    for kind in kinds:
-        if not kind.startswith("sentence_transformers."):
-            raise LVMError(
-                f"encoder {name!r}: needs {kind!r}, code outside sentence-transformers; name another encoder"
-            )
+    if foreign := [kind for kind in kinds if not kind.startswith("sentence_transformers.")]:
+        raise LVMError(f"encoder {name!r}: needs code outside sentence-transformers ({foreign[0]!r}); name another")
 
 
 def _same(model: Encoder) -> bool:
@@ -228,8 +225,7 @@ def by_tokens(
     count = np.array([len(i) for i in ids], np.int32)
     full = np.flatnonzero(count >= longest)
     if len(full):
-        whole = tokenizer([texts[row] for row in full], truncation=False, padding=False, **bare)["input_ids"]
-        whole = [len(i) for i in whole]
+        uncut = tokenizer([texts[row] for row in full], truncation=False, padding=False, **bare)["input_ids"]
     order = np.argsort(-count, kind="stable")
     parts, first = [], 0
     with _autocast(model):
@@ -246,7 +242,7 @@ def by_tokens(
     vectors = np.empty_like(ordered)
     vectors[order] = ordered
     if len(full):
-        count[full] = whole
+        count[full] = [len(i) for i in uncut]
     return vectors, count
 
 

@@ -264,20 +264,6 @@ def test_a_bad_limit_is_refused(tmp_path, limit):
     refused("limit", put(tmp_path / "a.txt").parent, limit=limit)
 
 
-def test_damaged_parquet_gives_only_clear_errors(tmp_path):
-    """Each seventh byte of a file turned over, one at a time: rows or LVMError, nothing else."""
-    whole = put_table(tmp_path / "t.parquet", "parquet").read_bytes()
-    path, errors = tmp_path / "d.parquet", 0
-    for at in range(0, len(whole), 7):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
-        try:
-            read(path)
-        except LVMError as e:
-            errors += 1
-            assert "d.parquet" in str(e)
-    assert errors > 30
-
-
 # ----------------------------------------------------------------------------------------------------------------- hub
 
 
