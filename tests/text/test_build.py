@@ -288,33 +288,33 @@ def test_ready_vectors_from_parquet(tmp_path, hashed, monkeypatch):
 
 def test_ready_vectors_that_carry_the_title_are_warned_of(tmp_path, hashed):
     frame = ready(tmp_path / "ready.parquet")
-    frame["text"] = frame["title"] + ". " + frame["text"]
-    frame.to_parquet(tmp_path / "ready.parquet")
+    frame.assign(text=frame["title"] + ". " + frame["text"]).to_parquet(tmp_path / "ready.parquet")
     store = make(tmp_path / "ready.parquet", tmp_path / "out", vectors="emb", keep_text=False, ood="random")
     assert store.texts is None and "title" in store.datasheet["warnings"][0]
     assert "texts.jsonl" not in store.datasheet["sha256"] and store.datasheet["lengths"]["characters"]["shortest"] > 80
 
 
-@pytest.mark.parametrize(
-    "source, options, name",
-    [
-        ("wikipedia", {}, "wikipedia-paragraph"),
-        ("hub:wikimedia/wikipedia@abc", {"unit": "sentence"}, "wikimedia-wikipedia-sentence"),
-        ("nltk:brown", {"unit": "tokens"}, "brown-tokens"),
-        ("PATH/papers/", {}, "papers-paragraph"),
-        ("PATH/my file.jsonl.gz", {}, "my-file-paragraph"),
-        ("PATH/e.parquet", {"ready": True}, "e-vectors"),
-        ("wikipedia", {"out": "mine"}, "mine"),
-        ("wikipedia", {"out": 22}, "22"),
-    ],
-)
-def test_where_the_notebook_puts_a_store(tmp_path, monkeypatch, source, options, name):
+PLACES = {
+    "wikipedia-paragraph": ("wikipedia", {}),
+    "wikimedia-wikipedia-sentence": ("hub:wikimedia/wikipedia@abc", {"unit": "sentence"}),
+    "brown-tokens": ("nltk:brown", {"unit": "tokens"}),
+    "papers-paragraph": ("PATH/papers/", {}),
+    "my-file-paragraph": ("PATH/my file.jsonl.gz", {}),
+    "e-vectors": ("PATH/e.parquet", {"ready": True}),
+    "22": ("wikipedia", {"out": 22}),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_where_the_notebook_puts_a_store(tmp_path, monkeypatch, name):
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "o"))
     write_folder(tmp_path / "papers", 1, 1)
-    (tmp_path / "my file.jsonl.gz").touch(), (tmp_path / "e.parquet").touch()
-    source = source.replace("PATH", str(tmp_path))
-    assert E.store_folder(source, **options) == tmp_path / "o" / "datasets" / name
-    assert E.store_folder(source, **options, fast=True) == tmp_path / "o" / "fast" / "datasets" / name
+    for file in ("my file.jsonl.gz", "e.parquet"):
+        (tmp_path / file).touch()
+    source, options = PLACES[name]
+    for fast, inner in ((False, "o/datasets"), (True, "o/fast/datasets")):
+        made = E.store_folder(source.replace("PATH", str(tmp_path)), **options, fast=fast)
+        assert made == tmp_path / inner / name
 
 
 def test_a_name_that_cannot_be_used_is_refused():

@@ -12,12 +12,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lvmlib.data import store as V
 from lvmlib.errors import LVMError
-from lvmlib.io.paths import EMBEDDED
 from lvmlib.text import chunking as C
 from lvmlib.text import duplicates as D
-from lvmlib.text.sources import Document, documents
+from lvmlib.text.sources import Document
 from lvmlib.text.stage import read_tables
 
 HOW = 'needs the extra "encode": pip install -e ".[encode]"'
@@ -351,13 +349,3 @@ def test_hostile_texts_are_cut_in_time(text):
     for unit in ("paragraph", "sentence"):
         assert isinstance(C.chunks(text, unit), list)
     assert time.monotonic() - started < 10
-
-
-def test_the_slice_of_wikipedia_is_cut_into_the_embedded_datasets_paragraphs(tmp_path):
-    pytest.importorskip("gensim", reason=HOW)
-
-    C.write_chunks(documents("wikipedia"), tmp_path)
-    texts, chunks, titles, _ = written(tmp_path)
-    shipped = V.open_store(EMBEDDED / "wikipedia")
-    assert chunks.tolist() == np.stack([shipped.article, shipped.position], 1).tolist() and len(texts) == len(chunks)
-    assert titles == shipped.articles["title"].tolist()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lvmlib.errors import LVMError
-from lvmlib.text import chunking, readers, slice
+from lvmlib.text import chunking, readers
 from lvmlib.text import sources as S
 
 HOW = 'needs the extra "encode": pip install -e ".[encode]"'
@@ -101,12 +101,8 @@ ROWS = [
     {"text": None, "title": "null", "id": 5},
     {"title": "One (2)", "text": "Fourth.", "id": 6},
 ]
-READ = [
-    ("One", "First text."),
-    ("One (2)", "Second\n\ntext."),
-    ("document 3", "Third."),
-    ("One (2) (2)", "Fourth."),
-]
+TITLES = ["One", "One (2)", "document 3", "One (2) (2)"]
+TEXTS = ["First text.", "Second\n\ntext.", "Third.", "Fourth."]
 
 
 def put_table(path: Path, kind: str, rows=ROWS):
@@ -121,7 +117,7 @@ def put_table(path: Path, kind: str, rows=ROWS):
 @pytest.mark.parametrize("kind", ["jsonl", "ndjson", "jsonl.gz", "parquet"])
 def test_tables_give_an_article_a_row(tmp_path, kind):
     path, counts = put_table(tmp_path / f"t.{kind}", kind), Counter()
-    assert read(path, counts=counts) == [(title, text, path.name) for title, text in READ]
+    assert read(path, counts=counts) == [(*row, path.name) for row in zip(TITLES, TEXTS, strict=True)]
     assert counts == {
         "repeated titles, numbered": 2,
         "documents without a title": 1,
@@ -260,11 +256,6 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
     refused([str(tmp_path), "Permission denied"], tmp_path)
 
 
-@pytest.mark.parametrize("limit", [0, -1, 1.5, "3", True])
-def test_a_bad_limit_is_refused(tmp_path, limit):
-    refused("limit", put(tmp_path / "a.txt").parent, limit=limit)
-
-
 # ----------------------------------------------------------------------------------------------------------------- hub
 
 
@@ -387,14 +378,6 @@ def test_a_missing_or_damaged_corpus_comes_with_its_command(nltk_data, monkeypat
 
 
 # ------------------------------------------------------------------------------------------------ slice, fingerprint
-
-
-def test_the_slice_of_wikipedia(monkeypatch):
-    made = [("One", ["a", "b"]), ("Two", ["c"])]
-    monkeypatch.setattr(slice, "wikipedia_slice", lambda: (made, {"pages": 5, "articles": 2, "paragraphs": 3}))
-    counts = Counter()
-    assert read("wikipedia", counts=counts) == [("One", "a\n\nb", "wikipedia"), ("Two", "c", "wikipedia")]
-    assert counts == {"pages": 5, "articles read": 2}
 
 
 def test_a_fingerprint_changes_with_the_files(tmp_path):

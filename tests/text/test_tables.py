@@ -189,7 +189,8 @@ def test_what_holds_no_ready_vectors_is_refused(tmp_path, hub):
     put(tmp_path / "a.txt")
     refused("ready vectors come from", tmp_path, read=rows_of)
     refused("ready vectors come from", "wikipedia", read=rows_of)
-    refused("limit", tmp_path, read=rows_of, limit=0)
+    for limit in (0, -1, 1.5, "3", True):
+        refused("limit", tmp_path, read=rows_of, limit=limit)
     with pytest.raises(TypeError, match="titel"):
         rows_of(tmp_path, titel="x")
     pq.write_table(pa.table({"emb": pa.array([], pa.list_(pa.float32())), "wiki_id": pa.array([], pa.int64())}),
