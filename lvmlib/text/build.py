@@ -5,14 +5,13 @@
 
 Needs the extra `encode`. Until it is finished, a build works in the folder `<out>.partial`:
 
-    lock                held while a process works there; names it
-    build.yaml          what is built: the parameters, the state of the source, the encoder's revision
+    lock                names the process that works there
+    build.yaml          the parameters, the state of the source, the encoder's revision
     chunks/             the chunks, or ready vectors in order (stage.py)
     shard-00000.npz …   vectors of `shard` chunks (shards.py)
     store/              the store; at the end it is renamed to `out`
 
-Each appears whole or not at all. A resumed build gives the same store, bit for bit on the same machine with as many
-threads. Axes: M chunks, A articles, D vector dimension.
+A resumed build gives the same store, bit for bit on the same machine with as many threads.
 """
 
 from __future__ import annotations
@@ -269,7 +268,7 @@ def _make(source: str, how: Options, work: Path, recipe: dict, shard: int, progr
     model = encoders.encoder(how.encoder, str(pick_device(how.device)), recipe["precision"]) if encode else None
     try:
         built = read_tables(folder)
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # not finished, or damaged
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         _read(source, how, folder, recipe, model, progress)

@@ -53,7 +53,6 @@ LETTER = re.compile(r"[^\W\d_]")
 SCHEMA = (
     *(f"PRAGMA {p}" for p in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", "cache_size=-131072")),
     "BEGIN",
-    "CREATE TABLE document (article INTEGER PRIMARY KEY, title TEXT, source TEXT)",
     "CREATE TABLE chunk (row INTEGER PRIMARY KEY, article INTEGER, mark INTEGER, line BLOB)",
     # Of each mark (a hash of a chunk's words): its first row, the number of articles that hold it, the last of them.
     "CREATE TABLE same (mark INTEGER PRIMARY KEY, first INTEGER, articles INTEGER, last INTEGER)",
@@ -207,21 +206,33 @@ def write_chunks(
         with closing(sqlite3.connect(index, isolation_level=None)) as database:
             for statement in SCHEMA:
                 database.execute(statement)
-            _read(documents, how, database, counts, progress)
-            tables = _drop(folder, database, near_duplicates or 0, boilerplate or 0, counts, progress)
+            heads = _read(documents, how, database, counts, progress)
+            articles = array("i")  # of the chunks that stay
+            with open(folder / "texts.jsonl", "wb") as texts:
+                for article, line in _remaining(database, near_duplicates or 0, boilerplate or 0, counts, progress):
+                    articles.append(article)
+                    texts.write(line)
     finally:
         index.unlink(missing_ok=True)
-    write_tables(folder, *tables, counts)
+    if not articles:
+        raise LVMError(f"all chunks repeat each other ({dict(counts)}); set boilerplate and near_duplicates to 0")
+    remaining, number, size = np.unique(articles, return_inverse=True, return_counts=True)
+    position = np.arange(len(number)) - np.repeat(np.cumsum(size) - size, size)
+    counts["articles without a remaining chunk"] = len(heads) - len(remaining)
+    counts["articles"], counts["chunks"] = len(remaining), len(number)
+    counts["articles of one chunk"] = int((size == 1).sum())
+    titles, sources = zip(*(heads[article] for article in remaining), strict=True)
+    write_tables(folder, np.stack([number, position], 1).astype(np.int32), titles, sources, counts)
 
 
 def _check_drops(cut: Cut, near_duplicates: float | None, boilerplate: int | None) -> None:
-    for name, value, types in (("near_duplicates", near_duplicates, (int, float)), ("boilerplate", boilerplate, int)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
-            raise LVMError(f"{name}: {value!r} is not a number; change it")
-    if near_duplicates and not 0.5 <= near_duplicates <= 1:
-        raise LVMError(f"near_duplicates: {near_duplicates!r} must be between 0.5 and 1, or 0 for none")
-    if boilerplate and boilerplate < 2:
-        raise LVMError(f"boilerplate: {boilerplate!r} must be at least 2 articles, or 0 for none")
+    for name, value, types, least, most in (
+        ("near_duplicates", near_duplicates, int | float, 0.5, 1),
+        ("boilerplate", boilerplate, int, 2, np.inf),
+    ):
+        valid = isinstance(value, types | None) and not isinstance(value, bool)
+        if not valid or (value and not least <= value <= most):
+            raise LVMError(f"{name}: {value!r} is no number from {least} to {most}; correct it, or take 0 for none")
     jaccard = cut.overlap / (2 * cut.tokens - cut.overlap) if cut.unit == "tokens" else 0  # of one window to the next
     if near_duplicates and jaccard >= near_duplicates - 0.05:
         raise LVMError(
@@ -230,49 +241,29 @@ def _check_drops(cut: Cut, near_duplicates: float | None, boilerplate: int | Non
         )
 
 
-def _read(documents, how: dict, database, counts: Counter, progress) -> None:
-    """First pass: put all documents and chunks into the database, and for each hash the articles that hold it."""
-    row = article = 0
-    for article, document in enumerate(documents, 1):
-        database.execute("INSERT INTO document VALUES (?, ?, ?)", (article, document.title, document.source))
+def _read(documents, how: dict, database, counts: Counter, progress) -> list[tuple[str, str]]:
+    """First pass: put all chunks into the database, and for each hash the articles that hold it.
+
+    Returns the articles' titles and sources.
+    """
+    heads, row = [], 0
+    for article, document in enumerate(documents):
+        heads.append((document.title, document.source))
         for chunk in chunks(document.text, counts=counts, **how):
             line = json.dumps(chunk, ensure_ascii=False).encode() + b"\n"
             mark = int.from_bytes(blake2b(normal(chunk).encode(), digest_size=8).digest(), "little", signed=True)
             database.execute("INSERT INTO chunk VALUES (?, ?, ?, ?)", (row, article, mark, line))
             database.execute(COUNT_ARTICLES, (mark, row, article))
             row += 1
-        progress(article, "articles read")
-    counts["articles read"], counts["chunks cut"] = article, row
+        progress(article + 1, "articles read")
+    counts["articles read"], counts["chunks cut"] = len(heads), row
     if not row:
-        raise LVMError(f"no chunk in {article} articles ({dict(counts)}); lower shortest, or look at the source")
-
-
-def _drop(folder: Path, database, near_duplicates: float, boilerplate: int, counts: Counter, progress) -> tuple:
-    """Second pass: write the texts that stay; return (chunks, titles, sources)."""
-    titles, sources, rows = [], [], array("i")
-    current = position = 0
-    with open(folder / "texts.jsonl", "wb") as texts:
-        for article, line in _remaining(database, near_duplicates, boilerplate, counts, progress):
-            if article != current:
-                head = database.execute("SELECT title, source FROM document WHERE article = ?", (article,))
-                title, source = head.fetchone()
-                titles.append(title)
-                sources.append(source)
-                current, position = article, 0
-            texts.write(line)
-            rows.extend((len(titles) - 1, position))
-            position += 1
-    if not titles:
-        raise LVMError(f"all chunks repeat each other ({dict(counts)}); set boilerplate and near_duplicates to 0")
-    chunks = np.array(rows, np.int32).reshape(-1, 2)
-    counts["articles without a remaining chunk"] = counts["articles read"] - len(titles)
-    counts["articles"], counts["chunks"] = len(titles), len(chunks)
-    counts["articles of one chunk"] = int((np.bincount(chunks[:, 0]) == 1).sum())
-    return chunks, titles, sources
+        raise LVMError(f"no chunk in {len(heads)} articles ({dict(counts)}); lower shortest, or look at the source")
+    return heads
 
 
 def _remaining(database, near_duplicates: float, boilerplate: int, counts: Counter, progress) -> Iterator:
-    """Yield (article, line of texts.jsonl) of the chunks that stay; count the others."""
+    """Second pass: yield (article, line of texts.jsonl) of the chunks that stay; count the others."""
 
     def read(row: int) -> str:
         return json.loads(database.execute("SELECT line FROM chunk WHERE row = ?", (row,)).fetchone()[0])

@@ -28,10 +28,10 @@ from ..data.store import sha256_file
 from ..device import pick_device, pick_precision
 from ..errors import LVMError, format_error, require
 from ..io.paths import ROOT
+from .readers import HUB_NAME
 
 OFFLINE = "all-MiniLM-L6-v2"  # the encoder that comes with the extra
 PER_CHUNK = 128  # a batch holds as many tokens, padding included, as `batch_size` chunks of this many
-HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?"
 # What a hub repository holds besides a model that torch reads: the same in other formats, and scripts.
 FOREIGN = re.compile(r"(^|/)(onnx|openvino|\.)|\.(onnx|h5|msgpack|ot|ckpt|pth?|py|ipynb|md|csv|tsv|parquet)$")
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
@@ -64,8 +64,7 @@ class Encoder:
 
 
 def encoder(name: str = OFFLINE, device: str | None = None, precision: str = "float32") -> Encoder:
-    """Load an encoder: `all-MiniLM-L6-v2` (comes with the extra, needs no network), another sentence-transformers model
-    of the hub (OWNER/NAME or OWNER/NAME@REVISION), or the folder of one.
+    """Load a sentence-transformers model: the offline one, OWNER/NAME or OWNER/NAME@REVISION of the hub, or a folder.
 
     `device`: cpu, cuda, …; None picks. `precision`: float32, bfloat16, or auto (bfloat16 where it is fast). No code of
     a model is run: weights come from safetensors or torch's restricted unpickler, and modules other than those of

@@ -15,6 +15,7 @@ from ..errors import LVMError, require
 from ..io.inherit import nearest
 from .markdown import prose
 
+HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?"  # OWNER/NAME@REVISION
 LARGEST = 1 << 28  # bytes of one article, which is held in memory
 
 

@@ -28,7 +28,7 @@ from ..io.inherit import nearest
 from ..io.paths import ROOT
 from . import slice as wikipedia
 from .corpora import CORPORA, corpus_state, read_corpus
-from .readers import Files, Query, read_files, read_hub, read_lines, read_parquet
+from .readers import HUB_NAME, Files, Query, read_files, read_hub, read_lines, read_parquet
 
 TITLE_LENGTH = 300  # characters
 
@@ -181,7 +181,7 @@ def _file_state(files: Files) -> list:
 
 
 def _hub_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", name):
+    if not re.fullmatch(HUB_NAME, name):
         raise LVMError(f"hub:{name}: name it hub:OWNER/NAME, such as hub:wikimedia/wikipedia")
     return name
 

@@ -35,7 +35,9 @@ class Built:
     limit: int | None = None  # tokens that the encoder reads
 
 
-def write_tables(folder: Path, chunks: np.ndarray, titles: list[str], sources: list[str], counts: Mapping) -> None:
+def write_tables(
+    folder: Path, chunks: np.ndarray, titles: Sequence[str], sources: Sequence[str], counts: Mapping
+) -> None:
     """Write the tables beside the texts or vectors in `folder`; the stage is then finished."""
     np.save(folder / "chunks.npy", chunks)
     documents = pd.DataFrame({"title": titles, "source": sources})
