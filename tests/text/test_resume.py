@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 POINTS = {
     "begun": (E, "_begin", 1, "after"),
-    "in the middle of cutting": (E.chunking, "_drop", 1, "before"),
+    "in the middle of cutting": (E.chunking, "_remaining", 1, "before"),
     "after cutting": (E, "_read", 1, "after"),
     "before the first shard": (shards, "_save", 1, "before"),
     "in the fourth shard's file": (shards, "_save", 4, "after"),
