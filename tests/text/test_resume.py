@@ -89,8 +89,8 @@ def test_killed_at_random_again_and_again(folder, tmp_path, hashed, whole):
 
 
 FAULTS = {
-    "interrupt": (Hashed, "encode", KeyboardInterrupt(), KeyboardInterrupt, ""),
-    "full memory": (Hashed, "encode", MemoryError(), MemoryError, ""),
+    "interrupt": (Hashed, "encode", KeyboardInterrupt(), KeyboardInterrupt, None),
+    "full memory": (Hashed, "encode", MemoryError(), MemoryError, None),
     "full device": (Hashed, "encode", torch.OutOfMemoryError("full"), LVMError, "lower batch_size from 32"),
     "full disk": (shards, "_save", OSError(errno.ENOSPC, "full"), LVMError, r"shard-00004\.npz.*the disk is full"),
 }
