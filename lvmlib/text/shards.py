@@ -25,14 +25,14 @@ RESUMABLE = "finished work is kept: call again to continue"
 
 
 class Progress:
-    """A bar if a person watches; else a line after each shard, and every 30 seconds."""
+    """Lines every 30 seconds; while encoding a bar if a person watches, else a line after each shard, too."""
 
     def __init__(self, wanted: bool):
-        self.watched, self.logged = wanted and watched(), wanted and not watched()
+        self.wanted, self.shown = wanted, None
         self.last = time.monotonic()  # when a line was printed
 
     def log(self, text: str) -> None:
-        if self.logged:
+        if self.wanted and self.shown is None:
             print(text, flush=True)
         self.last = time.monotonic()
 
@@ -45,7 +45,7 @@ class Progress:
         self.total, self.done, self.new, self.since = total, 0, 0, time.monotonic()
         bar = {"total": total, "unit": "chunk", "desc": "encoding"}
         # Without a bar, no tqdm at all: a killed fork would leave its lock held.
-        with tqdm(**bar) if self.watched else contextlib.nullcontext() as self.shown:
+        with tqdm(**bar) if self.wanted and watched() else contextlib.nullcontext() as self.shown:
             yield
 
     def skip(self, count: int) -> None:
