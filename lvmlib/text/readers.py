@@ -83,13 +83,11 @@ def read_files(files: Files, query: Query, counts: Counter) -> Iterator[tuple]:
 
 
 def _file_text(path: Path) -> str:
-    try:
+    with wrap_errors(str(path), "make it readable, or take it away"):
         size = path.stat().st_size
         if size > LARGEST:
             raise LVMError(f"{path}: {size:,} bytes are too many for an article (at most {LARGEST:,}); split it")
         return decode(path.read_bytes(), str(path))
-    except OSError as e:
-        raise LVMError(f"{path}: cannot be read ({e.strerror}); make it readable, or take it away") from e
 
 
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
