@@ -5,23 +5,22 @@
 
 Needs the extra `encode`. Until it is finished, a build works in the folder `<out>.partial`:
 
-    lock                held while a process works there; names it
-    build.yaml          what is built: the parameters, the state of the source, the encoder's revision
-    chunks/             the chunks (chunking.write_chunks), or ready vectors in order (tables.group_rows)
+    lock                names the process that works there
+    build.yaml          the parameters, the state of the source, the encoder's revision
+    chunks/             the chunks, or ready vectors in order (stage.py)
     shard-00000.npz …   vectors of `shard` chunks (shards.py)
     store/              the store; at the end it is renamed to `out`
 
-Each appears whole or not at all. A resumed build gives the same store, bit for bit on the same machine with as many
-threads. Axes: M chunks, A articles, D vector dimension.
+A resumed build gives the same store, bit for bit on the same machine with as many threads.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -37,15 +36,19 @@ from ..data.open import embedded
 from ..device import pick_device
 from ..errors import LVMError, format_error
 from ..io import limits as untrusted
-from ..io.disk import lock, sync, write_atomic
+from ..io.disk import lock, set_aside, sync, write_atomic
 from ..io.paths import LONGEST, ROOT, outputs
 from ..windows import Store
 from . import chunking, encoders, sources
-from .datasheet import Built, datasheet
+from .datasheet import datasheet
 from .shards import RESUMABLE, Progress, encode_shards, join_shards
-from .tables import VectorRows, group_rows, vector_rows
+from .stage import Built, read_tables
+from .tables import group_rows, vector_rows
 
 RESULT_ONLY = ("name", "ood", "keep_text")  # may change while a build goes on: no chunk and no vector depends on them
+SPEED_ONLY = ("device", "batch_size", "shard")  # the same store whatever these are
+OF_TEXT = ("unit", "shortest", "longest", "tokens", "overlap", "language", "near_duplicates", "boilerplate")
+OF_TEXT += ("encoder", "precision")  # not of ready vectors
 FRESH = 'begin anew with fresh=True (in the notebook -p fresh True, with make ARGS="-p fresh True")'
 
 
@@ -79,10 +82,8 @@ class Options:
     shard: int = 4096  # chunks that are encoded and written at a time; no more are in memory
 
     def __post_init__(self):
-        for key in ("batch_size", "shard"):
-            if (value := getattr(self, key)) is None:
-                raise LVMError(f"{key}: None is not a number; give a whole number of at least 1")
-            sources.check_limit(value, key)
+        sources.check_limit(self.batch_size or 0, "batch_size")
+        sources.check_limit(self.shard or 0, "shard")
         sources.check_limit(self.articles, "articles")
         splits.rule(self.ood)
         if self.vectors is None and (self.article or self.position):
@@ -104,7 +105,8 @@ def build(source: str, out: str | os.PathLike, *, fresh: bool = False, progress:
     how = Options(**options)
     out = Path(os.path.normpath(ROOT / os.path.expanduser(os.fspath(out))))
     work = out.with_name(out.name + ".partial")
-    recipe, optional = _recipe(source, how, out, fresh)
+    kind, _ = sources.locate(source)
+    recipe, optional = _recipe(source, kind, how, out, fresh)
     try:
         if fresh:
             _set_aside(out, work)
@@ -114,14 +116,12 @@ def build(source: str, out: str | os.PathLike, *, fresh: bool = False, progress:
             if os.path.lexists(out):  # another process was first
                 return _reuse(out, work, recipe, optional)
             shard = _begin(work, recipe, how.shard)
-            steps = _encode if how.vectors is None else _group
-            built = steps(source, how, work, recipe, shard, Progress(progress))
-            _assemble(work, out, recipe, sources.locate(source)[0], built)
+            built = _make(source, how, work, recipe, shard, Progress(progress))
+            _assemble(work, out, recipe, kind, built)
             _clear(work)
-    except OSError as e:
-        raise LVMError(
-            f"{out}: cannot be built ({e.strerror or e}); free some room, or name another; {RESUMABLE}"
-        ) from e
+    except (OSError, sqlite3.Error) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise LVMError(f"{out}: cannot be built ({reason}); free some room, or name another; {RESUMABLE}") from e
     return store_format.open_store(out)
 
 
@@ -151,33 +151,29 @@ def store_folder(
     return outputs() / ("fast" if fast else "") / "datasets" / name
 
 
-def _recipe(source: str, how: Options, out: Path, fresh: bool) -> tuple[dict, set[str]]:
+def _recipe(source: str, kind: str, how: Options, out: Path, fresh: bool) -> tuple[dict, set[str]]:
     """Return what identifies a build, and the keys of it that may differ in a store that is finished."""
-    kind, _ = sources.locate(source)
-    recipe, ready, optional = asdict(how), how.vectors is not None, set()
-    device = pick_device(how.device)
+    recipe, optional, left_out = asdict(how), set(), {*SPEED_ONLY}
     name = source if sources.KINDS[kind].check else Path(os.path.abspath(ROOT / os.path.expanduser(source))).name
     recipe |= {"source": name, "source_fingerprint": sources.fingerprint(source, how.config, how.subset)}
     recipe |= {"name": str(how.name or out.name), "keep_text": bool(how.keep_text)}
-    left_out = {"device", "batch_size", "shard"}  # the same store whatever these are
-    if ready:
-        left_out |= {"unit", "shortest", "longest", "tokens", "overlap", "language", "near_duplicates", "boilerplate"}
-        left_out |= {"encoder", "precision"}
+    device = pick_device(how.device)
+    if how.vectors is not None:
+        left_out |= {*OF_TEXT}
     else:
         left_out |= {"vectors", "article", "position"} | ({"tokens", "overlap"} if how.unit != "tokens" else set())
         recipe |= {"text": how.text or "text", "title": how.title or "title", "shortest": how.cut().shortest}
         recipe |= {"near_duplicates": how.near_duplicates or 0, "boilerplate": how.boilerplate or 0}
         try:
-            encoder, _, revision = encoders.find(how.encoder)
+            recipe["encoder"], _, recipe["encoder_revision"] = encoders.find(how.encoder)
         except LVMError:
             if fresh or not (out / "datasheet.yaml").exists():
                 raise
-            encoder, revision = str(how.encoder).partition("@")[0], ""  # a finished store opens without its encoder
-            optional.add("encoder_revision")
+            recipe["encoder"] = str(how.encoder).partition("@")[0]
+            optional.add("encoder_revision")  # a finished store opens without its encoder
+        recipe["precision"] = encoders.computed_in(how.precision, device)
         if how.precision == "auto":
             optional.add("precision")
-        recipe |= {"encoder": encoder, "encoder_revision": revision}
-        recipe |= {"precision": encoders.computed_in(how.precision, device)}
     return {key: value for key, value in recipe.items() if key not in left_out}, optional
 
 
@@ -217,17 +213,12 @@ def _clear(work: Path) -> None:
 
 
 def _set_aside(out: Path, work: Path) -> None:
-    """Rename what an earlier build left to NAME.old-1, or the next number that is free; nothing is deleted."""
-
-    def rename(path: Path) -> None:
-        number = next(i for i in range(1, 10**6) if not os.path.lexists(f"{path}.old-{i}"))
-        path.rename(f"{path}.old-{number}")
-
+    """Rename what an earlier build left; nothing is deleted."""
     if (work / "build.yaml").exists():
         with _lock(work):
-            rename(work)
+            set_aside(work)
     if os.path.lexists(out):
-        rename(out)
+        set_aside(out)
 
 
 @contextlib.contextmanager
@@ -257,121 +248,77 @@ def _begin(work: Path, recipe: dict, shard: int) -> int:
     if path.exists():
         begun = _read_begun(work)
         differences = _differences(begun["recipe"], recipe, RESULT_ONLY)
-        cut = any((work / "chunks" / name).exists() for name in ("chunked.json", "grouped.json"))
-        if differences and cut:
+        chunked = (work / "chunks" / "chunked.json").exists()
+        if differences and chunked:
             raise LVMError(
                 f"{work}: another build was begun there ({differences}); resume it with its options, name another "
                 f"folder, or {FRESH}"
             )
-        if differences:  # it was stopped before anything was finished
-            shutil.rmtree(work / "chunks", ignore_errors=True)
-        shard = begun["shard"] if cut else shard
+        shard = begun["shard"] if chunked else shard
     elif set(os.listdir(work)) - {"lock", "build.yaml.partial"}:
         raise LVMError(f"{work}: is the work folder, but holds something else; move it aside, or name another out")
-    _write(path, yaml.safe_dump({"recipe": recipe, "shard": shard}, sort_keys=False, allow_unicode=True))
+    content = yaml.safe_dump({"recipe": recipe, "shard": shard}, sort_keys=False, allow_unicode=True)
+    write_atomic(path, lambda partial: partial.write_text(content, encoding="utf-8"), RESUMABLE)
     return shard
 
 
-def _write(path: Path, content: str) -> None:
-    write_atomic(path, lambda partial: Path(partial).write_text(content, encoding="utf-8"), RESUMABLE)
-
-
-def _columns(how: Options, recipe: dict, *names: str) -> dict:
-    return {key: recipe[key] for key in ("text", "title", "config", "subset", *names)} | {"limit": how.articles}
-
-
-def _cut(source: str, how: Options, folder: Path, recipe: dict, tokenizer, progress: Progress) -> None:
-    """Write the chunks of the source into `folder`, unless they are there."""
-    with contextlib.suppress(OSError, ValueError, LVMError):
-        _read_chunks(folder)
-        return
-    counts = Counter()
-    documents = sources.documents(source, **_columns(how, recipe), counts=counts)
-    drops = {"near_duplicates": recipe["near_duplicates"], "boilerplate": recipe["boilerplate"]}
-    cut = asdict(how.cut()) | {"tokenizer": tokenizer}
-    chunking.write_chunks(documents, folder, **drops, **cut, counts=counts, progress=progress.reading)
-
-
-def _read_chunks(folder: Path) -> tuple[np.ndarray, Sequence[str], pd.DataFrame, dict]:
-    """Read what `write_chunks` wrote. Raises an error if it is not whole."""
-    counts = json.loads((folder / "chunked.json").read_text(encoding="utf-8"))
-    chunks = np.load(folder / "chunks.npy")
-    documents = pd.read_csv(folder / "documents.csv", keep_default_na=False, dtype=str)
-    if not len(chunks) or len(documents) != chunks[-1, 0] + 1:
-        raise ValueError("tables that do not agree")
-    return chunks, store_format.Texts(folder / "texts.jsonl", len(chunks)), documents, counts
-
-
-def _encode(source: str, how: Options, work: Path, recipe: dict, shard: int, progress: Progress) -> Built:
-    """Cut the source and encode it into shards; what is there and whole is kept."""
-    model = encoders.encoder(how.encoder, str(pick_device(how.device)), recipe["precision"])
-    _cut(source, how, work / "chunks", recipe, model.tokenizer, progress)
-    chunks, texts, documents, counts = _read_chunks(work / "chunks")
-    titles, origins = documents["title"].tolist(), documents["source"].tolist()
+def _make(source: str, how: Options, work: Path, recipe: dict, shard: int, progress: Progress) -> Built:
+    """Cut and encode a source, or order its ready vectors; what an earlier call finished is kept."""
+    folder, encode = work / "chunks", how.vectors is None
+    model = encoders.encoder(how.encoder, str(pick_device(how.device)), recipe["precision"]) if encode else None
     try:
-        splits.check_articles(np.bincount(chunks[:, 0]), recipe["ood"], origins)
-    except LVMError as e:
-        (work / "chunks" / "chunked.json").unlink()  # so that other options can be tried
-        blank = "; a paragraph ends at a blank line: has the text any?" if recipe["unit"] == "paragraph" else ""
-        raise LVMError(f"{e}{blank}") from e
-    size = f"{len(chunks):,} chunks of {counts['articles']:,} articles"
-    progress.log(f"{size}; encoder {model.name} in {model.precision} on {model.device}")
-    parts, lengths = encode_shards(model, texts, work, shard, how.batch_size, progress)
-    limit = model.max_seq_length
-    if limit is not None and lengths["tokens"].any():
-        counts["chunks cut off by the encoder"] = int((lengths["tokens"] > limit).sum())
-    return Built(counts, lengths, titles, origins, parts, limit)
-
-
-def _group(source: str, how: Options, work: Path, recipe: dict, _shard: int, progress: Progress) -> Built:
-    """Write ready vectors into chunks/ in the order of articles and positions, unless they are there."""
-    folder = work / "chunks"
-    finished, texts = folder / "grouped.json", folder / "texts.jsonl"
-    if not finished.exists():
+        built = read_tables(folder)
+    except (OSError, ValueError):  # not finished, or damaged
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        counts = Counter()
-        blocks = vector_rows(source, **_columns(how, recipe, "vectors", "article", "position"), counts=counts)
-        titles, origins = group_rows(_watch(blocks, progress), folder, counts)
-        splits.check_articles(np.bincount(np.load(folder / "chunks.npy")[:, 0]), recipe["ood"], origins)
-        sync(folder)
-        _write(finished, json.dumps({"counts": counts, "titles": titles, "sources": origins}))
-    grouped, lengths = json.loads(finished.read_text(encoding="utf-8")), {}
-    if texts.exists():
-        count = len(np.load(folder / "chunks.npy", mmap_mode="r"))
-        lengths["characters"] = np.fromiter(map(len, store_format.Texts(texts, count)), np.int32, count)
-    return Built(grouped["counts"], lengths, grouped["titles"], grouped["sources"])
+        _read(source, how, folder, recipe, model, progress)
+        built = read_tables(folder)
+    try:
+        splits.check_articles(np.bincount(built.chunks[:, 0]), recipe["ood"], built.sources)
+    except LVMError as e:
+        (folder / "chunked.json").unlink()  # so that other options can be tried
+        blank = "; a paragraph ends at a blank line: has the text any?" if recipe.get("unit") == "paragraph" else ""
+        raise LVMError(f"{e}{blank}") from e
+    if encode:
+        size = f"{len(built.chunks):,} chunks of {len(built.titles):,} articles"
+        progress.log(f"{size}; encoder {model.name} in {model.precision} on {model.device}")
+        built.parts, built.tokens = encode_shards(model, built.texts, work, shard, how.batch_size, progress)
+        built.limit = model.max_seq_length
+        if built.limit is not None and built.tokens.any():
+            built.counts["chunks cut off by the encoder"] = int((built.tokens > built.limit).sum())
+    return built
 
 
-def _watch(blocks: Iterator[VectorRows], progress: Progress) -> Iterator[VectorRows]:
-    done = 0
-    with progress.bar(unit="vector", desc="reading") as bar:
-        for block in blocks:
-            yield block
-            done += len(block.article)
-            if bar is not None:
-                bar.update(len(block.article))
-            progress.reading(done, "vectors read")
+def _read(source: str, how: Options, folder: Path, recipe: dict, model, progress: Progress) -> None:
+    """Write the chunks of a source, or its ready vectors in order, into `folder`."""
+    counts = Counter()
+    columns = {key: recipe[key] for key in ("text", "title", "config", "subset")} | {"limit": how.articles}
+    if model is None:
+        columns |= {key: recipe[key] for key in ("vectors", "article", "position")}
+        group_rows(vector_rows(source, **columns, counts=counts), folder, counts, progress.reading)
+        return
+    documents = sources.documents(source, **columns, counts=counts)
+    drops = {"near_duplicates": recipe["near_duplicates"], "boilerplate": recipe["boilerplate"]}
+    cut = asdict(how.cut()) | {"tokenizer": model.tokenizer}
+    chunking.write_chunks(documents, folder, **drops, **cut, counts=counts, progress=progress.reading)
 
 
 def _assemble(work: Path, out: Path, recipe: dict, kind: str, built: Built) -> None:
     """Put the store together from chunks and shards; it takes its name when it is whole."""
-    folder, texts = work / "store", work / "chunks" / "texts.jsonl"
+    folder = work / "store"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     if built.parts:
-        join_shards(built.parts, len(built.lengths["characters"]), folder / "vectors.npy")
+        join_shards(built.parts, len(built.chunks), folder / "vectors.npy")
     else:
         _link(work / "chunks" / "vectors.npy", folder)
     _link(work / "chunks" / "chunks.npy", folder)
-    if recipe["keep_text"] and texts.exists():
-        _link(texts, folder)
+    if recipe["keep_text"] and built.texts is not None:
+        _link(built.texts.path, folder)
     vectors = np.load(folder / "vectors.npy", mmap_mode="r")
-    chunks = np.load(folder / "chunks.npy")
-    split = splits.split_articles(vectors, chunks[:, 0], built.titles, recipe["ood"], built.sources)
+    split = splits.split_articles(vectors, built.chunks[:, 0], built.titles, recipe["ood"], built.sources)
     articles = pd.DataFrame({"title": built.titles, "split": split, "source": built.sources})
-    read = store_format.Texts(texts, len(chunks)) if texts.exists() else None
-    sheet = datasheet(recipe, kind, built, vectors.shape[1], chunks[:, 0], split, read)
+    sheet = datasheet(recipe, kind, built, vectors.shape[1], split)
     store_format.seal(folder, recipe["name"], articles, sheet)
     sync(folder)
     folder.rename(out)

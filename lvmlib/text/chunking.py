@@ -10,16 +10,14 @@ Axes: M chunks, A articles. `write_chunks` keeps its indexes in an SQLite file, 
 
 from __future__ import annotations
 
-import csv
-import difflib
 import json
-import os
 import re
 import sqlite3
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -28,9 +26,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import LVMError, require
-from ..io.disk import sync, write_atomic
+from ..io.inherit import nearest
 from .duplicates import NearDuplicates, normal
 from .sources import Document
+from .stage import write_tables
 
 UNITS = ("paragraph", "sentence", "tokens")
 SHORTEST = {"paragraph": 80, "sentence": 30, "tokens": 0}  # characters of a chunk, by default
@@ -51,12 +50,9 @@ UNSEEN = re.compile("[\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u20
 CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")  # and halves of surrogate pairs
 LETTER = re.compile(r"[^\W\d_]")
 
-STAGE_FILES = ("texts.jsonl", "chunks.npy", "documents.csv", "chunked.json")
-WORK_FILES = ("index.sqlite", "chunks.part", "chunked.json.partial")
 SCHEMA = (
     *(f"PRAGMA {p}" for p in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", "cache_size=-131072")),
     "BEGIN",
-    "CREATE TABLE document (article INTEGER PRIMARY KEY, title TEXT, source TEXT)",
     "CREATE TABLE chunk (row INTEGER PRIMARY KEY, article INTEGER, mark INTEGER, line BLOB)",
     # Of each mark (a hash of a chunk's words): its first row, the number of articles that hold it, the last of them.
     "CREATE TABLE same (mark INTEGER PRIMARY KEY, first INTEGER, articles INTEGER, last INTEGER)",
@@ -89,16 +85,13 @@ class Cut:
 
     def __post_init__(self):
         if self.unit not in UNITS:
-            near = difflib.get_close_matches(str(self.unit), UNITS, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise LVMError(f"unit: unknown {self.unit!r}{hint}; known: {', '.join(UNITS)}")
+            raise LVMError(f"unit: unknown {self.unit!r}{nearest(self.unit, UNITS)}; known: {', '.join(UNITS)}")
         if self.shortest is None:
             object.__setattr__(self, "shortest", SHORTEST[self.unit])
         for name, least in {"shortest": 0, "longest": 1, "tokens": 1, "overlap": 0}.items():
             value = getattr(self, name)
-            if name == "longest" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if not valid and (name, value) != ("longest", None):
                 raise LVMError(f"{name}: {value!r} is not a whole number of at least {least}; change it")
         if self.longest is not None and self.longest < self.shortest:
             raise LVMError(f"longest: {self.longest} characters is less than shortest ({self.shortest}); raise it")
@@ -129,25 +122,20 @@ def chunks(text: str, unit: str = "paragraph", *, counts: Counter | None = None,
 
     `how`: the fields of Cut. `counts` counts what was dropped. Raises LVMError on a value that cannot be used.
     """
-    return _chunks(text, Cut(unit, **how), Counter() if counts is None else counts)
-
-
-def _chunks(text: str, how: Cut, counts: Counter) -> list[str]:
-    paragraphs = _paragraphs(clean(text))
-    if how.unit == "tokens":
-        pieces: Iterable[str] = _windows("\n".join(paragraphs), how)
-    elif how.unit == "sentence":
-        pieces = (s for paragraph in paragraphs for s in _sentences(paragraph, how.language))
-    elif how.longest is None:
-        pieces = paragraphs
+    cut, counts = Cut(unit, **how), Counter() if counts is None else counts
+    paragraphs = [" ".join(block.split()) for block in re.split(r"\n\s*\n", clean(text)) if block.strip()]
+    if cut.unit == "tokens":
+        pieces: Iterable[str] = _windows("\n".join(paragraphs), cut)
+    elif cut.unit == "sentence":
+        pieces = (sentence for paragraph in paragraphs for sentence in _sentences(paragraph, cut.language))
     else:
-        pieces = (part for paragraph in paragraphs for part in _parts(paragraph, how, counts))
+        pieces = (part for paragraph in paragraphs for part in _parts(paragraph, cut, counts))
     chosen = []
     for chunk in pieces:
-        if len(chunk) < how.shortest:
-            counts[f"chunks shorter than {how.shortest} characters"] += 1
-        elif how.longest is not None and len(chunk) > how.longest:
-            counts[f"chunks longer than {how.longest} characters"] += 1
+        if len(chunk) < cut.shortest:
+            counts[f"chunks shorter than {cut.shortest} characters"] += 1
+        elif cut.longest is not None and len(chunk) > cut.longest:
+            counts[f"chunks longer than {cut.longest} characters"] += 1
         elif not LETTER.search(chunk):
             counts["chunks without a letter"] += 1
         else:
@@ -155,175 +143,127 @@ def _chunks(text: str, how: Cut, counts: Counter) -> list[str]:
     return chosen
 
 
-def _paragraphs(text: str) -> list[str]:
-    blocks, lines = [], []
-    for line in [*text.split("\n"), ""]:
-        words = line.split()
-        lines += words
-        if lines and not words:
-            blocks.append(" ".join(lines))
-            lines = []
-    return blocks
-
-
 def _sentences(paragraph: str, language: str) -> Iterator[str]:
-    for sentence in require("sentencex").segment(language, paragraph):
-        sentence = sentence.strip()
-        if sentence:
-            yield sentence
+    return filter(None, map(str.strip, require("sentencex").segment(language, paragraph)))
 
 
-def _parts(paragraph: str, how: Cut, counts: Counter) -> Iterator[str]:
-    """Yield a paragraph as it is, or, if it is too long, its sentences in as few runs as fit into `longest`."""
-    if len(paragraph) <= how.longest:
-        yield paragraph
-        return
-    counts[f"paragraphs longer than {how.longest} characters, split"] += 1
-    part = ""
-    for sentence in _sentences(paragraph, how.language):
-        if part and len(part) + 1 + len(sentence) <= how.longest:
-            part += " " + sentence
-            continue
-        if part:
-            yield part
-        part = sentence  # one that is too long by itself is dropped and counted by the caller
-    if part:
-        yield part
+def _parts(paragraph: str, cut: Cut, counts: Counter) -> list[str]:
+    """Return a paragraph as it is, or, if it is too long, its sentences in as few runs as fit into `longest`."""
+    if cut.longest is None or len(paragraph) <= cut.longest:
+        return [paragraph]
+    counts[f"paragraphs longer than {cut.longest} characters, split"] += 1
+    parts = [""]
+    for sentence in _sentences(paragraph, cut.language):
+        if parts[-1] and len(parts[-1]) + 1 + len(sentence) <= cut.longest:
+            parts[-1] += " " + sentence
+        else:
+            parts.append(sentence)  # one that is too long by itself is dropped and counted by the caller
+    return parts[1:]
 
 
-def _windows(text: str, how: Cut) -> Iterator[str]:
-    if not getattr(how.tokenizer, "is_fast", False):
-        raise LVMError(
-            f"tokenizer: unit tokens needs a fast tokenizer, not {type(how.tokenizer).__name__}; take another"
-        )
-    begins, ends, base = [], [], 0
+def _windows(text: str, cut: Cut) -> Iterator[str]:
+    if not getattr(cut.tokenizer, "is_fast", False):
+        kind = type(cut.tokenizer).__name__
+        raise LVMError(f"tokenizer: unit tokens needs a fast tokenizer, not {kind}; take another encoder")
+    options = {"add_special_tokens": False, "return_offsets_mapping": True, "truncation": False, "verbose": False}
+    spans, base = [], 0
     for line in text.split("\n"):  # a paragraph at a time: the offsets of a whole book take too much memory
         if line:
-            options = {"add_special_tokens": False, "return_offsets_mapping": True, "truncation": False}
-            for begin, end in how.tokenizer(line, **options, verbose=False)["offset_mapping"]:
-                if end > begin:  # some tokens cover no text
-                    begins.append(base + begin)
-                    ends.append(base + end)
+            offsets = cut.tokenizer(line, **options)["offset_mapping"]
+            spans += [(base + begin, base + end) for begin, end in offsets if end > begin]  # some cover no text
         base += len(line) + 1
-    start = 0
-    while start == 0 or len(begins) - start > how.overlap:
-        last = min(start + how.tokens, len(begins)) - 1
-        if last < 0:
-            return
-        window = text[begins[start] : ends[last]].strip()
+    for start in range(0, max(1, len(spans) - cut.overlap), cut.tokens - cut.overlap):
+        tokens = spans[start : start + cut.tokens]
+        window = text[tokens[0][0] : tokens[-1][1]].strip() if tokens else ""
         if window:
             yield window
-        start += how.tokens - how.overlap
 
 
 def write_chunks(
     documents: Iterable[Document],
-    folder: str | os.PathLike,
+    folder: Path,
     *,
     near_duplicates: float | None = 0.9,
     boilerplate: int | None = 3,
     counts: Counter | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    progress: Callable[[int, str], None] = lambda done, what: None,
     **how,
 ) -> None:
-    """Cut documents into chunks, drop what repeats, and write the others into `folder`:
+    """Cut documents into chunks, drop what repeats, and write the others into a new `folder`, as stage.py describes.
 
-        texts.jsonl     a JSON string a row: the chunks (M)
-        chunks.npy      (M, 2) int32: article 0 … A − 1, position 0, 1, 2, … in it (dropped chunks leave no gap)
-        documents.csv   article, title, source (A); articles without a remaining chunk are left out
-        chunked.json    the counts; written last: this stage is finished
-
-    Chunks are the same if their words are, up to case, digits, punctuation and whitespace. Chunks that are in
-    `boilerplate` or more articles are all dropped; of other repeats the first stays. Then a chunk is dropped if its
-    set of word triples has a Jaccard similarity of `near_duplicates` or more to an earlier chunk that stays (found by
-    MinHash, which misses about 1 pair in 2,000). 0 or None switches either off. `how`: the fields of Cut.
-    `progress(done, what)` is called with the articles read and the chunks compared. Raises LVMError on bad options, if
-    no chunk remains, or if the folder cannot be written.
+    Positions count the chunks that stay; articles without one are left out. Chunks are the same if their words are, up
+    to case, digits, punctuation and whitespace. Chunks that are in `boilerplate` or more articles are all dropped; of
+    other repeats the first stays. Then a chunk is dropped if its set of word triples has a Jaccard similarity of
+    `near_duplicates` or more to an earlier chunk that stays (found by MinHash, which misses about 1 pair in 2,000).
+    0 or None switches either off. `how`: the fields of Cut. `progress(done, what)` is called with the articles read
+    and the chunks compared. Raises LVMError on bad options, and if no chunk remains.
     """
     cut = Cut(**how)
     _check_drops(cut, near_duplicates, boilerplate)
-    folder, counts, progress = Path(folder), Counter() if counts is None else counts, progress or (lambda *_: None)
+    counts = Counter() if counts is None else counts
+    index = folder / "index.sqlite"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (*STAGE_FILES, *WORK_FILES):
-            (folder / name).unlink(missing_ok=True)
-        with ExitStack() as stack:
-            stack.callback(lambda: [(folder / name).unlink(missing_ok=True) for name in WORK_FILES])
-            database = sqlite3.connect(folder / "index.sqlite", isolation_level=None)
-            stack.callback(database.close)
+        with closing(sqlite3.connect(index, isolation_level=None)) as database:
             for statement in SCHEMA:
                 database.execute(statement)
-            _read(documents, cut, database, counts, progress)
-            _drop(folder, database, near_duplicates or 0, boilerplate or 0, counts, progress)
-        sync(folder)  # before the file that says that they are whole
-        text = json.dumps(dict(counts), indent=1, ensure_ascii=False)
-        write_atomic(folder / "chunked.json", lambda partial: partial.write_text(text, encoding="utf-8"))
-    except (OSError, sqlite3.Error) as e:
-        raise LVMError(f"{folder}: the chunks cannot be written ({e}); free some room, or name another folder") from e
+            heads = _read(documents, how, database, counts, progress)
+            articles = array("i")  # of the chunks that stay
+            with open(folder / "texts.jsonl", "wb") as texts:
+                for article, line in _remaining(database, near_duplicates or 0, boilerplate or 0, counts, progress):
+                    articles.append(article)
+                    texts.write(line)
+    finally:
+        index.unlink(missing_ok=True)
+    if not articles:
+        raise LVMError(f"all chunks repeat each other ({dict(counts)}); set boilerplate and near_duplicates to 0")
+    remaining, number, size = np.unique(articles, return_inverse=True, return_counts=True)
+    position = np.arange(len(number)) - np.repeat(np.cumsum(size) - size, size)
+    counts["articles without a remaining chunk"] = len(heads) - len(remaining)
+    counts["articles"], counts["chunks"] = len(remaining), len(number)
+    counts["articles of one chunk"] = int((size == 1).sum())
+    titles, sources = zip(*(heads[article] for article in remaining), strict=True)
+    write_tables(folder, np.stack([number, position], 1).astype(np.int32), titles, sources, counts)
 
 
 def _check_drops(cut: Cut, near_duplicates: float | None, boilerplate: int | None) -> None:
-    for name, value, types in (("near_duplicates", near_duplicates, (int, float)), ("boilerplate", boilerplate, int)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
-            raise LVMError(f"{name}: {value!r} is not a number; change it")
-    if near_duplicates and not 0.5 <= near_duplicates <= 1:
-        raise LVMError(f"near_duplicates: {near_duplicates!r} must be between 0.5 and 1, or 0 for none")
-    if boilerplate and boilerplate < 2:
-        raise LVMError(f"boilerplate: {boilerplate!r} must be at least 2 articles, or 0 for none")
-    if cut.unit == "tokens" and near_duplicates:
-        jaccard = cut.overlap / (2 * cut.tokens - cut.overlap)
-        if jaccard >= near_duplicates - 0.05:
-            raise LVMError(
-                f"overlap: windows of {cut.tokens} tokens that share {cut.overlap} are near-duplicates of each other "
-                f"(Jaccard {jaccard:.2f}, near_duplicates {near_duplicates}); lower overlap or drop near_duplicates"
-            )
+    for name, value, types, least, most in (
+        ("near_duplicates", near_duplicates, int | float, 0.5, 1),
+        ("boilerplate", boilerplate, int, 2, np.inf),
+    ):
+        valid = isinstance(value, types | None) and not isinstance(value, bool)
+        if not valid or (value and not least <= value <= most):
+            raise LVMError(f"{name}: {value!r} is no number from {least} to {most}; correct it, or take 0 for none")
+    jaccard = cut.overlap / (2 * cut.tokens - cut.overlap) if cut.unit == "tokens" else 0  # of one window to the next
+    if near_duplicates and jaccard >= near_duplicates - 0.05:
+        raise LVMError(
+            f"overlap: windows of {cut.tokens} tokens that share {cut.overlap} are near-duplicates of each other "
+            f"(Jaccard {jaccard:.2f}, near_duplicates {near_duplicates}); lower overlap or drop near_duplicates"
+        )
 
 
-def _read(documents, cut: Cut, database, counts: Counter, progress) -> None:
-    """First pass: put all documents and chunks into the database, and for each hash the articles that hold it."""
-    row = article = 0
-    for article, document in enumerate(documents, 1):
-        database.execute("INSERT INTO document VALUES (?, ?, ?)", (article, document.title, document.source))
-        for chunk in _chunks(document.text, cut, counts):
+def _read(documents, how: dict, database, counts: Counter, progress) -> list[tuple[str, str]]:
+    """First pass: put all chunks into the database, and for each hash the articles that hold it.
+
+    Returns the articles' titles and sources.
+    """
+    heads, row = [], 0
+    for article, document in enumerate(documents):
+        heads.append((document.title, document.source))
+        for chunk in chunks(document.text, counts=counts, **how):
             line = json.dumps(chunk, ensure_ascii=False).encode() + b"\n"
             mark = int.from_bytes(blake2b(normal(chunk).encode(), digest_size=8).digest(), "little", signed=True)
             database.execute("INSERT INTO chunk VALUES (?, ?, ?, ?)", (row, article, mark, line))
             database.execute(COUNT_ARTICLES, (mark, row, article))
             row += 1
-        progress(article, "articles read")
-    counts["articles read"], counts["chunks cut"] = article, row
+        progress(article + 1, "articles read")
+    counts["articles read"], counts["chunks cut"] = len(heads), row
     if not row:
-        raise LVMError(f"no chunk in {article} articles ({dict(counts)}); lower shortest, or look at the source")
-
-
-def _drop(folder: Path, database, near_duplicates: float, boilerplate: int, counts: Counter, progress) -> None:
-    """Second pass: write the chunks that stay into the files of the stage, in order."""
-    articles = current = position = 0
-    with ExitStack() as stack:
-        texts, chunks = (stack.enter_context(open(folder / name, "wb")) for name in ("texts.jsonl", "chunks.part"))
-        file = stack.enter_context(open(folder / "documents.csv", "w", encoding="utf-8", newline=""))
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["article", "title", "source"])
-        for article, line in _remaining(database, near_duplicates, boilerplate, counts, progress):
-            if article != current:
-                head = database.execute("SELECT title, source FROM document WHERE article = ?", (article,))
-                table.writerow([articles, *head.fetchone()])
-                articles, current, position = articles + 1, article, 0
-            texts.write(line)
-            chunks.write(np.array((articles - 1, position), "<i4").tobytes())
-            position += 1
-    if not articles:
-        raise LVMError(f"all chunks repeat each other ({dict(counts)}); set boilerplate and near_duplicates to 0")
-    rows = np.memmap(folder / "chunks.part", "<i4", "r").reshape(-1, 2)
-    np.save(folder / "chunks.npy", rows)
-    ends = np.append(np.flatnonzero(np.diff(rows[:, 0])), len(rows) - 1)
-    counts["articles without a remaining chunk"] = counts["articles read"] - articles
-    counts["articles"], counts["chunks"] = articles, len(rows)
-    counts["articles of one chunk"] = int((rows[ends, 1] == 0).sum())
+        raise LVMError(f"no chunk in {len(heads)} articles ({dict(counts)}); lower shortest, or look at the source")
+    return heads
 
 
 def _remaining(database, near_duplicates: float, boilerplate: int, counts: Counter, progress) -> Iterator:
-    """Yield (article, line of texts.jsonl) of the chunks that stay; count the others."""
+    """Second pass: yield (article, line of texts.jsonl) of the chunks that stay; count the others."""
 
     def read(row: int) -> str:
         return json.loads(database.execute("SELECT line FROM chunk WHERE row = ?", (row,)).fetchone()[0])

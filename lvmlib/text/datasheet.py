@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 
@@ -13,10 +12,11 @@ from ..data import splits
 from ..data.store import sha256_file
 from ..windows import SPLITS
 from .sources import KINDS
+from .stage import Built
 from .tables import warn_of_order, warn_of_titles
 
 TEXT_PACKAGES = ("sentence-transformers", "transformers", "tokenizers", "torch", "sentencex", "datasketch", "numpy")
-QUANTILES = {"shortest": 0, "quartile": 0.25, "median": 0.5, "third quartile": 0.75, "longest": 1}
+QUARTILES = ("shortest", "quartile", "median", "third quartile", "longest")
 UNITS = {
     "paragraph": ("Paragraphs", "a paragraph: text between blank lines, its whitespace made single spaces"),
     "sentence": ("Sentences", "a sentence, as sentencex splits a paragraph"),
@@ -24,21 +24,9 @@ UNITS = {
 }
 
 
-@dataclass(frozen=True)
-class Built:
-    """The articles of a build, the counts and lengths of its chunks, and its shards."""
-
-    counts: dict
-    lengths: dict[str, np.ndarray]  # (M,) each: characters, tokens
-    titles: list[str]
-    sources: list[str]
-    parts: Sequence[Path] = ()  # the shards; none where chunks/vectors.npy is whole
-    limit: int | None = None  # tokens that the encoder reads
-
-
-def datasheet(recipe: dict, kind: str, built: Built, dimension: int, article: np.ndarray, split, texts) -> dict:
-    """Return the datasheet; the same for the same build. `article` (M,), `split` (A,), `texts`: (M) or None."""
-    size = np.bincount(article, minlength=len(split))
+def datasheet(recipe: dict, kind: str, built: Built, dimension: int, split: np.ndarray) -> dict:
+    """Return the datasheet; the same for the same build. `split` (A,) strings."""
+    size = np.bincount(built.chunks[:, 0], minlength=len(split))
     tally = {"articles": size > 0, "usable_articles": size >= splits.USABLE, "chunks": size}
     longest = [built.titles[a] for a in np.argsort(-size, kind="stable") if split[a] == "ood"]
     ready = "vectors" in recipe
@@ -48,51 +36,48 @@ def datasheet(recipe: dict, kind: str, built: Built, dimension: int, article: np
         "source": recipe["source"] + (f", config {recipe['config']}" if recipe["config"] else ""),
         "source_fingerprint": recipe["source_fingerprint"],
     }
-    if texts is not None:
-        sheet["text_sha256"] = sha256_file(texts.path)
+    if built.texts is not None:
+        sheet["text_sha256"] = sha256_file(built.texts.path)
     sheet |= KINDS[kind].datasheet
     if ready:
         sheet["encoder"] = "not known: the vectors came with the source; made unit, stored as float16"
+        sheet["dimension"] = int(dimension)
     else:
+        how = f"frozen; computed in {recipe['precision']}, normalised, stored as float16."
         limit = f" It reads the first {built.limit} tokens of a chunk." if built.limit else ""
-        sheet["encoder"] = f"{recipe['encoder']}, frozen; computed in {recipe['precision']}, normalised, stored as "
-        sheet["encoder"] += f"float16.{limit}"
+        sheet["encoder"] = f"{recipe['encoder']}, {how}{limit}"
         sheet["encoder_revision"] = recipe["encoder_revision"]
-    sheet["dimension"] = int(dimension)
-    if not ready:
+        sheet["dimension"] = int(dimension)
         sheet["chunks"] = _describe_chunks(recipe)
     sheet["counts"] = built.counts
-    if built.lengths:
-        sheet["lengths"] = {what: _quantiles(values) for what, values in built.lengths.items() if values.any()}
-    if warnings := _warnings(recipe, built, article, texts, split):
+    lengths = {} if built.texts is None else {"characters": [len(text) for text in built.texts]}
+    lengths |= {"tokens": built.tokens} if built.tokens is not None and built.tokens.any() else {}
+    if lengths:
+        quartiles = {what: np.quantile(v, [0, 0.25, 0.5, 0.75, 1], method="nearest") for what, v in lengths.items()}
+        sheet["lengths"] = {what: dict(zip(QUARTILES, q.tolist(), strict=True)) for what, q in quartiles.items()}
+    if warnings := _warnings(recipe, built, split):
         sheet["warnings"] = warnings
-    packages = dict.fromkeys((*(("pyarrow", "numpy") if ready else TEXT_PACKAGES), *KINDS[kind].packages))
     return sheet | {
         "split_rule": splits.rule(recipe["ood"]),
         "split": {s: {k: int(v[split == s].sum()) for k, v in tally.items()} for s in SPLITS},
         "ood_articles": f"{len(longest)}; the longest: {', '.join(longest[:12])}",
-        "packages": {package: _version(package) for package in packages if _version(package)},
+        "packages": _versions([*(("pyarrow", "numpy") if ready else TEXT_PACKAGES), *KINDS[kind].packages]),
         "build": recipe,
     }
 
 
 def _describe_chunks(recipe: dict) -> str:
     longest = f", at most {recipe['longest']}" if recipe["longest"] else ""
-    dropped = [f"chunks in {recipe['boilerplate']} or more articles"] if recipe["boilerplate"] else []
-    dropped += ["repeats"]
-    dropped += [f"near-duplicates (Jaccard {recipe['near_duplicates']})"] if recipe["near_duplicates"] else []
+    common = f"chunks in {recipe['boilerplate']} or more articles, " if recipe["boilerplate"] else ""
+    near = f", near-duplicates (Jaccard {recipe['near_duplicates']})" if recipe["near_duplicates"] else ""
     return (
         f"A chunk is {UNITS[recipe['unit']][1].format(**recipe)}; at least {recipe['shortest']} characters{longest}. "
-        f"Left out: {', '.join(dropped)}. They leave no gap: the chunks before and behind count as neighbours."
+        f"Left out: {common}repeats{near}. They leave no gap: the chunks before and behind count as neighbours."
     )
 
 
-def _quantiles(values: np.ndarray) -> dict:
-    return {name: int(np.quantile(values, share, method="nearest")) for name, share in QUANTILES.items()}
-
-
-def _warnings(recipe: dict, built: Built, article: np.ndarray, texts, split: np.ndarray) -> list[str]:
-    warnings = [warn_of_order(built.counts)]
+def _warnings(recipe: dict, built: Built, split: np.ndarray) -> list[str]:
+    article, texts, warnings = built.chunks[:, 0], built.texts, [warn_of_order(built.counts)]
     single = built.counts.get("articles of one chunk", 0)
     if recipe.get("unit") == "paragraph" and single > len(split) / 2:
         warnings.append(
@@ -120,8 +105,10 @@ def _warnings(recipe: dict, built: Built, article: np.ndarray, texts, split: np.
     return [warning for warning in warnings if warning]
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the version of each package that is installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import zlib
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -86,14 +87,11 @@ class NearDuplicates:
         """Return whether chunk `row` nearly repeats an earlier one; if not, list it for those that follow."""
         marks = shingles(words)
         keys = self.keys(marks)
-        shared: dict[int, int] = {}
-        listed: dict[int, int] = {}
-        for key, other in self.database.execute(self.query, keys):
-            shared[other] = shared.get(other, 0) + 1
-            listed[key] = listed.get(key, 0) + 1
+        found = self.database.execute(self.query, keys).fetchall()
+        listed, shared = Counter(key for key, _ in found), Counter(other for _, other in found)
         for other in sorted(shared, key=lambda r: (-shared[r], r)):
             if jaccard(marks, shingles(normal(self.read(other)))) >= self.threshold:
                 return True
-        free = [(key, row) for key in keys if listed.get(key, 0) < BUCKET]
+        free = [(key, row) for key in keys if listed[key] < BUCKET]
         self.database.executemany("INSERT OR IGNORE INTO band VALUES (?, ?)", free)
         return False

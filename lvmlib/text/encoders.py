@@ -7,6 +7,7 @@ Needs the extra `encode`. Axes: M texts, D vector dimension.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,10 +28,10 @@ from ..data.store import sha256_file
 from ..device import pick_device, pick_precision
 from ..errors import LVMError, format_error, require
 from ..io.paths import ROOT
+from .readers import HUB_NAME
 
 OFFLINE = "all-MiniLM-L6-v2"  # the encoder that comes with the extra
 PER_CHUNK = 128  # a batch holds as many tokens, padding included, as `batch_size` chunks of this many
-HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?"
 # What a hub repository holds besides a model that torch reads: the same in other formats, and scripts.
 FOREIGN = re.compile(r"(^|/)(onnx|openvino|\.)|\.(onnx|h5|msgpack|ot|ckpt|pth?|py|ipynb|md|csv|tsv|parquet)$")
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
@@ -58,13 +59,12 @@ class Encoder:
 
     @property
     def dimension(self) -> int:
-        asked = getattr(self.model, "get_embedding_dimension", None)  # older versions know another name
-        return (asked or self.model.get_sentence_embedding_dimension)()
+        known = getattr(self.model, "get_embedding_dimension", None)  # older versions have another name
+        return (known or self.model.get_sentence_embedding_dimension)()
 
 
 def encoder(name: str = OFFLINE, device: str | None = None, precision: str = "float32") -> Encoder:
-    """Load an encoder: `all-MiniLM-L6-v2` (comes with the extra, needs no network), another sentence-transformers model
-    of the hub (OWNER/NAME or OWNER/NAME@REVISION), or the folder of one.
+    """Load a sentence-transformers model: the offline one, OWNER/NAME or OWNER/NAME@REVISION of the hub, or a folder.
 
     `device`: cpu, cuda, …; None picks. `precision`: float32, bfloat16, or auto (bfloat16 where it is fast). No code of
     a model is run: weights come from safetensors or torch's restricted unpickler, and modules other than those of
@@ -113,10 +113,7 @@ def find(name: str) -> tuple[str, Path, str]:
             raise LVMError(f"encoder {folder}: holds neither modules.json nor config.json; name a model's folder")
         return folder.resolve().name, folder, f"sha256 {_digest(folder)}"
     if not re.fullmatch(HUB_NAME, name):
-        raise LVMError(
-            f"encoder {name!r}: neither a folder ({folder}) nor a name like sentence-transformers/gtr-t5-base; correct "
-            f"it, or take {OFFLINE}"
-        )
+        raise LVMError(f"encoder {name!r}: is no folder, and no name such as OWNER/NAME; correct it, or take {OFFLINE}")
     folder = _fetched(name)
     return name.partition("@")[0], folder, folder.name
 
@@ -129,18 +126,13 @@ def _fetched(name: str) -> Path:
     try:
         try:
             listed = hub.HfApi().model_info(repository, revision=revision or None, timeout=10)
-            files = [file.rfilename for file in listed.siblings]
-            safe = {os.path.dirname(file) for file in files if file.endswith(".safetensors")}
-            wanted = [
-                file
-                for file in files
-                if not FOREIGN.search(file) and not (file.endswith(".bin") and os.path.dirname(file) in safe)
-            ]
-        except Exception as unreachable:
-            try:  # as it was fetched before
+        except Exception:
+            with contextlib.suppress(Exception):  # as it was fetched before
                 return Path(hub.snapshot_download(repository, revision=revision or None, local_files_only=True))
-            except Exception:
-                raise unreachable from None
+            raise
+        files = [file.rfilename for file in listed.siblings if not FOREIGN.search(file.rfilename)]
+        safe = {os.path.dirname(file) for file in files if file.endswith(".safetensors")}
+        wanted = [file for file in files if not (file.endswith(".bin") and os.path.dirname(file) in safe)]
         return Path(hub.snapshot_download(repository, revision=listed.sha, allow_patterns=wanted))
     except Exception as e:
         raise LVMError(
@@ -168,11 +160,8 @@ def _check_modules(folder: Path, name: str) -> None:
         kinds = [str(module["type"]) for module in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise LVMError(f"encoder {name!r}: its modules.json cannot be read ({format_error(e)}); fetch it again") from e
-    for kind in kinds:
-        if not kind.startswith("sentence_transformers."):
-            raise LVMError(
-                f"encoder {name!r}: needs {kind!r}, code outside sentence-transformers; name another encoder"
-            )
+    if foreign := [kind for kind in kinds if not kind.startswith("sentence_transformers.")]:
+        raise LVMError(f"encoder {name!r}: needs code outside sentence-transformers ({foreign[0]!r}); name another")
 
 
 def _same(model: Encoder) -> bool:
@@ -235,8 +224,7 @@ def by_tokens(
     count = np.array([len(i) for i in ids], np.int32)
     full = np.flatnonzero(count >= longest)
     if len(full):
-        whole = tokenizer([texts[row] for row in full], truncation=False, padding=False, **bare)["input_ids"]
-        whole = [len(i) for i in whole]
+        uncut = tokenizer([texts[row] for row in full], truncation=False, padding=False, **bare)["input_ids"]
     order = np.argsort(-count, kind="stable")
     parts, first = [], 0
     with _autocast(model):
@@ -253,7 +241,7 @@ def by_tokens(
     vectors = np.empty_like(ordered)
     vectors[order] = ordered
     if len(full):
-        count[full] = whole
+        count[full] = [len(i) for i in uncut]
     return vectors, count
 
 
@@ -262,29 +250,22 @@ def throughput(
 ) -> pd.DataFrame:
     """Compare the speed of `build`'s encoding with SentenceTransformer.encode, same texts, same batch size.
 
-    The ways take turns for `rounds` rounds. Returns a frame: way, precision, chunks a second (median, lowest, highest),
-    times the plain one in float32, and the least cosine to its vectors.
+    Returns a frame: way, precision, chunks a second in `rounds` rounds (median, lowest, highest), times the plain one
+    in float32, and the least cosine to its vectors.
     """
-    texts, models = list(texts), {p: encoder(model, device, p) for p in ("float32", "bfloat16")}
-    ways = {
-        (way, precision): (lambda e=e, t=t: encode(texts, e, batch_size, tokens=t))
-        for precision, e in models.items()
-        for way, t in (("SentenceTransformer.encode", None), ("lvmlib", batch_size * PER_CHUNK))
-    }
-    seconds, cosine, reference = {key: [] for key in ways}, {}, None
-    for key in ways:
-        encode(texts[:batch_size], models[key[1]], batch_size)  # warm up
-    for key in tqdm(list(ways) * rounds, desc="timing", disable=not watched()):
-        started = time.perf_counter()
-        vectors = ways[key]()
-        seconds[key].append(time.perf_counter() - started)
-        reference = vectors if reference is None else reference
-        cosine[key] = float((vectors * reference).sum(1).min())
-    rows = []
-    for key, took in seconds.items():
-        rate = len(texts) / np.array(took)
-        rows.append((*key, np.median(rate), rate.min(), rate.max(), np.median(rate), cosine[key]))
+    rows, plain_rate, reference = [], None, None
+    for precision in ("float32", "bfloat16"):
+        loaded = encoder(model, device, precision)
+        for way, tokens in (("SentenceTransformer.encode", None), ("lvmlib", batch_size * PER_CHUNK)):
+            encode(texts[:batch_size], loaded, batch_size, tokens=tokens)  # warm up
+            rates = []
+            for _ in tqdm(range(rounds), desc=f"{way}, {precision}", disable=not watched()):
+                started = time.perf_counter()
+                vectors = encode(texts, loaded, batch_size, tokens=tokens)
+                rates.append(len(texts) / (time.perf_counter() - started))
+            reference = vectors if reference is None else reference
+            plain_rate = plain_rate or np.median(rates)
+            rate, cosine = np.median(rates), (vectors * reference).sum(1).min()
+            rows.append((way, precision, rate, min(rates), max(rates), rate / plain_rate, float(cosine)))
     columns = ["way", "precision", "chunks a second", "lowest", "highest", "times plain", "least cosine"]
-    frame = pd.DataFrame(rows, columns=columns)
-    frame["times plain"] /= frame["times plain"].iloc[0]
-    return frame
+    return pd.DataFrame(rows, columns=columns)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import difflib
 import gzip
 import json
 import re
@@ -14,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import LVMError, require
+from ..io.inherit import nearest
 from .markdown import prose
 
+HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?"  # OWNER/NAME@REVISION
 LARGEST = 1 << 28  # bytes of one article, which is held in memory
 
 
@@ -60,13 +60,13 @@ def read_files(files: Files, query: Query, counts: Counter) -> Iterator[tuple]:
     """
     if files.others:
         counts["files of other kinds, passed over"] += files.others
-    bad: list[tuple[str, LVMError]] = []
+    bad: dict[str, LVMError] = {}
     for path in files.paths:
         inside = path.relative_to(files.base)
         try:
             text = _file_text(path)
         except LVMError as e:
-            bad.append((inside.as_posix(), e))
+            bad[inside.as_posix()] = e
         if bad:
             continue
         if not text or text.isspace():
@@ -74,48 +74,38 @@ def read_files(files: Files, query: Query, counts: Counter) -> Iterator[tuple]:
             continue
         text = prose(text) if path.suffix.lower() == ".md" else text
         yield inside.with_suffix("").as_posix(), text, inside.parts[0] if len(inside.parts) > 1 else files.base.name
-    if len(bad) == 1:
-        raise bad[0][1]
     if bad:
-        names = ", ".join(name for name, _ in bad[:10]) + (f" and {len(bad) - 10:,} more" if len(bad) > 10 else "")
+        names = ", ".join([*bad][:10]) + (f" and {len(bad) - 10:,} more" if len(bad) > 10 else "")
         raise LVMError(
-            f"{files.base}: {len(bad):,} of {len(files.paths):,} files cannot be read: {names}. First: {bad[0][1]}"
+            f"{files.base}: {len(bad):,} of {len(files.paths):,} files cannot be read: {names}. First: "
+            f"{next(iter(bad.values()))}"
         )
 
 
 def _file_text(path: Path) -> str:
-    try:
+    with wrap_errors(str(path), "make it readable, or take it away"):
         size = path.stat().st_size
         if size > LARGEST:
             raise LVMError(f"{path}: {size:,} bytes are too many for an article (at most {LARGEST:,}); split it")
         return decode(path.read_bytes(), str(path))
-    except OSError as e:
-        raise LVMError(f"{path}: cannot be read ({e.strerror}); make it readable, or take it away") from e
 
 
-_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}  # before UTF-16, whose mark begins theirs
-_MARKS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 
 
 def decode(raw: bytes, where: str) -> str:
     """Return `raw` as text. Raises LVMError unless it is UTF-8 without what only binary files hold."""
-    encoding = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), None)
-    if encoding:
-        raise LVMError(f"{where}: is {encoding}; convert it: iconv -f {encoding} -t UTF-8 FILE > NEW")
-    if b"\0" in raw:
-        raise LVMError(f"{where}: byte {raw.index(0)} is NUL: a binary file or UTF-16; remove it, or use iconv")
     try:
         text = raw.decode("utf-8-sig")
+        control = len(_CONTROL.findall(text))
+        if "\0" not in text and control <= 3 + len(text) // 100:
+            return text
+        reason = f"it holds {control} control characters: a binary file, or UTF-16"
     except UnicodeDecodeError as e:
-        raise LVMError(
-            f"{where}: is not UTF-8 (byte {e.start} is 0x{raw[e.start]:02x}); remove it, or convert it: "
-            "iconv -f LATIN1 -t UTF-8 FILE > NEW"
-        ) from e
-    odd = len(_CONTROL.findall(text))
-    if odd > 3 + len(text) // 100:
-        raise LVMError(f"{where}: holds {odd} control characters: a binary file; remove it")
-    return text
+        reason = f"byte {e.start} is 0x{raw[e.start]:02x}"
+    raise LVMError(
+        f"{where}: is no UTF-8 text ({reason}); remove it, or convert it: iconv -f LATIN1 -t UTF-8 FILE > NEW"
+    )
 
 
 def read_lines(files: Files, query: Query, counts: Counter) -> Iterator[tuple]:
@@ -158,10 +148,8 @@ def check_columns(names: Iterable, query: Query, where: str) -> None:
 def no_column(name: str, known: Iterable, where: str) -> LVMError:
     """Return the error for a column that is not there, with the nearest name."""
     known = [str(column) for column in known]
-    near = difflib.get_close_matches(str(name), known, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     listed = ", ".join(known[:30]) + (", …" if len(known) > 30 else "") or "none"
-    return LVMError(f"{where}: no column {name!r}{hint}; columns are: {listed}")
+    return LVMError(f"{where}: no column {name!r}{nearest(name, known)}; columns are: {listed}")
 
 
 def read_parquet(files: Files, query: Query, counts: Counter) -> Iterator[tuple]:

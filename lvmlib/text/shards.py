@@ -1,6 +1,6 @@
 """Encode chunks into shards of vectors: a shard that is there and whole is not made again.
 
-A shard is a file shard-00000.npz: vectors (n, D) float16, their lengths, and a hash of the texts they are of.
+A shard is a file shard-00000.npz: vectors (n, D) float16, tokens (n,) of their texts, and a hash of these texts.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ RESUMABLE = "finished work is kept: call again to continue"
 
 
 class Progress:
-    """A bar if a person watches; else a line after each shard, and every 30 seconds."""
+    """Lines every 30 seconds; while encoding a bar if a person watches, else a line after each shard, too."""
 
     def __init__(self, wanted: bool):
-        self.watched, self.logged = wanted and watched(), wanted and not watched()
+        self.wanted, self.shown = wanted, None
         self.last = time.monotonic()  # when a line was printed
 
     def log(self, text: str) -> None:
-        if self.logged:
+        if self.wanted and self.shown is None:
             print(text, flush=True)
         self.last = time.monotonic()
 
@@ -43,12 +43,10 @@ class Progress:
     @contextlib.contextmanager
     def encoding(self, total: int) -> Iterator[None]:
         self.total, self.done, self.new, self.since = total, 0, 0, time.monotonic()
-        with self.bar(total=total, unit="chunk", desc="encoding") as self.shown:
+        bar = {"total": total, "unit": "chunk", "desc": "encoding"}
+        # Without a bar, no tqdm at all: a killed fork would leave its lock held.
+        with tqdm(**bar) if self.wanted and watched() else contextlib.nullcontext() as self.shown:
             yield
-
-    def bar(self, **options):
-        """Return a bar, or a context of None if nobody watches (a killed fork would leave tqdm's lock held)."""
-        return tqdm(**options) if self.watched else contextlib.nullcontext()
 
     def skip(self, count: int) -> None:
         """Count chunks that an earlier call encoded: they say nothing of the speed."""
@@ -69,29 +67,27 @@ class Progress:
 
 def encode_shards(
     model: encoders.Encoder, texts: Sequence[str], folder: Path, shard: int, batch_size: int, progress: Progress
-) -> tuple[list[Path], dict[str, np.ndarray]]:
-    """Encode M texts into files of `shard` vectors; return the files, and the texts' characters and tokens, (M,) each.
+) -> tuple[list[Path], np.ndarray]:
+    """Encode M texts into files of `shard` vectors; return the files, and the tokens of each text (M,).
 
     Raises LVMError, naming the text's row, on a vector that is not unit, and where the device's memory is full.
     """
-    parts, lengths = [], {"characters": [], "tokens": []}
+    parts, tokens = [], []
     with progress.encoding(len(texts)):
-        for number, first in enumerate(range(0, len(texts), shard)):
-            path, batch = folder / f"shard-{number:05d}.npz", texts[first : first + shard]
+        for first in range(0, len(texts), shard):
+            path, batch = folder / f"shard-{len(parts):05d}.npz", texts[first : first + shard]
             arrays = _load(path, batch)
             if arrays is None:
-                vectors, tokens = _vectors(model, batch, batch_size, progress.add)
+                vectors, counted = _vectors(model, batch, batch_size, progress.add)
                 _check(vectors, model, batch, first)
-                characters = np.array([len(text) for text in batch], np.int32)
-                arrays = {"vectors": vectors.astype(np.float16), "tokens": tokens, "characters": characters}
-                write_atomic(path, lambda p, a=arrays, b=batch: _save(p, {**a, "hash": _hash(b)}), RESUMABLE)
+                arrays = {"vectors": vectors.astype(np.float16), "tokens": counted, "hash": _hash(batch)}
+                write_atomic(path, lambda partial, arrays=arrays: _save(partial, arrays), RESUMABLE)
                 progress.add(0, log=True)
             else:
                 progress.skip(len(batch))
             parts.append(path)
-            for key, values in lengths.items():
-                values.append(arrays[key])
-    return parts, {key: np.concatenate(values) for key, values in lengths.items()}
+            tokens.append(arrays["tokens"])
+    return parts, np.concatenate(tokens)
 
 
 def _vectors(
@@ -113,9 +109,9 @@ def _vectors(
 
 def _check(vectors: np.ndarray, model: encoders.Encoder, texts: list[str], first: int) -> None:
     norms = np.linalg.norm(vectors, axis=1)
-    bad = np.flatnonzero(~(np.abs(norms - 1) <= 1e-3))  # negated, so that NaN counts
-    if len(bad):
-        row = int(bad[0])
+    unit = np.abs(norms - 1) <= 1e-3  # False for NaN
+    if not unit.all():
+        row = int(unit.argmin())
         what = "a zero vector" if norms[row] == 0 else "NaN or infinite values"
         advice = "set precision float32, or " if model.precision != "float32" else ""
         raise LVMError(
@@ -125,7 +121,7 @@ def _check(vectors: np.ndarray, model: encoders.Encoder, texts: list[str], first
 
 
 def _hash(texts: list[str]) -> np.ndarray:
-    """Return 16 bytes of a hash: a shard of other texts is not taken for theirs."""
+    """Return 16 bytes that tell whether a shard is of these texts."""
     return np.frombuffer(hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest(), np.uint8)
 
 
@@ -138,7 +134,7 @@ def _load(path: Path, texts: list[str]) -> dict | None:
     """Return the arrays of a shard, or None if it is missing, damaged or of other texts."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("vectors", "tokens", "characters", "hash")}
+            arrays = {key: file[key] for key in ("vectors", "tokens", "hash")}
     except Exception:  # a damaged file raises many kinds out of zipfile and numpy
         return None
     return arrays if np.array_equal(arrays["hash"], _hash(texts)) and len(arrays["vectors"]) == len(texts) else None

@@ -69,6 +69,13 @@ def wikipedia_slice(path: str | os.PathLike | None = None) -> tuple[list[tuple[s
     return articles, dict(counts)
 
 
+def rows(articles: list[tuple[str, list[str]]]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return the paragraphs of all articles, and the article and position of each (M,)."""
+    counts = [len(paragraphs) for _, paragraphs in articles]
+    position = np.concatenate([np.arange(count) for count in counts])
+    return [p for _, paragraphs in articles for p in paragraphs], np.repeat(np.arange(len(articles)), counts), position
+
+
 def texts(store: Store) -> list[str]:
     """Return the text of every row (M) of the embedded dataset, read from the gensim wheel.
 
@@ -77,18 +84,15 @@ def texts(store: Store) -> list[str]:
     if store.datasheet.get("source_sha256") != SLICE_SHA256:
         raise LVMError(f"{store.name}: it has no texts; encode it again with keep_text=True")
     articles, _ = wikipedia_slice()
-    titles, counts = [title for title, _ in articles], [len(paragraphs) for _, paragraphs in articles]
-    same = (
-        store.articles["title"].tolist() == titles
-        and np.array_equal(store.article, np.repeat(np.arange(len(articles)), counts))
-        and np.array_equal(store.position, np.concatenate([np.arange(n) for n in counts]))
-    )
+    paragraphs, article, position = rows(articles)
+    same = store.articles["title"].tolist() == [title for title, _ in articles]
+    same = same and np.array_equal(store.article, article) and np.array_equal(store.position, position)
     if same:  # a control shuffles the vectors and leaves the tables as they are
         shipped = store_format.open_store(EMBEDDED / "wikipedia").vectors.astype(np.float32)
         same = shipped.shape == store.vectors.shape and bool(((shipped * store.vectors).sum(1) > 0.99).all())
     if not same:
         raise LVMError(f"{store.name}: its rows are not the slice's paragraphs; open the embedded dataset: wikipedia")
-    return [paragraph for _, paragraphs in articles for paragraph in paragraphs]
+    return paragraphs
 
 
 def _paragraphs(markup: str, wiki, counts: Counter) -> list[str]:

@@ -13,22 +13,22 @@ source, add an entry to KINDS.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import LVMError
+from ..io.inherit import nearest
 from ..io.paths import ROOT
 from . import slice as wikipedia
 from .corpora import CORPORA, corpus_state, read_corpus
-from .readers import Files, Query, read_files, read_hub, read_lines, read_parquet
+from .readers import HUB_NAME, Files, Query, read_files, read_hub, read_lines, read_parquet
 
 TITLE_LENGTH = 300  # characters
 
@@ -52,7 +52,7 @@ def documents(
     limit: int | None = None,
     counts: Counter | None = None,
 ) -> Iterator[Document]:
-    """Return an iterator over the articles of a source, in its order; the first `limit` of them.
+    """Yield the articles of a source, in its order; the first `limit` of them.
 
     `text`, `title`: columns of JSON Lines, Parquet and hub datasets. An article without a title is called 'document N';
     a title that repeats gets a number. `config`, `subset`: of a hub dataset. `counts` counts what was left out. Raises
@@ -61,23 +61,18 @@ def documents(
     check_limit(limit)
     kind, place = locate(source)
     counts = Counter() if counts is None else counts
-    return _documents(KINDS[kind].read(place, Query(text, title, config, subset), counts), source, limit, counts)
-
-
-def _documents(records: Iterable[tuple], source: str, limit: int | None, counts: Counter) -> Iterator[Document]:
-    """Yield the documents of (title or None, text, source), without the empty ones; make titles unique."""
+    records = KINDS[kind].read(place, Query(text, title, config, subset), counts)
     used: dict[str, int] = {}
     number = 0
-    for place, (title, text, where) in enumerate(records, 1):
-        if not text or text.isspace():
+    for row, (given, content, where) in enumerate(records, 1):
+        if not content or content.isspace():
             counts["documents without text"] += 1
             continue
-        title = title_line(title)
-        if not title:
+        line = title_line(given)
+        if not line:
             counts["documents without a title"] += 1
-            title = f"document {place}"
         number += 1
-        yield Document(unique(title, used, counts), text, title_line(where))
+        yield Document(unique(line or f"document {row}", used, counts), content, title_line(where))
         if number == limit:
             break
     counts["articles read"] = number
@@ -126,19 +121,20 @@ def locate(source: str) -> tuple[str, str | Files]:
         return kind, Files(path, [path])
     if not os.path.isdir(path):
         raise LVMError(f"{source}: no such folder or file ({path}); {_HELP}")
-    by_kind: dict[str | None, list[Path]] = {}
-    every = _walk(str(path))
-    for file in every:
-        by_kind.setdefault(_kind_of(file), []).append(file)
-    kinds = [kind for kind in by_kind if kind and KINDS[kind].folder]
+    files = _walk(path)
+    by_kind: dict[str, list[Path]] = {}
+    for file in files:
+        if kind := _kind_of(file):
+            by_kind.setdefault(kind, []).append(file)
+    kinds = [kind for kind in by_kind if KINDS[kind].folder]
     if len(kinds) > 1:
         first = ", ".join(by_kind[kind][0].name for kind in kinds)
         raise LVMError(f"{source}: holds files of several kinds ({first}); put each kind into a folder of its own")
     if not kinds:
-        files = next((files for kind, files in by_kind.items() if kind), None)
-        raise LVMError(f"{source}: holds no .txt, .md or .parquet file; {f'name {files[0]}' if files else _HELP}")
+        advice = "".join(f"name {paths[0]}; " for paths in by_kind.values())
+        raise LVMError(f"{source}: holds no .txt, .md or .parquet file; {advice}{_HELP}")
     paths = by_kind[kinds[0]]
-    return kinds[0], Files(path, paths, len(every) - len(paths))
+    return kinds[0], Files(path, paths, len(files) - len(paths))
 
 
 _HELP = (
@@ -151,25 +147,22 @@ def _kind_of(path: Path) -> str | None:
     return next((name for name, kind in KINDS.items() if path.name.lower().endswith(kind.suffixes or ("\0",))), None)
 
 
-def _walk(folder: str) -> list[Path]:
+def _walk(folder: Path) -> list[Path]:
     """Return the files below a folder, sorted by path, without hidden ones. Links are followed, each folder once."""
-    files, seen, todo = [], set(), [folder]
-    while todo:
-        inner = todo.pop()
-        try:
-            status = os.stat(inner)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            names = os.listdir(inner)
-        except OSError as e:
-            raise LVMError(f"{inner}: cannot be opened ({e.strerror}); make it readable, or take it away") from e
-        for path in (os.path.join(inner, name) for name in names if not name.startswith(".")):
-            if os.path.isdir(path):
-                todo.append(path)
-            elif os.path.isfile(path):
-                files.append(path)
-    return [Path(path) for path in sorted(files, key=lambda path: path.split(os.sep))]
+
+    def refuse(e: OSError):
+        raise LVMError(f"{e.filename}: cannot be opened ({e.strerror}); make it readable, or take it away") from e
+
+    files, seen = [], set()
+    for inner, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(inner)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = (name for name in folders if not name.startswith("."))
+        files += (Path(inner, name) for name in names if not name.startswith("."))
+    return sorted(filter(os.path.isfile, files), key=lambda path: path.parts)
 
 
 def fingerprint(source: str, config: str | None = None, subset: str = "train") -> str:
@@ -188,16 +181,15 @@ def _file_state(files: Files) -> list:
 
 
 def _hub_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?", name):
+    if not re.fullmatch(HUB_NAME, name):
         raise LVMError(f"hub:{name}: name it hub:OWNER/NAME, such as hub:wikimedia/wikipedia")
     return name
 
 
 def _corpus_name(name: str) -> str:
     if name not in CORPORA:
-        near = difflib.get_close_matches(name, CORPORA, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise LVMError(f"nltk:{name}: unknown corpus{hint}; known: {', '.join('nltk:' + c for c in CORPORA)}")
+        known = ", ".join(f"nltk:{corpus}" for corpus in CORPORA)
+        raise LVMError(f"nltk:{name}: unknown corpus{nearest(name, CORPORA)}; known: {known}")
     return name
 
 

