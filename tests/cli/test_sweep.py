@@ -43,7 +43,7 @@ def test_the_configuration_that_ships_is_the_family_by_three_seeds(outputs):
         for seed in range(3)
     }
     assert planned.runs == wanted and len(wanted) == 27
-    assert set(CONFIG) == set(sweep.DEFAULTS)
+    assert set(CONFIG) == {f.name for f in fields(sweep.Settings)}
     pages = {path.removeprefix(str(outputs)): page for path, page in planned.comparisons.items()}
     assert list(pages) == ["/wikipedia/compare-transformer.ipynb", "/world-converging/compare-transformer.ipynb"]
     assert set(pages["/world-converging/compare-transformer.ipynb"].runs.values()) == {"v23_forward"}
