@@ -259,25 +259,19 @@ def execute_all(path, error=""):
     return error
 
 
-def test_outputs_may_be_named_from_where_one_stands(tmp_path, monkeypatch, started):
-    """papermill and the kernel start from the checkout."""
-    monkeypatch.setenv("LVM_OUTPUTS", "mine")
-    monkeypatch.chdir(tmp_path)
-    assert launcher.main(["render", "data", "out.ipynb"]) == 0
-    assert started.environment["LVM_OUTPUTS"] == str(tmp_path / "mine") and started.path.parent == tmp_path / "mine"
-    assert Path("out.ipynb").exists() and not list(Path("mine").iterdir())
-
-
-def test_a_notebook_made_in_the_checkout_names_no_machine(tmp_path, monkeypatch, started):
+def test_outputs_may_be_named_from_any_folder_and_the_notebook_names_no_machine(tmp_path, monkeypatch, started):
+    """papermill and the kernel start from the checkout: here from `tmp_path`."""
     (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
     (tmp_path / "elsewhere").mkdir()
-    for place, named in ((tmp_path, "outputs"), (tmp_path / "elsewhere", str(tmp_path / "outputs"))):
-        monkeypatch.chdir(place)
-        monkeypatch.setenv("LVM_OUTPUTS", named)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    for start, outputs in ((".", "outputs"), ("elsewhere", str(tmp_path / "outputs")), ("elsewhere", "mine")):
+        monkeypatch.chdir(tmp_path / start)
+        monkeypatch.setenv("LVM_OUTPUTS", outputs)
+        place = Path(outputs).absolute()
         assert launcher.main(["render", "data", "out.ipynb"]) == 0
-        (given,) = [x for x in started.command if x.endswith(".partial.ipynb")]
-        assert given.startswith("outputs/.data.")
+        assert started.environment["LVM_OUTPUTS"] == str(place) and started.path.parent == place
+        assert str(started.path.relative_to(tmp_path)) in started.command
+        assert Path("out.ipynb").exists() and not list(place.iterdir())
 
 
 def test_a_running_notebook_is_hidden_and_locked_and_one_of_a_killed_process_is_deleted(tmp_path, monkeypatch, started):
@@ -351,39 +345,36 @@ def test_papermills_kernel_has_sockets_and_a_history_of_its_own(tmp_path):
     assert done.returncode == 1 and last.startswith("LVMError: ") and "cannot be written: the disk is full" in last
 
 
-def prepare(folder: Path, name: str, *injected: str) -> tuple[Path, Path]:
-    """Return a notebook with the parameters of notebooks/NAME, and those injected; and its place."""
-    known = runner.parameters(json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8")))
-    defaults = "\n".join(f"{key} = {value!r}" for key, value in known.items())
-    return executed(folder / f"{len(injected[0])}{name}", defaults, *injected), folder / name
+def prepare(path: Path, injected: str) -> Path:
+    """Write a notebook with the parameters of the one of notebooks/ with this name, and those injected."""
+    source = ROOT / "notebooks" / path.name.removeprefix("new-")
+    known = runner.parameters(json.loads(source.read_text(encoding="utf-8")))
+    return executed(path, "\n".join(f"{key} = {value!r}" for key, value in known.items()), injected)
 
 
-@pytest.mark.parametrize("name, by_hand, by_sweep", [
-    ("train.ipynb", "", 'version = "v22"\nmodel = "transformer"\nseed = 0'),
-    ("train.ipynb", "", 'data = "wikipedia"\nprecision = "float32"'),  # another precision would have been refused
-    ("train.ipynb", "devices = 2", "epochs = 12"),
-    ("data.ipynb", "", "data = 'wikipedia'"),
+@pytest.mark.parametrize("name, new, earlier, same", [
+    ("train.ipynb", "", 'version = "v22"\nmodel = "transformer"\nseed = 0', True),
+    ("train.ipynb", "", 'data = "wikipedia"\nprecision = "float32"', True),  # no other precision would have run
+    ("train.ipynb", "devices = 2", "epochs = 12", True),
+    ("data.ipynb", "", "data = 'wikipedia'", True),
+    ("train.ipynb", "", "seed = 1", False),
+    ("train.ipynb", "", "overrides = {'optimizer': {'lr': 1.0e-3}}", False),
+    ("data.ipynb", "", "steps = 0", False),
+    ("train.ipynb", "", "version = 'nonesuch'", False),
+    ("train.ipynb", "", "x.y = 1", False),
+    ("train.ipynb", "", None, False),
 ])  # fmt: skip
-def test_a_notebook_of_the_same_run_is_not_set_aside(tmp_path, name, by_hand, by_sweep):
-    earlier, place = prepare(tmp_path, name, by_sweep)
-    earlier.rename(place)
-    assert keep(prepare(tmp_path, name, by_hand)[0], place)
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html", ".ipynb"]
-
-
-@pytest.mark.parametrize("name, there", [
-    ("train.ipynb", "seed = 1"), ("train.ipynb", "overrides = {'optimizer': {'lr': 1.0e-3}}"),
-    ("data.ipynb", "steps = 0"), ("train.ipynb", "version = 'nonesuch'"), ("train.ipynb", "x.y = 1"),
-    ("train.ipynb", None),
-])  # fmt: skip
-def test_a_notebook_of_another_run_and_a_damaged_one_are_set_aside(tmp_path, capsys, name, there):
-    earlier, place = prepare(tmp_path, name, there or "")
-    earlier.rename(place)
-    if there is None:
+def test_a_notebook_of_another_run_and_a_damaged_one_are_set_aside(tmp_path, capsys, name, new, earlier, same):
+    place = tmp_path / name
+    if earlier is None:
         place.write_bytes(b"[" * 100_000)
+    else:
+        prepare(place, earlier)
     before = place.read_bytes()
-    assert keep(prepare(tmp_path, name, "")[0], place) is None
-    assert place.with_suffix(".old-1.ipynb").read_bytes() == before and "set aside  " in capsys.readouterr().out
+    assert bool(keep(prepare(tmp_path / f"new-{name}", new), place)) is same
+    old = place.with_suffix(".old-1.ipynb")
+    assert old.exists() is not same and (old.name in capsys.readouterr().out) is not same
+    assert same or old.read_bytes() == before
 
 
 def test_a_run_that_is_only_opened_is_as_old_as_it_was(outputs, folder, trained):
