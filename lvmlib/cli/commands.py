@@ -31,7 +31,7 @@ from . import sweep
 from .execute import KEPT, Executed, execute, find_notebook, move, parameters, short
 
 PASS = {"allow_extra_args": True, "ignore_unknown_options": True}  # all of papermill's options
-RESUMABLE = "What was finished is kept: the same command goes on from there."
+STOPPED = {128 + signal.SIGINT: "Interrupted", 128 + signal.SIGTERM: "Terminated"}  # by exit code
 RUN_KEYS = ("data", "model", "epochs", "direction", "seed", "device", "precision", "trouble", "fast")
 app = typer.Typer(
     help="Train latent vector models and judge them by 5CAT. train, encode, data and render pass all of papermill's "
@@ -76,7 +76,7 @@ def encode(ctx: typer.Context) -> None:
     with execute("encode", ctx.args) as executed:
         p = executed.parameters
         store = text_build.store_folder(p["source"], p["unit"], p["out"], p["vectors"] is not None, bool(p["fast"]))
-        notebook = _base(p) / store.name / "encode.ipynb"
+        notebook = outputs() / ("fast" if p["fast"] else "") / store.name / "encode.ipynb"
         if notebook.exists() and (store / "datasheet.yaml").stat().st_mtime < begun:
             # The store was only opened: the notebook that lies there shows how it was made.
             print(f"\nThe store existed already.\nnotebook  {short(notebook)}")
@@ -96,7 +96,7 @@ def data(ctx: typer.Context) -> None:
         p = executed.parameters
         name = "data.ipynb" if p["horizon"] == 2 else f"data-horizon{p['horizon']}.ipynb"
         verdict = gallery_module.notebook_facts(executed.path)["verdict"]
-        _keep(executed, _base(p) / data_name(files(p["data"])) / name)
+        _keep(executed, outputs() / ("fast" if p["fast"] else "") / data_name(files(p["data"])) / name)
     print(f"verdict   {verdict}")
 
 
@@ -212,24 +212,20 @@ def main(arguments: list[str]) -> int:
     try:
         app(arguments, prog_name="python -m lvmlib")
     except SystemExit as e:
-        if e.code == 128 + signal.SIGINT:
-            print(f"\nInterrupted. {RESUMABLE}", file=sys.stderr)
+        if e.code in STOPPED:
+            print(f"\n{STOPPED[e.code]}: {KEPT}.", file=sys.stderr)
         return e.code
     return 0
 
 
 def run() -> None:
     """Run the command of the command line, and exit."""
-    signal.signal(signal.SIGTERM, _terminate)  # else papermill and its kernel would train on, with nobody to stop them
+    # Without this papermill and its kernel would train on, with nobody to stop them.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         sys.exit(main(sys.argv[1:]))
     except LVMError as e:
         sys.exit(str(e))
-
-
-def _terminate(number: int, frame: object) -> None:
-    print(f"\nTerminated. {RESUMABLE}", file=sys.stderr, flush=True)
-    sys.exit(128 + number)
 
 
 def _keep(executed: Executed, notebook: Path) -> os.stat_result | None:
@@ -261,7 +257,3 @@ def _is_same(notebook: Path, executed: Executed) -> bool:
 def _version(p: dict) -> Version:
     """Return the version that train.ipynb trains by these parameters."""
     return version(p["version"], p["overrides"], **{key: p.get(key) for key in RUN_KEYS})
-
-
-def _base(p: dict) -> Path:
-    return outputs() / "fast" if p["fast"] else outputs()

@@ -216,12 +216,8 @@ def _refuse_another(folder: Path, own: Version, data: dict) -> None:
     if not (folder / "train.ipynb").exists():
         return
     record = open_run(folder)[0]
-    precision = record.get("computed", {}).get("precision")
-    ours = {
-        "parameters": own.to_dict(),
-        "dataset": data,
-        "computed": {"precision": precision if own.precision == "auto" else own.precision},
-    }
+    precision = record["computed"].get("precision") if own.precision == "auto" else own.precision
+    ours = {"parameters": own.to_dict(), "dataset": data, "computed": {"precision": precision}}
     if differing := differences(ours, record):
         raise LVMError(
             f"sweep: {folder} holds a run with other parameters or data ({'; '.join(differing)}); move that folder "

@@ -34,13 +34,14 @@ def stamp(path: Path, notebook: str, before: str) -> bool:
     content = json.loads(path.read_text(encoding="utf-8"))
     same = commit(notebook) == before
     content["metadata"]["lvmlib"] = {"commit": before if same else before.rstrip("+") + "+", "notebook": notebook}
-    content["metadata"].setdefault("papermill", {})["input_path"] = f"notebooks/{notebook}.ipynb"
+    paths = {"input_path": f"notebooks/{notebook}.ipynb", "output_path": path.name}  # without this machine's folders
+    content["metadata"].setdefault("papermill", {}).update(paths)
     write(path, content)
     return same
 
 
 def write(path: Path, content: dict) -> None:
-    """Write a notebook (as JSON) in place, so that a lock on the file stays."""
+    """Write a notebook (as JSON)."""
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
