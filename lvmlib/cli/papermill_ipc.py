@@ -6,6 +6,7 @@ them in between. An error of the disk ends it with one line.
 
 import os
 import sys
+from pathlib import Path
 
 from papermill.cli import papermill
 from papermill.engines import NBClientEngine, papermill_engines
@@ -13,7 +14,6 @@ from traitlets.config import Config
 
 from ..errors import LVMError
 from ..io.disk import explain_os_errors
-from ..io.paths import outputs
 from .execute import KEPT
 
 
@@ -30,7 +30,7 @@ class IPCEngine(NBClientEngine):
 if __name__ == "__main__":
     papermill_engines.register(None, IPCEngine)  # the default engine
     try:
-        with explain_os_errors(outputs(), KEPT):
+        with explain_os_errors(Path(os.environ["JUPYTER_RUNTIME_DIR"]), KEPT):
             papermill(prog_name="papermill")
     except LVMError as e:
         sys.exit(f"LVMError: {e}")

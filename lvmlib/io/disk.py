@@ -133,12 +133,10 @@ def _other_file(e: OSError, path: Path) -> str:
     """Return the file that an error names, unless it is `path`, its partial, something in them, or a parent folder."""
     target = os.path.abspath(path)
     names = [os.path.abspath(os.fsdecode(n)) for n in (e.filename, e.filename2) if n and not isinstance(n, int)]
+    own = [target, *map(str, Path(target).parents)]
     # Of two names, as where a file is copied to another, either may be what fails.
-    for name in names:
-        inside = name.startswith((target + ".", target + os.sep))
-        if inside or Path(name) in (Path(target), *Path(target).parents):
-            return ""
-    return names[0] if names else ""
+    is_own = any(name in own or name.startswith((target + ".", target + os.sep)) for name in names)
+    return names[0] if names and not is_own else ""
 
 
 @contextlib.contextmanager
@@ -175,15 +173,12 @@ def _acquire(file: FileLock, path: Path, wait: float) -> None:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             path.unlink()
     try:
-        try:
-            file.acquire(timeout=0)
-        except Timeout:
-            if not wait:
-                raise
-            print(f"{path}: held by {_holder(path)}; waiting for it to end", flush=True)
-            file.acquire(timeout=wait, poll_interval=0.1)
+        file.acquire(timeout=0)
     except Timeout:
-        raise
+        if not wait:
+            raise
+        print(f"{path}: held by {_holder(path)}; waiting for it to end", flush=True)
+        file.acquire(timeout=wait, poll_interval=0.1)
     except OSError as e:
         if e.errno not in NO_LOCKS:
             raise
