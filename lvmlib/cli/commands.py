@@ -28,7 +28,7 @@ from ..text import build as text_build
 from ..text import wikipedia as wikipedia_module
 from ..windows import SPLITS
 from . import sweep
-from .execute import KEPT, Executed, execute, find_notebook, move, parameters, short
+from .execute import RESUMABLE, Executed, execute, find_notebook, move, parameters, short
 
 PASS = {"allow_extra_args": True, "ignore_unknown_options": True}  # all of papermill's options
 STOPPED = {128 + signal.SIGINT: "Interrupted", 128 + signal.SIGTERM: "Terminated"}  # by exit code
@@ -55,9 +55,9 @@ def train(ctx: typer.Context) -> None:
         folder = run_folder(_version(executed.parameters), executed.parameters["run_name"])
         content = json.loads(executed.path.read_text(encoding="utf-8"))
         content["metadata"]["lvmlib"]["run"] = gallery_module.facts(folder)  # it may be shown apart from the folder
-        with explain_os_errors(executed.path, KEPT):
+        with explain_os_errors(executed.path, RESUMABLE):
             stamp.write(executed.path, content)
-        earlier = _keep(executed, folder / "train.ipynb")
+        earlier = _publish(executed, folder / "train.ipynb")
     if earlier and (folder / "run.yaml").stat().st_mtime < begun:
         # The run was only opened. The new notebook shows what the earlier one did, and takes over its time: else a
         # sweep would make diagnostics and 5CAT of that run again.
@@ -81,7 +81,7 @@ def encode(ctx: typer.Context) -> None:
             # The store was only opened: the notebook that lies there shows how it was made.
             print(f"\nThe store existed already.\nnotebook  {short(notebook)}")
         else:
-            _keep(executed, notebook)
+            _publish(executed, notebook)
     known = store.name if store.parent == outputs() / "datasets" else store  # such a one is known by its name
     print(f"store     {short(store)}\nnext      make data DATA={known}; make train VERSION=v22 DATA={known}")
 
@@ -96,7 +96,7 @@ def data(ctx: typer.Context) -> None:
         p = executed.parameters
         name = "data.ipynb" if p["horizon"] == 2 else f"data-horizon{p['horizon']}.ipynb"
         verdict = gallery_module.notebook_facts(executed.path)["verdict"]
-        _keep(executed, outputs() / ("fast" if p["fast"] else "") / data_name(files(p["data"])) / name)
+        _publish(executed, outputs() / ("fast" if p["fast"] else "") / data_name(files(p["data"])) / name)
     print(f"verdict   {verdict}")
 
 
@@ -213,7 +213,7 @@ def main(arguments: list[str]) -> int:
         app(arguments, prog_name="python -m lvmlib")
     except SystemExit as e:
         if e.code in STOPPED:
-            print(f"\n{STOPPED[e.code]}: {KEPT}.", file=sys.stderr)
+            print(f"\n{STOPPED[e.code]}: {RESUMABLE}.", file=sys.stderr)
         return e.code
     return 0
 
@@ -228,7 +228,7 @@ def run() -> None:
         sys.exit(str(e))
 
 
-def _keep(executed: Executed, notebook: Path) -> os.stat_result | None:
+def _publish(executed: Executed, notebook: Path) -> os.stat_result | None:
     """Move an executed notebook to its place, with an HTML copy, and print where they are.
 
     A notebook of other parameters that lies there is set aside. Returns the `stat` of one that is replaced.

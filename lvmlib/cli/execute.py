@@ -23,10 +23,10 @@ from ..io.disk import explain_os_errors, write_atomic
 from ..io.paths import NOTEBOOKS, ROOT, outputs
 from .parameters import assigned, check_given
 
-KEPT = "what was finished is kept, and the same command goes on from there"
+RESUMABLE = "what was finished is kept, and the same command goes on from there"
 KILLED = (
     "LVMError: the kernel was killed, perhaps for want of memory, or because a store that it reads was cut short. Free "
-    f"some memory, or restore that store; {KEPT}"
+    f"some memory, or restore that store; {RESUMABLE}"
 )
 KILLED_CODE = 138  # papermill's exit code for that
 
@@ -48,7 +48,7 @@ def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -
     """
     check_options(notebook, options)
     commit = stamp.commit(notebook)
-    with explain_os_errors(outputs(), KEPT):
+    with explain_os_errors(outputs(), RESUMABLE):
         outputs().mkdir(parents=True, exist_ok=True)
     near = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # the path of a socket has at most 100 characters or so
     with tempfile.TemporaryDirectory(prefix="lvm-", dir=near, ignore_cleanup_errors=True) as place:
@@ -65,9 +65,9 @@ def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -
             raise typer.Exit
         code = [c for c in content["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
         if not all(c.get("execution_count") for c in code):
-            print(f"\nPrepared, not executed: {short(_keep_partial(path))}")
+            print(f"\nPrepared, not executed: {short(_move_partial(path))}")
             raise typer.Exit
-        with explain_os_errors(path, KEPT):
+        with explain_os_errors(path, RESUMABLE):
             if not stamp.stamp(path, notebook, commit):
                 print("Files changed while the notebook ran. It counts as rendered from uncommitted files.")
         yield Executed(path, parameters(content))
@@ -80,7 +80,7 @@ def move(executed: Path, notebook: Path) -> None:
             notebook.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(notebook, lambda partial: shutil.copyfile(executed, partial))
     except LVMError:
-        print(f"\nThe executed notebook is {short(_keep_partial(executed))}", file=sys.stderr)
+        print(f"\nThe executed notebook is {short(_move_partial(executed))}", file=sys.stderr)
         raise
 
 
@@ -149,7 +149,7 @@ def _papermill(arguments: Sequence[str], place: str) -> subprocess.CompletedProc
     return subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def _keep_partial(path: Path, target: Path | None = None) -> Path:
+def _move_partial(path: Path, target: Path | None = None) -> Path:
     """Move a notebook that was not finished, or has no place, to `target` or outputs/; no gallery shows its suffix."""
     target = target or outputs() / f"{path.stem}.{secrets.token_hex(4)}.partial.ipynb"
     with explain_os_errors(target):
@@ -166,4 +166,4 @@ def _explain(done: subprocess.CompletedProcess, path: Path, content: dict, faile
     explained = reason.startswith("LVMError: ")
     print(f"\n{reason}" if explained else done.stderr, file=sys.stderr)
     if content["cells"] and (failed or not errors or not explained):
-        print(f"Failed; the notebook as far as it came: {short(_keep_partial(path, failed))}", file=sys.stderr)
+        print(f"Failed; the notebook as far as it came: {short(_move_partial(path, failed))}", file=sys.stderr)

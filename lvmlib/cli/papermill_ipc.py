@@ -14,7 +14,7 @@ from traitlets.config import Config
 
 from ..errors import LVMError
 from ..io.disk import explain_os_errors
-from .execute import KEPT
+from .execute import RESUMABLE
 
 
 class IPCEngine(NBClientEngine):
@@ -30,7 +30,7 @@ class IPCEngine(NBClientEngine):
 if __name__ == "__main__":
     papermill_engines.register(None, IPCEngine)  # the default engine
     try:
-        with explain_os_errors(Path(os.environ["JUPYTER_RUNTIME_DIR"]), KEPT):
+        with explain_os_errors(Path(os.environ["JUPYTER_RUNTIME_DIR"]), RESUMABLE):
             papermill(prog_name="papermill")
     except LVMError as e:
         sys.exit(f"LVMError: {e}")

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import LVMError
 
-UNTOUCHED = "what stood there before is untouched"
+UNTOUCHED = "an earlier file is untouched"
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # of a file system without locks
 PROBE = 1 << 20  # bytes that are tried on a disk which may be full
 ANOTHER = "or name another folder, as by LVM_OUTPUTS"
@@ -28,19 +28,21 @@ TROUBLE = {
     errno.EIO: ("the disk fails", "look at it, and copy away what can be read"),
     errno.ENOENT: ("the folder is gone", "put it back where it was"),
     **dict.fromkeys((errno.EACCES, errno.EPERM), ("there is no right to write", f"mend the rights, {ANOTHER}")),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), ("a file stands where a folder should", "move that file away")),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), ("a file is where a folder should be", "move that file away")),
 }
 
 
-def write_atomic(path: Path, write: Callable[[Path], object], kept: str = UNTOUCHED) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], intact: str = UNTOUCHED) -> None:
     """Call `write(partial)`, flush and rename: the file appears whole or not at all, also after a power cut.
 
     One process at a time writes in a folder. A partial file is deleted on failure. Raises LVMError if the disk refuses
-    (full, read-only, gone); `kept` names what is not lost.
+    (full, read-only, gone); `intact` says what is not lost.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    with explain_os_errors(path, kept), _folder(path.parent) as folder:
+    with explain_os_errors(path, intact), _opened(path.parent) as folder:
+        with contextlib.suppress(OSError):  # a file system that has no locks for folders
+            fcntl.flock(folder, fcntl.LOCK_EX)  # two writers of one name would share the partial file
         try:
             partial.unlink(missing_ok=True)  # it may be a planted link or pipe
             _write(partial, write)
@@ -67,20 +69,14 @@ def _write(partial: Path, write: Callable[[Path], object]) -> None:
 
 
 def _flush(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as file:
         os.fsync(file)
-    finally:
-        os.close(file)
 
 
 @contextlib.contextmanager
-def _folder(folder: Path) -> Iterator[int]:
-    """Open and lock the folder: two writers of one name would share the partial file."""
-    file = os.open(folder, os.O_RDONLY)
+def _opened(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system that has no locks for folders
-            fcntl.flock(file, fcntl.LOCK_EX)
         yield file
     finally:
         os.close(file)
@@ -112,8 +108,8 @@ def set_aside(path: Path, *companions: str) -> Path:
 
 
 @contextlib.contextmanager
-def explain_os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
-    """Turn an OSError of writing `path` into an LVMError: what, where, how to fix it, and what is `kept`.
+def explain_os_errors(path: Path, intact: str = UNTOUCHED) -> Iterator[None]:
+    """Turn an OSError of writing `path` into an LVMError: what, where, how to fix it, and what is `intact`.
 
     If the error names another file, such as one that the writer reads, the message names that one.
     """
@@ -126,7 +122,7 @@ def explain_os_errors(path: Path, kept: str = UNTOUCHED) -> Iterator[None]:
         problem = f"cannot be written: {what}"
         if other := _other_file(e, path):
             problem, advice = f"was not written, for something else failed: {other}: {e.strerror or e}", "mend that"
-        raise LVMError(f"{path}: {problem}. To do: {advice}, then do the same again; {kept}") from e
+        raise LVMError(f"{path}: {problem}. To do: {advice}, then do the same again; {intact}") from e
 
 
 def _other_file(e: OSError, path: Path) -> str:

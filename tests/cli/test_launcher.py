@@ -203,15 +203,15 @@ def executed(path: Path, *parameters: str) -> Path:
     return path
 
 
-def keep(path: Path, place: Path):
-    return launcher._keep(runner.Executed(path, runner.parameters(json.loads(path.read_text("utf-8")))), place)
+def publish(path: Path, place: Path):
+    return launcher._publish(runner.Executed(path, runner.parameters(json.loads(path.read_text("utf-8")))), place)
 
 
 def test_an_executed_notebook_is_copied_to_its_place_and_flushed(tmp_path, monkeypatch, capsys):
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_ino))
     ours, place = executed(tmp_path / "ours.ipynb", "fast = False"), tmp_path / "wikipedia" / "data.ipynb"
-    keep(ours, place)
+    publish(ours, place)
     assert place.read_bytes() == ours.read_bytes() and place.with_suffix(".html").exists()
     assert place.stat().st_ino in flushed
     assert "notebook  " in capsys.readouterr().out
@@ -281,10 +281,10 @@ def test_a_failed_notebook_is_in_sight_but_in_no_gallery(
 def test_a_disk_that_takes_nothing_is_named(tmp_path, monkeypatch, started):
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "file" / "outputs"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(LVMError, match="a file stands where a folder should"):
+    with pytest.raises(LVMError, match="a file is where a folder should be"):
         launcher.main(["data"])
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "outputs"))
-    with pytest.raises(LVMError, match="a file stands where a folder should"):
+    with pytest.raises(LVMError, match="a file is where a folder should be"):
         launcher.main(["render", "data", str(tmp_path / "file" / "out.ipynb")])
     (left,) = (tmp_path / "outputs").iterdir()
     assert left.name.startswith("data.")  # what was executed is not lost
@@ -338,7 +338,7 @@ def test_a_notebook_of_another_run_and_a_damaged_one_are_set_aside(tmp_path, cap
     else:
         prepare(place, earlier)
     before = place.read_bytes()
-    assert bool(keep(prepare(tmp_path / f"new-{name}", new), place)) is same
+    assert bool(publish(prepare(tmp_path / f"new-{name}", new), place)) is same
     old = place.with_suffix(".old-1.ipynb")
     assert old.exists() is not same and (old.name in capsys.readouterr().out) is not same
     assert same or old.read_bytes() == before
