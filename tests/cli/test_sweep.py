@@ -16,6 +16,8 @@ from toys import alive, until
 
 import lvmlib as lvm
 from lvmlib.cli import sweep
+from lvmlib.cli.execute import parameters
+from lvmlib.cli.parameters import check_given
 from lvmlib.errors import LVMError
 from lvmlib.io.paths import ROOT
 
@@ -61,20 +63,16 @@ def test_datasets_and_models_multiply_and_a_version_with_a_model_of_its_own_keep
     )
 
 
-@pytest.mark.parametrize("notebook", ["train", "diagnostics", "fivecat", "compare"])
-def test_every_parameter_is_one_of_the_notebooks(notebook):
+def test_every_parameter_is_one_of_the_notebooks():
     overrides = {"optimizer": {"lr": 1.0e-3}}
     planned = sweep.plan(SMALL | {"datasets": ["wikipedia"], "epochs": 3, "overrides": overrides})
-    cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
-    (cell,) = (c for c in cells if "parameters" in c.metadata.get("tags", []))
-    known = {line.split(" = ")[0] for line in cell.source.splitlines()}
-    given = list(planned.runs.values())
-    if notebook == "compare":
-        given = [sweep.comparison_parameters(page) for page in planned.comparisons.values()]
-        assert given[0]["overrides"] == {**overrides, "epochs": 3}  # which the other notebooks have apart
-    for parameters in given:
-        assert not set(parameters) - known
-        json.dumps(parameters)
+    (comparison,) = map(sweep.comparison_parameters, planned.comparisons.values())
+    assert comparison["overrides"] == {**overrides, "epochs": 3}  # which the other notebooks have apart
+    runs = planned.runs.values()
+    for name, given in {"train": runs, "diagnostics": runs, "fivecat": runs, "compare": [comparison]}.items():
+        known = parameters(json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")))
+        for each in given:
+            check_given(json.loads(json.dumps(each)), known)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -251,9 +249,9 @@ def tree(tmp_path, outputs):
             notebook.cells = notebook.cells[: loop + 1]
         else:
             asked = "versions" if name == "compare" else "version"
-            (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+            (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
             said = f"with open({str(tmp_path / 'log')!r}, 'a') as f:\n    print('{name}', {asked}, file=f)"
-            notebook.cells = [parameters, nbformat.v4.new_code_cell(said)]
+            notebook.cells = [cell, nbformat.v4.new_code_cell(said)]
         nbformat.write(notebook, tree / "notebooks" / f"{name}.ipynb")
     config = yaml.safe_dump(SMALL)
     (tree / "workflow" / "sweep.yaml").write_text(config, encoding="utf-8")
