@@ -122,11 +122,10 @@ def test_the_preflight_says_its_verdict_in_the_terminal(outputs):
     assert lines[2].startswith("verdict   ") and "best baseline" in lines[2] and "A fast run" in lines[2]
 
 
-def test_usage(outputs):
-    done = call(outputs, "lvmlib")
-    assert done.returncode == 2 and "usage" in (done.stdout + done.stderr).lower()
-    done = call(outputs, "lvmlib", "render", "data", "out.html")
-    assert done.returncode == 2 and "out.html" in done.stderr
+def test_usage(capsys):
+    assert launcher.main([]) == launcher.main(["render", "data", "out.html"]) == 2
+    shown = capsys.readouterr()
+    assert "usage" in (shown.out + shown.err).lower() and "out.html" in shown.err
 
 
 def test_the_runs_are_drawn_together(outputs, folder, trained):
@@ -145,8 +144,7 @@ def test_the_runs_are_drawn_together(outputs, folder, trained):
 def test_seeds_are_drawn_together_with_their_half_range():
     row = {"version": "v22", "predictor": "transformer", "epochs": 12.0, "precision": "float32", "direction": "forward"}
     rows = [{**row, "seed": s, **dict.fromkeys(summary.MEASURES, x)} for s, x in enumerate((0.1, 0.2, 0.6))]
-    frame = pd.DataFrame(rows)
-    (found,) = summary.by_version(frame).to_dict("records")
+    (found,) = summary.by_version(pd.DataFrame(rows)).to_dict("records")
     assert found["seeds"] == 3 and found["margin"] == pytest.approx(0.3) and found["margin_half"] == pytest.approx(0.25)
     assert "+0.300 ± 0.250" in summary.markdown(pd.DataFrame([found]))
 
