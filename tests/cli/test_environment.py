@@ -81,10 +81,10 @@ def test_the_tables_of_results_are_those_of_the_runs():
     """The whole table in docs/results.md, and in the README some rows of it, as the showcase's runs gave them."""
     runs = pd.read_csv(ROOT / "outputs" / "showcase" / "versions.csv")
     table = summary.markdown(summary.by_version(runs))
-    whole = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert table in whole
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert table in results
     shown = README.split("\n".join(table.splitlines()[:2]))[1].split("\n\n")[0].strip().splitlines()
-    assert len(shown) > 5 and [row for row in shown if row not in whole.splitlines()] == []
+    assert len(shown) > 5 and [row for row in shown if row not in results.splitlines()] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

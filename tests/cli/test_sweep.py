@@ -250,8 +250,8 @@ def tree(tmp_path, outputs):
         else:
             asked = "versions" if name == "compare" else "version"
             (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-            said = f"with open({str(tmp_path / 'log')!r}, 'a') as f:\n    print('{name}', {asked}, file=f)"
-            notebook.cells = [cell, nbformat.v4.new_code_cell(said)]
+            line = f"with open({str(tmp_path / 'log')!r}, 'a') as f:\n    print('{name}', {asked}, file=f)"
+            notebook.cells = [cell, nbformat.v4.new_code_cell(line)]
         nbformat.write(notebook, tree / "notebooks" / f"{name}.ipynb")
     config = yaml.safe_dump(SMALL)
     (tree / "workflow" / "sweep.yaml").write_text(config, encoding="utf-8")
