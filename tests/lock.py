@@ -11,6 +11,7 @@ import sys
 import tempfile
 import tomllib
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -30,14 +31,10 @@ HEAD = """\
 """
 
 
-def project() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
 def asked() -> list[Requirement]:
     """What pyproject.toml asks for, with every extra."""
-    extras = project()["optional-dependencies"].values()
-    return [Requirement(r) for r in [*project()["dependencies"], *(r for listed in extras for r in listed)]]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [Requirement(r) for r in chain(project["dependencies"], *project["optional-dependencies"].values())]
 
 
 def reached() -> tuple[dict[str, metadata.Distribution], set[str]]:
@@ -66,7 +63,7 @@ def line(name: str, distribution: metadata.Distribution) -> str:
 
 
 def advisories(listed: str) -> list[dict] | str:
-    """What pip-audit says of each requirement of a list, or why it says nothing."""
+    """What pip-audit finds for each requirement of a list, or why it finds nothing out."""
     command = [sys.executable, "-m", "pip_audit", "--no-deps", "--disable-pip", "--format", "json"]
     command += ["--progress-spinner", "off", "--timeout", str(ANSWER), "--requirement"]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
@@ -77,28 +74,25 @@ def advisories(listed: str) -> list[dict] | str:
         except subprocess.TimeoutExpired:
             return f"no answer within {LONGEST} s"
     try:
-        return json.loads(done.stdout)["dependencies"]
+        found = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError):
         return " ".join(done.stderr.split())[-300:]
+    return found if any("skip_reason" not in p for p in found) else found[0]["skip_reason"]
 
 
 def audit() -> int:
     """1 where advisories are known, which are listed; 0 where none is, or where the service does not answer."""
     torch = next(str(r) for r in asked() if r.name == "torch")
-    found = advisories(torch)  # one package tells soon whether there is a service
-    if isinstance(found, str) or "skip_reason" in found[0]:
-        why = found if isinstance(found, str) else found[0]["skip_reason"]
-        print(f"NOT AUDITED: there is no service of advisories here ({why})")
-        return 0
-    found = advisories(LOCK.read_text(encoding="utf-8") + torch)
-    if isinstance(found, str):
-        print(f"NOT AUDITED: the service of advisories failed ({found})")
-        return 0
+    for listed in (torch, LOCK.read_text(encoding="utf-8") + torch):  # one package tells soon if there is a service
+        found = advisories(listed)
+        if isinstance(found, str):
+            print(f"NOT AUDITED: the service of advisories does not answer ({found})")
+            return 0
     unknown = [p["name"] for p in found if "skip_reason" in p]
     bad = [(p, v) for p in found for v in p.get("vulns", [])]
     for package, advisory in bad:
-        mended = ", ".join(advisory["fix_versions"]) or "no version yet"
-        print(f"{package['name']} {package['version']}: {advisory['id']}, mended in {mended}", file=sys.stderr)
+        fixed = ", ".join(advisory["fix_versions"]) or "no version yet"
+        print(f"{package['name']} {package['version']}: {advisory['id']}, mended in {fixed}", file=sys.stderr)
     rest = f"; not known to the service: {', '.join(unknown)}" if unknown else ""
     print(f"audited: {len(found) - len(unknown)} packages, {len(bad)} advisories{rest}")
     return int(bool(bad))

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import safetensors.torch
 import torch
 
@@ -66,6 +67,13 @@ def until(condition, sweeping=None, seconds=300):
         assert sweeping is None or sweeping.poll() is None, sweeping.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # of an orphan, init may be slow to collect it
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Tags(html.parser.HTMLParser):

@@ -10,6 +10,7 @@ they exceed 5,000 characters; pages of fewer than 500 are left out. Needs Beauti
 import re
 import shutil
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 from bs4 import BeautifulSoup
@@ -42,11 +43,11 @@ PACKAGES = {  # where the pages of each are, and which of them are English prose
     ),
     "sqlite3-doc": ("usr/share/doc/sqlite3", r"(?!syntax|c3ref|releaselog|session).*\.html"),
 }
-WHOLE = {"book.html", "manual.html", "onepage.html", "print.html"}  # all other pages once more
+ALL_IN_ONE = {"book.html", "manual.html", "onepage.html", "print.html"}  # repeat all other pages
 
 
 def paragraphs(page: bytes) -> list[str]:
-    """The paragraphs of an HTML page, each on one line, up to the one with which they exceed LONGEST."""
+    """Return the paragraphs of an HTML page, each on one line, up to the one with which they exceed LONGEST."""
     soup = BeautifulSoup(page, "html.parser")
     for part in soup.find_all(["nav", "header", "footer", "table", "pre", "script", "style"]):
         part.decompose()
@@ -54,13 +55,8 @@ def paragraphs(page: bytes) -> list[str]:
     lines = [re.sub(r" ([.,;:!?)])", r"\1", line) for line in lines if line]
     if len(" ".join(lines)) < SHORTEST:
         return []
-    kept, size = [], 0
-    for line in lines:
-        if size > LONGEST:
-            break
-        kept.append(line)
-        size += len(line)
-    return kept
+    before = accumulate(map(len, lines), initial=0)  # characters before each paragraph
+    return [line for line, size in zip(lines, before, strict=False) if size <= LONGEST]
 
 
 def main(source: Path, target: Path) -> None:
@@ -76,7 +72,7 @@ def main(source: Path, target: Path) -> None:
         (partial / name).mkdir(parents=True)
         for page in sorted(base.rglob("*.html")):
             path = page.relative_to(base).as_posix()
-            if page.is_symlink() or page.name in WHOLE or not re.fullmatch(wanted, path):
+            if page.is_symlink() or page.name in ALL_IN_ONE or not re.fullmatch(wanted, path):
                 continue
             if lines := paragraphs(page.read_bytes()):
                 text = "\n\n".join(lines) + "\n"

@@ -28,10 +28,11 @@ from ..text import build as text_build
 from ..text import wikipedia as wikipedia_module
 from ..windows import SPLITS
 from . import sweep
-from .execute import KEPT, Executed, execute, find_notebook, move, parameters, short
+from .execute import RESUMABLE, Executed, execute, find_notebook, move, parameters, short
 
 PASS = {"allow_extra_args": True, "ignore_unknown_options": True}  # all of papermill's options
-RESUMABLE = "What was finished is kept: the same command goes on from there."
+STOPPED = {128 + signal.SIGINT: "Interrupted", 128 + signal.SIGTERM: "Terminated"}  # by exit code
+RUN_KEYS = ("data", "model", "epochs", "direction", "seed", "device", "precision", "trouble", "fast")
 app = typer.Typer(
     help="Train latent vector models and judge them by 5CAT. train, encode, data and render pass all of papermill's "
     "options to their notebook, such as: train -p version v22 -p seed 1",
@@ -51,10 +52,12 @@ def train(ctx: typer.Context) -> None:
     """
     begun = time.time()
     with execute("train", ctx.args) as executed:
-        p = executed.parameters
-        folder = run_folder(_version(p), p["run_name"])
-        _stamp_run(executed.path, folder)
-        earlier = _keep(executed, folder / "train.ipynb")
+        folder = run_folder(_version(executed.parameters), executed.parameters["run_name"])
+        content = json.loads(executed.path.read_text(encoding="utf-8"))
+        content["metadata"]["lvmlib"]["run"] = gallery_module.facts(folder)  # it may be shown apart from the folder
+        with explain_os_errors(executed.path, RESUMABLE):
+            stamp.write(executed.path, content)
+        earlier = _publish(executed, folder / "train.ipynb")
     if earlier and (folder / "run.yaml").stat().st_mtime < begun:
         # The run was only opened. The new notebook shows what the earlier one did, and takes over its time: else a
         # sweep would make diagnostics and 5CAT of that run again.
@@ -73,12 +76,12 @@ def encode(ctx: typer.Context) -> None:
     with execute("encode", ctx.args) as executed:
         p = executed.parameters
         store = text_build.store_folder(p["source"], p["unit"], p["out"], p["vectors"] is not None, bool(p["fast"]))
-        notebook = _base(p) / store.name / "encode.ipynb"
+        notebook = outputs() / ("fast" if p["fast"] else "") / store.name / "encode.ipynb"
         if notebook.exists() and (store / "datasheet.yaml").stat().st_mtime < begun:
             # The store was only opened: the notebook that lies there shows how it was made.
             print(f"\nThe store existed already.\nnotebook  {short(notebook)}")
         else:
-            _keep(executed, notebook)
+            _publish(executed, notebook)
     known = store.name if store.parent == outputs() / "datasets" else store  # such a one is known by its name
     print(f"store     {short(store)}\nnext      make data DATA={known}; make train VERSION=v22 DATA={known}")
 
@@ -92,9 +95,9 @@ def data(ctx: typer.Context) -> None:
     with execute("data", ctx.args) as executed:
         p = executed.parameters
         name = "data.ipynb" if p["horizon"] == 2 else f"data-horizon{p['horizon']}.ipynb"
-        conclusion = _conclusion(json.loads(executed.path.read_text(encoding="utf-8")))
-        _keep(executed, _base(p) / data_name(files(p["data"])) / name)
-    print(f"verdict   {conclusion}")
+        verdict = gallery_module.notebook_facts(executed.path)["verdict"]
+        _publish(executed, outputs() / ("fast" if p["fast"] else "") / data_name(files(p["data"])) / name)
+    print(f"verdict   {verdict}")
 
 
 @app.command(context_settings=PASS)
@@ -178,30 +181,18 @@ def import_original(
         print(f"{key}: {value['articles']} articles, {value['chunks']} chunks")
 
 
-def build_store(source: str, out: str, **options) -> None:
+def build_store(source: str, out: str, *, fresh: bool = False, progress: bool = True, **options) -> None:
     """Build a store of texts or ready vectors."""
-    store = text_build.build(source, out, **options)
+    store = text_build.build(source, out, fresh=fresh, progress=progress, **options)
     counts = ", ".join(f"{len(store.rows(split)):,} {split}" for split in SPLITS)
     print(f"{out}: {len(store.vectors):,} vectors (D = {store.dim}; {counts}), {store.fingerprint[:16]}")
 
 
-def _with_options(command):
-    """Give `build_store` an option for each keyword of `build`, where typer reads them: in its signature."""
-    types = {"int": int | None, "float": float, "bool": bool}
-    keywords = inspect.signature(text_build.Options).parameters
-    keywords = {**keywords, **inspect.signature(text_build.build).parameters}
-    listed = [inspect.Parameter(key, inspect.Parameter.POSITIONAL_ONLY, annotation=str) for key in ("source", "out")]
-    for key, known in keywords.items():
-        if key not in ("source", "out") and known.kind is not inspect.Parameter.VAR_KEYWORD:
-            kind = types.get(str(known.annotation).partition(" ")[0], str | None)
-            option = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=known.default, annotation=kind)
-            listed.append(option)
-    command.__signature__ = inspect.Signature(listed)
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in listed}
-    return command
-
-
-app.command("build-store")(_with_options(build_store))
+# typer reads a command's options in its signature: here the fields of Options in place of `**options`.
+_named = list(inspect.signature(build_store, eval_str=True).parameters.values())[:-1]
+_fields = inspect.signature(text_build.Options, eval_str=True).parameters.values()
+build_store.__signature__ = inspect.Signature([*_named, *_fields])
+app.command("build-store")(build_store)
 
 
 @app.command()
@@ -221,27 +212,23 @@ def main(arguments: list[str]) -> int:
     try:
         app(arguments, prog_name="python -m lvmlib")
     except SystemExit as e:
-        if e.code == 128 + signal.SIGINT:
-            print(f"\nInterrupted. {RESUMABLE}", file=sys.stderr)
+        if e.code in STOPPED:
+            print(f"\n{STOPPED[e.code]}: {RESUMABLE}.", file=sys.stderr)
         return e.code
     return 0
 
 
 def run() -> None:
     """Run the command of the command line, and exit."""
-    signal.signal(signal.SIGTERM, _terminate)  # else papermill and its kernel would train on, with nobody to stop them
+    # Without this papermill and its kernel would train on, with nobody to stop them.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         sys.exit(main(sys.argv[1:]))
     except LVMError as e:
         sys.exit(str(e))
 
 
-def _terminate(number: int, frame: object) -> None:
-    print(f"\nTerminated. {RESUMABLE}", file=sys.stderr, flush=True)
-    sys.exit(128 + number)
-
-
-def _keep(executed: Executed, notebook: Path) -> os.stat_result | None:
+def _publish(executed: Executed, notebook: Path) -> os.stat_result | None:
     """Move an executed notebook to its place, with an HTML copy, and print where they are.
 
     A notebook of other parameters that lies there is set aside. Returns the `stat` of one that is replaced.
@@ -257,8 +244,7 @@ def _keep(executed: Executed, notebook: Path) -> os.stat_result | None:
 
 
 def _is_same(notebook: Path, executed: Executed) -> bool:
-    """Return whether a notebook has the parameters of the executed one; if both are of train.ipynb, whether they make
-    the same run. A damaged notebook has not."""
+    """Return whether a notebook has the executed one's parameters; if both are of train.ipynb, those of its run."""
     try:
         earlier = parameters(json.loads(notebook.read_text(encoding="utf-8")))
         if "version" in earlier:  # None is what the version says, which may be given as well
@@ -270,23 +256,4 @@ def _is_same(notebook: Path, executed: Executed) -> bool:
 
 def _version(p: dict) -> Version:
     """Return the version that train.ipynb trains by these parameters."""
-    keys = ("data", "model", "epochs", "direction", "seed", "device", "precision", "trouble", "fast")
-    return version(p["version"], p["overrides"], **{k: p.get(k) for k in keys})
-
-
-def _stamp_run(executed: Path, folder: Path) -> None:
-    """Add what the gallery shows of a run to its stamp: the notebook may be shown apart from the folder."""
-    content = json.loads(executed.read_text(encoding="utf-8"))
-    content["metadata"]["lvmlib"]["run"] = gallery_module.facts(folder)
-    with explain_os_errors(executed, KEPT):
-        stamp.write(executed, content)
-
-
-def _base(p: dict) -> Path:
-    return outputs() / "fast" if p["fast"] else outputs()
-
-
-def _conclusion(notebook: dict) -> str:
-    """Return what the cell of a notebook that is tagged as its conclusion displayed, as plain text."""
-    (cell,) = [c for c in notebook["cells"] if "conclusion" in c["metadata"].get("tags", [])]
-    return " ".join("".join(o["data"]["text/markdown"]) for o in cell["outputs"] if "data" in o).replace("*", "")
+    return version(p["version"], p["overrides"], **{key: p.get(key) for key in RUN_KEYS})

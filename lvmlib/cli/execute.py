@@ -1,35 +1,38 @@
-"""Execute one of notebooks/ by papermill: into a hidden partial file, then whole to its place."""
+"""Execute one of notebooks/ by papermill: in a temporary folder, then whole to its place."""
 
 from __future__ import annotations
 
-import ast
 import base64
 import contextlib
 import json
 import os
-import re
 import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import typer
-from filelock import FileLock, Timeout
 
 from ..errors import LVMError, format_error
 from ..io import limits, stamp
-from ..io.disk import TROUBLE, explain_os_errors, job_folder, write_atomic
-from ..io.paths import CHECKOUT, NOTEBOOKS, ROOT, outputs
-from .parameters import check_given
+from ..io.disk import explain_os_errors, write_atomic
+from ..io.paths import NOTEBOOKS, ROOT, outputs
+from .parameters import assigned, check_given
 
-KEPT = "what was finished is kept, and the same command goes on from there"
+RESUMABLE = "what was finished is kept, and the same command goes on from there"
+KILLED = (
+    "LVMError: the kernel was killed, perhaps for want of memory, or because a store that it reads was cut short. Free "
+    f"some memory, or restore that store; {RESUMABLE}"
+)
+KILLED_CODE = 138  # papermill's exit code for that
 
 
 class Executed(NamedTuple):
-    """A notebook that papermill has executed to its end, in its partial file, and its parameters."""
+    """A notebook that papermill has executed to its end, and its parameters."""
 
     path: Path
     parameters: dict
@@ -40,39 +43,45 @@ def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -
     """Execute notebooks/NOTEBOOK.ipynb with papermill's `options` and give the stamped result, which `move` takes.
 
     A result that was not moved is deleted with the block. Raises typer.Exit after a message if nothing was executed to
-    its end. What a failed notebook has come to is then moved to `failed`; without that it lies in outputs/, unless it
-    ends with an LVMError, which says all.
+    its end. A failed notebook is then moved to `failed`; without that to outputs/, unless it ends with an LVMError,
+    which says all.
     """
     check_options(notebook, options)
     commit = stamp.commit(notebook)
-    with _partial(notebook) as partial:
-        template, target = f"notebooks/{notebook}.ipynb", str(short(partial.absolute(), ROOT))
-        done = _papermill([template if CHECKOUT else str(NOTEBOOKS / f"{notebook}.ipynb"), target, *options])
-        content = _read(partial)
+    with explain_os_errors(outputs(), RESUMABLE):
+        outputs().mkdir(parents=True, exist_ok=True)
+    near = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # the path of a socket has at most 100 characters or so
+    with tempfile.TemporaryDirectory(prefix="lvm-", dir=near, ignore_cleanup_errors=True) as place:
+        path = Path(place) / f"{notebook}.ipynb"
+        done = _papermill([str(NOTEBOOKS / path.name), str(path), *options], place)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # papermill was asked for help, or was killed while it wrote
+            content = {"cells": []}
         if done.returncode:
-            _explain(done, partial, content, failed)
+            _explain(done, path, content, failed)
             raise typer.Exit(done.returncode)
-        if content is None:  # papermill was asked for help
+        if not content["cells"]:
             raise typer.Exit
-        if not stamp.is_executed(content):
-            print(f"\nPrepared, not executed: {short(_reveal(partial))}")
+        code = [c for c in content["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+        if not all(c.get("execution_count") for c in code):
+            print(f"\nPrepared, not executed: {short(_move_partial(path))}")
             raise typer.Exit
-        with explain_os_errors(partial, KEPT):
-            if not stamp.stamp(partial, notebook, commit):
+        with explain_os_errors(path, RESUMABLE):
+            if not stamp.stamp(path, notebook, commit):
                 print("Files changed while the notebook ran. It counts as rendered from uncommitted files.")
-        yield Executed(partial, parameters(content))
+        yield Executed(path, parameters(content))
 
 
 def move(executed: Path, notebook: Path) -> None:
-    """Move an executed notebook to its place, which may be on another disk: it appears there whole or not at all."""
+    """Copy an executed notebook to its place: it appears there whole or not at all."""
     try:
         with explain_os_errors(notebook):
             notebook.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(notebook, lambda partial: shutil.copyfile(executed, partial))
     except LVMError:
-        print(f"\nThe executed notebook is {short(_reveal(executed))}", file=sys.stderr)
+        print(f"\nThe executed notebook is {short(_move_partial(executed))}", file=sys.stderr)
         raise
-    executed.unlink()
 
 
 def parameters(content: dict) -> dict:
@@ -80,8 +89,7 @@ def parameters(content: dict) -> dict:
     values = {}
     for cell in content["cells"]:
         if {"parameters", "injected-parameters"} & set(cell["metadata"].get("tags", [])):
-            for node in ast.parse("".join(cell["source"])).body:
-                values[node.targets[0].id] = ast.literal_eval(node.value)
+            values |= assigned("".join(cell["source"]))
     values["fast"] = values["fast"] or os.environ.get("LVM_FAST") == "1" or None
     return values
 
@@ -122,99 +130,40 @@ def check_options(notebook: str, options: Sequence[str]) -> None:
         check_given(values or {}, known)
 
 
-def short(path: Path, start: Path | None = None) -> Path:
-    """Return the path as seen from `start`, by default the working directory, if it lies below."""
-    start = start or Path.cwd()
-    return path.relative_to(start) if path.is_relative_to(start) else path
+def short(path: Path) -> Path:
+    """Return the path as seen from the working directory, if it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-@contextlib.contextmanager
-def _partial(notebook: str) -> Iterator[Path]:
-    """Give a new hidden file in outputs/, locked until the block ends and then deleted if it still lies there.
+def _papermill(arguments: Sequence[str], place: str) -> subprocess.CompletedProcess:
+    """Run papermill from ROOT. What cells print is shown as it comes; papermill's own messages are captured.
 
-    Those that killed processes left are deleted first: they are hidden, of this form, and not locked.
+    `place`: a folder for the kernel's sockets and history.
     """
-    with explain_os_errors(outputs(), KEPT):
-        outputs().mkdir(parents=True, exist_ok=True)
-        for left in outputs().glob(".*.????????.partial.ipynb"):
-            with (
-                contextlib.suppress(OSError),
-                FileLock(left, timeout=0, fallback_to_soft=False),
-            ):  # of one that is used: Timeout
-                left.unlink()
-        partial = outputs() / f".{notebook}.{secrets.token_hex(4)}.partial.ipynb"
-        lock = FileLock(partial, fallback_to_soft=False)
-        try:
-            lock.acquire(timeout=10)
-        except Timeout:
-            raise
-        except OSError:
-            partial.touch()  # a file system without locks; one that takes no file says so here
-    try:
-        yield partial
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        lock.release()
-
-
-def _papermill(arguments: Sequence[str]) -> subprocess.CompletedProcess:
-    """Run papermill from ROOT. What cells print is shown as it comes; papermill's own messages are captured."""
     # Nobody watches this kernel, whoever calls: one line an epoch.
     environment = {k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"}
     environment["LVM_OUTPUTS"] = str(outputs().absolute())  # papermill and the kernel start from ROOT
-    with job_folder() as place:
-        environment |= {"IPYTHONDIR": place, "JUPYTER_RUNTIME_DIR": place}
-        command = [sys.executable, "-m", "lvmlib.cli.papermill_ipc", "--no-progress-bar", "--stdout-file", "-"]
-        command += ["--start-timeout", "600", *arguments]
-        return subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    environment |= {"IPYTHONDIR": place, "JUPYTER_RUNTIME_DIR": place}
+    command = [sys.executable, "-m", "lvmlib.cli.papermill_ipc", "--no-progress-bar", "--stdout-file", "-"]
+    command += ["--start-timeout", "600", *arguments]
+    return subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def _read(partial: Path) -> dict | None:
-    """Return an executed notebook; None if there is none, or if papermill was killed while it wrote."""
-    try:
-        return json.loads(partial.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _move_partial(path: Path, target: Path | None = None) -> Path:
+    """Move a notebook that was not finished, or has no place, to `target` or outputs/; no gallery shows its suffix."""
+    target = target or outputs() / f"{path.stem}.{secrets.token_hex(4)}.partial.ipynb"
+    with explain_os_errors(target):
+        return Path(shutil.move(path, target))
 
 
-def _reveal(partial: Path, target: Path | None = None) -> Path:
-    """Give a partial notebook that is to be kept a name that is not hidden; by its suffix no gallery shows it."""
-    target = target or partial.with_name(partial.name.removeprefix("."))
-    with explain_os_errors(target, f"the notebook is {short(partial)}"):
-        if target.parent == partial.parent:
-            return partial.rename(target)
-    write_atomic(target, lambda copy: shutil.copyfile(partial, copy))
-    return target
-
-
-def _explain(done: subprocess.CompletedProcess, partial: Path, content: dict | None, failed: Path | None) -> None:
+def _explain(done: subprocess.CompletedProcess, path: Path, content: dict, failed: Path | None) -> None:
     """Print why an execution failed, and where the notebook is."""
-    outs = [out for cell in (content or {"cells": []})["cells"] for out in cell.get("outputs", [])]
-    errors = [f"{out['ename']}: {out['evalue']}" for out in outs if out["output_type"] == "error"]
-    explained = bool(errors) and errors[-1].startswith("LVMError: ")
-    if explained:
-        print(f"\n{errors[-1]}", file=sys.stderr)
-    else:
-        print((not errors and _cause(done.stderr, partial)) or done.stderr, file=sys.stderr)
-    if partial.exists() and partial.stat().st_size and (failed or not explained):
-        print(f"Failed; the notebook as far as it came: {short(_reveal(partial, failed))}", file=sys.stderr)
-
-
-def _cause(stderr: str, partial: Path) -> str:
-    """Return what papermill itself died of by its last line, as an LVMError; empty if it is for papermill to say."""
-    last = (stderr.strip().splitlines() or [""])[-1]
-    if last.endswith("DeadKernelError: Kernel died"):
-        return (
-            "LVMError: the kernel was killed, perhaps for want of memory, or because a store that it reads was cut "
-            f"short. Free some memory, or restore that store; {KEPT}"
-        )
-    match = re.fullmatch(r"\w*Error: \[Errno (\d+)\] [^:]*(?:: '(.*)')?", last)
-    if not match or int(match[1]) not in TROUBLE:
-        return ""
-    number, where = int(match[1]), [str(ROOT / match[2])] if match[2] else []
-    try:
-        with explain_os_errors(partial, KEPT):
-            raise OSError(number, os.strerror(number), *where)
-    except LVMError as e:
-        return f"LVMError: {e}"
+    shown = [output for cell in content["cells"] for output in cell.get("outputs", [])]
+    errors = [f"{output['ename']}: {output['evalue']}" for output in shown if output["output_type"] == "error"]
+    reason = errors[-1] if errors else done.stderr.strip().rpartition("\n")[2]
+    if done.returncode == KILLED_CODE:
+        reason = KILLED
+    explained = reason.startswith("LVMError: ")
+    print(f"\n{reason}" if explained else done.stderr, file=sys.stderr)
+    if content["cells"] and (failed or not errors or not explained):
+        print(f"Failed; the notebook as far as it came: {short(_move_partial(path, failed))}", file=sys.stderr)

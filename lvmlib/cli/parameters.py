@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from ..errors import LVMError
 from ..io import limits
@@ -17,31 +18,38 @@ def check_injected(cells: list[str]) -> None:
     `cells`: IPython's `In`. papermill itself only warns. The injected cell has run by then; `check_given` comes before.
     """
     injected = [i for i, source in enumerate(cells) if source.startswith("# Parameters\n")]
-    if not injected:
-        return
-    known = {name for source in cells[: injected[0]] for name in _assigned(source)}
+    nodes = [node for source in cells[: min(injected, default=0)] for node in ast.parse(source).body]
+    targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
+    known = {target.id for target in targets if isinstance(target, ast.Name)}
     for number in injected:
-        check_names(_assigned(cells[number]), known)
-        for node in ast.parse(cells[number]).body:
-            if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and _is_plain(node)):
-                raise LVMError(
-                    f"parameters: {ast.unparse(node)[:80]!r} is no name with a plain value, and it has been run; check "
-                    "where these parameters come from, and give them by `make`, which refuses such"
-                )
+        check_names(assigned(cells[number]), known)
+
+
+def assigned(source: str) -> dict[str, Any]:
+    """Return the names and values of a cell of parameters. Raises LVMError for what is no name with a plain value."""
+    values = {}
+    for node in ast.parse(source).body:
+        try:
+            (target,) = node.targets
+            values[target.id] = ast.literal_eval(node.value)
+        except (AttributeError, ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as e:
+            raise LVMError(
+                f"parameters: {ast.unparse(node)[:80]!r} is no name with a plain value, and it has been run; check "
+                "where these parameters come from, and give them by `make`, which refuses such"
+            ) from e
+    return values
 
 
 def check_names(names: Iterable[str], known: Collection[str]) -> None:
     """Raise LVMError for a name that is not among `known`, the notebook's parameters."""
     for name in names:
         if name not in known:
-            also = (
-                f", or in `-y 'overrides: {{{name}: …}}'`"
-                if "overrides" in known and name in read(PARAMS, "base")[0]
-                else ""
-            )
+            hint, elsewhere = nearest(str(name)[:80], known), ""
+            if "overrides" in known and name in read(PARAMS, "base")[0]:
+                hint, elsewhere = "", f", or in `-y 'overrides: {{{name}: …}}'`"
             raise LVMError(
-                f"parameter {str(name)[:80]!r} is not one of this notebook's"
-                f"{nearest(str(name)[:80], known) if not also else ''}; known: {', '.join(sorted(known))}{also}"
+                f"parameter {str(name)[:80]!r} is not one of this notebook's{hint}; known: "
+                f"{', '.join(sorted(known))}{elsewhere}"
             )
 
 
@@ -56,21 +64,3 @@ def check_given(given: Mapping, known: Collection[str]) -> None:
             limits.plain(value)
         except ValueError as e:
             raise LVMError(f"parameter {name!r}: {e}; give plain values") from e
-
-
-def _is_plain(node: ast.Assign) -> bool:
-    try:
-        ast.literal_eval(node.value)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return False
-    return isinstance(node.targets[0], ast.Name)
-
-
-def _assigned(source: str) -> list[str]:
-    return [
-        t.id
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign)
-        for t in node.targets
-        if isinstance(t, ast.Name)
-    ]

@@ -12,33 +12,49 @@ import itertools
 import json
 import math
 import os
-import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import torch
 from filelock import FileLock, Timeout
+from pydantic import BeforeValidator, Field, TypeAdapter
 
 from ..config import Version, merge, version
 from ..data.open import dataset
 from ..errors import LVMError, format_error
 from ..io import limits, stamp
-from ..io.disk import lock, set_aside
-from ..io.inherit import nearest
+from ..io.disk import explain_os_errors, lock, set_aside
 from ..io.paths import outputs
+from ..io.strict import Count, Flag, Group, Whole, group, validate
 from ..runs.folder import dataset_record, differences, open_run, run_folder
 from .execute import execute, move
 
-# workflow/sweep.yaml says what each of them means.
-DEFAULTS = {"versions": None, "seeds": 1, "datasets": [None], "models": ["transformer"], "epochs": None}
-DEFAULTS |= {"precision": None, "fast": False, "overrides": {}, "threads": 1, "gpus": 0}
-_EXAMPLES = {"versions": ("p6", "v22"), "datasets": ("wikipedia", "world:converging"), "models": ("transformer", "amn")}
-WORDS = {"true": True, "false": False, "null": None}
 _LOCKS = contextlib.ExitStack()  # until the process ends
 atexit.register(_LOCKS.close)
+
+# From the command line it may be names with a space between.
+Names = Annotated[
+    tuple[Any, ...], BeforeValidator(lambda x: x.split() if isinstance(x, str) else x), Field(min_length=1)
+]
+
+
+@group
+class Settings(Group):
+    """The keys of workflow/sweep.yaml, which says what each means."""
+
+    versions: Names
+    seeds: Count = 1
+    datasets: Names = (None,)
+    models: Names = ("transformer",)
+    epochs: Any = None  # this, precision and overrides are checked as those of a version
+    precision: Any = None
+    fast: Flag = False
+    overrides: Any = None
+    threads: Count = 1
+    gpus: Annotated[Whole, Field(ge=0)] = 0
 
 
 class Comparison(NamedTuple):
@@ -63,27 +79,18 @@ def plan(config: Mapping[str, Any]) -> Sweep:
     A version that names an architecture of its own keeps it, as in compare.ipynb. Raises LVMError for an unknown key,
     version, dataset or model, for an impossible value, and for a run that is done, but with other parameters.
     """
-    for key in config:
-        if key not in DEFAULTS:
-            known = ", ".join(DEFAULTS)
-            raise LVMError(f"sweep: unknown key {key!r}{nearest(key, DEFAULTS)}; workflow/sweep.yaml has {known}")
-    c = {**DEFAULTS, **_typed(config)}
-    for key, least in (("seeds", 1), ("threads", 1), ("gpus", 0)):
-        if type(c[key]) is not int or c[key] < least:
-            raise LVMError(f"sweep: {key} is {c[key]!r}; needed is a whole number from {least} on")
-    if not isinstance(c["fast"], bool):
-        raise LVMError(f"sweep: fast is {c['fast']!r}; needed is true or false")
-    given = {key: c[key] for key in ("epochs", "precision", "overrides") if c[key] not in (None, {})}
-    if c["fast"] or os.environ.get("LVM_FAST") == "1":
+    c = validate(TypeAdapter(Settings), _typed(config), "sweep")
+    given = {key: x for key in ("epochs", "precision", "overrides") if (x := getattr(c, key)) not in (None, {})}
+    if c.fast or os.environ.get("LVM_FAST") == "1":
         given["fast"] = True
 
     runs: dict[str, dict[str, Any]] = {}
     comparisons: dict[str, Comparison] = {}
-    for data, model, name in itertools.product(*(_listed(c[key], key) for key in ("datasets", "models", "versions"))):
+    for data, model, name in itertools.product(c.datasets, c.models, c.versions):
         # A version that has another model than base.yaml, as p6 has it, has named it.
         named = version(name).model != version("p6").model
         chosen = given | ({} if data is None else {"data": data}) | ({} if named else {"model": model})
-        for seed in range(c["seeds"]):
+        for seed in range(c.seeds):
             own = version(name, seed=seed, **chosen)
             if not seed:
                 record = dataset_record(dataset(own.data, own.horizon, own.context_length, own.fast, own.direction))
@@ -96,11 +103,11 @@ def plan(config: Mapping[str, Any]) -> Sweep:
                     "the last part of their paths"
                 )
             page = folder.parents[1] / f"compare-{model}.ipynb"
-            about = {"data": own.to_dict()["data"], "model": model, "seeds": c["seeds"], **given}
+            about = {"data": own.to_dict()["data"], "model": model, "seeds": c.seeds, **given}
             if "epochs" in about:  # compare.ipynb has no parameter of that name
                 about["overrides"] = {**about.get("overrides", {}), "epochs": about.pop("epochs")}
             comparisons.setdefault(str(page), Comparison(about, {})).runs[str(folder)] = name
-    return Sweep(runs, comparisons, c["threads"], c["gpus"])
+    return Sweep(runs, comparisons, c.threads, c.gpus)
 
 
 def training_parameters(planned: Sweep, folder: str) -> dict[str, Any]:
@@ -168,40 +175,26 @@ def reserve_gpus(wanted: int) -> list[FileLock]:
 
     If a scheduler shows no more than are wanted, they are taken as they are.
     """
-    visible = _visible_gpus() if wanted else []
+    if not wanted:
+        return []
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     if len(visible) <= wanted:
         return []
     while True:
-        locks, unusable = {}, 0
+        locks = {}
         for gpu in visible:
             path = Path(tempfile.gettempdir()) / f"lvm-gpu-{gpu}.lock"  # a folder that other users write to as well
             gpu_lock = FileLock(path, timeout=0, mode=0o666, fallback_to_soft=False)
-            try:
+            with contextlib.suppress(Timeout), explain_os_errors(path):
                 gpu_lock.acquire()
-            except Timeout:
-                continue
-            except OSError as e:
-                unusable += 1
-                if unusable > len(visible) - wanted:
-                    raise LVMError(f"{path}: cannot be opened ({e.strerror}); remove it, or set gpus to 0") from e
-                continue
-            locks[gpu] = gpu_lock
+                locks[gpu] = gpu_lock
             if len(locks) == wanted:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(locks)
                 return list(locks.values())
         for gpu_lock in locks.values():
             gpu_lock.release()
         time.sleep(1 + os.getpid() % 7)  # not all at the same time
-
-
-def _visible_gpus() -> list[str]:
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
-    try:
-        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (OSError, subprocess.CalledProcessError):
-        return []
 
 
 def read_settings(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,12 +216,8 @@ def _refuse_another(folder: Path, own: Version, data: dict) -> None:
     if not (folder / "train.ipynb").exists():
         return
     record = open_run(folder)[0]
-    precision = record.get("computed", {}).get("precision")
-    ours = {
-        "parameters": own.to_dict(),
-        "dataset": data,
-        "computed": {"precision": precision if own.precision == "auto" else own.precision},
-    }
+    precision = record["computed"].get("precision") if own.precision == "auto" else own.precision
+    ours = {"parameters": own.to_dict(), "dataset": data, "computed": {"precision": precision}}
     if differing := differences(ours, record):
         raise LVMError(
             f"sweep: {folder} holds a run with other parameters or data ({'; '.join(differing)}); move that folder "
@@ -237,23 +226,12 @@ def _refuse_another(folder: Path, own: Version, data: dict) -> None:
 
 
 def _typed(value: Any) -> Any:
-    """Return a value as YAML reads it: `snakemake --config` leaves true, null and nested leaves as text."""
+    """Return a value with its leaves as JSON: `snakemake --config` leaves true, null and nested numbers as text."""
     if isinstance(value, Mapping):
         return {key: _typed(x) for key, x in value.items()}
     if isinstance(value, list):
         return [_typed(x) for x in value]
-    if not isinstance(value, str):
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
         return value
-    if value in WORDS:
-        return WORDS[value]
-    if re.fullmatch(r"[-+]?\d+", value):
-        return int(value)
-    return float(value) if re.fullmatch(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", value) else value
-
-
-def _listed(value: Any, key: str) -> list:
-    """Return a list of the configuration; from the command line it may be names with a space between."""
-    listed = value.split() if isinstance(value, str) else value
-    if not isinstance(listed, list) or not listed:
-        raise LVMError(f"sweep: {key} is {value!r}; needed is a list, such as [{', '.join(_EXAMPLES[key])}]")
-    return listed

@@ -37,9 +37,7 @@ def read(folder: Path, name: str, chain: tuple[str, ...] = ()) -> tuple[dict, st
         raise LVMError(f"{where}: holds a {type(content).__name__}, but must hold `key: value` lines")
     content = content or {}
     about = text.splitlines()[0].removeprefix("#").strip() if text.startswith("#") else ""
-    if name == BASE:
-        if "extends" in content:
-            raise LVMError(f"{where}: the base itself extends nothing; drop the key 'extends'")
+    if name == BASE and "extends" not in content:
         return content, about, ""
     parent = content.pop("extends", BASE)
     if parent not in [BASE, *known(folder)]:
@@ -70,10 +68,10 @@ def merge(base: Mapping, over: Mapping) -> dict:
 
 def flat(nested: Mapping, prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} → {'a.b': 1}."""
-    out: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in nested.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return out
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def unknown(name: Any, names: list[str]) -> str:

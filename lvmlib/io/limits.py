@@ -32,19 +32,15 @@ class Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not read", key.start_mark)
         super().flatten_mapping(node)
 
-
-def _short(build):
-    def number(loader, node):
+    def construct_number(self, node):
         if len(str(node.value)) > DIGITS:
-            mark = node.start_mark
-            raise yaml.constructor.ConstructorError(None, None, f"a number of more than {DIGITS} digits", mark)
-        return build(loader, node)
-
-    return number
+            problem = f"a number of more than {DIGITS} digits"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return yaml.SafeLoader.yaml_constructors[node.tag](self, node)
 
 
-Loader.add_constructor("tag:yaml.org,2002:int", _short(yaml.SafeLoader.construct_yaml_int))
-Loader.add_constructor("tag:yaml.org,2002:float", _short(yaml.SafeLoader.construct_yaml_float))
+for _kind in ("int", "float"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", Loader.construct_number)
 
 
 def read_yaml(path: Path):
@@ -84,30 +80,28 @@ def read_bytes(path: Path, most: int = LARGEST) -> bytes:
 
 
 def plain(content):
-    """Return `content` if it is of plain values, few and not deeply nested. Raises ValueError otherwise."""
+    """Return `content` if it consists of plain values, few and not deeply nested. Raises ValueError otherwise."""
     level, count = [content], 0
     for _ in range(DEEPEST):
         inner = []
         for value in level:
             if isinstance(value, dict):
                 for key in value:
-                    _leaf(key)
+                    _check_leaf(key)
                 inner += value.values()
-                count += len(value)
             elif isinstance(value, list):
                 inner += value
-                count += len(value)
             else:
-                _leaf(value)
-            if count > MOST:
-                raise ValueError(f"more than {MOST:,} values, aliases counted as often as they stand there")
+                _check_leaf(value)
+            if count + len(inner) > MOST:
+                raise ValueError(f"more than {MOST:,} values, aliases counted at each place")
         if not inner:
             return content
-        level = inner
+        level, count = inner, count + len(inner)
     raise ValueError(f"lists or maps within each other, more than {DEEPEST} deep")
 
 
-def _leaf(value) -> None:
+def _check_leaf(value) -> None:
     if not isinstance(value, str | int | float | datetime.date | None):
         raise ValueError(f"a {type(value).__name__}, where texts, numbers, lists and maps belong")
     if isinstance(value, int) and abs(value) >= 10**DIGITS:
@@ -119,16 +113,15 @@ def check_state(path: Path) -> None:
 
     Reading it then takes no more memory than the file has bytes. The restricted unpickler checks what it holds.
     """
-    advice = "restore the file, or train anew with `fresh`"
-    if path.exists() and not path.is_file():
-        raise LVMError(f"{path}: cannot be read, it is no plain file; {advice}")
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no plain file")
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+        if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & UNSAFE_ZIP for m in members):
+            raise ValueError("its parts are packed")
+        if sum(m.file_size for m in members) > path.stat().st_size:
+            raise ValueError("its parts claim more bytes than the file has")
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as e:
+        advice = "restore the file, or train anew with `fresh`"
         raise LVMError(f"{path}: cannot be read, it is not what torch.save writes ({e}); {advice}") from e
-    if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & UNSAFE_ZIP for m in members):
-        raise LVMError(f"{path}: cannot be read, its parts are packed, as torch.save never does; {advice}")
-    size = path.stat().st_size
-    if sum(m.file_size for m in members) > size:
-        raise LVMError(f"{path}: cannot be read, its parts claim more bytes than the {size:,} of the file; {advice}")

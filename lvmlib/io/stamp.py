@@ -6,20 +6,12 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 from .limits import NOTEBOOK, read_bytes
 from .paths import CHECKOUT, NOTEBOOKS
 
 BEHIND = ["lvmlib", "params", *(f":(exclude)lvmlib/{name}" for name in ("share", "cli", "io", "report"))]
 DIGITS = 12
-
-
-class State(NamedTuple):
-    """What is known of a rendered notebook: `current`, `stale` or `unknown`; and why."""
-
-    kind: str
-    why: str
 
 
 def commit(notebook: str = "") -> str:
@@ -30,7 +22,8 @@ def commit(notebook: str = "") -> str:
     head = _git("rev-parse", f"--short={DIGITS}", "HEAD")
     if not head:
         return ""
-    return head + ("+" if _git("status", "--porcelain", "--", *_behind(notebook)) else "")
+    changed = _git("status", "--porcelain", "--", *BEHIND, f"notebooks/{notebook}.ipynb")
+    return f"{head}+" if changed else head
 
 
 def stamp(path: Path, notebook: str, before: str) -> bool:
@@ -41,19 +34,14 @@ def stamp(path: Path, notebook: str, before: str) -> bool:
     content = json.loads(path.read_text(encoding="utf-8"))
     same = commit(notebook) == before
     content["metadata"]["lvmlib"] = {"commit": before if same else before.rstrip("+") + "+", "notebook": notebook}
-    content["metadata"].setdefault("papermill", {})["input_path"] = f"notebooks/{notebook}.ipynb"
+    paths = {"input_path": f"notebooks/{notebook}.ipynb", "output_path": path.name}  # without this machine's folders
+    content["metadata"].setdefault("papermill", {}).update(paths)
     write(path, content)
     return same
 
 
-def is_executed(content: dict) -> bool:
-    """Return whether every code cell of a notebook (as JSON) was executed."""
-    cells = (c for c in content["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip())
-    return all(c.get("execution_count") for c in cells)
-
-
 def write(path: Path, content: dict) -> None:
-    """Write a notebook (as JSON) in place, so that a lock on the file stays."""
+    """Write a notebook (as JSON)."""
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -66,31 +54,26 @@ def given(path: Path) -> dict:
     return parameters if isinstance(parameters, dict) else {}
 
 
-def state(content: dict) -> State:
-    """Return whether an executed notebook (as JSON) is of the present code."""
+def state(content: dict) -> tuple[str, str]:
+    """Return whether an executed notebook (as JSON) is `current`, `stale` or `unknown`, and why."""
     if not _git("rev-parse", "HEAD"):
-        return State("unknown", "this is no git checkout")
+        return "unknown", "this is no git checkout"
     own = content.get("metadata", {}).get("lvmlib")
     own = own if isinstance(own, dict) else {}
     made, notebook = str(own.get("commit")), own.get("notebook")
     # Both come from a file that nobody vouches for, and become arguments of git.
     if not re.fullmatch(rf"[0-9a-f]{{{DIGITS},40}}\+?", made):
-        return State("stale", "it names no commit")
-    if notebook not in {path.stem for path in NOTEBOOKS.glob("*.ipynb")}:
-        return State("stale", "it is not of one of notebooks/")
+        return "stale", "it names no commit"
+    if notebook not in [path.stem for path in NOTEBOOKS.glob("*.ipynb")]:
+        return "stale", "it is not of one of notebooks/"
     if made.endswith("+"):
-        return State("stale", "it was rendered from uncommitted files")
+        return "stale", "it was rendered from uncommitted files"
     if _git("merge-base", "--is-ancestor", made, "HEAD") is None:
-        return State("stale", f"commit {made} is not in this history")
-    changed = (_git("diff", "--name-only", made, "--", *_behind(notebook)) or "").splitlines()
-    if changed:
-        others = f" and {len(changed) - 4} more" if len(changed) > 5 else ""
-        return State("stale", f"{', '.join(changed[:4] if others else changed)}{others} changed since {made}")
-    return State("current", f"rendered at commit {made}")
-
-
-def _behind(notebook: str) -> list[str]:
-    return [*BEHIND, f"notebooks/{notebook}.ipynb"] if notebook else BEHIND
+        return "stale", f"commit {made} is not in this history"
+    if changed := _git("diff", "--name-only", made, "--", *BEHIND, f"notebooks/{notebook}.ipynb"):
+        first, *others = changed.splitlines()
+        return "stale", f"{first}{' and others' if others else ''} changed since {made}"
+    return "current", f"rendered at commit {made}"
 
 
 def _git(*arguments: str) -> str | None:
@@ -98,9 +81,8 @@ def _git(*arguments: str) -> str | None:
     if CHECKOUT is None:
         return None
     try:
-        done = subprocess.run(
-            ["git", *arguments], check=False, cwd=CHECKOUT, capture_output=True, text=True, timeout=10
-        )
+        command = ["git", *arguments]
+        done = subprocess.run(command, check=False, cwd=CHECKOUT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from itertools import chain
 
 import nbformat
 import pandas as pd
@@ -18,9 +19,9 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def requirements(extras=("test",)):
+def requirements(*extras):
     project = PYPROJECT["project"]
-    listed = [*project["dependencies"], *(r for extra in extras for r in project["optional-dependencies"][extra])]
+    listed = chain(project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras))
     return dict(re.fullmatch(r"([\w-]+)(.*)", r).groups() for r in listed)
 
 
@@ -28,24 +29,19 @@ def test_environment_yml_is_equal_to_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     conda = [d for d in environment["dependencies"] if isinstance(d, str)]
     pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
-    wanted = {name: spec for name, spec in requirements().items() if name != "torch"}  # its pin stands once
-    listed = {d.partition(" ")[0]: d.partition(" ")[2] for d in conda}
-    assert listed.pop("python") == PYPROJECT["project"]["requires-python"]
-    assert listed.pop("pip") == ""
-    assert listed == wanted
+    wanted = {"python": PYPROJECT["project"]["requires-python"], "pip": "", **requirements("test")}
+    wanted.pop("torch")  # its pin is in one place
+    assert {d.partition(" ")[0]: d.partition(" ")[2] for d in conda} == wanted
     assert pip == ["-e .[encode,export,sweep]"]  # brings torch with its pin, and the optional extras
 
 
 def test_torch_is_pinned_in_one_place():
-    pins = [
-        path.name
-        for path in (ROOT / "pyproject.toml", ROOT / "environment.yml", ROOT / "Makefile", ROOT / ".ci" / "run")
-        if re.search(r"torch\s*==", path.read_text(encoding="utf-8"))
-    ]
+    names = ("pyproject.toml", "environment.yml", "Makefile", ".ci/run")
+    pins = [name for name in names if re.search(r"torch\s*==", (ROOT / name).read_text(encoding="utf-8"))]
     assert pins == ["pyproject.toml"]
 
 
-@pytest.mark.parametrize("name", requirements(PYPROJECT["project"]["optional-dependencies"]))
+@pytest.mark.parametrize("name", requirements(*PYPROJECT["project"]["optional-dependencies"]))
 def test_readme_gives_a_reason_for_every_dependency(name):
     assert re.search(rf"^\| `{name}`.*\|.{{15,}}\|", README, re.MULTILINE)
 
@@ -55,10 +51,11 @@ def test_readme_lists_every_version(name):
     assert f"`{name}`" in README
 
 
-def test_readme_maps_every_room():
-    rooms = [f"lvmlib/{p.name}" for p in (ROOT / "lvmlib").glob("*.py") if not p.name.startswith("__")]
-    rooms += [p.name for p in NOTEBOOKS] + [f"{PARAMS.name}/"]
-    assert [r for r in rooms if f"`{r}`" not in README] == []
+def test_readme_maps_every_file_of_the_core_package_and_notebook():
+    core = [f"lvmlib/{p.name}" for p in (ROOT / "lvmlib").glob("*.py") if not p.name.startswith("__")]
+    packages = [f"lvmlib/{p.parent.name}/" for p in (ROOT / "lvmlib").glob("*/__init__.py")]
+    places = [*core, *packages, *(p.name for p in NOTEBOOKS), f"{PARAMS.name}/"]
+    assert [place for place in places if f"`{place}`" not in README] == []
 
 
 def test_readme_snippet_runs(tmp_path, monkeypatch):
@@ -84,10 +81,10 @@ def test_the_tables_of_results_are_those_of_the_runs():
     """The whole table in docs/results.md, and in the README some rows of it, as the showcase's runs gave them."""
     runs = pd.read_csv(ROOT / "outputs" / "showcase" / "versions.csv")
     table = summary.markdown(summary.by_version(runs))
-    whole = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert table in whole
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert table in results
     shown = README.split("\n".join(table.splitlines()[:2]))[1].split("\n\n")[0].strip().splitlines()
-    assert len(shown) > 5 and [row for row in shown if row not in whole.splitlines()] == []
+    assert len(shown) > 5 and [row for row in shown if row not in results.splitlines()] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

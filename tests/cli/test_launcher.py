@@ -1,10 +1,8 @@
 """`python -m lvmlib train`, and papermill from the root and from notebooks/: the same run in the same place."""
 
-import contextlib
-import errno
-import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -38,6 +36,11 @@ def call(outputs, *command, cwd=ROOT):
 
 
 @pytest.fixture(scope="module")
+def folder(outputs):
+    return outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
+
+
+@pytest.fixture(scope="module")
 def trained(outputs):
     """What `make train` calls, once; the tests below look at what it left."""
     done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS)
@@ -45,9 +48,8 @@ def trained(outputs):
     return done
 
 
-def test_make_train_leaves_notebook_html_and_verdict(outputs, trained):
+def test_make_train_leaves_notebook_html_and_verdict(outputs, folder, trained):
     done = trained
-    folder = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
     lines = done.stdout.strip().splitlines()[-4:]
     assert lines[0].split() == ["notebook", str(folder / "train.ipynb")]
     assert lines[1].split() == ["HTML", str(folder / "train.html")]
@@ -62,45 +64,30 @@ def test_make_train_leaves_notebook_html_and_verdict(outputs, trained):
     assert not list(outputs.glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("place, path", [(".", "notebooks/train.ipynb"), ("notebooks", "train.ipynb")])
-def test_papermill_from_root_and_from_notebooks_meet_in_one_run(outputs, trained, tmp_path, place, path):
-    """After the run above: both find it finished and reuse it."""
-    done = call(
-        outputs, "papermill", path, tmp_path / "out.ipynb", "-p", "version", "v21", *ARGUMENTS, cwd=ROOT / place
-    )
+def test_papermill_from_notebooks_finds_the_same_run(outputs, trained, tmp_path):
+    done = call(outputs, "papermill", "train.ipynb", tmp_path / "out.ipynb", "-p", "version", "v21", *ARGUMENTS,
+                cwd=ROOT / "notebooks")  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     text = (tmp_path / "out.ipynb").read_text(encoding="utf-8")
     assert "A finished run of the same parameters and data, reused" in text
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["-p", "version", "v24"], "unknown version 'v24'"),
-    (["-p", "verison", "v21"], "'verison' is not one of this notebook's (did you mean 'version'?)"),
-    (["-p", "run_name", "../../elsewhere"], "run_name"),
-])  # fmt: skip
-def test_bad_parameters_fail_with_one_clear_error(outputs, tmp_path, arguments, words):
-    done = call(outputs, "papermill", "notebooks/train.ipynb", tmp_path / "out.ipynb", "-p", "fast", "True", *arguments)
-    assert done.returncode != 0 and words in done.stderr and "LVMError" in done.stderr
+def test_papermill_refuses_an_unknown_parameter(outputs, tmp_path):
+    done = call(outputs, "papermill", "notebooks/train.ipynb", tmp_path / "out.ipynb", "-p", "verison", "v21")
+    assert done.returncode and "LVMError" in done.stderr and "did you mean 'version'?" in done.stderr
 
 
-def test_a_refused_run_leaves_the_notebook_that_stands_there(outputs, trained):
-    folder = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
+def test_a_refused_run_leaves_the_notebook_that_stands_there(outputs, folder, trained):
     before = (folder / "train.ipynb").read_bytes()
     done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-p", "epochs", "1")
     assert done.returncode != 0 and done.stderr.strip().startswith("LVMError: ")
     assert len(done.stderr.strip().splitlines()) == 1 and "epochs: 2 there, 1 here" in done.stderr
     assert (folder / "train.ipynb").read_bytes() == before
-    assert not list(outputs.glob("*.ipynb"))  # nothing is left of what says no more than the error
-
-
-def test_what_breaks_unforeseen_is_shown_whole(outputs, trained):
-    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-k", "nokernel")
-    assert done.returncode != 0 and "No such kernel named nokernel" in done.stderr
+    assert not list(outputs.glob("*.ipynb"))  # the failed notebook says no more than the error
 
 
 @pytest.mark.parametrize("option, words", [("--help", "Usage: "), ("--prepare-only", "Prepared, not executed: ")])
-def test_what_executes_nothing_leaves_the_run_as_it_is(outputs, trained, option, words):
-    folder = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
+def test_what_executes_nothing_leaves_the_run_as_it_is(outputs, folder, trained, option, words):
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, option)
     assert done.returncode == 0 and not done.stderr and words in done.stdout
@@ -120,19 +107,10 @@ def test_terminated_it_ends_with_all_that_it_started(outputs):
     started = called.children(recursive=True)
     assert len(started) >= 2  # papermill and a kernel
     called.terminate()
-    _, said = called.communicate(timeout=60)
-    assert (called.returncode, said.count("the same command goes on from there")) == (143, 1)
+    _, errors = called.communicate(timeout=60)
+    assert (called.returncode, errors.count("the same command goes on from there")) == (143, 1)
     assert psutil.wait_procs(started, timeout=60)[1] == []
     assert not list(outputs.glob("train.*.ipynb")) and not run.with_name("train.ipynb").exists()
-
-
-def test_a_backward_run_has_a_folder_of_its_own(outputs, trained):
-    folder = outputs / "fast" / "wikipedia" / "v21"
-    before = (folder / "seed0-amn" / "train.ipynb").read_bytes()
-    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-p", "direction", "backward")
-    assert done.returncode == 0, done.stderr
-    assert "read backward" in (folder / "seed0-amn-backward" / "train.ipynb").read_text(encoding="utf-8")
-    assert "\nreading   " in done.stdout and (folder / "seed0-amn" / "train.ipynb").read_bytes() == before
 
 
 def test_the_preflight_says_its_verdict_in_the_terminal(outputs):
@@ -144,17 +122,16 @@ def test_the_preflight_says_its_verdict_in_the_terminal(outputs):
     assert lines[2].startswith("verdict   ") and "best baseline" in lines[2] and "A fast run" in lines[2]
 
 
-def test_usage(outputs):
-    done = call(outputs, "lvmlib")
-    assert done.returncode == 2 and "usage" in (done.stdout + done.stderr).lower()
-    done = call(outputs, "lvmlib", "render", "data", "out.html")
-    assert done.returncode == 2 and "out.html" in done.stderr
+def test_usage(capsys):
+    assert launcher.main([]) == launcher.main(["render", "data", "out.html"]) == 2
+    shown = capsys.readouterr()
+    assert "usage" in (shown.out + shown.err).lower() and "out.html" in shown.err
 
 
-def test_the_runs_are_drawn_together(outputs, trained):
+def test_the_runs_are_drawn_together(outputs, folder, trained):
     frame = summary.runs("fast/wikipedia", outputs)
     run = frame[frame["version"] == "v21"].iloc[0]
-    report = json.loads((outputs / "fast/wikipedia/v21/seed0-amn/fivecat.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "fivecat.json").read_text(encoding="utf-8"))
     keys = ("split", "predictor", "measure")
     (margin,) = [r["value"] for r in report["original"]["table"] if [r[k] for k in keys] == ["val", "model", "margin"]]
     assert (run["predictor"], run["seed"], run["epochs"], run["margin"]) == ("amn", 0, 2, margin)
@@ -166,27 +143,21 @@ def test_the_runs_are_drawn_together(outputs, trained):
 
 def test_seeds_are_drawn_together_with_their_half_range():
     row = {"version": "v22", "predictor": "transformer", "epochs": 12.0, "precision": "float32", "direction": "forward"}
-    frame = pd.DataFrame(
-        [{**row, "seed": s, **dict.fromkeys(summary.MEASURES, x)} for s, x in enumerate((0.1, 0.2, 0.6))]
-    )
-    (found,) = summary.by_version(frame).to_dict("records")
+    rows = [{**row, "seed": s, **dict.fromkeys(summary.MEASURES, x)} for s, x in enumerate((0.1, 0.2, 0.6))]
+    (found,) = summary.by_version(pd.DataFrame(rows)).to_dict("records")
     assert found["seeds"] == 3 and found["margin"] == pytest.approx(0.3) and found["margin_half"] == pytest.approx(0.25)
     assert "+0.300 ± 0.250" in summary.markdown(pd.DataFrame([found]))
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"calibrated": {"table": [{"predictor": "model"}]}}'])
-def test_a_damaged_report_is_named(outputs, trained, tmp_path, content):
-    source = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn"
-    folder = tmp_path / "wikipedia" / "v21" / "seed0-amn"
-    folder.mkdir(parents=True)
-    for name in ("run.yaml", "epochs.csv", "steps.csv"):
-        (folder / name).write_bytes((source / name).read_bytes())
-    (folder / "fivecat.json").write_text(content)
+def test_a_damaged_report_is_named(folder, trained, tmp_path, content):
+    shutil.copytree(folder, place := tmp_path / "wikipedia" / "v21" / "seed0-amn")
+    (place / "fivecat.json").write_text(content)
     with pytest.raises(LVMError, match=r"fivecat\.json: cannot be read as a 5CAT report"):
         summary.runs(root=tmp_path)
 
 
-def test_no_run_is_said_so(tmp_path):
+def test_without_a_run_there_is_no_table(tmp_path):
     with pytest.raises(LVMError, match="no finished run"):
         summary.runs(root=tmp_path)
 
@@ -226,134 +197,92 @@ def executed(path: Path, *parameters: str) -> Path:
     cells = [nbformat.v4.new_code_cell(source, execution_count=i + 1) for i, source in enumerate(parameters)]
     for cell, tag in zip(cells, ("parameters", "injected-parameters"), strict=False):
         cell["metadata"]["tags"] = [tag]
-    told = {"papermill": {"parameters": {"given": list(parameters[1:])}}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=told), path)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
     return path
 
 
-def keep(path: Path, place: Path):
-    return launcher._keep(runner.Executed(path, runner.parameters(json.loads(path.read_text("utf-8")))), place)
+def publish(path: Path, place: Path):
+    return launcher._publish(runner.Executed(path, runner.parameters(json.loads(path.read_text("utf-8")))), place)
 
 
-def test_an_executed_notebook_moves_to_another_disk(tmp_path, monkeypatch, capsys):
-    """As where outputs/wikipedia is a link: a rename between folders fails there."""
-
-    def rename(source, target, real=os.replace):
-        if Path(source).parent != Path(target).parent:
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
-        real(source, target)
-
+def test_an_executed_notebook_is_copied_to_its_place_and_flushed(tmp_path, monkeypatch, capsys):
     flushed = []
-    monkeypatch.setattr(os, "replace", rename)
-    monkeypatch.setattr(os, "rename", rename)
     monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_ino))
-    ours = executed(tmp_path / "ours.ipynb", "fast = False")
-    wanted, place = ours.read_bytes(), tmp_path / "wikipedia" / "data.ipynb"
-    keep(ours, place)
-    assert place.read_bytes() == wanted and place.with_suffix(".html").exists() and not ours.exists()
+    ours, place = executed(tmp_path / "ours.ipynb", "fast = False"), tmp_path / "wikipedia" / "data.ipynb"
+    publish(ours, place)
+    assert place.read_bytes() == ours.read_bytes() and place.with_suffix(".html").exists()
     assert place.stat().st_ino in flushed
     assert "notebook  " in capsys.readouterr().out
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """In place of papermill's process: `started.does(path)` writes the executed notebook, or fails; `started` says how
-    it was called."""
+    """In place of papermill's process: `started.does(path)` writes the executed notebook, or returns its error; the
+    other attributes hold how it was called."""
 
     def run(command, *, cwd, env=None, real=subprocess.run, **options):
         if command[0] == "git":
             return real(command, cwd=cwd, env=env, **options)
-        calls.path = Path(cwd) / next(x for x in command if x.endswith(".partial.ipynb"))
-        calls.command, calls.environment = command, env
-        said = calls.does(calls.path) or ""
-        return subprocess.CompletedProcess(command, 1 if said else 0, stderr=said)
+        calls.path, calls.environment = Path(next(x for x in command if "/lvm-" in x)), env
+        error = calls.does(calls.path) or ""
+        return subprocess.CompletedProcess(command, calls.code if error else 0, stderr=error)
 
-    calls = types.SimpleNamespace(does=lambda path: whole(path))
+    calls = types.SimpleNamespace(does=execute_all, code=1)
     monkeypatch.setattr(runner.subprocess, "run", run)
     monkeypatch.setattr(runner, "check_options", lambda name, options: None)
     return calls
 
 
-def whole(path):
-    """What papermill leaves of data.ipynb where nothing goes wrong."""
+def execute_all(path, error=""):
+    """Write what papermill leaves of data.ipynb, and return `error`."""
     content = nbformat.read(ROOT / "notebooks" / "data.ipynb", as_version=4)
     for cell in content.cells:
         if cell.cell_type == "code":
             cell["execution_count"] = 1
     path.write_text(nbformat.writes(content), encoding="utf-8")
+    return error
 
 
-def test_outputs_may_be_named_from_where_one_stands(tmp_path, monkeypatch, started):
+def test_outputs_may_be_named_from_any_folder_and_the_notebook_names_no_machine(tmp_path, monkeypatch, started):
     """papermill and the kernel start from the checkout."""
-    monkeypatch.setenv("LVM_OUTPUTS", "mine")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LVM_OUTPUTS", "mine")
     assert launcher.main(["render", "data", "out.ipynb"]) == 0
-    assert started.environment["LVM_OUTPUTS"] == str(tmp_path / "mine") and started.path.parent == tmp_path / "mine"
-    assert Path("out.ipynb").exists() and not list(Path("mine").iterdir())
+    assert started.environment["LVM_OUTPUTS"] == str(tmp_path / "mine") and not list(Path("mine").iterdir())
+    paths = json.loads(Path("out.ipynb").read_text(encoding="utf-8"))["metadata"]["papermill"]
+    assert paths == {"input_path": "notebooks/data.ipynb", "output_path": "data.ipynb"}
+    assert not started.path.parent.exists()
 
 
-def test_a_notebook_made_in_the_checkout_names_no_machine(tmp_path, monkeypatch, started):
-    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
-    (tmp_path / "elsewhere").mkdir()
-    for place, named in ((tmp_path, "outputs"), (tmp_path / "elsewhere", str(tmp_path / "outputs"))):
-        monkeypatch.chdir(place)
-        monkeypatch.setenv("LVM_OUTPUTS", named)
-        assert launcher.main(["render", "data", "out.ipynb"]) == 0
-        (given,) = [x for x in started.command if x.endswith(".partial.ipynb")]
-        assert given.startswith("outputs/.data.")
+KILLED, REFUSED = "Traceback\nDeadKernelError: Kernel died", "Input Notebook\nLVMError: x: cannot be written: full"
 
 
-def test_what_runs_is_hidden_and_held_and_what_a_killed_one_left_goes(tmp_path, monkeypatch, started):
-    """Two containers on one folder have the same process ids: no name and no age says whose a notebook is."""
+@pytest.mark.parametrize("code, error, words, lines", [
+    (1, "Traceback\nZeroDivisionError: division", "ZeroDivisionError", 3),  # papermill's own error is shown whole
+    (runner.KILLED_CODE, KILLED, "LVMError: the kernel was killed, perhaps for want of memory", 2),
+    (1, REFUSED, "LVMError: x: cannot be written", 2),
+])  # fmt: skip
+def test_a_failed_notebook_is_in_sight_but_in_no_gallery(
+    tmp_path, monkeypatch, capsys, started, code, error, words, lines
+):
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
-    killed, running, read = (tmp_path / f".{x}.partial.ipynb" for x in ("train.0123abcd", "data.4567cdef", "mine"))
-    failed = tmp_path / "train.89abcdef.partial.ipynb"
-    for path in (killed, running, read, failed):
-        path.write_text("{}")
-    with open(running) as held, contextlib.ExitStack() as stack:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        there = [stack.enter_context(runner.execute("data", [])).path for _ in range(2)]
-        for path in there:
-            assert path.name.startswith(".data.") and gallery._shown(path, tmp_path) is False
-        assert len(set(there)) == 2 and all(path.exists() for path in (*there, running, read, failed))
-    assert not killed.exists() and not any(path.exists() for path in there)
-
-
-def test_a_failed_notebook_is_in_sight_but_in_no_gallery(tmp_path, monkeypatch, capsys, started):
-    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
-    started.does = lambda path: [whole(path), "ZeroDivisionError: division by zero"][1]
-    assert launcher.main(["data"]) == 1
+    started.does, started.code = lambda path: execute_all(path, error), code
+    assert launcher.main(["data"]) == code
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("data.") and left.name.endswith(".partial.ipynb")
-    said = capsys.readouterr().err
-    assert "ZeroDivisionError" in said and f"as far as it came: {left}" in said
+    *shown, place = capsys.readouterr().err.strip().splitlines()
+    assert words in "\n".join(shown) and len(shown) + 1 == lines
+    assert place == f"Failed; the notebook as far as it came: {left}"
     assert gallery._collect(tmp_path, False, False) == []
 
 
-DEAD = "Traceback\n  File x\nnbclient.exceptions.DeadKernelError: Kernel died\n"
-FULL = "Traceback\n  File x\nOSError: [Errno 28] No space left on device\n"
-
-
-@pytest.mark.parametrize("said, words", [(DEAD, "the kernel was killed, perhaps for want of memory"),
-                                         (FULL, "cannot be written: the disk is full. To do: free some room"),
-                                         (FULL[:-1] + ": '{}'\n", "cannot be written: the disk is full")])  # fmt: skip
-def test_what_ends_papermill_is_told_in_a_line(tmp_path, monkeypatch, capsys, started, said, words):
-    monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
-    started.does = lambda path: [whole(path), said.format(path)][1]
-    assert launcher.main(["data"]) == 1
-    told, partial = capsys.readouterr().err.strip().splitlines()
-    assert told.startswith("LVMError: ") and words in told and "the same command goes on" in told
-    assert partial == f"Failed; the notebook as far as it came: {next(tmp_path.iterdir())}"
-
-
-def test_a_disk_that_takes_nothing_is_told(tmp_path, monkeypatch, started):
+def test_a_disk_that_takes_nothing_is_named(tmp_path, monkeypatch, started):
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "file" / "outputs"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(LVMError, match="a file stands where a folder should"):
+    with pytest.raises(LVMError, match="a file is where a folder should be"):
         launcher.main(["data"])
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path / "outputs"))
-    with pytest.raises(LVMError, match="a file stands where a folder should"):
+    with pytest.raises(LVMError, match="a file is where a folder should be"):
         launcher.main(["render", "data", str(tmp_path / "file" / "out.ipynb")])
     (left,) = (tmp_path / "outputs").iterdir()
     assert left.name.startswith("data.")  # what was executed is not lost
@@ -363,59 +292,61 @@ def test_a_disk_that_takes_nothing_is_told(tmp_path, monkeypatch, started):
 
 
 def test_papermills_kernel_has_sockets_and_a_history_of_its_own(tmp_path):
-    """By no port: Jupyter's choice of ports can be taken by the kernel of a command beside this."""
-    cell = nbformat.v4.new_code_cell(
-        "import os\nfrom ipykernel.connect import get_connection_info\n"
-        "print(get_connection_info(unpack=True)['transport'], os.environ['IPYTHONDIR'])"
-    )
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "small.ipynb")
+    """By no port: Jupyter's choice of ports can be taken by the kernel of a command beside this. Here it is killed."""
+    cells = ["import os\nfrom ipykernel.connect import get_connection_info\n"
+             "print(get_connection_info(unpack=True)['transport'], os.environ['IPYTHONDIR'])",
+             "os.kill(os.getpid(), 9)"]  # fmt: skip
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbformat.write(notebook, tmp_path / "small.ipynb")
     paths = [str(tmp_path / name) for name in ("small.ipynb", "out.ipynb")]
-    done = runner._papermill([*paths, "-k", "python3"])
-    assert done.returncode == 0, done.stderr
-    said = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[0].outputs[0]["text"].split()
-    assert said[0] == "ipc" and said[1] != os.environ.get("IPYTHONDIR") and not Path(said[1]).exists()
+    (tmp_path / "place").mkdir()
+    done = runner._papermill([*paths, "-k", "python3"], str(tmp_path / "place"))
+    assert done.returncode == runner.KILLED_CODE, done.stderr
+    transport, history = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[0].outputs[0]["text"].split()
+    assert (transport, history) == ("ipc", str(tmp_path / "place"))
+    (tmp_path / "full.ipynb").symlink_to("/dev/full")
+    done = runner._papermill([paths[0], str(tmp_path / "full.ipynb"), "-k", "python3"], str(tmp_path / "place"))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("LVMError: ") and "cannot be written: the disk is full" in last
 
 
-def lies_there(folder: Path, name: str, *injected: str) -> tuple[Path, Path]:
-    """A notebook with the parameters of notebooks/NAME, and those injected; and its place."""
-    known = runner.parameters(json.loads((ROOT / "notebooks" / name).read_text(encoding="utf-8")))
-    defaults = "\n".join(f"{key} = {value!r}" for key, value in known.items())
-    return executed(folder / f"{len(injected[0])}{name}", defaults, *injected), folder / name
+def prepare(path: Path, injected: str) -> Path:
+    """Write a notebook with the parameters of the one of notebooks/ with this name, and those injected."""
+    source = ROOT / "notebooks" / path.name.removeprefix("new-")
+    known = runner.parameters(json.loads(source.read_text(encoding="utf-8")))
+    return executed(path, "\n".join(f"{key} = {value!r}" for key, value in known.items()), injected)
 
 
-@pytest.mark.parametrize("name, by_hand, by_sweep", [
-    ("train.ipynb", "", 'version = "v22"\nmodel = "transformer"\nseed = 0'),
-    ("train.ipynb", "", 'data = "wikipedia"\nprecision = "float32"'),  # another precision would have been refused
-    ("train.ipynb", "devices = 2", "epochs = 12"),
-    ("data.ipynb", "", "data = 'wikipedia'"),
+@pytest.mark.parametrize("name, new, earlier, same", [
+    ("train.ipynb", "", 'version = "v22"\nmodel = "transformer"\nseed = 0', True),
+    ("train.ipynb", "", 'data = "wikipedia"\nprecision = "float32"', True),  # no other precision would have run
+    ("train.ipynb", "devices = 2", "epochs = 12", True),
+    ("data.ipynb", "", "data = 'wikipedia'", True),
+    ("train.ipynb", "", "seed = 1", False),
+    ("train.ipynb", "", "overrides = {'optimizer': {'lr': 1.0e-3}}", False),
+    ("data.ipynb", "", "steps = 0", False),
+    ("train.ipynb", "", "version = 'nonesuch'", False),
+    ("train.ipynb", "", "x.y = 1", False),
+    ("train.ipynb", "", None, False),
 ])  # fmt: skip
-def test_a_notebook_of_the_same_run_is_not_set_aside(tmp_path, name, by_hand, by_sweep):
-    earlier, place = lies_there(tmp_path, name, by_sweep)
-    earlier.rename(place)
-    assert keep(lies_there(tmp_path, name, by_hand)[0], place)
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".html", ".ipynb"]
-
-
-@pytest.mark.parametrize("name, there", [
-    ("train.ipynb", "seed = 1"), ("train.ipynb", "overrides = {'optimizer': {'lr': 1.0e-3}}"),
-    ("data.ipynb", "steps = 0"), ("train.ipynb", "version = 'nonesuch'"), ("train.ipynb", "x.y = 1"),
-    ("train.ipynb", None),
-])  # fmt: skip
-def test_a_notebook_of_another_run_and_a_damaged_one_are_set_aside(tmp_path, capsys, name, there):
-    earlier, place = lies_there(tmp_path, name, there or "")
-    earlier.rename(place)
-    if there is None:
+def test_a_notebook_of_another_run_and_a_damaged_one_are_set_aside(tmp_path, capsys, name, new, earlier, same):
+    place = tmp_path / name
+    if earlier is None:
         place.write_bytes(b"[" * 100_000)
+    else:
+        prepare(place, earlier)
     before = place.read_bytes()
-    assert keep(lies_there(tmp_path, name, "")[0], place) is None
-    assert place.with_suffix(".old-1.ipynb").read_bytes() == before and "set aside  " in capsys.readouterr().out
+    assert bool(publish(prepare(tmp_path / f"new-{name}", new), place)) is same
+    old = place.with_suffix(".old-1.ipynb")
+    assert old.exists() is not same and (old.name in capsys.readouterr().out) is not same
+    assert same or old.read_bytes() == before
 
 
-def test_a_run_that_is_only_opened_is_as_old_as_it_was(outputs, trained):
+def test_a_run_that_is_only_opened_is_as_old_as_it_was(outputs, folder, trained):
     """By hand after a sweep, or the other way round: what a sweep made of the run stays newer than the run."""
-    notebook = outputs / "fast" / "wikipedia" / "v21" / "seed0-amn" / "train.ipynb"
-    before, told = notebook.stat(), notebook.read_bytes()
+    notebook = folder / "train.ipynb"
+    before, content = notebook.stat(), notebook.read_bytes()
     done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-p", "seed", "0")
     assert done.returncode == 0 and "set aside" not in done.stdout, done.stderr
-    assert notebook.stat().st_mtime_ns == before.st_mtime_ns and notebook.read_bytes() != told
+    assert notebook.stat().st_mtime_ns == before.st_mtime_ns and notebook.read_bytes() != content
     assert not list(notebook.parent.glob("*.old-*"))

@@ -4,10 +4,9 @@ import os
 import shlex
 import signal
 import subprocess
-import time
 
-import psutil
 import pytest
+from toys import alive, until
 
 from lvmlib.cli.execute import check_options
 from lvmlib.io.paths import ROOT
@@ -65,63 +64,50 @@ touch "$LVM_OUTPUTS/wikipedia/$version/$run/train.ipynb" "$LVM_OUTPUTS"/showcase
 """
 
 
+def logged(tmp_path):
+    return [shlex.split(line) for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
+
+
 def test_it_makes_every_committed_notebook_by_parameters_that_there_are(script, tmp_path):
     running = script(MADE, LVM_FAST="1", OMP_NUM_THREADS="7")
     assert running.wait(timeout=300) == 0, running.stderr.read()
-    lines = [shlex.split(line) for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
+    lines = logged(tmp_path)
     runs = [line[1:] for line in lines if line[0] == "train"]
     pages = [line[1:] for line in lines if line[0] == "render"]
-    assert len(runs) > 40 and len({tuple(run) for run in runs}) == len(runs)
+    assert len(runs) > 40 and len(set(map(tuple, runs))) == len(runs)
     for run in runs:
         check_options("train", run)
     for notebook, _, *parameters in pages:
         check_options(notebook.removeprefix("notebooks/").removesuffix(".ipynb"), parameters)
     made = {page.split("/")[-1] for _, page, *_ in pages} | {p.name for p in (tmp_path / "outputs/showcase").iterdir()}
-    committed = {p.name for p in SHOWN.iterdir() if p.stem not in NOT_OURS}
-    assert made == committed
+    assert made == {p.name for p in SHOWN.iterdir() if p.stem not in NOT_OURS}
     assert lines[-1] == ["table"] and lines[-2][1] == "notebooks/benchmark.ipynb"
     threads = (tmp_path / "log.threads").read_text(encoding="utf-8").splitlines()
     assert "7" not in threads and threads[-4:] == [""] * 4  # what measures has the machine's own number
 
 
-def test_started_again_it_does_what_was_not_done(script, tmp_path):
-    log = tmp_path / "log"
-    first = script('case "$*" in *"v22 -p model gru"*) exit 3 ;; esac' + MADE)
-    assert first.wait(timeout=300) == 123
-    before = log.read_text(encoding="utf-8").splitlines()
-    log.unlink()
-    page = tmp_path / "outputs" / "showcase" / "controls.ipynb"
+def test_a_command_that_fails_is_named_stops_no_other_of_its_kind_and_is_tried_again(script, tmp_path):
+    running = script('case "$*" in *"v1 -p model amn"*) exit 3 ;; esac' + MADE)
+    _, errors = running.communicate(timeout=300)
+    before = logged(tmp_path)
+    assert running.returncode == 123 and "FAILED: train -p version v1 -p model amn -p seed 0" in errors
+    assert any("backward" in line and "v22" in line for line in before)
+    assert not any("transformer" in line for line in before)  # nothing that comes after these
+    (tmp_path / "log").unlink()
     made = 'if [ "$3" = render ]; then touch "$5"; fi\n' + MADE
-    assert script(made).wait(timeout=300) == 0  # the pages that were not there are made anew
-    after = log.read_text(encoding="utf-8").splitlines()
-    assert not {line for line in before if line.startswith("train") and "gru" not in line} & set(after)
-    pages = {p.stem for p in SHOWN.glob("*.ipynb") if p.stem not in NOT_OURS and not p.stem.startswith("train-")}
-    assert any("gru" in line for line in after) and sum("render" in line for line in after) == len(pages)
-    assert page.exists()
-    log.unlink()
-    page.unlink()
     assert script(made).wait(timeout=300) == 0
-    again = [shlex.split(line)[:2] for line in log.read_text(encoding="utf-8").splitlines()]
-    assert again == [["render", "notebooks/controls.ipynb"], ["table"]]
-
-
-def test_a_command_that_fails_is_named_and_stops_no_other_of_its_kind(script, tmp_path):
-    running = script('case "$*" in *"v1 "*) exit 3 ;; esac' + MADE)
-    _, said = running.communicate(timeout=300)
-    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
-    assert running.returncode == 123 and "FAILED: train -p version v1 -p model amn -p seed 0" in said
-    assert any("v22 -p model amn -p seed 2 -p direction backward" in line for line in lines)
-    assert not any("transformer" in line for line in lines)
+    after = logged(tmp_path)
+    assert [line for line in before if line in after] == [line for line in before if "v1" in line]
+    (tmp_path / "log").unlink()
+    (tmp_path / "outputs" / "showcase" / "controls.ipynb").unlink()  # a page that is not there is made anew
+    assert script(made).wait(timeout=300) == 0
+    assert [line[:2] for line in logged(tmp_path)] == [["render", "notebooks/controls.ipynb"], ["table"]]
 
 
 def test_terminated_it_ends_all_that_it_started(script, tmp_path):
     running = script(f"echo $$ >> {tmp_path}/started; exec sleep 1000")
-    while not (tmp_path / "started").exists():
-        time.sleep(0.05)
+    until((tmp_path / "started").exists, running, seconds=60)
     os.kill(running.pid, signal.SIGTERM)
     running.wait(timeout=60)
     for pid in map(int, (tmp_path / "started").read_text(encoding="utf-8").split()):
-        end = time.monotonic() + 60
-        while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until(lambda pid=pid: not alive(pid), seconds=60)

@@ -6,16 +6,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import nbformat
-import psutil
 import pytest
 import yaml
-from toys import until
+from toys import alive, until
 
 import lvmlib as lvm
 from lvmlib.cli import sweep
+from lvmlib.cli.execute import parameters
+from lvmlib.cli.parameters import check_given
 from lvmlib.errors import LVMError
 from lvmlib.io.paths import ROOT
 
@@ -43,19 +45,15 @@ def test_the_configuration_that_ships_is_the_family_by_three_seeds(outputs):
         for seed in range(3)
     }
     assert planned.runs == wanted and len(wanted) == 27
-    assert set(CONFIG) == set(sweep.DEFAULTS)
+    assert set(CONFIG) == {f.name for f in fields(sweep.Settings)}
     pages = {path.removeprefix(str(outputs)): page for path, page in planned.comparisons.items()}
     assert list(pages) == ["/wikipedia/compare-transformer.ipynb", "/world-converging/compare-transformer.ipynb"]
     assert set(pages["/world-converging/compare-transformer.ipynb"].runs.values()) == {"v23_forward"}
 
 
 def test_datasets_and_models_multiply_and_a_version_with_a_model_of_its_own_keeps_it(outputs):
-    config = {
-        "versions": "p6 rank",
-        "datasets": ["wikipedia", "world:converging"],
-        "models": ["amn", "lstm"],
-        "seeds": 2,
-    }
+    models = {"datasets": ["wikipedia", "world:converging"], "models": ["amn", "lstm"]}
+    config = {"versions": "p6 rank", "seeds": 2, **models}
     folders = [path.removeprefix(f"{outputs}/") for path in sweep.plan(config).runs]
     assert sorted(folders) == sorted(
         f"{data}/{run}{seed}{model}"
@@ -65,20 +63,16 @@ def test_datasets_and_models_multiply_and_a_version_with_a_model_of_its_own_keep
     )
 
 
-@pytest.mark.parametrize("notebook", ["train", "diagnostics", "fivecat", "compare"])
-def test_every_parameter_is_one_of_the_notebooks(notebook):
+def test_every_parameter_is_one_of_the_notebooks():
     overrides = {"optimizer": {"lr": 1.0e-3}}
     planned = sweep.plan(SMALL | {"datasets": ["wikipedia"], "epochs": 3, "overrides": overrides})
-    cells = nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
-    (cell,) = (c for c in cells if "parameters" in c.metadata.get("tags", []))
-    known = {line.split(" = ")[0] for line in cell.source.splitlines()}
-    given = list(planned.runs.values())
-    if notebook == "compare":
-        given = [sweep.comparison_parameters(page) for page in planned.comparisons.values()]
-        assert given[0]["overrides"] == {**overrides, "epochs": 3}  # which the other notebooks have apart
-    for parameters in given:
-        assert not set(parameters) - known
-        json.dumps(parameters)
+    (comparison,) = map(sweep.comparison_parameters, planned.comparisons.values())
+    assert comparison["overrides"] == {**overrides, "epochs": 3}  # which the other notebooks have apart
+    runs = planned.runs.values()
+    for name, given in {"train": runs, "diagnostics": runs, "fivecat": runs, "compare": [comparison]}.items():
+        known = parameters(json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8")))
+        for each in given:
+            check_given(json.loads(json.dumps(each)), known)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -115,18 +109,7 @@ def test_datasets_of_one_name_are_refused(outputs, tmp_path):
         sweep.plan(config)
 
 
-def test_a_finished_run_on_other_data_is_not_taken_for_done(outputs):
-    own = lvm.version("p6", model="amn", fast=True, epochs=1)
-    run = lvm.train(own, lvm.dataset(own.data, fast=True))
-    list(run)
-    (run.folder / "train.ipynb").touch()
-    record = (run.folder / "run.yaml").read_text()
-    (run.folder / "run.yaml").write_text(record.replace(run.data.store.fingerprint, "0" * 64))
-    with pytest.raises(LVMError, match=r"dataset\.fingerprint"):
-        sweep.plan(SMALL | {"versions": ["p6"], "epochs": 1, "precision": None})
-
-
-def test_a_finished_run_with_other_parameters_is_not_taken_for_done(outputs):
+def test_a_finished_run_of_other_parameters_or_data_is_not_taken_for_done(outputs):
     own = lvm.version("p6", model="amn", fast=True, epochs=1)
     run = lvm.train(own, lvm.dataset(own.data, fast=True))
     assert len(list(run)) == 1
@@ -139,6 +122,10 @@ def test_a_finished_run_with_other_parameters_is_not_taken_for_done(outputs):
     other = "bfloat16" if run.precision == "float32" else "float32"
     with pytest.raises(LVMError, match=r"computed\.precision"):
         sweep.plan(config | {"epochs": 1, "precision": other})
+    record = (run.folder / "run.yaml").read_text()
+    (run.folder / "run.yaml").write_text(record.replace(run.data.store.fingerprint, "0" * 64))
+    with pytest.raises(LVMError, match=r"dataset\.fingerprint"):
+        sweep.plan(config | {"epochs": 1})
 
 
 def test_a_comparison_is_of_the_versions_that_have_finished_a_run(outputs):
@@ -160,7 +147,7 @@ def test_a_comparison_is_of_the_versions_that_have_finished_a_run(outputs):
     ({"versions": "v22"}, True),  # of the same sweep, before p6 had finished
     ({"seeds": 1}, True),  # the new page shows all that it did, and more
     ({"seeds": 3}, False),
-    ({"versions": "p6 v1 v22"}, False),
+    ({"versions": "p6 v1 v22"}, False),  # of more than has finished
     ({"precision": "bfloat16"}, False),
     ({"overrides": {"optimizer": {"lr": 1.0e-3}}}, False),
     ({"seeds": "3"}, False),  # as papermill's -r leaves it
@@ -169,7 +156,11 @@ def test_a_comparison_is_of_the_versions_that_have_finished_a_run(outputs):
     ("[" * 10**5, False),
 ])  # fmt: skip
 def test_a_comparison_of_another_sweep_is_set_aside_and_not_replaced(outputs, capsys, change, stays):
-    planned, page = with_a_page(("p6", "v22"))
+    planned = sweep.plan(SMALL | {"seeds": 2})
+    for folder in planned.runs:
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "train.ipynb").touch()
+    (page,) = map(Path, planned.comparisons)
     text = change
     if isinstance(change, dict):
         earlier = planned.comparisons[str(page)].parameters | {"versions": "p6 v22"} | change
@@ -183,41 +174,19 @@ def test_a_comparison_of_another_sweep_is_set_aside_and_not_replaced(outputs, ca
     assert (old.name in capsys.readouterr().out) is not stays
 
 
-def test_a_comparison_of_more_than_has_finished_is_set_aside(outputs):
-    planned, page = with_a_page(("v22",))
-    earlier = planned.comparisons[str(page)].parameters | {"versions": "p6 v22"}
-    page.write_text(json.dumps({"metadata": {"papermill": {"parameters": earlier}}}), encoding="utf-8")
-    sweep.set_aside_other_pages(planned)
-    assert not page.exists() and page.with_suffix(".old-1.ipynb").exists()
-
-
-def with_a_page(finished):
-    """A small sweep, of which these versions have finished, and where the page of its comparison belongs."""
-    planned = sweep.plan(SMALL | {"seeds": 2})
-    for folder, parameters in planned.runs.items():
-        if parameters["version"] in finished:
-            Path(folder).mkdir(parents=True)
-            (Path(folder) / "train.ipynb").touch()
-    return planned, Path(*planned.comparisons)
-
-
-def test_a_configuration_that_asks_for_python_is_not_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("text, words", [
+    ("a: [", "restore the file"), ("- p6", "restore the file"),
+    ("!!python/object/apply:os.system ['touch canary']", "restore the file"),
+    ("""{"__use_yte__": true, "versions": "?open('canary', 'w').write('ran')"}""", "unknown key '__use_yte__'"),
+])  # fmt: skip
+def test_a_damaged_configuration_and_one_that_asks_for_python_are_refused(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "sweep.yaml"
-    hostile = """{"__use_yte__": true, "versions": "?open('canary', 'w').write('ran')"}"""
-    file.write_text(hostile, encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
     assert "configfile:" not in (WORKFLOW / "Snakefile").read_text(encoding="utf-8")  # snakemake's reader would run it
-    with pytest.raises(LVMError, match="unknown key '__use_yte__'"):
+    with pytest.raises(LVMError, match=words):
         sweep.plan(sweep.read_settings(file, {}))
     assert not (tmp_path / "canary").exists()
-
-
-@pytest.mark.parametrize("text", ["a: [", "- p6", "!!python/object/apply:os.system [ls]"])
-def test_a_damaged_configuration_is_named(tmp_path, text):
-    file = tmp_path / "sweep.yaml"
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(LVMError, match=r"sweep\.yaml: .*restore the file"):
-        sweep.read_settings(file, {})
 
 
 def test_what_the_command_line_gives_is_laid_on_the_configuration(tmp_path):
@@ -250,8 +219,8 @@ def test_a_job_takes_gpus_that_no_other_holds(tmp_path, monkeypatch):
     assert seen == "5,6"
     for lock in first:
         lock.release()
-    third, seen = taken("4,5,6", 1)
-    assert seen == "4" and len(second) == 2 and len(third) == 1
+    _third, seen = taken("4,5,6", 1)
+    assert seen == "4" and len(second) == 2
     assert taken("6", 1) == ([], "6")  # all that a scheduler shows: it is this job's, whoever holds a lock of that name
     assert taken("4,5,6", 0) == ([], "4,5,6")
 
@@ -280,9 +249,9 @@ def tree(tmp_path, outputs):
             notebook.cells = notebook.cells[: loop + 1]
         else:
             asked = "versions" if name == "compare" else "version"
-            (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
-            said = f"with open({str(tmp_path / 'log')!r}, 'a') as f:\n    print('{name}', {asked}, file=f)"
-            notebook.cells = [parameters, nbformat.v4.new_code_cell(said)]
+            (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+            line = f"with open({str(tmp_path / 'log')!r}, 'a') as f:\n    print('{name}', {asked}, file=f)"
+            notebook.cells = [cell, nbformat.v4.new_code_cell(line)]
         nbformat.write(notebook, tree / "notebooks" / f"{name}.ipynb")
     config = yaml.safe_dump(SMALL)
     (tree / "workflow" / "sweep.yaml").write_text(config, encoding="utf-8")
@@ -296,15 +265,10 @@ def snakemake(tree, *arguments):
                             stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
 
 
-def alive(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # of an orphan, init may be slow to collect it
-    except psutil.NoSuchProcess:
-        return False
-
-
-def lines(tmp_path):
-    return sorted((tmp_path / "log").read_text(encoding="utf-8").splitlines())
+def ended(process):
+    """Wait for a process; return its exit code and what it printed."""
+    printed, _ = process.communicate(timeout=300)
+    return process.returncode, printed
 
 
 def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, outputs, tree):
@@ -312,9 +276,9 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, output
     v22.mkdir(parents=True)
     (v22 / "run.yaml").write_text("damaged", encoding="utf-8")
     (tmp_path / "hold").touch()
+    log, kernel = tmp_path / "log", tmp_path / "kernel"
 
     killed = snakemake(tree)
-    kernel = tmp_path / "kernel"
     until(lambda: kernel.exists() and kernel.read_text() and (v22 / "train.partial.ipynb").exists(), killed)
     with pytest.raises(LVMError, match="another sweep is running there"):
         sweep.lock_outputs()
@@ -325,30 +289,27 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, output
     assert not (p6 / "train.ipynb").exists()
     (tmp_path / "hold").unlink()
 
-    again = snakemake(tree)
-    said, _ = again.communicate(timeout=300)
-    assert again.returncode == 1 and f"LVMError: {v22}: not the folder of a run that can be read" in said
+    code, printed = ended(snakemake(tree))
+    assert code == 1 and f"LVMError: {v22}: " in printed
     assert "An interrupted run, going on after epoch 1" in (p6 / "train.ipynb").read_text(encoding="utf-8")
     assert not (p6 / "train.partial.ipynb").exists()
     partial = nbformat.read(v22 / "train.partial.ipynb", as_version=4)
     (error,) = (o for c in partial.cells for o in c.get("outputs", []) if o["output_type"] == "error")
     assert error["ename"] == "LVMError" and len(partial.cells) > 10
     assert [p.name for p in v22.iterdir() if p.suffix == ".ipynb"] == ["train.partial.ipynb"]
-    assert lines(tmp_path) == ["diagnostics p6", "fivecat p6"]
+    assert sorted(log.read_text().splitlines()) == ["diagnostics p6", "fivecat p6"]
 
     page = outputs / "fast" / "wikipedia" / "compare-amn.ipynb"
     larger = json.dumps({"metadata": {"papermill": {"parameters": {"versions": "p6 v1 v22", "seeds": 3}}}})
     page.write_text(larger, encoding="utf-8")
     os.utime(page, (1, 1))  # before the runs
-    compared = snakemake(tree, "compare")
-    said, _ = compared.communicate(timeout=300)
-    assert compared.returncode == 0, said
-    assert lines(tmp_path) == ["compare p6", "diagnostics p6", "fivecat p6"]
-    assert "compare-amn.old-1.ipynb" in said and page.exists()
+    code, printed = ended(snakemake(tree, "compare"))
+    assert code == 0, printed
+    assert log.read_text().splitlines()[-1] == "compare p6"
+    assert "compare-amn.old-1.ipynb" in printed and page.exists()
     assert page.with_name("compare-amn.old-1.ipynb").read_text(encoding="utf-8") == larger
 
     shutil.rmtree(v22)
-    mended = snakemake(tree, "--dry-run")
-    said, _ = mended.communicate(timeout=300)
-    left = sorted(line.split()[1] for line in said.splitlines() if line.strip().startswith("output: "))
+    _, printed = ended(snakemake(tree, "--dry-run"))
+    left = sorted(line.split()[1] for line in printed.splitlines() if line.strip().startswith("output: "))
     assert left == [str(v22 / f"{name}.ipynb") for name in ("diagnostics", "fivecat", "train")]  # nothing of p6's

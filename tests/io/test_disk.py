@@ -15,7 +15,7 @@ def test_a_lock_has_one_holder_who_is_named_and_leaves_nothing(tmp_path, capsys)
         for wait in (0, 0.3):
             with pytest.raises(LVMError, match=f"busy: process {os.getpid()} on"):
                 disk.lock(path, lambda holder: f"busy: {holder}", wait).__enter__()
-    assert capsys.readouterr().out.count("waiting for it to end") == 1  # of the one that waits
+    assert capsys.readouterr().out.count(str(path)) == 1  # printed by the one that waits
     assert not list(path.parent.iterdir())
     with disk.lock(path, str):
         assert path.exists()
@@ -52,9 +52,8 @@ def test_folders_are_set_aside_by_number(tmp_path, name):
     (tmp_path / f"{name}.old-1").symlink_to("nowhere")  # a broken link is in the way, too
     for number in (2, 3):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(str(number))
         assert disk.set_aside(tmp_path / name) == tmp_path / f"{name}.old-{number}"
-        assert (tmp_path / f"{name}.old-{number}" / "file").read_text() == str(number)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_file_is_set_aside_with_its_companions(tmp_path):
