@@ -51,6 +51,15 @@ def finish(run):
     return run
 
 
+def begin(own, data, folder, epochs=1):
+    """Train a run for some epochs and leave it: its folder."""
+    rows = iter(lvm.train(own, data, folder))
+    for _ in range(epochs):
+        next(rows)
+    rows.close()
+    return folder
+
+
 def without_times(frame):
     return frame.drop(columns="seconds", errors="ignore")
 
