@@ -73,12 +73,9 @@ def test_two_processes_have_the_losses_of_one(name, folder, tmp_path, monkeypatc
     near = ROUNDED if name in BFLOAT16 else EXACT
     pd.testing.assert_frame_equal(two, one, rtol=near, atol=near)
     pd.testing.assert_frame_equal(two_steps, one_steps, rtol=10 * near, atol=10 * near)
-    mine, theirs = weights(tmp_path / "one"), weights(folder / name)
-    if name in BFLOAT16:  # the steps of Adam are as large where a gradient is all rounding: as a whole
-        apart = torch.cat([(mine[k] - theirs[k]).flatten() for k in mine])
-        assert apart.norm() < near * torch.cat([w.flatten() for w in mine.values()]).norm()
-    else:
-        assert all(torch.allclose(mine[k], theirs[k], rtol=0, atol=10 * near) for k in mine)
+    mine, theirs = (torch.cat([w.flatten() for w in weights(f).values()]) for f in (tmp_path / "one", folder / name))
+    # As a whole: where a gradient is all rounding, Adam's step may have either sign.
+    assert (mine - theirs).norm() < (near if name in BFLOAT16 else 10 * near) * mine.norm()
     if name == "v23_unguarded":
         assert one["rewound"].sum() == 1
 
