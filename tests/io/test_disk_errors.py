@@ -1,6 +1,7 @@
 """An error of the operating system while a file is written: which file and which cause the message names."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,26 @@ import pytest
 
 from lvmlib.errors import LVMError
 from lvmlib.io import disk
+
+
+@pytest.mark.parametrize(
+    "number, reason",
+    [
+        (errno.EACCES, "there is no right to write"),
+        (errno.EDQUOT, "your share of the disk is used up"),
+        (errno.EIO, "the disk fails"),
+        (errno.ESTALE, "OSError: Stale file handle"),
+    ],
+)
+def test_what_the_system_refuses_is_named(tmp_path, monkeypatch, number, reason):
+    def replace(a, b):
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "file").write_text("before")
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(LVMError, match=rf"file: cannot be written: {reason}.*the last one is intact"):
+        disk.write_atomic(tmp_path / "file", lambda p: p.write_text("after"), "the last one is intact")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]
 
 
 def test_a_missing_source_or_a_disk_that_takes_no_copy_is_named(tmp_path):

@@ -3,7 +3,6 @@ error says what happened, and the last checkpoint goes on to the very end of an 
 
 import contextlib
 import ctypes
-import errno
 import functools
 import os
 import shutil
@@ -254,12 +253,6 @@ def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path, monkeypatch, caps
     assert not lock.exists()
 
 
-def test_a_lock_file_that_was_left_is_no_lock(data, whole, tmp_path):
-    """Whatever its age, whatever number it names: only the system's lock counts."""
-    (tmp_path / "run.lock").write_text("process 1 on elsewhere since 2999-01-01 00:00:00\n")
-    goes_on(tmp_path / "run", data, whole)
-
-
 # Disks
 
 
@@ -315,30 +308,6 @@ def test_a_read_only_disk_is_named(data, whole, disk):
     goes_on(folder, data, whole)
 
 
-@pytest.mark.parametrize(
-    "number, reason",
-    [
-        (errno.EACCES, "there is no right to write"),
-        (errno.EDQUOT, "your share of the disk is used up"),
-        (errno.EIO, "the disk fails"),
-        (errno.ESTALE, "OSError: Stale file handle"),
-    ],
-)
-def test_what_the_system_refuses_is_named(data, whole, two, monkeypatch, number, reason):
-    real = os.replace
-
-    def replace(a, b):
-        if "state" in str(b):
-            raise OSError(number, os.strerror(number))
-        real(a, b)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(LVMError, match=rf"last/state\.pt: cannot be written: {reason}.*checkpoint is intact"):
-        list(lvm.train(version(), data, two))
-    monkeypatch.setattr(os, "replace", real)
-    goes_on(two, data, whole)
-
-
 def test_a_folder_that_vanishes_is_named(data, tmp_path):
     rows = iter(lvm.train(version(), data, tmp_path / "run"))
     next(rows)
@@ -351,32 +320,31 @@ def test_a_folder_that_vanishes_is_named(data, tmp_path):
 # Damaged and swapped files
 
 
-@pytest.mark.parametrize("name", ["last/state.pt", "best.safetensors", "epochs.csv", "run.yaml"])
-def test_a_truncated_file_is_named_and_put_back_it_goes_on(data, whole, two, name):
-    content = (two / name).read_bytes()
-    (two / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(LVMError, match=f"(?s)run.*{'' if name == 'run.yaml' else Path(name).name}.*restore the file"):
-        list(lvm.train(version(), data, two))
-    (two / name).write_bytes(content)
+TEXTS = (b"", b"\xff\xfe", b"a: [", b"x,y\n1,2\n")
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "epochs.csv", "steps.csv", "last/state.pt", "best.safetensors"])
+def test_a_damaged_file_is_named_and_put_back_it_goes_on(data, whole, two, tmp_path, name):
+    path = two / name
+    content = path.read_bytes()
+    torch.save(os.getcwd, tmp_path / "function")  # refused by weights_only
+    for damaged in (content[: len(content) // 2], (tmp_path / "function").read_bytes(), *TEXTS):
+        path.write_bytes(damaged)
+        with pytest.raises(LVMError, match=f"(?s)run.*{path.name if path.suffix != '.yaml' else ''}.*restore"):
+            _ = lvm.train(version(), data, two).best
+    path.write_bytes(content)
+    (tmp_path / "function").unlink()
     goes_on(two, data, whole)
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("model", {"x": torch.zeros(2)}),
-        ("optimizer", {}),
-        ("history", "no JSON"),
-        ("steps", "[1]"),
-        ("controller", ["x"]),
-        ("best", "low"),
-    ],
-)
-def test_a_checkpoint_that_does_not_fit_is_named(data, two, key, value):
+def test_a_checkpoint_that_does_not_fit_is_named(data, two):
     path = two / "last" / "state.pt"
-    torch.save(torch.load(path, weights_only=True) | {key: value}, path)
-    with pytest.raises(LVMError, match=r"state\.pt: does not fit this run .*restore the file, or train anew"):
-        list(lvm.train(version(), data, two))
+    state = torch.load(path, weights_only=True)
+    other = {"model": {"x": torch.zeros(2)}, "optimizer": {}, "controller": ["x"], "best": "low"}
+    for key, value in (other | {"history": "no JSON", "steps": "[1]"}).items():
+        torch.save(state | {key: value}, path)
+        with pytest.raises(LVMError, match=r"state\.pt: does not fit this run .*restore the file, or train anew"):
+            list(lvm.train(version(), data, two))
 
 
 @pytest.mark.parametrize("epochs", [2, 3])
@@ -441,18 +409,3 @@ def test_a_rewind_to_another_epochs_state_is_refused(data, rewound, tmp_path):
         list(lvm.train(REWINDING, data, tmp_path / "run"))
     path.write_bytes(content)
     goes_on(tmp_path / "run", data, rewound, REWINDING)
-
-
-@pytest.mark.parametrize("hours", [-24 * 365, 24 * 365])
-def test_a_run_goes_on_and_is_used_again_whatever_its_files_are_dated(data, whole, two, hours):
-    def dated():
-        for path in two.rglob("*"):
-            os.utime(path, (time.time() + 3600 * hours,) * 2)
-
-    dated()
-    goes_on(two, data, whole)
-    dated()
-    before = {p: p.stat().st_mtime_ns for p in two.rglob("*")}
-    run = lvm.train(version(), data, two)
-    assert run.status == "finished" and len(list(run)) == 3
-    assert {p: p.stat().st_mtime_ns for p in two.rglob("*")} == before

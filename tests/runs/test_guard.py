@@ -85,13 +85,6 @@ def test_an_escape_share_above_its_bound_goes_back_and_in_the_end_stops_the_run(
     assert again.status == "finished" and len(list(again)) == len(again) == 6
 
 
-def test_the_ceiling_does_not_fall_below_the_floor(states, monkeypatch):
-    scripted(monkeypatch, [0.30, 0.10, 0.10])
-    settings = {"control": {"lambda_min": 0.02, "guard": "none"}}
-    run, _ = states(guarded(name="v23_unguarded", epochs=3, overrides=settings))
-    assert run.history["lambda_eff"].to_numpy() == pytest.approx([0.03, 0.03, 0.02])
-
-
 def test_without_rewinds_the_first_fault_ends_the_run(states, monkeypatch):
     scripted(monkeypatch, [0.30, 0.10])
     run, _ = states(guarded(most=0))

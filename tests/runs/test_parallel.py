@@ -24,7 +24,7 @@ from lvmlib.errors import LVMError
 from lvmlib.io.paths import ROOT
 from lvmlib.runs import folder as runs
 from lvmlib.runs import launch, worker
-from lvmlib.runs import team as teams
+from lvmlib.runs.team import ALONE, Processes, join
 
 EXACT = 1e-5
 ROUNDED = 0.01  # after ten steps in bfloat16, of eight binary digits
@@ -91,10 +91,14 @@ def test_each_process_drops_out_by_a_stream_of_its_own(folder):
         assert torch.equal(torch.rand(3), streams["common"])
 
 
+def process(rank, size):
+    return Processes(SimpleNamespace(global_rank=rank, world_size=size, device=torch.device("cpu")))
+
+
 def test_no_process_draws_from_the_common_stream():
     drawn = []
     for rank in range(3):
-        own = teams.Processes(SimpleNamespace(global_rank=rank, world_size=3, device=torch.device("cpu")))
+        own = process(rank, 3)
         own.seed(3, 1)
         with own._own_stream():
             drawn.append(torch.rand(100))
@@ -239,32 +243,26 @@ def test_a_worker_that_fails_prints_one_line(folder, tmp_path, capfd, monkeypatc
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_shares_are_the_batch_and_their_gradients_its_gradient(windows, size, monkeypatch):
     """By hand, with a sum that has all shares at once: no window twice, none left out, none with another's row."""
-    batch = torch.arange(windows * 6.0).reshape(windows, 2, 3)
-    shares = []
-    for rank in range(size):
-        team = teams.Processes.__new__(teams.Processes)
-        team.rank, team.size = rank, size
-        shares.append(team.share(batch))
-    assert {len(s) for s in shares} == {math.ceil(windows / size)}
+    batch, weight = torch.arange(windows * 6.0).reshape(windows, 2, 3), torch.rand(windows, 2, 3)
+    teams = [process(rank, size) for rank in range(size)]
+    shares = [team.share(batch) for team in teams]
+    each = math.ceil(windows / size)
+    assert {len(s) for s in shares} == {each}
+    gradients = []
+    for team, share in zip(teams, shares, strict=True):
 
-    def summed(own):
-        parts = []
-        for other, share in enumerate(shares):
-            whole, each = torch.zeros_like(own), len(share)
-            whole[other * each : (other + 1) * each] = share[: max(0, windows - other * each)]
-            parts.append(whole)
-        assert torch.equal(own, parts[team.rank])
-        own.copy_(sum(parts))
+        def all_reduce(own, team=team):
+            parts = [torch.zeros_like(own) for _ in teams]
+            for rank, (part, rows) in enumerate(zip(parts, shares, strict=True)):
+                part[rank * each : (rank + 1) * each] = rows[: max(0, windows - rank * each)]
+            assert torch.equal(own, parts[team.rank])
+            own.copy_(sum(parts))
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", summed)
-    weight, gradients = torch.rand(windows, 2, 3), []
-    for rank in range(size):
-        team = teams.Processes.__new__(teams.Processes)
-        team.rank, team.size = rank, size
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
         factor = torch.ones((), requires_grad=True)  # a parameter of the model
-        whole = team.gather(shares[rank] * factor, windows)
-        assert torch.equal(whole, batch)
-        ((whole * weight).sum() ** 2).backward()
+        gathered = team.gather(share * factor, windows)
+        assert torch.equal(gathered, batch)
+        ((gathered * weight).sum() ** 2).backward()
         gradients.append(float(factor.grad))
     assert np.isclose(sum(gradients), float(2 * (batch * weight).sum() ** 2), rtol=1e-5)
 
@@ -287,6 +285,6 @@ def test_records_name_the_number_of_processes():
 def test_alone_it_is_the_model_itself(monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    assert teams.join("cpu") is teams.ALONE and teams.ALONE.first
+    assert join("cpu") is ALONE and ALONE.first
     monkeypatch.setenv("SLURM_PROCID", "0")  # a notebook in a job of one task
-    assert teams.join("cpu") is teams.ALONE
+    assert join("cpu") is ALONE

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -102,25 +101,6 @@ def test_a_store_that_changes_under_a_run_is_named_and_put_back_it_goes_on(origi
     goes_on(tmp_path / "run", original)
 
 
-@pytest.mark.parametrize("change", [rewritten, replaced])
-def test_a_store_that_changes_within_an_epoch_is_named_at_its_end(original, stored, tmp_path, monkeypatch, change):
-    real, calls = controller.decide, []
-    run = begin(original.own, lvm.dataset(str(stored)), tmp_path / "run")
-
-    def decide(*given):
-        calls.append(1)
-        if len(calls) == 2:
-            change(stored)
-        return real(*given)
-
-    monkeypatch.setattr(controller, "decide", decide)
-    with pytest.raises(LVMError, match=CHANGED):
-        list(lvm.train(original.own, lvm.dataset(str(stored)), run))
-    assert len(calls) > 2  # not before
-    restore(original)
-    goes_on(run, original)
-
-
 def test_a_store_cut_short_while_it_is_read_ends_the_process_and_the_checkpoint_goes_on(original, stored, tmp_path):
     """As `cp new.npy vectors.npy` begins. The system ends the process (SIGBUS) without a message."""
     run = begin(original.own, lvm.dataset(str(stored)), tmp_path / "run")
@@ -144,16 +124,6 @@ def test_a_store_that_changed_before_the_loop_is_named(original, stored, tmp_pat
     with pytest.raises(LVMError, match="this store was changed"):
         next(iter(run))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_store_copied_onto_itself_is_the_same_store(original, stored, tmp_path):
-    rows = iter(lvm.train(original.own, lvm.dataset(str(stored)), tmp_path / "run"))
-    next(rows)
-    content = {p: p.read_bytes() for p in stored.iterdir()}
-    for path, text in content.items():
-        Path(f"{path}.new").write_bytes(text)
-        os.replace(f"{path}.new", path)
-    assert len(list(rows)) == 2
 
 
 def test_a_store_from_the_future_is_opened_trained_on_and_watched(original, stored, tmp_path):
@@ -189,10 +159,16 @@ def test_a_store_that_was_touched_is_read_once_and_still_watched(stored, monkeyp
     for _ in range(3):
         vectors.check_unchanged(store)
     assert len(calls) == 1
+    for path in stored.iterdir():  # copied onto itself
+        shutil.copy2(path, f"{path}.new")
+        os.replace(f"{path}.new", path)
+    vectors.check_unchanged(store)
+    assert len(calls) <= 2
+    calls.clear()
     os.utime(stored / "vectors.npy", (time.time() + 50,) * 2)  # may change again in the same instant: not believed
     for _ in range(2):
         vectors.check_unchanged(store)
-    assert len(calls) == 3
+    assert len(calls) == 2
     rewritten(stored)
     with pytest.raises(LVMError, match="this store was changed"):
         vectors.check_unchanged(store)
