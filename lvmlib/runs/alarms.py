@@ -152,22 +152,20 @@ def _collapse(version: Version, history: Rows) -> Iterator[Finding]:
     begun = False
     for row in history:
         cosine, rank, variance = row["val_cos"], row["rank_share"], row["variance_share"]
-        away, alike = cosine <= 0, variance < COLLAPSED or rank < ONE_LINE
-        if not (away or alike):
+        if cosine > 0 and variance >= COLLAPSED and rank >= ONE_LINE:
             begun = True
         elif begun or row["epoch"] >= BEGUN:
-            facts = [
-                f"the predictions' variance is {variance:.1%} of the targets', their effective rank "
-                f"{row['effective_rank']:.1f}, beyond the first direction {rank:.1%} of the targets'",
-                f"the validation cosine is {cosine:+.3f}" + (": away from the targets" if away else ""),
-            ]
+            what = (
+                f"the validation cosine is {cosine:+.3f}; the predictions' variance is {variance:.1%} of the targets', "
+                f"their effective rank {row['effective_rank']:.1f} (beyond 1, {rank:.1%} of the targets')"
+            )
             if not begun:
                 do = "the model predicts one vector so far: train a smaller model (amn), on more windows or longer"
             elif _controlled(version):
                 do = "lower the directional pull: the schedule's shares, or control.lambda_max"
             else:
                 do = "lower optimizer.lr"
-            yield row["epoch"], "; ".join(facts if alike else facts[::-1]), do
+            yield row["epoch"], what, do
 
 
 def _escape(version: Version, history: Rows) -> Iterator[Finding]:

@@ -89,7 +89,7 @@ def test_collapse_counts_at_once_after_a_good_epoch_and_from_the_third_without(w
 
 def test_collapse_names_the_values():
     away = found("v22", [row(1), row(2, val_cos=-0.049)])["collapse"].what
-    assert "-0.049: away from the targets" in away and "variance is 80.0%" in away
+    assert "cosine is -0.049" in away and "variance is 80.0%" in away
 
 
 ESCAPED = {"escape": 0.26, "margin": -0.1, "val_cos": 0.49}
