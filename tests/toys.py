@@ -60,10 +60,6 @@ def begin(own, data, folder, epochs=1):
     return folder
 
 
-def without_times(frame):
-    return frame.drop(columns="seconds", errors="ignore")
-
-
 def guarded(fall=0.03, escape=0.9, cool=0.5, most=2, lr=0.01, name="v22", **top):
     settings = {"optimizer": {"lr": lr}, "rewind": {"fall": fall, "escape": escape, "cool": cool, "most": most}}
     return version(name, overrides=config.merge(settings, top.pop("overrides", {})), **{"epochs": 9} | top)
