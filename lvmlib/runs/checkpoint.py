@@ -27,8 +27,6 @@ from .folder import INTACT
 
 FEASIBLE = 0.01  # a bound missed by so little in an epoch's mean counts as kept: batches scatter about it
 RESTORE = "restore the file, or train anew with `fresh`"
-LEARNED = ("model", "optimizer", "plateau", "scale", "controller", "peak")
-ALL = (*LEARNED, "best", "short", "rewinds", "stopped", "history", "steps")
 
 
 def save(path: Path, state: TrainState, identity: str, everything: bool = True) -> None:
@@ -40,17 +38,16 @@ def save(path: Path, state: TrainState, identity: str, everything: bool = True) 
     write_atomic(path, lambda p: torch.save(content, p), INTACT)
 
 
-def read(path: Path, identity: str, device: torch.device | str, everything: bool = True) -> dict:
+def read(path: Path, identity: str, device: torch.device | str) -> dict:
     """What `save` wrote. Raises LVMError for a file that is damaged, or of another run."""
     limits.check_state(path)
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        missing = [key for key in (ALL if everything else LEARNED) if key not in dict(saved)]
+        of_this_run = saved["identity"] == identity
     except Exception as e:  # whatever a damaged file makes of torch.load
         raise LVMError(f"{path}: cannot be read ({type(e).__name__}); {RESTORE}") from e
-    if missing or saved.get("identity") != identity:
-        why = f"has no {missing[0]}" if missing else "is a checkpoint of another run"
-        raise LVMError(f"{path}: {why}; {RESTORE}")
+    if not of_this_run:
+        raise LVMError(f"{path}: is a checkpoint of another run; {RESTORE}")
     return saved
 
 
@@ -110,7 +107,7 @@ def read_folder(place: Path, version: Version, own: dict, device: torch.device |
     with fitting(path):
         tables = (json.loads(state[name]) for name in ("history", "steps"))
         history, steps = (pd.DataFrame(rows, columns=names) for rows, names in zip(tables, columns, strict=True))
-    record |= {"stopped": state["stopped"]} if state["stopped"] else {}
+        record |= {"stopped": state["stopped"]} if state["stopped"] else {}
     status = "finished" if is_finished(version, record, history) else "interrupted"
     return Saved(record, history, steps, status, state)
 

@@ -51,8 +51,8 @@ class Guard:
         if state.rewinds >= self.settings.most:
             return f"{fault}, after {state.rewinds} rewinds"
         where = state.log_scale.device if self.team.size == 1 else "cpu"  # each process has another device
-        good = self.team.from_first(lambda: checkpoint.read(self.path, self.identity, where, everything=False))
-        if good["peak"] != state.peak:
+        good = self.team.from_first(lambda: checkpoint.read(self.path, self.identity, where))
+        if good.get("peak") != state.peak:
             raise LVMError(f"{self.path}: is of another epoch than the best so far; {checkpoint.RESTORE}")
         rates = [group["lr"] * self.settings.cool for group in state.optimizer.param_groups]
         checkpoint.load(self.path, state, good, everything=False)

@@ -341,8 +341,9 @@ def test_a_checkpoint_that_does_not_fit_is_named(data, two):
     path = two / "last" / "state.pt"
     state = torch.load(path, weights_only=True)
     other = {"model": {"x": torch.zeros(2)}, "optimizer": {}, "controller": ["x"], "best": "low"}
-    for key, value in (other | {"history": "no JSON", "steps": "[1]"}).items():
-        torch.save(state | {key: value}, path)
+    changes = other | {"history": "no JSON", "steps": "[1]"}
+    for changed in (*({**state, key: value} for key, value in changes.items()), {"identity": state["identity"]}):
+        torch.save(changed, path)
         with pytest.raises(LVMError, match=r"state\.pt: does not fit this run .*restore the file, or train anew"):
             list(lvm.train(version(), data, two))
 

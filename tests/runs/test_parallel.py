@@ -27,7 +27,7 @@ from lvmlib.runs import launch, worker
 from lvmlib.runs.team import ALONE, Processes, join
 
 EXACT = 1e-5
-ROUNDED = 0.01  # after ten steps in bfloat16, of eight binary digits
+ROUNDED = 0.01  # after five steps in bfloat16, of eight binary digits
 
 
 @pytest.fixture(scope="module")
