@@ -81,7 +81,7 @@ def start(version: Version, dim: int, device: torch.device) -> TrainState:
 
 
 class OneProcess:
-    """The processes that share each batch: this one alone. `runs.team` has several."""
+    """Trains each batch in one process; `runs.team.Processes` overrides this to share it among several."""
 
     rank, size = 0, 1
 

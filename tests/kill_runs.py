@@ -1,8 +1,9 @@
 """`python tests/kill_runs.py [KILLS] [SEED]`: jobs killed by SIGKILL at random moments, and begun again until they end.
 
-Each job is done once without a kill: its end is what the killed ones must come to, bit for bit but for wall times. A
-kill comes at a moment that is uniform over that job's usual wall time, often several times in a row on the same folder.
-The jobs run in forked processes of one thread, on data made here. tests/runs/test_crash.py does a small form of it.
+A job that is never killed gives the end that the killed ones must reach, bit for bit but for wall times. A kill comes
+at a moment that is uniform over the job's usual wall time, often several times in a row on the same folder. The jobs
+run in forked processes of one thread, on data made here. tests/runs/test_crash.py does a small form of it, and
+tests/text/test_build.py does it to encoding.
 
 `python tests/kill_runs.py KILLS SEED commands` does it to what a person starts: `python -m lvmlib train` with papermill
 and its kernel, and a sweep by snakemake, both on the embedded data in fast mode. All that was started is killed but the
@@ -78,14 +79,16 @@ def epochs_reached(folder: Path) -> str:
         return f"writing {partial[0]}"
     if not (folder / "last" / "state.pt").exists():
         return "before the first epoch's end" if (folder / "run.yaml").exists() else "before the start"
-    told = len(json.loads(torch.load(folder / "last" / "state.pt", weights_only=True)["history"]))
-    done = "finished" in yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    return "after the end" if done else f"after epoch {told}"
+    if "finished" in yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")):
+        return "after the end"
+    return f"after epoch {torch.load(folder / 'last' / 'state.pt', weights_only=True)['epoch']}"
 
 
 def training_job(name: str, own, data) -> Job:
-    return Job(name, lambda folder: list(lvm.train(own, data, folder / "run")), lambda folder: trained(folder / "run"),
-               lambda folder: epochs_reached(folder / "run"))  # fmt: skip
+    def run(folder: Path) -> None:
+        list(lvm.train(own, data, folder / "run"))
+
+    return Job(name, run, lambda folder: trained(folder / "run"), lambda folder: epochs_reached(folder / "run"))
 
 
 def judging_job(data) -> Job:
@@ -98,41 +101,15 @@ def judging_job(data) -> Job:
         report = lvm.fivecat(run.best, data, lvm.baselines(data.train))
         report.to_json(run.folder / "fivecat.json", version=own.name, seed=own.seed)
 
-    def reached(folder: Path) -> str:
-        there = epochs_reached(folder / "run")
-        judged = (folder / "run" / "fivecat.json").exists()
-        return "after the end" if judged else "in 5CAT" if there == "after the end" else there
-
-    return Job("v22 with its 5CAT", run,
-               lambda folder: trained(folder / "run") | {"5CAT": (folder / "run" / "fivecat.json").read_bytes()},
-               reached)  # fmt: skip
-
-
-def encoding_job(source: Path) -> Job:
-    import test_encode as T  # needs the extra `encode`
-
-    T.write_folder(source)
-
-    def run(folder: Path) -> None:
-        T.N.find = lambda name: (name, Path("nowhere"), "revision 1")
-        T.N.encoder = lambda n, d, p: T.N.Encoder(n, "revision 1", T.Hashed(), torch.device("cpu"), p)
-        T.make(source, folder / "store")
-
     def end(folder: Path) -> dict:
-        return {"there": [p.name for p in folder.iterdir()], **T.content(folder / "store")}
+        return trained(folder / "run") | {"5CAT": (folder / "run" / "fivecat.json").read_bytes()}
 
     def reached(folder: Path) -> str:
-        work = folder / "store.partial"
-        if not work.exists():
-            return "after the end" if (folder / "store").exists() else "before the start"
-        if list(work.glob("*.partial")):
-            return "writing a shard"
-        if (folder / "store").exists():
-            return "clearing up"
-        shards = len(list(work.glob("shard-*.npz")))
-        return f"after shard {shards}" if shards else "cutting" if (work / "chunks").exists() else "before cutting"
+        epochs = epochs_reached(folder / "run")
+        judging = epochs == "after the end" and not (folder / "run" / "fivecat.json").exists()
+        return "in 5CAT" if judging else epochs
 
-    return Job("encoding", run, end, reached)
+    return Job("v22 with its 5CAT", run, end, reached)
 
 
 def command_job(name: str, arguments: list[str], folders: list[str]) -> Job:
@@ -140,8 +117,8 @@ def command_job(name: str, arguments: list[str], folders: list[str]) -> Job:
 
     def run(folder: Path) -> None:
         surroundings = {**os.environ, "LVM_OUTPUTS": str(folder), "PYTHONPATH": str(ROOT)}
-        with open(folder / "said.log", "a", encoding="utf-8") as said:
-            os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+        with open(folder / "output.log", "a", encoding="utf-8") as output:
+            os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
         os.chdir(ROOT)
         os.execve(sys.executable, [sys.executable, *arguments], surroundings)
 
@@ -155,28 +132,25 @@ def command_job(name: str, arguments: list[str], folders: list[str]) -> Job:
     def reached(folder: Path) -> str:
         where = []
         for run in (folder / name for name in folders):
-            there = epochs_reached(run).replace("after the end", "trained, not yet judged")
-            judged = [n for n in ("train", "diagnostics", "fivecat") if (run / f"{n}.ipynb").exists()]
-            where.append(f"{there}, {' '.join(judged)} written" if judged else there)
+            written = [n for n in ("train", "diagnostics", "fivecat") if (run / f"{n}.ipynb").exists()]
+            where.append(", ".join([epochs_reached(run), *(f"{name} written" for name in written)]))
         return " | ".join(where)
 
     return Job(name, run, lambda folder: {n: one(folder / n) for n in folders}, reached, command=True)
 
 
 def commands() -> list[Job]:
+    train = ["-m", "lvmlib", "train", "-p", "version", "v22", "-p", "model", "amn", "-p", "fast", "True"]
     small = ["versions=p6 v22", "models=amn", "seeds=1", "fast=true"]
     sweep = ["-m", "snakemake", "--cores", "2", "--quiet", "all", "--config", *small]
-    return [
-        command_job("train.ipynb", ["-m", "lvmlib", "train", "-p", "version", "v22", "-p", "model", "amn",
-                                    "-p", "fast", "True"], ["fast/wikipedia/v22/seed0-amn"]),
-        command_job("a sweep", sweep, [f"fast/wikipedia/{v}/seed0-amn" for v in ("p6", "v22")]),
-    ]  # fmt: skip
+    p6, v22 = (f"fast/wikipedia/{v}/seed0-amn" for v in ("p6", "v22"))
+    return [command_job("train.ipynb", train, [v22]), command_job("a sweep", sweep, [p6, v22])]
 
 
-def jobs(place: Path, encoding: bool = True) -> list[Job]:
+def jobs() -> list[Job]:
     data = make_data()
     shared = {"control": {"guard": "none"}}
-    made = [
+    return [
         training_job("v22, AMN", version("v22", epochs=4), data),
         training_job("share, rewinding", guarded(name="share", model="amn", overrides=shared), data),
         training_job("v22, LSTM (dropout)", version("v22", model="lstm", epochs=4), data),
@@ -186,7 +160,6 @@ def jobs(place: Path, encoding: bool = True) -> list[Job]:
         training_job("margin, bfloat16", version("margin", epochs=4, precision="bfloat16"), data),
         judging_job(data),
     ]
-    return made + ([encoding_job(place / "papers")] if encoding else [])
 
 
 def started(job: Job, folder: Path) -> int:
@@ -273,9 +246,8 @@ def campaign(
         found += killed(job, folder, usual, seed, min(most, kills - len(found)), trial)
         if len(found) > before:
             ends[job.name, trial] = unlike(job.end(folder), wanted)
-            ends[job.name, trial] += [
-                str(p) for end in ("partial", "lock", "partial.ipynb") for p in folder.rglob(f"*.{end}")
-            ]
+            left = (folder.rglob(f"*.{end}") for end in ("partial", "lock", "partial.ipynb"))
+            ends[job.name, trial] += [str(path) for paths in left for path in paths]
         trial += 1
     return found, ends
 
@@ -285,29 +257,21 @@ def main(kills: int = 30, seed: int = 0, kind: str = "jobs") -> int:
     runs.WAIT, runs.commit = 2.0, lambda: "a commit"  # whoever edits meanwhile changes nothing
     with tempfile.TemporaryDirectory(prefix="lvm-kills-") as place:
         begun = time.monotonic()
-        todo = commands() if kind == "commands" else jobs(Path(place))
+        todo = commands() if kind == "commands" else jobs()
         found, ends = campaign(todo, kills, seed, Path(place))
-        rows = [
-            {
-                "job": job.name,
-                "trials": sum(name == job.name for name, _ in ends),
-                "kills": sum(k.job == job.name for k in found),
-                "where they hit": "; ".join(k.where for k in found if k.job == job.name),
-                "identical": all(not differ for (name, _), differ in ends.items() if name == job.name),
-            }
-            for job in todo
-            if any(k.job == job.name for k in found)
-        ]
-        print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-        for row in rows:
-            print("| " + " | ".join(str(x) for x in row.values()) + " |")
-        several = sum(sum(k.trial == t for k in found) > 1 for t in {k.trial for k in found})
-        print(f"\n{len(found)} kills in {len(ends)} trials ({several} with several), seed {seed}, "
-              f"{time.monotonic() - begun:.0f} s")  # fmt: skip
-        for (name, trial), differ in ends.items():
-            if differ:
-                print(f"DIFFERS: {name}, trial {trial}: {', '.join(differ[:8])}")
-        return int(any(ends.values()))
+        seconds = time.monotonic() - begun
+    print("| job | trials | kills | where they hit | identical |\n|---|---|---|---|---|")
+    for job in todo:
+        where = [kill.where for kill in found if kill.job == job.name]
+        trials = [differ for (name, _), differ in ends.items() if name == job.name]
+        if where:
+            print(f"| {job.name} | {len(trials)} | {len(where)} | {'; '.join(where)} | {not any(trials)} |")
+    several = sum(sum(k.trial == t for k in found) > 1 for t in {k.trial for k in found})
+    print(f"\n{len(found)} kills in {len(ends)} trials ({several} with several), seed {seed}, {seconds:.0f} s")
+    for (name, trial), differ in ends.items():
+        if differ:
+            print(f"DIFFERS: {name}, trial {trial}: {', '.join(differ[:8])}")
+    return int(any(ends.values()))
 
 
 if __name__ == "__main__":

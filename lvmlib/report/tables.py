@@ -15,6 +15,7 @@ from ..judge.rating import Check, Verdict
 from ..judge.spread import Spread
 from ..losses import TERMS
 from ..runs import alarms
+from ..runs.validation import SPREAD
 
 
 def table(
@@ -66,7 +67,7 @@ def letters(text):
 def history_table(history: pd.DataFrame) -> Styler:
     """Return a run's epochs as a table, without the columns that diagnostics.ipynb shows."""
     formats = dict.fromkeys(("train_loss", "val_loss"), "{:.5f}") | {"lambda_eff": "{:.4f}", "learning_rate": "{:.1e}"}
-    hidden = [*TERMS, *alarms.FACTS, "at_lambda_min", "at_lambda_max"]
+    hidden = [*TERMS, *SPREAD, "at_lambda_min", "at_lambda_max"]
     shown = history.drop(columns=hidden).dropna(axis=1, how="all")
     return table(shown, formats=formats | {"seconds": "{:.1f}"})
 

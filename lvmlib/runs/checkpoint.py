@@ -1,30 +1,32 @@
-"""The files of a run that hold weights: last/state.pt, last/good.pt and best.safetensors.
+"""The files of a run that hold weights, and what of its folder a run is resumed from.
 
-They carry the run's `identity`; those of another run are refused.
+last/state.pt, last/good.pt and best.safetensors carry the run's `identity`; those of another run are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import safetensors.torch
 import torch
 
+from .. import losses
+from ..config import Version
 from ..errors import LVMError, format_error
 from ..io import limits
 from ..io.disk import write_atomic
 from ..loop import TrainState
+from . import folder
 from .folder import INTACT
 
 FEASIBLE = 0.01  # a bound missed by so little in an epoch's mean counts as kept: batches scatter about it
 RESTORE = "restore the file, or train anew with `fresh`"
-LEARNED = ("model", "optimizer", "plateau", "scale", "controller", "peak")
-ALL = (*LEARNED, "best", "short", "rewinds", "stopped", "history", "steps")
 
 
 def save(path: Path, state: TrainState, identity: str, everything: bool = True) -> None:
@@ -36,22 +38,21 @@ def save(path: Path, state: TrainState, identity: str, everything: bool = True) 
     write_atomic(path, lambda p: torch.save(content, p), INTACT)
 
 
-def read(path: Path, identity: str, device: torch.device | str, everything: bool = True) -> dict:
+def read(path: Path, identity: str, device: torch.device | str) -> dict:
     """What `save` wrote. Raises LVMError for a file that is damaged, or of another run."""
     limits.check_state(path)
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        missing = [key for key in (ALL if everything else LEARNED) if key not in dict(saved)]
+        of_this_run = saved["identity"] == identity
     except Exception as e:  # whatever a damaged file makes of torch.load
         raise LVMError(f"{path}: cannot be read ({type(e).__name__}); {RESTORE}") from e
-    if missing or saved.get("identity") != identity:
-        why = f"has no {missing[0]}" if missing else "is a checkpoint of another run"
-        raise LVMError(f"{path}: {why}; {RESTORE}")
+    if not of_this_run:
+        raise LVMError(f"{path}: is a checkpoint of another run; {RESTORE}")
     return saved
 
 
 def load(path: Path, state: TrainState, saved: Mapping, everything: bool = True) -> None:
-    """Set `state` to what `read` gave of `path`. Raises LVMError where it does not fit the model."""
+    """Set `state` to what `read` gave of `path`. Raises LVMError if it does not fit the model."""
     with fitting(path):
         state.load_learned(saved)
         if everything:
@@ -62,65 +63,104 @@ def load(path: Path, state: TrainState, saved: Mapping, everything: bool = True)
 
 @contextlib.contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Turn whatever torch and pandas raise inside, for another shape or type, into an LVMError."""
+    """Turn any error of torch or pandas inside, for another shape or type, into an LVMError."""
     try:
         yield
     except Exception as e:
         raise LVMError(f"{path}: does not fit this run ({format_error(e)}); {RESTORE}") from e
 
 
+class Saved(NamedTuple):
+    """What a run's folder holds."""
+
+    record: dict
+    history: pd.DataFrame
+    steps: pd.DataFrame
+    status: str = "new"  # or "interrupted", "finished"
+    state: dict | None = None  # what resuming needs; None if all files of a finished run are there
+
+
+def is_finished(version: Version, record: dict, history: pd.DataFrame) -> bool:
+    return len(history) >= version.epochs or "stopped" in record
+
+
+def read_folder(place: Path, version: Version, own: dict, device: torch.device | str) -> Saved:
+    """Read the folder without writing. Raises LVMError if it holds another run than that of the record `own`."""
+    columns = folder.columns(losses.names(version.losses))
+    history, steps = (pd.DataFrame(columns=names) for names in columns)
+    if not (place / "run.yaml").exists():
+        return Saved(copy.deepcopy(own), history, steps)
+    record, *tables = folder.open_run(place)
+    if differing := folder.differences(own, record):
+        raise LVMError(
+            f"{place}: holds a run with other parameters ({'; '.join(differing)}). "
+            "Name this run differently with run_name, or set `fresh` to rename the old folder"
+        )
+    if "finished" in record and is_finished(version, record, tables[0]):
+        return Saved(record, *tables, "finished")
+    # A kill between writing state.pt and the tables leaves the tables an epoch behind: only the state counts.
+    record = {k: x for k, x in record.items() if k not in ("finished", "stopped", "alarms")}
+    path = place / "last" / "state.pt"
+    if not path.exists():
+        return Saved(record, history, steps)
+    state = read(path, record.get("identity", ""), device)
+    with fitting(path):
+        tables = (json.loads(state[name]) for name in ("history", "steps"))
+        history, steps = (pd.DataFrame(rows, columns=names) for rows, names in zip(tables, columns, strict=True))
+        record |= {"stopped": state["stopped"]} if state["stopped"] else {}
+    status = "finished" if is_finished(version, record, history) else "interrupted"
+    return Saved(record, history, steps, status, state)
+
+
 def score(parameters: Mapping, row: Mapping) -> tuple[float, float]:
     """How good an epoch is by its row of the history, lower is better: by how much it misses the constraint, then what
-    `select` names. What keeps the bound in training beats what does not (Deb 2000, §3)."""
+    `select` names. An epoch that meets the bound in training beats one that does not (Deb 2000, §3)."""
     select = parameters["select"]
     missed = max(0.0, row["directional"] - FEASIBLE) if parameters["control"].get("constraint") else 0.0
     return missed, -row["novel_mrr"] if select == "novel_mrr" else row[select]
 
 
 def best_epoch(parameters: Mapping, epochs: pd.DataFrame) -> int:
-    """The epoch whose weights best.safetensors holds, by the table of epochs; 0 where there is none."""
-    best, found = (math.inf, math.inf), 0
-    for row in epochs.to_dict("records"):
-        if score(parameters, row) < best:
-            best, found = score(parameters, row), int(row["epoch"])
-    return found
+    """The epoch whose weights best.safetensors holds, by the table of epochs; 0 if there is none."""
+    rows = epochs.to_dict("records")
+    return int(min(rows, key=lambda row: score(parameters, row))["epoch"]) if rows else 0
 
 
-def save_best(folder: Path, model: torch.nn.Module, identity: str, epoch: int) -> None:
+def save_best(place: Path, model: torch.nn.Module, identity: str, epoch: int) -> None:
     weights = {k: t.contiguous() for k, t in model.state_dict().items()}
-    # By way of memory: its save_file writes to a name of its own beside, which a kill would leave there.
+    # Not by its save_file, which writes to a name of its own beside; a kill would leave that file there.
     # One key: safetensors writes several in any order, and the same run would not give the same bytes.
     origin = {"lvmlib": json.dumps({"identity": identity, "epoch": epoch})}
-    write_atomic(folder / "best.safetensors", lambda p: p.write_bytes(safetensors.torch.save(weights, origin)), INTACT)
+    write_atomic(place / "best.safetensors", lambda p: p.write_bytes(safetensors.torch.save(weights, origin)), INTACT)
 
 
-def load_best(folder: Path, model: torch.nn.Module, record: Mapping, epochs: pd.DataFrame) -> None:
-    """Load best.safetensors into `model`. Raises LVMError as `check_best`, or where it does not fit."""
-    check_best(folder, record, epochs)
-    path = folder / "best.safetensors"
-    try:
+def load_best(place: Path, model: torch.nn.Module, record: Mapping, epochs: pd.DataFrame) -> None:
+    """Load best.safetensors into `model`. Raises LVMError as `check_best`, or if it does not fit."""
+    check_best(place, record, epochs)
+    with _weights_of_this_run(place) as path:
         model.load_state_dict(safetensors.torch.load_file(path))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as e:
-        raise _not_the_weights(path, e) from e
 
 
-def check_best(folder: Path, record: Mapping, epochs: pd.DataFrame) -> None:
-    """Raise LVMError unless best.safetensors is whole, of this run, and of its best epoch."""
-    path = folder / "best.safetensors"
-    try:
+def check_best(place: Path, record: Mapping, epochs: pd.DataFrame) -> None:
+    """Raise LVMError unless best.safetensors is undamaged, of this run, and of its best epoch."""
+    with _weights_of_this_run(place) as path:
         with safetensors.safe_open(path, "pt") as file:
             origin = json.loads((file.metadata() or {}).get("lvmlib", "{}"))
         if origin.get("identity") != record["identity"]:
             raise ValueError("it is of another run")
         wanted = best_epoch(record["parameters"], epochs)
-        # Killed before the state of its epoch was written, it is ahead: that epoch is trained again, to the same.
+        # A kill before the state of its epoch was written leaves it ahead: that epoch is trained again, to the same.
         ahead = "finished" not in record and origin["epoch"] > len(epochs)
         if origin["epoch"] != wanted and not ahead:
             raise ValueError(f"it is of epoch {origin['epoch']}; the best one by epochs.csv is {wanted}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as e:
-        raise _not_the_weights(path, e) from e
 
 
-def _not_the_weights(path: Path, e: Exception) -> LVMError:
-    why = f"{e}" if type(e) is ValueError else f"{type(e).__name__}: {e}"
-    return LVMError(f"{path}: not the weights of this run ({why}); {RESTORE}")
+@contextlib.contextmanager
+def _weights_of_this_run(place: Path) -> Iterator[Path]:
+    """Give the path of best.safetensors, and turn any error of reading it into an LVMError."""
+    path = place / "best.safetensors"
+    try:
+        yield path
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, safetensors.SafetensorError) as e:
+        why = f"{e}" if type(e) is ValueError else format_error(e)
+        raise LVMError(f"{path}: not the weights of this run ({why}); {RESTORE}") from e

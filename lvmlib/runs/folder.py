@@ -32,39 +32,27 @@ from ..windows import Dataset
 from .validation import SPREAD
 
 INTACT = "the last checkpoint is intact"
-CONTROL = ("rho", "rho_target", "rho_cap")
-WATCHED = ("pos", "neg", "gap", "ratio", "escape")
-# These make no other run. The precision that was used does.
+# A difference in these makes no other run. The precision that was used does.
 NOT_COMPARED = ("about", "expected", "published", "device", "precision")
 LARGEST_TABLE = 1 << 30  # bytes: a row a step of a long run
 WAIT = 10.0  # seconds: a notebook's kernel lives on for a moment when its parent is killed
 
 
-def epoch_columns(terms: Iterable[str] = losses.TERMS) -> tuple[str, ...]:
-    """The columns of epochs.csv for a version with these loss terms."""
-    terms = tuple(terms)
-    validation = ("val_cos", "margin", "recall_at_5", "novel_mrr", "val_energy", *SPREAD)
-    control = (*CONTROL, "lambda_eff", "at_lambda_min", "at_lambda_max")
-    pulls = (*(f"pull_{name}" for name in terms), "rho_gradient", "angle")
-    end = ("skips", "temperature", "rewound", "learning_rate", "seconds")
-    return _unique(("epoch", "train_loss", "val_loss", *terms, *validation, *control, *WATCHED, *pulls, *end))
-
-
-def step_columns(terms: Iterable[str] = losses.TERMS) -> tuple[str, ...]:
-    """The columns of steps.csv for a version with these loss terms."""
-    terms = tuple(terms)
-    control = ("lambda_eff", *CONTROL, "margin_target", "gate")
-    pulls = (*(f"pull_{name}" for name in terms), "rho_gradient", "angle")
-    return _unique(("epoch", "step", "loss", *terms, *control, *WATCHED, *pulls, "skip", "gradient_norm"))
-
-
-def _unique(columns: tuple[str, ...]) -> tuple[str, ...]:
-    if twice := [name for name in columns if columns.count(name) > 1]:
-        raise LVMError(f"losses.extra.{twice[0]}: the tables have a column of this name; rename the loss term")
-    return columns
-
-
-EPOCH_COLUMNS, STEP_COLUMNS = epoch_columns(), step_columns()
+def columns(terms: Iterable[str] = losses.TERMS) -> tuple[list[str], list[str]]:
+    """The columns of epochs.csv and steps.csv for a version with these loss terms."""
+    terms = list(terms)
+    validation = ["val_cos", "margin", "recall_at_5", "novel_mrr", "val_energy", *SPREAD]
+    control, watched = ["rho", "rho_target", "rho_cap"], ["pos", "neg", "gap", "ratio", "escape"]
+    bounds = ["lambda_eff", "at_lambda_min", "at_lambda_max"]
+    pulls = [*(f"pull_{name}" for name in terms), "rho_gradient", "angle"]
+    end = ["skips", "temperature", "rewound", "learning_rate", "seconds"]
+    epochs = ["epoch", "train_loss", "val_loss", *terms, *validation, *control, *bounds, *watched, *pulls, *end]
+    steps = ["epoch", "step", "loss", *terms, "lambda_eff", *control, "margin_target", "gate", *watched, *pulls]
+    steps += ["skip", "gradient_norm"]
+    for table in (epochs, steps):
+        if twice := [name for name in table if table.count(name) > 1]:
+            raise LVMError(f"losses.extra.{twice[0]}: the tables have a column of this name; rename the loss term")
+    return epochs, steps
 
 
 def run_folder(version: Version, run_name: str | None = None) -> Path:
@@ -87,42 +75,37 @@ def run_folder(version: Version, run_name: str | None = None) -> Path:
 
 
 def open_run(folder: str | os.PathLike) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
-    """run.yaml, epochs.csv and steps.csv of a run's folder. Raises LVMError where one is missing or damaged."""
+    """run.yaml, epochs.csv and steps.csv of a run's folder. Raises LVMError if one is missing or damaged."""
     folder = Path(folder)
     try:
         record = limits.read_yaml(folder / "run.yaml")
         _check_record(record)
-        terms = *losses.TERMS, *(record["parameters"].get("losses", {}).get("extra") or ())
-        epochs = _read_table(folder / "epochs.csv", epoch_columns(terms))
-        steps = _read_table(folder / "steps.csv", step_columns(terms))
+        epochs, steps = columns([*losses.TERMS, *(record["parameters"].get("losses", {}).get("extra") or ())])
+        return record, _read_table(folder / "epochs.csv", epochs), _read_table(folder / "steps.csv", steps)
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise LVMError(f"{folder}: cannot be read as a run ({e}); train it, or restore the file") from e
-    return record, epochs, steps
 
 
 def _check_record(record: Any) -> None:
     """Raise ValueError unless the entries of run.yaml are of the kind that is written there."""
-    if not isinstance(record, dict) or not isinstance(record.get("parameters"), dict):
-        raise ValueError("no parameters in run.yaml")
-    for key in ("dataset", "computed", "software"):  # `software` is the last of what all runs have
-        if not isinstance(record.get(key), dict):
+    for key in ("parameters", "dataset", "computed", "software"):  # `software` is the last that every run has
+        if not isinstance(record, dict) or not isinstance(record.get(key), dict):
             raise ValueError(f"run.yaml has no group of keys {key}, or ends too early")
-    tables = {
+    numbers = {
         "finished": record.get("finished", {}),
         "dataset.windows": record["dataset"].get("windows", {}),
         "computed.processes": record["computed"].get("processes", {}),
     }
-    for key, table in tables.items():
-        numbers = table.values() if isinstance(table, dict) else [table]
-        if any(type(x) not in (int, float) or not math.isfinite(x) for x in numbers):
+    for key, group in numbers.items():
+        if any(type(x) not in (int, float) or not math.isfinite(x) for x in group.values()):
             raise ValueError(f"{key} in run.yaml has a value that is not a number")
-    if any(type(first) is not int for first in tables["computed.processes"]):
+    if any(type(first) is not int for first in numbers["computed.processes"]):
         raise ValueError("computed.processes in run.yaml has a key that is not an epoch")
     if not isinstance(record.get("stopped", ""), str):
         raise ValueError("stopped in run.yaml is no text")
 
 
-def _read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     """A table of numbers, to the last bit as it was written (pandas' own parser may miss that one)."""
     raw = limits.read_bytes(path, LARGEST_TABLE)
     if not raw.endswith(b"\n"):
@@ -130,12 +113,12 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     frame = pd.read_csv(io.BytesIO(raw), dtype=str, keep_default_na=False)
     if set(frame.columns) != set(columns):
         raise ValueError(f"{path.name} does not have the columns {', '.join(columns)}")
-    frame = frame[list(columns)].map(lambda cell: float(cell) if cell else math.nan)
+    frame = frame[columns].map(lambda cell: float(cell) if cell else math.nan)
     return frame.astype({c: int for c in ("epoch", "step", "skip", "skips") if c in frame})
 
 
 def new_record(version: Version, data: Dataset, device: torch.device, precision: str) -> dict:
-    """What run.yaml says of a run that begins."""
+    """The content of run.yaml when a run begins."""
     record = {
         "parameters": version.to_dict(),
         "dataset": dataset_record(data),
@@ -146,40 +129,40 @@ def new_record(version: Version, data: Dataset, device: torch.device, precision:
             **{p: metadata.version(p) for p in ("torch", "numpy", "pandas", "safetensors")},
         },
     }
-    return {**record, "identity": identity(record)}
+    # A hash of what `differences` compares. Checkpoints carry it, so that those of another run are refused.
+    text = json.dumps(_compared(record), sort_keys=True, default=str)
+    return {**record, "identity": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def dataset_record(data: Dataset) -> dict:
-    """What run.yaml says of the data."""
+    """The entry `dataset` of run.yaml."""
     windows = {w.split: len(w) for w in (data.train, data.val, data.ood)}
     return {"name": data.store.name, "fingerprint": data.store.fingerprint, "windows": windows}
 
 
-def record_software(record: dict, software: dict, done: int) -> bool:
-    """Enter in `record` that other software goes on after `done` epochs. True where it differs from what it was."""
-    before = dict(record.get("software", {}))
+def record_resumed(record: dict, software: dict, processes: int, done: int) -> None:
+    """Enter in `record` what goes on after `done` epochs: other `software`, another number of processes.
+
+    `continued`: a list of epochs with what is new from there on. `computed.processes`: from which epoch on how many
+    processes; missing if it was always one.
+    """
+    before = record["software"]
     for entry in record.get("continued", []):
-        before |= entry
-    other = {k: x for k, x in software.items() if before.get(k) != x}
-    if done and other:
-        record.setdefault("continued", []).append({"epoch": done + 1, **other})
-    return bool(done and other)
+        before = before | entry
+    if done and (new := {k: x for k, x in software.items() if before.get(k) != x}):
+        record.setdefault("continued", []).append({"epoch": done + 1, **new})
+    counts = record["computed"].pop("processes", {1: 1})
+    if not done or list(counts.values())[-1] != processes:
+        counts = {**(counts if done else {}), done + 1: processes}
+    if counts != {1: 1}:
+        record["computed"]["processes"] = counts
 
 
 def differences(ours: dict, theirs: dict) -> list[str]:
     """How two records differ in what makes them different runs, a text for each key."""
     ours, theirs = _compared(ours), _compared(theirs)
-    return [
-        f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here"
-        for k in {**theirs, **ours}
-        if theirs.get(k) != ours.get(k)
-    ]
-
-
-def identity(record: dict) -> str:
-    """A hash of what `differences` compares. Checkpoints carry it, so that those of another run are refused."""
-    text = json.dumps(_compared(record), sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    differing = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
+    return [f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differing]
 
 
 def _compared(record: dict) -> dict:
@@ -204,9 +187,8 @@ def lock_run(folder: Path) -> Iterator[None]:
     """Hold a run's folder for this process alone. Raises LVMError that names the process holding it."""
 
     def refused(holder: str) -> str:
-        return (
-            f"{folder} is being trained by {holder}; wait for it, stop it, or name this run differently with run_name"
-        )
+        advice = "wait for it, stop it, or name this run differently with run_name"
+        return f"{folder} is being trained by {holder}; {advice}"
 
     with lock(folder.with_name(folder.name + ".lock"), refused, WAIT):
         yield

@@ -1,8 +1,8 @@
 """The escape guard, a version's `rewind`: an epoch that goes wrong is undone, and training goes on slower.
 
-After each epoch the guard compares the escape share and the validation novel MRR with their bounds. Where one is
-exceeded, model, optimizer and controller return to the epoch with the best novel MRR of those where nothing was wrong
-(last/good.pt), with a lower learning rate and ceiling of λ. The schedule's epochs count on.
+After each epoch the guard compares the escape share and the validation novel MRR with their bounds. If one is exceeded,
+model, optimizer and controller return to the epoch with the best novel MRR of those without a fault (last/good.pt),
+with a lower learning rate and ceiling of λ. The schedule's epochs count on.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from .team import ALONE, Team
 
 
 class Guard:
-    """The escape guard of one run; without `rewind` it never finds a fault and writes no file."""
+    """The escape guard of one run; without `rewind` it finds no fault and writes no file."""
 
     def __init__(self, rewind: Rewind | None, folder: Path, identity: str, team: Team = ALONE):
         self.settings, self.path, self.identity, self.team = rewind, folder / "last" / "good.pt", identity, team
 
     def fault(self, state: TrainState, row: dict) -> str:
-        """What is wrong with the epoch of `row`; empty where nothing is.
+        """What is wrong with the epoch of `row`; empty if nothing is.
 
-        A model that knows nothing yet has an escape share of about one half: only one that has been below the bound
-        can rise above it.
+        An untrained model has an escape share of about one half, so that only a rise from below the bound counts.
         """
         r = self.settings
         if r is None:
@@ -52,8 +51,8 @@ class Guard:
         if state.rewinds >= self.settings.most:
             return f"{fault}, after {state.rewinds} rewinds"
         where = state.log_scale.device if self.team.size == 1 else "cpu"  # each process has another device
-        good = self.team.from_first(lambda: checkpoint.read(self.path, self.identity, where, everything=False))
-        if good["peak"] != state.peak:
+        good = self.team.from_first(lambda: checkpoint.read(self.path, self.identity, where))
+        if good.get("peak") != state.peak:
             raise LVMError(f"{self.path}: is of another epoch than the best so far; {checkpoint.RESTORE}")
         rates = [group["lr"] * self.settings.cool for group in state.optimizer.param_groups]
         checkpoint.load(self.path, state, good, everything=False)

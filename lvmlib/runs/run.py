@@ -6,8 +6,9 @@
 
 The folder, `outputs/<dataset>/<version>/seed<k>/`:
 
-    run.yaml            parameters, dataset fingerprint, library versions, commit, alarms; when finished: time and
-                        memory; `stopped`: why it ended early; `continued`: from which epoch on other software went on
+    run.yaml            parameters, dataset fingerprint, library versions, commit, alarms
+                        `finished`: training time and peak memory; `stopped`: why the run ended early
+                        `continued`: the epochs at which other library versions or another commit took over
     steps.csv           a row every `log_every` steps, the first and the last
     epochs.csv          a row an epoch
     best.safetensors    weights of the best epoch (`checkpoint.score`)
@@ -15,8 +16,8 @@ The folder, `outputs/<dataset>/<version>/seed<k>/`:
     last/good.pt        of a version with `rewind`: the state that it returns to (`guard`)
     fivecat.json        written by the notebook
 
-A file appears whole or not at all. The epoch's random stream and data order depend on seed and epoch alone, so a run
-resumed at an epoch's end goes on to the same weights, bit for bit on the same machine.
+A file appears whole or not at all. An epoch's random stream and data order depend on seed and epoch alone, so a
+resumed run ends with the same weights, bit for bit on the same machine.
 
 While a run is trained, its process holds `<folder>.lock`; a second one gets an error that names it. Reading needs no
 lock. An interrupted loop resumes when you run it again, on the same `Run`, too.
@@ -25,8 +26,6 @@ lock. An interrupted loop resumes when you run it again, on the same `Run`, too.
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
 import math
 import os
 import resource
@@ -35,10 +34,8 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
-import torch
 
 from .. import losses, models
 from ..config import Version
@@ -51,7 +48,7 @@ from ..ranking import Articles
 from ..windows import DIRECTIONS, Dataset, on_device
 from . import alarms, checkpoint, folder, launch
 from .guard import Guard
-from .team import ALONE, Team, record_size
+from .team import ALONE, Team
 from .validation import Validation
 
 
@@ -67,8 +64,8 @@ def train(
 ) -> Run:
     """The run of `version` on `data` in folder `out` (default: `run_folder`). Iterating over it trains.
 
-    A finished run of the same parameters and data is reused, an interrupted one resumed. One with others is refused
-    (LVMError names the differing keys); so is, when iterated over, one that another process trains. `fresh` renames
+    A finished run of the same parameters and data is reused, an interrupted one resumed. Raises LVMError for a run
+    with other parameters (the message names the keys), and on iterating if another process trains it. `fresh` renames
     the old folder to NAME.old-1 and so on.
 
     `devices` on each of `nodes` hosts share each batch, by processes of their own (`launch`, extra `parallel`);
@@ -88,65 +85,17 @@ def train(
     return Run(version, data, place, team, group)
 
 
-_LOOPS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # folder → the loop that trains in it here
+_LOOPS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # folder → this process's loop that trains in it
 
 
 def _end_loop(place: Path) -> None:
-    """End the loop of this process that was left open in this folder, if there is one."""
+    """End the loop that this process left open in this folder, if there is one."""
     loop = _LOOPS.pop(place.resolve(), None)
     try:
         if loop is not None:
             loop.close()
     except ValueError as e:  # it is running
         raise LVMError(f"{place} is being trained by another thread of this process; wait for it") from e
-
-
-class Saved(NamedTuple):
-    """What is in a run's folder."""
-
-    record: dict
-    history: pd.DataFrame
-    steps: pd.DataFrame
-    found: str = "new"  # or "interrupted", "finished"
-    state: dict | None = None  # what resuming needs
-    behind: bool = False  # the tables lack epochs that the state has
-
-
-def is_finished(version: Version, record: dict, history: pd.DataFrame) -> bool:
-    return len(history) >= version.epochs or "stopped" in record
-
-
-def read_folder(place: Path, version: Version, own: dict, device: torch.device | str) -> Saved:
-    """What is in the folder; nothing is written. Raises LVMError for another run than that of the record `own`."""
-    history, steps = (pd.DataFrame(columns=columns) for columns in _columns(version))
-    empty = Saved(copy.deepcopy(own), history, steps)
-    if not (place / "run.yaml").exists():
-        return empty
-    record, history, steps = folder.open_run(place)
-    if differing := folder.differences(own, record):
-        raise LVMError(
-            f"{place}: holds a run with other parameters ({'; '.join(differing)}). "
-            + "The data are not those it was trained on. " * any("dataset.fingerprint" in d for d in differing)
-            + "Name this run differently with run_name, or set `fresh` to rename the old folder"
-        )
-    if is_finished(version, record, history) and "finished" in record:
-        return Saved(record, history, steps, "finished")
-    path = place / "last" / "state.pt"
-    if not path.exists():
-        return empty._replace(record=record)
-    # Killed between the state and the tables, one or both lag an epoch behind: the state is the truth.
-    state, lengths = checkpoint.read(path, record.get("identity", ""), device), (len(history), len(steps))
-    with checkpoint.fitting(path):
-        saved = json.loads(state["history"]), json.loads(state["steps"])
-        history, steps = map(pd.DataFrame, saved, (None, None), _columns(version))
-    record |= {"alarms": []} | ({"stopped": state["stopped"]} if state["stopped"] else {})
-    found = "finished" if is_finished(version, record, history) else "interrupted"
-    return Saved(record, history, steps, found, state, (len(history), len(steps)) != lengths)
-
-
-def _columns(version: Version) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    terms = losses.names(version.losses)
-    return folder.epoch_columns(terms), folder.step_columns(terms)
 
 
 class Run:
@@ -163,14 +112,14 @@ class Run:
         self._open()
 
     def _open(self) -> None:
-        """Take up what is in the folder, as the first process sees it."""
+        """Read the folder, in the first process for all."""
         device = self.device if self.team.size == 1 else "cpu"  # each process has another device
-        self._saved = self.team.from_first(lambda: read_folder(self.folder, self.version, self.own, device))
-        self.record, self.history, self.steps, self.found = self._saved[:4]
+        saved = self.team.from_first(lambda: checkpoint.read_folder(self.folder, self.version, self.own, device))
+        self.record, self.history, self.steps, self.status, self._state = saved
 
     @property
     def finished(self) -> bool:
-        return is_finished(self.version, self.record, self.history)
+        return checkpoint.is_finished(self.version, self.record, self.history)
 
     def __len__(self) -> int:
         """The epochs that iterating yields: the version's, or those of a run that was stopped."""
@@ -178,7 +127,7 @@ class Run:
 
     def __iter__(self) -> Iterator[dict]:
         """The rows so far, then those of the epochs to come. Ends a loop that this process began on it before."""
-        if self.finished and "finished" in self.record and not self._saved.behind:
+        if "finished" in self.record:
             return iter(self.history.to_dict("records"))
         _end_loop(self.folder)
         loop = _LOOPS[self.folder.resolve()] = self._loop()
@@ -186,23 +135,32 @@ class Run:
 
     def _loop(self) -> Iterator[dict]:
         with folder.lock_run(self.folder) if self.team.first else contextlib.nullcontext():
-            self._open()  # another process may have been here, or this one's own loop, which was interrupted
+            self._open()  # again: another process, or an interrupted loop of this one, may have written since
             self.team.from_first(self._check)
             if self.finished or self.group is None:
-                if self._saved.behind or (len(self.history) and "finished" not in self.record):
-                    self._write_tables()  # killed between the state and the tables, or before the last file
+                if self.finished and "finished" not in self.record:
+                    self._write_tables()  # the last process was killed before it
                 yield from self.history.to_dict("records")
                 if not self.finished:
                     yield from self._train()
                 return
             self._prepare()
-        yield from self._follow()  # processes of which the first holds the folder
+        yield from self._follow()  # without the lock: the first of the processes takes it
 
     def _check(self) -> None:
         """Raise LVMError if the dataset or the best checkpoint is not what it was."""
-        check_unchanged(self.data.store)
-        if checkpoint.best_epoch(self.record["parameters"], self.history):
+        self._check_store()
+        if len(self.history):
             checkpoint.check_best(self.folder, self.record, self.history)
+
+    def _check_store(self) -> None:
+        try:
+            check_unchanged(self.data.store)
+        except LVMError as e:
+            raise LVMError(
+                f"{self.folder}: nothing is written beyond epoch {len(self.history)}. {e}. "
+                "Restore the store and resume, or start over with `fresh`"
+            ) from e
 
     @property
     def best(self) -> models.Predictor:
@@ -229,18 +187,20 @@ class Run:
         while state.epoch < v.epochs and not state.stopped:
             began, number = time.perf_counter(), state.epoch + 1
             try:
-                means, rows = epoch(state, task)
+                means, steps = epoch(state, task)
                 self.rates.append(len(self.data.train) / (time.perf_counter() - began))
                 self.team.agree(means["train_loss"], state.model)
-                found = self.team.from_first(lambda: validation(state.model))
-                broken = alarms.check_validation(number, number * task.batches, means, found)
-            except StepBroke as broke:
-                broken = alarms.explain(v, broke)
+                validated = self.team.from_first(lambda: validation(state.model))
+                broken = alarms.check_validation(number, number * task.batches, means, validated)
+            except StepBroke as e:
+                broken = alarms.explain(v, e)
             self.team.from_first(self._check_store)
             if broken:
                 self._stop_broken(broken)
                 return
-            row = self._judge(state, guard, {**means, **found, "epoch": number}, rows)
+            state.steps += [{c: step[c] for c in self.steps} for step in steps]
+            row = {**means, **validated, "epoch": number, "rewound": 0.0}
+            self._after_epoch(state, guard, row)
             row["seconds"] = time.perf_counter() - began
             state.history.append({c: row[c] for c in self.history})
             if state.stopped:
@@ -252,27 +212,23 @@ class Run:
             yield state.history[-1]
 
     def _begin(self) -> TrainState:
-        """The state that training goes on from, and the record of who goes on."""
+        """The state that training goes on from; writes the tables, with who goes on in the record."""
         losses.active(self.version.losses)
         if self.team.size > 1:  # the record is that of the process that prepared the folder
             self.record["computed"] |= self.own["computed"]
-        changed = record_size(self.record, len(self.history), self.team.size)
-        changed |= folder.record_software(self.record, self.own["software"], len(self.history))
+        folder.record_resumed(self.record, self.own["software"], self.team.size, len(self.history))
         state = start(self.version, self.data.store.dim, self.device)
-        if self._saved.state:
-            checkpoint.load(self.folder / "last" / "state.pt", state, self._saved.state)
-            self._saved = self._saved._replace(state=None)  # it holds a copy of the weights
-        else:
-            if self.team.first:
-                with explain_os_errors(self.folder, folder.INTACT):
-                    (self.folder / "last").mkdir(parents=True, exist_ok=True)
-            self.record["alarms"], changed = [], True
-        if changed:
-            self._write_tables()
+        if self._state:
+            checkpoint.load(self.folder / "last" / "state.pt", state, self._state)
+            self._state = None  # it holds a copy of the weights
+        elif self.team.first:
+            with explain_os_errors(self.folder, folder.INTACT):
+                (self.folder / "last").mkdir(parents=True, exist_ok=True)
+        self._write_tables()
         return state
 
-    def _judge(self, state: TrainState, guard: Guard, row: dict, rows: list[dict]) -> dict:
-        """What follows from an epoch's figures: the learning rate's schedule, the best checkpoint, a rewind, a stop."""
+    def _after_epoch(self, state: TrainState, guard: Guard, row: dict) -> None:
+        """Act on an epoch's figures: step the learning rate, save the best checkpoint, rewind or stop."""
         v = self.version
         missed, score = checkpoint.score(self.record["parameters"], row)
         if v.optimizer.schedule == "plateau":
@@ -282,8 +238,6 @@ class Run:
             if self.team.first:
                 checkpoint.save_best(self.folder, state.model, self.record["identity"], row["epoch"])
         row["temperature"] = math.exp(-float(state.log_scale.detach())) if v.losses.listwise.weight else math.nan
-        row["rewound"] = 0.0
-        state.steps += [{c: r[c] for c in self.steps} for r in rows]
         if fault := guard.fault(state, row):
             why = guard.rewind(state, fault)
             row["rewound"] = float(not why)
@@ -293,33 +247,21 @@ class Run:
             if not why:
                 guard.keep(state, row)
         state.stopped = f"epoch {row['epoch']}: {why}" if why else ""
-        return row
-
-    def _check_store(self) -> None:
-        """Raise LVMError if the dataset has changed since training began: before anything of this epoch is written."""
-        try:
-            check_unchanged(self.data.store)
-        except LVMError as e:
-            done = len(self.history)
-            raise LVMError(
-                f"{self.folder}: epoch {done + 1} is not kept. {e}. {folder.INTACT.capitalize()} (epoch {done}): "
-                "restore the store and start again, or train anew on the other one, with `fresh`"
-            ) from e
 
     def _stop_broken(self, broken: alarms.Alarm) -> None:
         """End the run at a figure that is not finite. Raises LVMError unless `trouble` is stop and an epoch is kept."""
-        earlier = alarms.read_broken(self.record, str(self.folder / "run.yaml"))
-        self.record["alarms"] = [a._asdict() for a in (*earlier, broken)]
+        self.record["alarms"] = [broken._asdict()]
         stop = self.version.trouble == "stop" and len(self.history) > 0
         if stop:
             self.record["stopped"] = broken.what
             if self.team.first:
-                print(broken.line, flush=True)  # its epoch has no row that would tell it
+                print(broken.line, flush=True)  # the log shows a row's alarms, and this epoch has no row
         self._write_tables()
         if not stop:
             raise LVMError(f"{self.folder}: {broken.what}; {broken.do}")
 
     def _write_tables(self) -> None:
+        """Write the tables and run.yaml, with `finished` if the run is; only then the run is finished here, too."""
         self.record["alarms"] = [a._asdict() for a in self.alarms]
         record = dict(self.record)
         if self.finished and "finished" not in record:
@@ -329,19 +271,19 @@ class Run:
             }
         if self.team.first:
             folder.write_tables(self.folder, record, self.history, self.steps)
-        self.record, self._saved = record, self._saved._replace(behind=False)  # finished when the folder says so
+        self.record = record
 
     def _prepare(self) -> None:
         """Write the folder as the processes need it that will train in it."""
-        self._saved = self._saved._replace(state=None)
-        self.record["parameters"] = self.version.to_dict()  # what they train by
+        self._state = None
+        self.record["parameters"] = self.version.to_dict()  # with this call's `device`, which makes no other run
         if self.group.nodes == 1:
             launch.check_devices(self.group, self.version.device)
-        # Several hosts may be training in it by now: what is there is theirs to write.
-        if self.group.nodes == 1 or not (self.folder / "run.yaml").exists():
-            with explain_os_errors(self.folder, folder.INTACT):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_tables()
+        elif (self.folder / "run.yaml").exists():
+            return  # the hosts may have begun to train: only they write in the folder
+        with explain_os_errors(self.folder, folder.INTACT):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_tables()
 
     def _follow(self) -> Iterator[dict]:
         """Start the processes, and yield the rows as they appear in the folder."""
@@ -356,11 +298,9 @@ class Run:
             self.record, self.history, self.steps = folder.open_run(self.folder)
             yield from self.history.to_dict("records")[known:]
             known = len(self.history)
-        self.record, self.history, self.steps = folder.open_run(self.folder)
+        self._open()
         if not self.finished:
-            raise LVMError(
-                f"{self.folder}: the processes ended after {known} epochs, before the run did; call it again"
-            )
+            raise LVMError(f"{self.folder}: the processes ended early, after {known} epochs; run the loop again")
 
 
 def peak_memory_mib() -> float:

@@ -1,15 +1,14 @@
-"""The processes that share a run's batches: a GPU, or a part of the CPU, each. `launch` starts them.
+"""The processes that share a run's batches, a GPU or a part of the CPU each. `launch` starts them.
 
-Every process goes through the same batches and sends its share of each through its copy of the model. The predictions
-are gathered, and every process computes the losses, the watched figures and λ of the *whole* batch. So nothing is
-approximated in what couples a batch's windows (the escape share, pulls, a constraint's maximum), an uneven share needs
-no weight, and the gradient is exact: each process differentiates the whole batch's loss by its own rows, and the sum
-over processes is the gradient of one process. The price: the losses are computed by all. Without dropout the losses
-are those of one process but for rounding; with it, each process has a stream of its own.
+Every process sends its share of a batch through its copy of the model. The predictions are gathered, and every process
+computes the losses, the watched figures and λ of the *whole* batch: nothing is approximated in what couples a batch's
+windows. The gradient is exact, too: each process differentiates the whole batch's loss by its own rows, and the sum
+over processes is the gradient of one process. Without dropout the losses are those of one process but for rounding;
+with it, each process has a random stream of its own.
 
-Lightning Fabric finds a process's place (torchrun, Slurm), picks its device and backend, and has the collectives. Its
-wrapper of a model is not used: it averages gradients of losses that are means over shares, knows `forward` alone and
-refuses a head that a version does not train. Nor is its precision: the loop's own autocast is the same one.
+Lightning Fabric finds a process's place (torchrun, Slurm), its device and backend, and has the collectives. Its wrapper
+of a model is not used: it averages gradients of losses that are means over shares, knows `forward` alone and refuses a
+head that a version does not train. Nor is its precision: the loop's own autocast is the same one.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ AGREE = 1e-5  # relative: how far the processes may differ on unlike hardware; o
 
 
 class Team(OneProcess):
-    """The process of a run that has one: it does all by itself."""
+    """The only process of a run: `loop.OneProcess` with what the run asks besides. `Processes` overrides all of it."""
 
     device: torch.device | None = None  # None: as the version has it
 
@@ -60,7 +59,7 @@ class Lost(LVMError):
 
 
 class Processes(Team):
-    """One of several processes, on a launched Fabric."""
+    """One of several processes, on a launched Fabric: computes its share of a batch and gathers those of all."""
 
     def __init__(self, fabric):
         self.fabric, self.rank, self.size, self.device = fabric, fabric.global_rank, fabric.world_size, fabric.device
@@ -91,29 +90,29 @@ class Processes(Team):
             g.set_state(state)
 
     def share(self, context: Tensor) -> Tensor:
-        """This process's windows of a batch: (⌈B / processes⌉, T, D), the last window repeated where they run out."""
+        """This process's windows of a batch: (⌈B / processes⌉, T, D), the last window repeated if they run out."""
         each = math.ceil(len(context) / self.size)
         return context[(torch.arange(each, device=context.device) + self.rank * each).clamp(max=len(context) - 1)]
 
-    def whole(self, own: Tensor, count: int) -> Tensor:
+    def gather(self, own: Tensor, count: int) -> Tensor:
         """The batch (count, …) of every process's share `own`; backward gives each the gradient of its own rows."""
-        return _Whole.apply(own, self, count)
+        return _Gathered.apply(own, self, count)
 
     def heads(self, model, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with self._own_stream():
             raw, unit, ranker = model.heads(self.share(context))
         own_head = ranker is not unit
-        raw = self.whole(raw, len(context))
+        raw = self.gather(raw, len(context))
         unit = F.normalize(raw, dim=-1)  # of the gathered raw, by which `losses.pulls` differentiates
-        return raw, unit, self.whole(ranker, len(context)) if own_head else unit
+        return raw, unit, self.gather(ranker, len(context)) if own_head else unit
 
     def samples(self, model, context: Tensor, count: int) -> Tensor:
         with self._own_stream():
             own = model.samples(self.share(context), count)  # (S, B / processes, D)
-        return self.whole(own.transpose(0, 1).contiguous(), len(context)).transpose(0, 1)
+        return self.gather(own.transpose(0, 1).contiguous(), len(context)).transpose(0, 1)
 
     def add_gradients(self, model) -> None:
-        # Of the model alone: what stands in the loss itself (the temperature) has the whole gradient everywhere.
+        # Of the model only: a parameter of the loss itself (the temperature) has the whole gradient everywhere.
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         with _communicating():
             flat = torch.cat([g.flatten() for g in gradients])
@@ -123,16 +122,13 @@ class Processes(Team):
             gradient.copy_(part.view_as(gradient))
 
     def agree(self, loss: float, model) -> None:
-        length = torch.linalg.vector_norm(torch.stack([p.detach().norm() for p in model.parameters()]))
-        figures = torch.zeros(self.size, 2, device=self.device)
-        figures[self.rank] = torch.tensor([loss, float(length)])
-        with _communicating():
-            torch.distributed.all_reduce(figures)
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in model.parameters()])
+        figures = self.gather(torch.tensor([[loss, float(norm)]], device=self.device), self.size)  # (processes, 2)
         low, high = figures.amin(0), figures.amax(0)
         if not bool((high - low <= AGREE * high.abs()).all()):
             raise LVMError(
-                f"the processes have come apart: losses of the epoch {figures[:, 0].tolist()}, lengths of the "
-                f"weights {figures[:, 1].tolist()}; the data or the software differs between the hosts"
+                f"the processes differ: losses of the epoch {figures[:, 0].tolist()}, norms of the weights "
+                f"{figures[:, 1].tolist()}; use the same data and software on every host"
             )
 
     def leave(self) -> None:
@@ -141,24 +137,24 @@ class Processes(Team):
         torch.distributed.destroy_process_group()
 
 
-class _Whole(torch.autograd.Function):
+class _Gathered(torch.autograd.Function):
     """All processes' shares as one batch. No communication backwards: the losses of every process are the same."""
 
     @staticmethod
     def forward(ctx, own: Tensor, team: Processes, count: int) -> Tensor:
         ctx.first, ctx.shape = team.rank * len(own), own.shape
-        whole = own.new_zeros(count, *own.shape[1:])
-        whole[ctx.first : ctx.first + len(own)] = own[: max(0, count - ctx.first)]
+        batch = own.new_zeros(count, *own.shape[1:])
+        batch[ctx.first : ctx.first + len(own)] = own[: max(0, count - ctx.first)]
         with _communicating():  # each row is one process's own and 0 from all others: their sum is exact
-            torch.distributed.all_reduce(whole)
-        return whole
+            torch.distributed.all_reduce(batch)
+        return batch
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        mine = gradient.new_zeros(ctx.shape)  # repeated windows, and a share of nothing else, have none
+        own = gradient.new_zeros(ctx.shape)  # repeated windows have none
         rows = gradient[ctx.first : ctx.first + ctx.shape[0]]
-        mine[: len(rows)] = rows
-        return mine, None, None
+        own[: len(rows)] = rows
+        return own, None, None
 
 
 @contextlib.contextmanager
@@ -173,36 +169,21 @@ def _communicating():
 
 
 def join(device: str) -> Team:
-    """This process's place among those that torchrun or srun started; ALONE where there is one."""
+    """This process's place among those that torchrun or srun started; ALONE if there is only one."""
     e = os.environ
+    size = local = 1
     if "TORCHELASTIC_RUN_ID" in e:
         size, local = int(e["WORLD_SIZE"]), int(e["LOCAL_WORLD_SIZE"])
     elif "SLURM_PROCID" in e and e.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         size = int(e.get("SLURM_NTASKS", 1))
         local = int(e.get("SLURM_NTASKS_PER_NODE", size))
-    else:
-        return ALONE
     if size == 1:
         return ALONE
     if size % local:
         raise LVMError(f"{size} processes, {local} on this host: start as many on every host")
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    fabric = errors.require("lightning_fabric", "parallel").Fabric(
-        accelerator=kind, devices=local, num_nodes=size // local, strategy="ddp"
-    )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    make = errors.require("lightning_fabric", "parallel").Fabric
+    fabric = make(accelerator=device, devices=local, num_nodes=size // local, strategy="ddp")
     fabric.launch()
     return Processes(fabric)
-
-
-def record_size(record: dict, done: int, size: int) -> bool:
-    """Enter in `record` that `size` processes go on after `done` epochs. True where that is another number.
-
-    `computed.processes`: how many processes from which epoch on; missing where it was always one.
-    """
-    computed = record.setdefault("computed", {})
-    before = computed.get("processes", {1: 1}) if done else {}
-    now = before if before and list(before.values())[-1] == size else {**before, done + 1: size}
-    computed.pop("processes", None)
-    if now != {1: 1}:
-        computed["processes"] = now
-    return bool(before) and now != before

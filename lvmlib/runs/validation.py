@@ -16,7 +16,7 @@ SPREAD = ("effective_rank", "rank_share", "variance_share")  # of the prediction
 
 
 class Validation:
-    """All that is measured on the validation windows at the end of an epoch; see `validate`, `energy_score`, SPREAD."""
+    """Measures a model on the validation windows: `evaluate.validate`, `evaluate.energy_score` and SPREAD."""
 
     def __init__(self, windows: Windows, vectors: torch.Tensor | OnDemand, energy: bool):
         self.windows, self.vectors, self.energy = windows, vectors, energy
@@ -24,14 +24,14 @@ class Validation:
 
     def __call__(self, model: models.Predictor) -> dict[str, float]:
         moments = self._moments()
-        found = evaluate.validate(model, self.windows, self.vectors, self.articles, moments)
-        found["val_energy"] = evaluate.energy_score(model, self.windows, self.vectors) if self.energy else math.nan
-        if not math.isfinite(found["val_cos"]):
-            return found | dict.fromkeys(SPREAD, math.nan)
+        figures = evaluate.validate(model, self.windows, self.vectors, self.articles, moments)
+        figures["val_energy"] = evaluate.energy_score(model, self.windows, self.vectors) if self.energy else math.nan
+        if not math.isfinite(figures["val_cos"]):
+            return figures | dict.fromkeys(SPREAD, math.nan)
         ours, theirs = moments.facts(), self._targets
         rank = (ours["effective rank"] - 1) / max(theirs["effective rank"] - 1, 1e-12)
         variance = ours["variance"] / max(theirs["variance"], 1e-12)
-        return found | dict(zip(SPREAD, (ours["effective rank"], rank, variance), strict=True))
+        return figures | dict(zip(SPREAD, (ours["effective rank"], rank, variance), strict=True))
 
     def _moments(self) -> Moments:
         device = self.vectors.device  # Apple's devices have no float64

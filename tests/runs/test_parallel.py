@@ -1,4 +1,4 @@
-"""Several processes: the same run as by one, ended together, taken up again."""
+"""Several processes: the same run as by one, ended together, resumed."""
 
 import math
 import os
@@ -12,21 +12,22 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import safetensors.torch
 import torch
+from kill_runs import trained, unlike
 from parallel_worker import BFLOAT16, CASES, case, data, without_chance
-from toys import make_data, version
+from toys import make_data, version, weights
 
 import lvmlib as lvm
 from lvmlib import loop
 from lvmlib.data import store as vectors
 from lvmlib.errors import LVMError
 from lvmlib.io.paths import ROOT
+from lvmlib.runs import folder as runs
 from lvmlib.runs import launch, worker
-from lvmlib.runs import team as teams
+from lvmlib.runs.team import ALONE, Processes, join
 
 EXACT = 1e-5
-ROUNDED = 0.01  # after ten steps in bfloat16, of eight binary digits
+ROUNDED = 0.01  # after five steps in bfloat16, of eight binary digits
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,15 @@ def history(folder):
     return record, epochs.drop(columns="seconds"), steps
 
 
-def weights(folder):
-    return safetensors.torch.load_file(folder / "best.safetensors")
+def stand_in(patch, place, name, code):
+    """Start this code in place of the worker."""
+    (place / f"{name}.py").write_text(code)
+    patch.setattr(launch, "PROCESS", (name,))
+    patch.setenv("PYTHONPATH", str(place))
+
+
+def train(folder, place, **group):
+    return lvm.train(case("v22", data=str(folder / "store")), lvm.dataset(str(folder / "store")), place, **group)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -65,12 +73,9 @@ def test_two_processes_have_the_losses_of_one(name, folder, tmp_path, monkeypatc
     near = ROUNDED if name in BFLOAT16 else EXACT
     pd.testing.assert_frame_equal(two, one, rtol=near, atol=near)
     pd.testing.assert_frame_equal(two_steps, one_steps, rtol=10 * near, atol=10 * near)
-    mine, theirs = weights(tmp_path / "one"), weights(folder / name)
-    if name in BFLOAT16:  # the steps of Adam are as large where a gradient is all rounding: as a whole
-        apart = torch.cat([(mine[k] - theirs[k]).flatten() for k in mine])
-        assert apart.norm() < near * torch.cat([w.flatten() for w in mine.values()]).norm()
-    else:
-        assert all(torch.allclose(mine[k], theirs[k], rtol=0, atol=10 * near) for k in mine)
+    mine, theirs = (torch.cat([w.flatten() for w in weights(f).values()]) for f in (tmp_path / "one", folder / name))
+    # As a whole: where a gradient is all rounding, Adam's step may have either sign.
+    assert (mine - theirs).norm() < (near if name in BFLOAT16 else 10 * near) * mine.norm()
     if name == "v23_unguarded":
         assert one["rewound"].sum() == 1
 
@@ -86,10 +91,14 @@ def test_each_process_drops_out_by_a_stream_of_its_own(folder):
         assert torch.equal(torch.rand(3), streams["common"])
 
 
+def process(rank, size):
+    return Processes(SimpleNamespace(global_rank=rank, world_size=size, device=torch.device("cpu")))
+
+
 def test_no_process_draws_from_the_common_stream():
     drawn = []
     for rank in range(3):
-        own = teams.Processes(SimpleNamespace(global_rank=rank, world_size=3, device=torch.device("cpu")))
+        own = process(rank, 3)
         own.seed(3, 1)
         with own._own_stream():
             drawn.append(torch.rand(100))
@@ -100,9 +109,9 @@ def test_no_process_draws_from_the_common_stream():
 
 @pytest.fixture(scope="module")
 def stopped(folder, tmp_path_factory):
-    """A run of two processes whose second fails in epoch 2, and what was said."""
+    """A run of two processes whose second fails in epoch 2: its folder, the error's message, the seconds it took."""
     place = tmp_path_factory.mktemp("stopped") / "run"
-    run = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), place, devices=2)
+    run = train(folder, place, devices=2)
     with pytest.MonkeyPatch.context() as patch:
         use_worker(patch)
         started = time.monotonic()
@@ -111,38 +120,29 @@ def stopped(folder, tmp_path_factory):
         return place, str(e.value), time.monotonic() - started
 
 
-def version_of(folder):
-    return case("v22", data=str(folder / "store"))
-
-
-def test_a_process_that_fails_ends_all_with_its_own_words(stopped):
-    place, said, took = stopped
-    assert "process 2 of 2: the second process's own trouble" in said and str(place) in said
-    assert len(said.splitlines()) == 2 and took < 60  # nobody waits for the collective's time to run out
+def test_a_process_that_fails_ends_all_with_its_own_message(stopped):
+    place, message, seconds = stopped
+    assert "process 2 of 2: the second process's own trouble" in message and str(place) in message
+    assert len(message.splitlines()) == 2 and seconds < 60  # nobody waits for the collective's time to run out
     record, epochs, _ = lvm.open_run(place)
     assert epochs["epoch"].tolist() == [1] and "finished" not in record
 
 
-def test_taken_up_by_as_many_processes_it_ends_as_if_nothing_had_been(folder, stopped, tmp_path):
+def test_resumed_by_as_many_processes_it_ends_as_an_uninterrupted_run(folder, stopped, tmp_path):
     """Bit for bit; the rows come as they appear, and the run that launched them is as finished as they left it."""
     shutil.copytree(stopped[0], tmp_path / "run")
-    run = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run", devices=2)
-    assert run.found == "interrupted" and len(run.history) == 1
-    rows = list(run)
-    assert [r["epoch"] for r in rows] == [1, 2, 3] and run.finished and run.record["finished"]
-    (record, whole, steps), (_, mine, my_steps) = history(folder / "whole"), history(tmp_path / "run")
-    pd.testing.assert_frame_equal(mine, whole, check_exact=True)
-    pd.testing.assert_frame_equal(my_steps, steps, check_exact=True)
-    assert all(torch.equal(a, weights(folder / "whole")[k]) for k, a in weights(tmp_path / "run").items())
-    assert launch.describe(run.record) == launch.describe(record) == "Trained by 2 processes."
-    again = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run")
-    assert again.found == "finished"  # by any number of processes
+    run = train(folder, tmp_path / "run", devices=2)
+    assert run.status == "interrupted" and len(run.history) == 1
+    assert [r["epoch"] for r in run] == [1, 2, 3] and run.finished and run.record["finished"]
+    ends = [{**trained(place), "run.yaml": None} for place in (tmp_path / "run", folder / "whole")]
+    assert not unlike(*ends)  # run.yaml names who prepared the folder
+    assert launch.describe(run.record) == "Trained by 2 processes."
+    assert train(folder, tmp_path / "run").status == "finished"  # by any number of processes
 
 
-def test_taken_up_by_one_it_goes_on_and_says_so(folder, stopped, tmp_path):
+def test_resumed_by_one_it_goes_on_and_records_it(folder, stopped, tmp_path):
     shutil.copytree(stopped[0], tmp_path / "run")
-    run = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run")
-    list(run)
+    list(train(folder, tmp_path / "run"))
     (_, whole, _), (record, mine, _) = history(folder / "whole"), history(tmp_path / "run")
     pd.testing.assert_frame_equal(mine, whole, rtol=EXACT, atol=EXACT)
     assert record["computed"]["processes"] == {1: 2, 2: 1}
@@ -150,17 +150,18 @@ def test_taken_up_by_one_it_goes_on_and_says_so(folder, stopped, tmp_path):
 
 
 def test_who_stops_looking_ends_the_processes(tmp_path, monkeypatch):
-    """By a stand-in for the worker, which is quick to start: both say who they are, the first that an epoch is done."""
-    (tmp_path / "waiting.py").write_text(
+    """Both write their number, and the first reports an epoch."""
+    stand_in(
+        monkeypatch,
+        tmp_path,
+        "waiting",
         "import os, sys, time\n"
         "rank, folder = os.environ['RANK'], sys.argv[1]\n"
         "open(f'{folder}/{rank}', 'w').write(str(os.getpid()))\n"
         "while not all(os.path.exists(f'{folder}/{r}') for r in '01'): time.sleep(0.05)\n"
         f"if rank == '0': print('{launch.EPOCH} 1/9', flush=True)\n"
-        "time.sleep(600)\n"
+        "time.sleep(600)\n",
     )
-    monkeypatch.setattr(launch, "PROCESS", ("waiting",))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     rows = launch.launch(tmp_path, launch.Group(2, 1), "cpu")
     next(rows)
     for rank in "01":
@@ -169,6 +170,19 @@ def test_who_stops_looking_ends_the_processes(tmp_path, monkeypatch):
     for rank in "01":
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / rank).read_text()), 0)
+
+
+def test_a_process_that_is_killed_is_named_by_its_number_and_signal(tmp_path, monkeypatch):
+    code = "import os, time\nos.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(600)\n"
+    stand_in(monkeypatch, tmp_path, "dying", code)
+    with pytest.raises(LVMError, match="process 2 of 2: ended without a message, by signal 9"):
+        list(launch.launch(tmp_path, launch.Group(2, 1), "cpu"))
+
+
+def test_processes_that_end_too_early_are_no_finished_run(folder, tmp_path, monkeypatch):
+    stand_in(monkeypatch, tmp_path, "nothing", "")
+    with pytest.raises(LVMError, match="the processes ended early, after 0 epochs"):
+        list(train(folder, tmp_path / "run", devices=2))
 
 
 def test_the_processes_end_with_the_kernel_that_launched_them():
@@ -180,29 +194,32 @@ def test_the_processes_end_with_the_kernel_that_launched_them():
     assert process.wait(60) == 1
 
 
-def test_many_hosts_are_told_how_and_the_finished_run_is_taken_up(folder, tmp_path):
+def test_many_hosts_get_their_command_and_the_finished_run_is_reused(folder, tmp_path):
     """The prepared folder is trained by whoever is started on it: here by one process."""
-    store = lvm.dataset(str(folder / "store"))
-    own = version_of(folder)
     with pytest.raises(LVMError, match=r"prepared, after 0 epochs, for 3 hosts.*--nnodes 3 --nproc-per-node 4") as e:
-        list(lvm.train(own, store, tmp_path / "run", devices=4, nodes=3))
+        list(train(folder, tmp_path / "run", devices=4, nodes=3))
     assert f"-m lvmlib parallel {tmp_path / 'run'}" in str(e.value) and "srun --nodes 3" in str(e.value)
     assert worker.main([str(tmp_path / "run")]) == 0
-    run = lvm.train(own, store, tmp_path / "run", devices=4, nodes=3)
-    assert run.found == "finished" and len(list(run)) == 3 and launch.describe(run.record) == ""
+    run = train(folder, tmp_path / "run", devices=4, nodes=3)
+    assert run.status == "finished" and len(list(run)) == 3 and launch.describe(run.record) == ""
 
 
-def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
-    toy = make_data()
-    for asked, words in (
+@pytest.mark.parametrize(
+    "asked, words",
+    [
         ({"devices": 0}, "devices is 0; needed is a whole number, 1 or more"),
         ({"devices": "2"}, "devices is '2'"),
         ({"nodes": True}, "nodes is True"),
         ({"devices": 2, "strategy": "fsdp"}, "strategy is 'fsdp'; needed is auto or ddp"),
         ({"devices": 20, "nodes": 2}, r"more processes than a batch has windows \(32"),
-    ):
-        with pytest.raises(LVMError, match=words):
-            lvm.train(version(), toy, tmp_path / "run", **asked)
+    ],
+)
+def test_impossible_groups_are_refused(tmp_path, asked, words):
+    with pytest.raises(LVMError, match=words):
+        lvm.train(version(), make_data(), tmp_path / "run", **asked)
+
+
+def test_what_the_machine_lacks_is_named(tmp_path, monkeypatch):
     with pytest.raises(LVMError, match="device 'mps': several processes need"):
         launch.group(version(device="mps"), 2, 1, "auto")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -213,86 +230,61 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
         next(launch.launch(tmp_path, launch.Group(2, 1), "cpu"))
 
 
-def test_a_run_that_fails_everywhere_says_so_once(folder, tmp_path, capfd, monkeypatch):
-    """The worker's own words, here of one process; a process that is lost leaves the word to the lost one."""
+def test_a_worker_that_fails_prints_one_line(folder, tmp_path, capfd, monkeypatch):
     with pytest.raises(LVMError):
-        list(lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run", nodes=2))
-    (folder / "store").rename(folder / "away")
-    try:
-        assert worker.main([str(tmp_path / "run")]) == 1
-    finally:
-        (folder / "away").rename(folder / "store")
+        list(train(folder, tmp_path / "run", nodes=2))
+    monkeypatch.setattr(worker, "train", lambda *_, **__: 1 / 0)
+    assert worker.main([str(tmp_path / "run")]) == 1
     lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith(launch.FAILED)]
-    assert len(lines) == 1 and "process 1 of 1: data '" in lines[0]
+    assert len(lines) == 1 and "process 1 of 1: ZeroDivisionError: division by zero (test_parallel.py" in lines[0]
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 4, 5, 13, 32])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_shares_are_the_batch_and_their_gradients_its_gradient(windows, size, monkeypatch):
     """By hand, with a sum that has all shares at once: no window twice, none left out, none with another's row."""
-    batch = torch.arange(windows * 6.0).reshape(windows, 2, 3)
-    shares = []
-    for rank in range(size):
-        team = teams.Processes.__new__(teams.Processes)
-        team.rank, team.size = rank, size
-        shares.append(team.share(batch))
-    assert {len(s) for s in shares} == {math.ceil(windows / size)}
+    batch, weight = torch.arange(windows * 6.0).reshape(windows, 2, 3), torch.rand(windows, 2, 3)
+    teams = [process(rank, size) for rank in range(size)]
+    shares = [team.share(batch) for team in teams]
+    each = math.ceil(windows / size)
+    assert {len(s) for s in shares} == {each}
+    gradients = []
+    for team, share in zip(teams, shares, strict=True):
 
-    def summed(own):
-        parts = []
-        for other, share in enumerate(shares):
-            whole, each = torch.zeros_like(own), len(share)
-            whole[other * each : (other + 1) * each] = share[: max(0, windows - other * each)]
-            parts.append(whole)
-        assert torch.equal(own, parts[team.rank])
-        own.copy_(sum(parts))
+        def all_reduce(own, team=team):
+            parts = [torch.zeros_like(own) for _ in teams]
+            for rank, (part, rows) in enumerate(zip(parts, shares, strict=True)):
+                part[rank * each : (rank + 1) * each] = rows[: max(0, windows - rank * each)]
+            assert torch.equal(own, parts[team.rank])
+            own.copy_(sum(parts))
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", summed)
-    weight, gradients = torch.rand(windows, 2, 3), []
-    for rank in range(size):
-        team = teams.Processes.__new__(teams.Processes)
-        team.rank, team.size = rank, size
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
         factor = torch.ones((), requires_grad=True)  # a parameter of the model
-        whole = team.whole(shares[rank] * factor, windows)
-        assert torch.equal(whole, batch)
-        ((whole * weight).sum() ** 2).backward()
+        gathered = team.gather(share * factor, windows)
+        assert torch.equal(gathered, batch)
+        ((gathered * weight).sum() ** 2).backward()
         gradients.append(float(factor.grad))
     assert np.isclose(sum(gradients), float(2 * (batch * weight).sum() ** 2), rtol=1e-5)
 
 
-def test_a_process_that_is_killed_is_told_by_its_number_and_signal(tmp_path, monkeypatch):
-    (tmp_path / "dying.py").write_text(
-        "import os, time\n"
-        "os.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(600)\n"
-    )  # fmt: skip
-    monkeypatch.setattr(launch, "PROCESS", ("dying",))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(LVMError, match="process 2 of 2: ended without a word, by signal 9"):
-        list(launch.launch(tmp_path, launch.Group(2, 1), "cpu"))
-
-
-def test_processes_that_end_too_early_are_no_finished_run(folder, tmp_path, monkeypatch):
-    (tmp_path / "nothing.py").write_text("")
-    monkeypatch.setattr(launch, "PROCESS", ("nothing",))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    run = lvm.train(version_of(folder), lvm.dataset(str(folder / "store")), tmp_path / "run", devices=2)
-    with pytest.raises(LVMError, match="the processes ended after 0 epochs, before the run did"):
-        list(run)
-
-
-def test_records_tell_by_how_many():
-    record = {"computed": {"device": "cpu"}}
-    assert not teams.record_size(record, 0, 1) and "processes" not in record["computed"]
-    assert launch.describe(record) == "" and not teams.record_size(record, 4, 1)
-    assert teams.record_size(record, 4, 3) and record["computed"]["processes"] == {1: 1, 5: 3}
-    assert launch.describe(record).startswith("Trained by 1 process, from epoch 5 on by 3:")
-    assert not teams.record_size(record, 6, 3) and record["computed"]["processes"] == {1: 1, 5: 3}
-    assert not teams.record_size(record, 0, 2) and record["computed"]["processes"] == {1: 2}
+def test_records_name_the_number_of_processes():
+    record = {"computed": {"device": "cpu"}, "software": {}}
+    for done, size, counts, words in (
+        (0, 1, None, ""),
+        (4, 1, None, ""),
+        (4, 3, {1: 1, 5: 3}, "Trained by 1 process, from epoch 5 on by 3:"),
+        (6, 3, {1: 1, 5: 3}, "Trained by 1 process, from epoch 5 on by 3:"),
+        (0, 2, {1: 2}, "Trained by 2 processes."),
+        (0, 1, None, ""),
+    ):
+        runs.record_resumed(record, {}, size, done)
+        assert record["computed"].get("processes") == counts and launch.describe(record).startswith(words)
+    assert "continued" not in record
 
 
 def test_alone_it_is_the_model_itself(monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    assert teams.join("cpu") is teams.ALONE and teams.ALONE.first
+    assert join("cpu") is ALONE and ALONE.first
     monkeypatch.setenv("SLURM_PROCID", "0")  # a notebook in a job of one task
-    assert teams.join("cpu") is teams.ALONE
+    assert join("cpu") is ALONE
