@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from . import controller, losses, models
-from .config import Control, Version
+from .config import Version
+from .controller import Control
 from .ranking import Articles
 from .windows import OnDemand, Windows
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import Constraint, Directional, Losses
+from .config import Directional, Losses
+from .controller import Constraint
 from .errors import LVMError
 
 EPSILON = 1e-6  # keeps the ratio defined where both cosines vanish
