@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import field, replace
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
@@ -290,10 +289,11 @@ def watched() -> bool:
     return "JPY_SESSION_NAME" in os.environ or sys.stdout.isatty()
 
 
-def _load(name: str, overrides: Mapping = MappingProxyType({}), top: Mapping = MappingProxyType({})) -> Version:
+def _load(name: str, *overrides: Mapping) -> Version:
     merged, about, extends = read(PARAMS, name)
-    where = f"params/{name}.yaml" + (" with overrides" if overrides or top else "")
-    merged = merge(merge(merged, overrides), top)
+    where = f"params/{name}.yaml" + (" with overrides" if any(overrides) else "")
+    for over in overrides:
+        merged = merge(merged, over)
     for key in ("name", "about", "extends"):
         if key in merged:
             raise LVMError(f"{where}: key {key!r} cannot be set")
