@@ -170,14 +170,14 @@ class State(NamedTuple):
 START = State()  # before the first batch
 
 
-def gradient_share(pulls: tuple[float, float], target: float, c: Control, state: State) -> tuple[float, State]:
+def gradient_share(norms: tuple[float, float], target: float, c: Control, state: State) -> tuple[float, State]:
     """λ at which the directional gradient at the prediction has `target` times the norm of the mean square's.
 
-    `pulls`: ‖μ·∂L_mse/∂raw‖ and ‖∂L_dir/∂raw‖ of the batch. λ comes from their weighted means over all batches so far,
+    `norms`: ‖μ·∂L_mse/∂raw‖ and ‖∂L_dir/∂raw‖ of the batch. λ comes from their weighted means over all batches so far,
     `c.smoothing`ᵏ for the batch k ago, as in the loss balancer of EnCodec (Défossez et al. 2022, §3.4).
     """
     b = c.smoothing
-    weight, mse, directional = (b * x + (1 - b) * y for x, y in zip(state[:3], (1.0, *pulls), strict=True))
+    weight, mse, directional = (b * x + (1 - b) * y for x, y in zip(state[:3], (1.0, *norms), strict=True))
     lambda_ = fraction(mse / weight, directional / weight, target, c)
     return lambda_, state._replace(weight=weight, mse=mse, directional=directional)
 
@@ -231,11 +231,11 @@ def by_gradient(c: Control) -> bool:
 
 
 class Measured(NamedTuple):
-    """What a rule reads of a batch: two losses, and the norms of their gradients at the prediction."""
+    """What a rule reads of a batch: two losses, and their gradients' `norms`, as `gradient_share` has them."""
 
     mse: float
     directional: float
-    pulls: tuple[float, float]
+    norms: tuple[float, float]
 
 
 class Rule(NamedTuple):
@@ -254,8 +254,8 @@ def _rho_controller(m: Measured, now: Phase, c: Control, s: State) -> tuple[floa
 
 
 def _pi(m: Measured, now: Phase, c: Control, s: State) -> tuple[float, State]:
-    whole, part = m.pulls if by_gradient(c) else (m.mse, m.directional)
-    return pi(part / max(whole, TINY), now.rho_target, c, s)
+    mse, directional = m.norms if by_gradient(c) else (m.mse, m.directional)
+    return pi(directional / max(mse, TINY), now.rho_target, c, s)
 
 
 RULES: dict[str, Rule] = {
@@ -264,7 +264,9 @@ RULES: dict[str, Rule] = {
     "fraction": Rule(lambda m, now, c, s: (fraction(*m[:2], now.fraction, c), s), ("margin", "fraction")),
     "rho_cap": Rule(_rho_cap, ("margin", "fraction", "rho_cap")),
     "rho_controller": Rule(_rho_controller, ("margin", "rho_target", "rho_cap")),
-    "gradient_share": Rule(lambda m, now, c, s: gradient_share(m[2], now.rho_target, c, s), ("margin", "rho_target")),
+    "gradient_share": Rule(
+        lambda m, now, c, s: gradient_share(m.norms, now.rho_target, c, s), ("margin", "rho_target")
+    ),
     "pi": Rule(_pi, ("margin", "rho_target")),
     "constrained": Rule(lambda m, now, c, s: constrained(m.directional, c, s)),
 }
@@ -291,9 +293,9 @@ def decide(
     pos: float,
     neg: float,
     state: State = START,
-    pulls: tuple[float, float] = (math.nan, math.nan),
+    norms: tuple[float, float] = (math.nan, math.nan),
 ) -> Decision:
-    """Decide λ_eff for a batch with these figures; `pulls` is needed where `by_gradient`.
+    """Decide λ_eff for a batch with these figures; `norms` (see `gradient_share`) is needed where `by_gradient`.
 
     `state`: that of the last decision; a batch that the guard skips does not change it.
     """
@@ -301,7 +303,7 @@ def decide(
         return Decision(0.0, 0.0, 1.0, False, state)
     if guarded(pos, neg, c.guard):
         return Decision(0.0, 0.0, 1.0, True, state)
-    lambda_, state = RULES[c.rule].solve(Measured(mse, directional, pulls), now, c, state)
+    lambda_, state = RULES[c.rule].solve(Measured(mse, directional, norms), now, c, state)
     gate = confidence(pos, c.gate) if c.gate else 1.0
     lambda_ *= gate
     return Decision(lambda_, share(lambda_, mse, directional), gate, False, state)

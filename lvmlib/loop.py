@@ -168,8 +168,8 @@ def step(
     norms = dict(zip(norms, numbers[len(values) :], strict=True))
 
     measured = (values[name] for name in ("mse", "directional", "pos", "neg"))
-    by_gradient = v.losses.mean_square * norms["mse"], norms["directional"]
-    decision = controller.decide(control, now, *measured, state.memory, by_gradient)
+    both = v.losses.mean_square * norms["mse"], norms["directional"]
+    decision = controller.decide(control, now, *measured, state.memory, both)
     state.memory = decision.state
 
     weights = losses.weights(v.losses, decision.lambda_eff)

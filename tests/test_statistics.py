@@ -89,12 +89,6 @@ def test_over_articles_from_its_definition():
         assert over_articles(values, article, level) == pytest.approx((mean, mean - half, mean + half), rel=1e-10)
 
 
-def test_equal_articles_are_a_t_test_of_their_means():
-    values, article = np.random.default_rng(0).standard_normal(60), np.repeat(np.arange(6), 10)
-    low, high = stats.ttest_1samp(values.reshape(6, 10).mean(1), 0).confidence_interval(0.95)
-    assert over_articles(values, article) == pytest.approx((values.mean(), low, high), rel=1e-10)
-
-
 def test_the_interval_of_a_share_is_made_on_the_log_odds():
     values, article = clustered(np.random.default_rng(0), articles=8)
     values = (values > 1.5).astype(float)

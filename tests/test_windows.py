@@ -88,13 +88,6 @@ def test_impossible_windows(key, value):
         W.windows(random_store(0), **{"split": "train"} | {key: value})
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 6))))
-def test_ranges(runs):
-    first, count = np.array(runs, int).reshape(-1, 2).T
-    assert W.ranges(first, count).tolist() == [f + i for f, c in runs for i in range(c)]
-
-
 @pytest.mark.parametrize("row", [7, 8, 9, 15, 16])
 def test_a_table_that_is_wrong_at_the_border_of_a_block(monkeypatch, row):
     monkeypatch.setattr(W, "BLOCK_VALUES", 8)
@@ -107,16 +100,6 @@ def test_a_table_that_is_wrong_at_the_border_of_a_block(monkeypatch, row):
     article[row] = 1
     with pytest.raises(LVMError, match="article 0 "):
         V.make_store("t", np.ones((20, 1), np.float32), article, range(20), frame)
-
-
-def test_exactly_long_enough_and_one_too_short():
-    frame = pd.DataFrame({"title": ["a", "b"], "split": ["train", "val"]}, index=[0, 1])
-    x = np.eye(13, 16, dtype=np.float32)
-    store = V.make_store("edge", x, [0] * 7 + [1] * 6, [*range(7), *range(6)], frame)
-    assert W.windows(store, "train", horizon=2).start.tolist() == [0]
-    with pytest.raises(LVMError, match=r"split val.* 7 .* 6"):
-        W.windows(store, "val", horizon=2)
-    assert W.windows(store, "val", horizon=1).start.tolist() == [7]
 
 
 @pytest.mark.parametrize("direction", W.DIRECTIONS)
@@ -216,23 +199,6 @@ def test_windows_hold_row_numbers_only(tmp_path):
 
 
 # --- reading direction -----------------------------------------------------------------------------------------------
-
-
-def test_backward_on_a_store_is_forward_on_the_store_reversed():
-    store = random_store(6, longest=60)
-    rows, position = [], store.position.copy()
-    for number in dict.fromkeys(store.article):
-        own = np.flatnonzero(store.article == number)
-        rows += own[::-1].tolist()
-        position[own] = store.position[own][-1] - store.position[own][::-1]
-    turned = V.make_store("turned", store.vectors[rows], store.article, position, store.articles)
-    for split in W.SPLITS:
-        ours, theirs = W.windows(store, split, direction="backward"), W.windows(turned, split)
-        assert sorted(ours.target.tolist()) == sorted(np.array(rows)[theirs.target].tolist())
-        place = {int(t): i for i, t in enumerate(ours.target)}
-        same = [place[rows[t]] for t in theirs.target]
-        for a, b in zip(ours.batch(same), theirs.batch(np.arange(len(theirs))), strict=True):
-            assert torch.equal(a, b)
 
 
 def test_dataset_reads_every_split_in_its_direction():
