@@ -261,8 +261,8 @@ def test_changes_show_overrides_too():
 @pytest.mark.parametrize("data", [NPZ, {**NPZ, "articles": "a/all.npz"}, {"articles": "x.npz"}])
 def test_data_may_name_the_original_files(data):
     own = version("v22", {"data": data})
-    assert own.data == config.Files(**data) == version("v22", data=data).data and own.to_dict()["data"] == data
-    assert config.files(data) == own.data == config.files(own.data)
+    assert own.data == config.Files(**data) == version("v22", data=data).data
+    assert config.files(data) == config.files(own.data) == config.files(own.to_dict()["data"]) == own.data
     assert (config.files("wikipedia"), config.files(2024)) == ("wikipedia", "2024")
 
 
