@@ -311,21 +311,6 @@ def test_pi_settles_where_the_share_is_the_target(kp, ki):
     assert rows[-1, 1] == pytest.approx(0.769230769 * 2 / (1 + 3 * 0.769230769), rel=1e-6)
 
 
-def test_pi_reaches_the_gradient_share_that_the_original_s_controller_cannot():
-    """The original's raise looks at the value alone: it never acts, and the gradient's share stays off."""
-    original, plant, off = control("rho_controller"), Plant(), []
-    for _ in range(400):
-        value, gradient = plant.batch()
-        now = Phase(0.05, NAN, 0.25, 0.5)
-        found = controller.decide(original, now, 1.0, value, 0.5, 0.4)
-        assert by_rho_controller(1.0, value, 0.25, 0.5, 1e-4, 1.0)[1] == "free"
-        plant.answer(found.lambda_eff)
-        off.append(found.lambda_eff * gradient)
-    assert off[-1] == pytest.approx(0.2 * 0.5 / 1.14, rel=1e-6)  # 0.088 of the 0.25 wanted
-    rows, _ = driven(Plant(), control("pi", kp=0.1, measure="gradient"), 0.25, 400)
-    assert rows[-1, 2] == pytest.approx(0.25, rel=1e-6)
-
-
 def test_pi_averages_the_noise_of_batches():
     """In logarithms λ varies by ki / (2 − ki) of the noise's variance (an exponential mean's); solving for the target
     in each batch hands it all on. The mean share in ln is on target."""

@@ -30,7 +30,7 @@ def tables(draw):
     return article, position, pd.DataFrame({"title": "", "split": split}, index=numbers)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(tables(), st.integers(1, 4), st.integers(1, 3), st.sampled_from(W.SPLITS), st.integers(1, 9))
 def test_windows_and_rows_by_runs_are_those_of_the_definition(table, length, horizon, split, block):
     article, position, frame = table
