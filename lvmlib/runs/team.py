@@ -104,7 +104,7 @@ class Processes(Team):
             raw, unit, ranker = model.heads(self.share(context))
         own_head = ranker is not unit
         raw = self.whole(raw, len(context))
-        unit = F.normalize(raw, dim=-1)  # of the gathered raw, by which `losses.pulls` differentiates
+        unit = F.normalize(raw, dim=-1)  # of the gathered raw, by which `losses.gradients` differentiates
         return raw, unit, self.whole(ranker, len(context)) if own_head else unit
 
     def samples(self, model, context: Tensor, count: int) -> Tensor:
