@@ -376,7 +376,7 @@ def test_the_head_that_ranks_takes_the_listwise_loss_and_the_point_none_of_it():
     w = weighted(listwise=2.0)
     batch, found = terms(raw.requires_grad_(), context, y, 0.0, w, rivals=rivals)
     ranks = plain_listwise(ranker.tolist(), chunks.tolist(), counts.tolist(), 7.0)
-    assert float(found["listwise"]) == pytest.approx(ranks) and losses.weights(w, 0.0) == {"mse": 0.3, "listwise": 2.0}
+    assert found["listwise"].item() == pytest.approx(ranks) and losses.weights(w, 0.0) == {"mse": 0.3, "listwise": 2.0}
     gradients = losses.gradients(found, batch)
     losses.backward(found, losses.weights(w, 0.0), batch, gradients)
     torch.testing.assert_close(raw.grad, 0.3 * 2 * (raw - y).detach() / (B * D))
