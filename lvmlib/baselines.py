@@ -49,13 +49,13 @@ class Constant(Predictor):
 
 
 def fit_constant(train: Windows) -> Tensor:
-    """(D,) the mean target of the training windows: the constant with the least mean-square error."""
+    """(D,) the mean target, which is the constant with the least mean-square error."""
     total = sum(target.double().sum(0) for _, target in train.batches(512))
     return (total / len(train)).float()
 
 
 def fit_weights(train: Windows) -> Tensor:
-    """(T,) weights that minimise Σ ‖Σ_t w_t·context_t − target‖² over the training windows, in float64."""
+    """(T,) weights w that minimise Σ ‖Σ_t w_t·context_t − target‖² over the training windows, in float64."""
     gram = torch.zeros(train.context_length, train.context_length, dtype=torch.float64)
     moment = torch.zeros(train.context_length, dtype=torch.float64)
     for context, target in train.batches(512):
@@ -66,7 +66,7 @@ def fit_weights(train: Windows) -> Tensor:
 
 
 def least_squares(gram: Tensor, moment: Tensor) -> Tensor:
-    """(T,) float32, the w of least norm with gram · w = moment. Near-constant articles make the contexts collinear."""
+    """(T,) float32 w of least norm with gram · w = moment; contexts may be collinear."""
     return torch.linalg.lstsq(gram, moment[:, None], driver="gelsd").solution[:, 0].float()
 
 
@@ -78,12 +78,11 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, windows: Windows, keep: np.ndarray | None = None, batch_size: int = 512) -> Sums:
-        """The sums of the windows with `keep` (N,), by default of all."""
+        """Sum over the windows with `keep` (N,), by default over all."""
         keep = torch.from_numpy(np.ones(len(windows), bool) if keep is None else keep)
         size, dim = windows.context_length * windows.store.dim, windows.store.dim
         gram, moment = torch.zeros(size, size), torch.zeros(size, dim)
-        for i, (context, target) in enumerate(windows.batches(batch_size)):
-            inside = keep[i * batch_size :][:batch_size]
+        for inside, (context, target) in zip(keep.split(batch_size), windows.batches(batch_size), strict=False):
             x = context[inside].flatten(1)
             gram += x.T @ x
             moment += x.T @ target[inside]
@@ -101,7 +100,7 @@ class Sums(NamedTuple):
 
 
 def fit_ridge(train: Windows, strengths: Sequence[float] = STRENGTHS) -> tuple[Tensor, float]:
-    """(T·D, D) ridge weights of all windows, and their strength: the best one on every fifth article, left out."""
+    """(T·D, D) ridge weights of all windows, and their strength, chosen by the error on every fifth article."""
     left_out = train.article % 5 == 0
     inside, outside = Sums.of(train, ~left_out), Sums.of(train, left_out)
     if len(strengths) > 1 and left_out.any() and not left_out.all():

@@ -10,13 +10,11 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import field, replace
-from itertools import pairwise
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
 
-from .controller import RULES
+from .controller import RULES, Control, Schedule
 from .errors import LVMError
 from .io.inherit import flat, known, merge, read, unknown
 from .io.paths import PARAMS, folder_name
@@ -24,17 +22,6 @@ from .io.strict import Cosine, Count, Flag, Group, Number, Positive, Share, Text
 
 GENERATIVE = ("sampler",)  # models that have samples
 SEVERAL_HEADS = ("two_heads", "gated", "committee")  # models that rank by another vector than their point
-
-
-def _rising(steps: tuple) -> tuple:
-    firsts = [first for first, _ in steps]
-    if firsts and (firsts[0] != 1 or any(a >= b for a, b in pairwise(firsts))):
-        raise wrong("", firsts, "first epochs that rise from 1")
-    return steps
-
-
-Steps = Annotated[tuple[tuple[Whole, Weight], ...], AfterValidator(_rising)]  # ((first epoch, value), …)
-Gaps = Annotated[tuple[tuple[Whole, Annotated[Number, Field(ge=-2, le=2)]], ...], AfterValidator(_rising)]
 
 
 @group
@@ -120,37 +107,6 @@ class Losses(Group):
 
 
 @group
-class Gate(Group):
-    """Confidence gate: λ is multiplied by clamp((mean cos(p, y) − low) / width, 0, 1)."""
-
-    low: Number
-    width: Positive
-
-
-@group
-class Constraint(Group):
-    """The bound that rule `constrained` keeps on the batch mean of cos(p, y), or of the margin against the context."""
-
-    measure: Literal["cosine", "margin"]
-    at_least: Number
-    against: tuple[Whole, ...] = (-1,)  # margin: these context vectors, of which the nearest in the mean counts
-
-
-@group
-class Control(Group):
-    rule: Literal["none", "fraction", "rho_cap", "rho_controller", "fixed", "gradient_share", "pi", "constrained"]
-    lambda_min: Positive  # but a multiplier (rule constrained) may vanish
-    lambda_max: Number  # rule `fixed` stays here
-    guard: Literal["none", "v2", "v21"]
-    gate: Gate | None
-    smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.99  # of the means (gradient_share) and errors (constrained)
-    measure: Literal["value", "gradient"] = "value"  # rule pi holds the loss's share at rho_target, or the gradient's
-    kp: Weight = 0.0  # gains per batch: of the error in ln λ (pi), of the shortfall in λ (constrained)
-    ki: Positive = 0.1
-    constraint: Constraint | None = None
-
-
-@group
 class Rewind(Group):
     """The escape guard: at an epoch's end a run that goes wrong returns to its best epoch, with a lower rate."""
 
@@ -158,26 +114,6 @@ class Rewind(Group):
     escape: Annotated[Number, Field(gt=0, le=1)]  # or the epoch's escape share (`losses.health`) exceeds this
     cool: Share  # then the learning rate and control.lambda_max are multiplied by this
     most: Annotated[Whole, Field(ge=0)]  # rewinds; if one more is due, the run ends
-
-
-@group
-class Schedule(Group):
-    """Piecewise constant over epochs, which count from 1."""
-
-    margin: Gaps  # m_gap
-    fraction: Steps  # rules fraction and rho_cap
-    rho_target: Steps  # rules rho_controller, gradient_share and pi: the share that they hold
-    rho_cap: Steps  # rules rho_cap and rho_controller
-
-    @model_validator(mode="after")
-    def _cap_above_target(self) -> Schedule:
-        for epoch in {first for first, _ in (*self.rho_target, *self.rho_cap)}:
-            target, cap = (
-                [value for first, value in steps if first <= epoch][-1:] for steps in (self.rho_target, self.rho_cap)
-            )
-            if target and cap and target > cap:
-                raise wrong("rho_cap", cap[0], f"at least rho_target {target[0]} (epoch {epoch})")
-        return self
 
 
 @group
@@ -353,10 +289,11 @@ def watched() -> bool:
     return "JPY_SESSION_NAME" in os.environ or sys.stdout.isatty()
 
 
-def _load(name: str, overrides: Mapping = MappingProxyType({}), top: Mapping = MappingProxyType({})) -> Version:
+def _load(name: str, *overrides: Mapping) -> Version:
     merged, about, extends = read(PARAMS, name)
-    where = f"params/{name}.yaml" + (" with overrides" if overrides or top else "")
-    merged = merge(merge(merged, overrides), top)
+    where = f"params/{name}.yaml" + (" with overrides" if any(overrides) else "")
+    for over in overrides:
+        merged = merge(merged, over)
     for key in ("name", "about", "extends"):
         if key in merged:
             raise LVMError(f"{where}: key {key!r} cannot be set")

@@ -1,10 +1,10 @@
 """λ, the weight of the directional loss, batch by batch: numbers in, numbers out (handbook §3).
 
-ρ is the directional share of the loss, λ·L_dir / L_mse. Note that it compares values, not gradients
-(handbook §4.1 point 7). The later rules have a memory, a `State` that is passed in and returned: `gradient_share`
-holds the share of the gradient, `pi` either share by feedback, `constrained` has a Lagrange multiplier for λ.
+ρ = λ·L_dir / L_mse is the directional share of the loss. It compares values, not gradients (handbook §4.1 point 7).
+Under rule `constrained`, λ is the constraint's Lagrange multiplier, and `directional` is its shortfall: how far the
+batch stays below the bound (`losses.shortfall`), negative where the bound is kept.
 
-A rule is added in one place: a function, and its line in RULES.
+A rule is added here: a function, its line in RULES, and its name in `Control.rule`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,84 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import pairwise
+from typing import Annotated, Literal, NamedTuple
 
-if TYPE_CHECKING:  # config reads RULES
-    from .config import Control, Gate, Schedule, Steps
+from pydantic import AfterValidator, Field, model_validator
+
+from .io.strict import Group, Number, Positive, Weight, Whole, group, wrong
 
 TINY = 1e-12  # L_mse and L_dir are positive, but may underflow
 
 
+# Settings: the keys `schedule` and `control` of a version
+
+
+def _rising(steps: tuple) -> tuple:
+    firsts = [first for first, _ in steps]
+    if firsts and (firsts[0] != 1 or any(a >= b for a, b in pairwise(firsts))):
+        raise wrong("", firsts, "first epochs that rise from 1")
+    return steps
+
+
+Steps = Annotated[tuple[tuple[Whole, Weight], ...], AfterValidator(_rising)]  # ((first epoch, value), …)
+Gaps = Annotated[tuple[tuple[Whole, Annotated[Number, Field(ge=-2, le=2)]], ...], AfterValidator(_rising)]
+
+
+@group
+class Schedule(Group):
+    """Piecewise constant over epochs, which count from 1."""
+
+    margin: Gaps  # m_gap
+    fraction: Steps  # rules fraction and rho_cap
+    rho_target: Steps  # rules rho_controller, gradient_share and pi: the share that they hold
+    rho_cap: Steps  # rules rho_cap and rho_controller
+
+    @model_validator(mode="after")
+    def _cap_above_target(self) -> Schedule:
+        for epoch in {first for first, _ in (*self.rho_target, *self.rho_cap)}:
+            target, cap = scheduled(self.rho_target, epoch), scheduled(self.rho_cap, epoch)
+            if target > cap:  # false where either is NaN
+                raise wrong("rho_cap", cap, f"at least rho_target {target} (epoch {epoch})")
+        return self
+
+
+@group
+class Gate(Group):
+    """Confidence gate: λ is multiplied by clamp((mean cos(p, y) − low) / width, 0, 1)."""
+
+    low: Number
+    width: Positive
+
+
+@group
+class Constraint(Group):
+    """The bound that rule `constrained` keeps on the batch mean of cos(p, y), or of the margin against the context."""
+
+    measure: Literal["cosine", "margin"]
+    at_least: Number
+    against: tuple[Whole, ...] = (-1,)  # margin: these context vectors, of which the nearest in the mean counts
+
+
+@group
+class Control(Group):
+    rule: Literal["none", "fraction", "rho_cap", "rho_controller", "fixed", "gradient_share", "pi", "constrained"]
+    lambda_min: Positive  # but a multiplier (rule constrained) may vanish
+    lambda_max: Number  # rule `fixed` stays here
+    guard: Literal["none", "v2", "v21"]
+    gate: Gate | None
+    smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.99  # of the means (gradient_share) and errors (constrained)
+    measure: Literal["value", "gradient"] = "value"  # rule pi holds the loss's share at rho_target, or the gradient's
+    kp: Weight = 0.0  # gains per batch: of the error in ln λ (pi), of the shortfall in λ (constrained)
+    ki: Positive = 0.1
+    constraint: Constraint | None = None
+
+
+# The schedule
+
+
 def scheduled(steps: Steps, epoch: int) -> float:
-    """The value that holds in `epoch` (from 1): that of the last step whose first epoch has come; NaN without steps."""
+    """The value of the last step that has begun in `epoch` (from 1); NaN without one."""
     return next((value for first, value in reversed(steps) if first <= epoch), float("nan"))
 
 
@@ -37,6 +105,9 @@ class Phase(NamedTuple):
 def phase(schedule: Schedule, epoch: int) -> Phase:
     """The schedule's values in `epoch`, from 1."""
     return Phase(*(scheduled(getattr(schedule, name), epoch) for name in Phase._fields))
+
+
+# The rules
 
 
 def clamp(x: float, low: float, high: float) -> float:
@@ -63,8 +134,7 @@ def rho_cap(mse: float, directional: float, target: float, cap: float, c: Contro
 def rho_controller(mse: float, directional: float, target: float, cap: float, c: Control) -> float:
     """v2.2: λ for ρ = target; raised once where the range left ρ below 0.8·target, scaled down above the cap.
 
-    λ is solved for the target already, so the raise can act only at λ_max, where the range takes it back: as the
-    original had it. The cap binds where λ_min alone is more than it allows.
+    As in the original: λ already solves for the target, so the raise acts only at λ_max, and the range takes it back.
     """
     lambda_ = fraction(mse, directional, target, c)
     rho = share(lambda_, mse, directional)
@@ -100,15 +170,14 @@ class State(NamedTuple):
 START = State()  # before the first batch
 
 
-def gradient_share(pulls: tuple[float, float], target: float, c: Control, state: State) -> tuple[float, State]:
+def gradient_share(norms: tuple[float, float], target: float, c: Control, state: State) -> tuple[float, State]:
     """λ at which the directional gradient at the prediction has `target` times the norm of the mean square's.
 
-    `pulls`: ‖μ·∂L_mse/∂raw‖ and ‖∂L_dir/∂raw‖ of the batch. Both are drawn into exponential means with the weights
-    `c.smoothing`ᵏ of the batch k ago, divided by the sum of the weights, so that the first batches count in full, as in
-    the loss balancer of EnCodec (Défossez et al. 2022, §3.4).
+    `norms`: ‖μ·∂L_mse/∂raw‖ and ‖∂L_dir/∂raw‖ of the batch. λ comes from their weighted means over all batches so far,
+    `c.smoothing`ᵏ for the batch k ago, as in the loss balancer of EnCodec (Défossez et al. 2022, §3.4).
     """
     b = c.smoothing
-    weight, mse, directional = (b * x + (1 - b) * y for x, y in zip(state[:3], (1.0, *pulls), strict=True))
+    weight, mse, directional = (b * x + (1 - b) * y for x, y in zip(state[:3], (1.0, *norms), strict=True))
     lambda_ = fraction(mse / weight, directional / weight, target, c)
     return lambda_, state._replace(weight=weight, mse=mse, directional=directional)
 
@@ -118,12 +187,10 @@ def pi(ratio: float, target: float, c: Control, state: State) -> tuple[float, St
 
         e_t = ln target − ln(λ_{t−1}·ratio_t),    I_t = I_{t−1} + ki·e_t,    ln λ_t = I_t + kp·e_t
 
-    In ln λ the gain to the logarithm of the share is 1 whatever the losses' sizes. At a constant ratio the error
-    follows z² − (1 − ki − kp)·z − kp = 0, which settles for kp < 1 and ki + 2·kp < 2. ki = 1, kp = 0 solves for the
-    target in every batch; a smaller ki averages over about 1/ki batches. It starts on the target.
-
-    Anti-windup: nothing is integrated while λ is at the end of its range that the error pushes to, and the integral
-    stays in the range (conditional integration, as in ControlVAE: Shao et al. 2020).
+    It starts on the target. At a constant ratio the error follows z² − (1 − ki − kp)·z − kp = 0, which settles for
+    kp < 1 and ki + 2·kp < 2. ki = 1, kp = 0 solves for the target in every batch; a smaller ki averages over about
+    1/ki batches. Anti-windup: nothing is integrated while λ is at the end of its range that the error pushes to, and
+    the integral stays in the range (conditional integration, as in ControlVAE: Shao et al. 2020).
     """
     low, high = math.log(c.lambda_min), math.log(c.lambda_max)
     wanted = math.log(target / max(ratio, TINY))
@@ -143,7 +210,7 @@ def constrained(violation: float, c: Control, state: State) -> tuple[float, Stat
         ξ_t = ν·ξ_{t−1} + (1 − ν)·g_t,    λ_t = clamp(λ_{t−1} + ki·g_t + kp·(ξ_t − ξ_{t−1}), 0, λ_max)
 
     with ν = `c.smoothing` and ξ_{−1} = g_0 (Sohrabi et al. 2024, algorithm 1; kp = 0 is plain gradient ascent). It
-    falls to 0, below λ_min, where the constraint does not bind; at λ_max the bound is out of reach.
+    falls to 0, below λ_min, where the constraint does not bind.
     """
     smoothed = c.smoothing * state.last + (1 - c.smoothing) * violation if state.weight else violation
     change = smoothed - state.last if state.weight else 0.0
@@ -164,11 +231,11 @@ def by_gradient(c: Control) -> bool:
 
 
 class Measured(NamedTuple):
-    """What a rule reads of a batch: two losses, and the norms of their gradients at the prediction."""
+    """What a rule reads of a batch: two losses, and their gradients' `norms`, as `gradient_share` has them."""
 
     mse: float
     directional: float
-    pulls: tuple[float, float]
+    norms: tuple[float, float]
 
 
 class Rule(NamedTuple):
@@ -187,8 +254,8 @@ def _rho_controller(m: Measured, now: Phase, c: Control, s: State) -> tuple[floa
 
 
 def _pi(m: Measured, now: Phase, c: Control, s: State) -> tuple[float, State]:
-    whole, part = m.pulls if by_gradient(c) else (m.mse, m.directional)
-    return pi(part / max(whole, TINY), now.rho_target, c, s)
+    mse, directional = m.norms if by_gradient(c) else (m.mse, m.directional)
+    return pi(directional / max(mse, TINY), now.rho_target, c, s)
 
 
 RULES: dict[str, Rule] = {
@@ -197,10 +264,15 @@ RULES: dict[str, Rule] = {
     "fraction": Rule(lambda m, now, c, s: (fraction(*m[:2], now.fraction, c), s), ("margin", "fraction")),
     "rho_cap": Rule(_rho_cap, ("margin", "fraction", "rho_cap")),
     "rho_controller": Rule(_rho_controller, ("margin", "rho_target", "rho_cap")),
-    "gradient_share": Rule(lambda m, now, c, s: gradient_share(m[2], now.rho_target, c, s), ("margin", "rho_target")),
+    "gradient_share": Rule(
+        lambda m, now, c, s: gradient_share(m.norms, now.rho_target, c, s), ("margin", "rho_target")
+    ),
     "pi": Rule(_pi, ("margin", "rho_target")),
     "constrained": Rule(lambda m, now, c, s: constrained(m.directional, c, s)),
 }
+
+
+# The decision
 
 
 class Decision(NamedTuple):
@@ -221,9 +293,9 @@ def decide(
     pos: float,
     neg: float,
     state: State = START,
-    pulls: tuple[float, float] = (math.nan, math.nan),
+    norms: tuple[float, float] = (math.nan, math.nan),
 ) -> Decision:
-    """Decide λ_eff for a batch with these figures; `pulls` is needed where `by_gradient`.
+    """Decide λ_eff for a batch with these figures; `norms` (see `gradient_share`) is needed where `by_gradient`.
 
     `state`: that of the last decision; a batch that the guard skips does not change it.
     """
@@ -231,7 +303,7 @@ def decide(
         return Decision(0.0, 0.0, 1.0, False, state)
     if guarded(pos, neg, c.guard):
         return Decision(0.0, 0.0, 1.0, True, state)
-    lambda_, state = RULES[c.rule].solve(Measured(mse, directional, pulls), now, c, state)
+    lambda_, state = RULES[c.rule].solve(Measured(mse, directional, norms), now, c, state)
     gate = confidence(pos, c.gate) if c.gate else 1.0
     lambda_ *= gate
     return Decision(lambda_, share(lambda_, mse, directional), gate, False, state)

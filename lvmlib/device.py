@@ -20,17 +20,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """`auto`: bfloat16 where the device computes it fast, else float32.
-
-    On a CPU that is AVX-512 BF16 or AMX; ARM reports bfloat16 too, but that it is faster there has not been measured.
-    """
+    """`auto`: bfloat16 where the device computes it fast (a CPU by AVX-512 BF16 or AMX), else float32."""
     if name != "auto":
         return name
+    fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         able = torch.cpu.get_capabilities()
-        fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    else:
-        fast = False
+        fast = able.get("avx512_bf16") or able.get("amx_bf16")
     return "bfloat16" if fast else "float32"

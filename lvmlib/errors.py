@@ -1,4 +1,4 @@
-"""The one exception of the project's own: bad input, told so that the reader knows what to do."""
+"""`LVMError`, the error meant for users."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class LVMError(ValueError):
 
 
 def require(module: str, extra: str = "encode"):
-    """The module, of the extra `extra`. Raises LVMError with the command that installs it where it is missing."""
+    """Import a module of the extra `extra`. Raises LVMError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
@@ -18,5 +18,5 @@ def require(module: str, extra: str = "encode"):
 
 
 def format_error(e: BaseException) -> str:
-    """What an exception says, on one line."""
+    """Return an exception's type and message on one line."""
     return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"

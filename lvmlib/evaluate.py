@@ -11,7 +11,7 @@ from .ranking import Articles, among_context
 from .windows import Windows, on_device
 
 EVALUATION_BATCH = 512
-COLLAPSED = 0.1  # ours: the variance of the predictions, as a share of the targets', below which they are one vector
+COLLAPSED = 0.1  # our bound: the predictions have collapsed if their variance is below this share of the targets'
 
 
 @torch.no_grad()
@@ -24,14 +24,12 @@ def validate(
 ) -> dict[str, float]:
     """Validation loss (L_mse), cosine, the mini-5CAT of handbook §4, and the novel MRR of 5CAT, in float32.
 
-    margin = mean [cos(p, y) − cos(p, context[-1])]; recall_at_5 = share of windows whose target is among the five
-    best of {context vectors, target}, by the ranking head where there is one (chance 5/6 at
-    T = 5). The unit predictions are added to `moments`.
+    margin = mean [cos(p, y) − cos(p, context[-1])]; recall_at_5 = share of windows whose target is among the five best
+    of {context vectors, target}, by the ranking head (chance 5/6 at T = 5). Adds the unit predictions to `moments`.
     """
     training = model.training
     model.eval()
-    device = next(t.device for t in (*model.parameters(), *model.buffers()))
-    vectors = on_device(windows.store, device) if vectors is None else vectors
+    vectors = on_device(windows.store, models.device_of(model)) if vectors is None else vectors
     articles = Articles(windows, vectors) if articles is None else articles
     sums = torch.zeros(5, dtype=torch.float64)
     for first in range(0, len(windows), EVALUATION_BATCH):
@@ -41,23 +39,17 @@ def validate(
         if moments is not None:
             moments.add(unit)
         to_target = losses.cosine(unit, y)
-        sums += (
-            torch.stack(
-                [
-                    (raw - y).square().mean(-1).sum(),
-                    to_target.sum(),
-                    (to_target - losses.cosine(unit, context[:, -1])).sum(),
-                    (among_context(ranker, context, y) <= 5).sum(),
-                    (1 / articles.ranks(ranker[None], index)[1][0]).sum(),
-                ]
-            )
-            .cpu()
-            .double()
+        figures = (
+            (raw - y).square().mean(-1),
+            to_target,
+            to_target - losses.cosine(unit, context[:, -1]),
+            among_context(ranker, context, y) <= 5,
+            1 / articles.ranks(ranker[None], index)[1][0],
         )
+        sums += torch.stack([figure.sum() for figure in figures]).cpu().double()
     model.train(training)
-    return dict(
-        zip(("val_loss", "val_cos", "margin", "recall_at_5", "novel_mrr"), (sums / len(windows)).tolist(), strict=True)
-    )
+    names = ("val_loss", "val_cos", "margin", "recall_at_5", "novel_mrr")
+    return dict(zip(names, (sums / len(windows)).tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -70,8 +62,7 @@ def energy_score(
     device = models.device_of(model)
     vectors = on_device(windows.store, device) if vectors is None else vectors
     noise, total = torch.Generator(device).manual_seed(0), 0.0
-    for first in range(0, len(windows), EVALUATION_BATCH):
-        context, y = windows.batch(np.arange(first, min(first + EVALUATION_BATCH, len(windows))), vectors)
+    for context, y in windows.batches(EVALUATION_BATCH, vectors):
         total += float(losses.energy(model.samples(context, samples, noise), y).sum())
     model.train(training)
     return total / len(windows)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from . import controller, losses, models
-from .config import Control, Version
+from .config import Version
+from .controller import Control
 from .ranking import Articles
 from .windows import OnDemand, Windows
 
@@ -86,7 +87,7 @@ class OneProcess:
     rank, size = 0, 1
 
     def seed(self, seed: int, epoch: int) -> None:
-        """Begin this process's own random stream, for dropout and samples; all else draws from the common one."""
+        """Begin this process's own random stream, of dropout and samples."""
 
     def heads(self, model: models.Predictor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`model.heads` of the whole batch's `context` (B, T, D)."""
@@ -102,7 +103,7 @@ class OneProcess:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a run trains by and on. `vectors`: of the store, on the model's device (`windows.on_device`)."""
+    """The version, the training windows, and the store's vectors on the model's device (`windows.on_device`)."""
 
     version: Version
     windows: Windows
@@ -118,12 +119,11 @@ class Task:
 
 
 class StepResult(NamedTuple):
-    """What a step gave. `values`: the terms, the watched figures, the weighted pulls, the loss; `shares`: figures of
-    the control, which have a meaning only where the directional term `acts`."""
+    """The figures of one step."""
 
     windows: int
-    values: dict[str, float]
-    shares: dict[str, float]
+    values: dict[str, float]  # terms, watched figures, angle, pull_<term>, loss
+    shares: dict[str, float]  # λ, ρ and what depends on them: meaningful where the directional term `acts`
     decision: controller.Decision
     acts: bool
     gradient_norm: Tensor
@@ -131,8 +131,10 @@ class StepResult(NamedTuple):
 
 
 class StepBroke(ArithmeticError):
-    """A loss, gradient or weight is not finite. `result`: of the step where it was seen; `before`: of the step before
-    it; `weights`: names of the parameters that are not finite. `runs.alarms` puts it into words."""
+    """A loss, gradient or weight is not finite: in the step of `result`, or in the one `before`.
+
+    `weights`: names of the parameters that are not finite. `runs.alarms` writes the message.
+    """
 
     def __init__(self, epoch: int, step: int, result: StepResult, before: StepResult | None, model: torch.nn.Module):
         super().__init__(f"not finite at epoch {epoch}, step {step}")
@@ -150,49 +152,51 @@ def step(
 ) -> StepResult:
     """Train on the windows `index` (B,): predict, compute the loss terms, decide λ, update the weights.
 
-    `control`: the version's, cooled; `now`: the schedule's values. `lowered`: the model's copy for bfloat16. If the
-    loss is not finite, the weights stay as they are.
+    `control`: the version's, with the ceiling of λ after rewinds; `now`: the schedule's values in this epoch;
+    `lowered`: the model's copy for bfloat16. If the loss is not finite, the weights stay as they are.
     """
     v = task.version
     batch = predict(state, task, index, lowered.model if lowered else state.model, now)
     terms = losses.terms(batch)
     gradients = losses.gradients(terms, batch)
     watched = losses.health(batch.unit, batch.target, batch.context, v.losses.directional.prev)
-    figures = {**terms, **watched, **losses.pulls(gradients, batch.raw)}
-    # One transfer a step from the device, for all that the controller and the log need.
-    values = dict(zip(figures, torch.stack(list(figures.values())).detach().tolist(), strict=True))
-    decision = controller.decide(
-        control,
-        now,
-        *(values[name] for name in ("mse", "directional", "pos", "neg")),
-        state.memory,
-        (v.losses.mean_square * values["pull_mse"], values["pull_directional"]),
-    )
+    watched["angle"] = losses.angle(gradients, batch.raw)
+    norms = losses.gradient_norms(gradients, batch.raw)  # ‖∂L_term/∂raw‖, unweighted
+    # One transfer from the device for all figures of the step.
+    numbers = torch.stack([*terms.values(), *watched.values(), *norms.values()]).detach().tolist()
+    values = dict(zip([*terms, *watched], numbers, strict=False))
+    norms = dict(zip(norms, numbers[len(values) :], strict=True))
+
+    measured = (values[name] for name in ("mse", "directional", "pos", "neg"))
+    both = v.losses.mean_square * norms["mse"], norms["directional"]
+    decision = controller.decide(control, now, *measured, state.memory, both)
     state.memory = decision.state
+
     weights = losses.weights(v.losses, decision.lambda_eff)
+    values["loss"] = loss = sum(weight * values[name] for name, weight in weights.items())
     state.optimizer.zero_grad(set_to_none=True)
     losses.backward(terms, weights, batch, gradients)
     if lowered:
         lowered.hand_over()
     task.team.add_gradients(state.model)
     norm = clip(state.model, v.optimizer.clip_norm)
-    loss = sum(weight * values[name] for name, weight in weights.items())
     rate = state.optimizer.param_groups[0]["lr"]
     if math.isfinite(loss):
         state.optimizer.step()
         if lowered:
             lowered.renew()
-    # A pull is logged weighted, as it acts; a term of weight 0 pulls at nothing, whatever its gradient.
-    values |= {f"pull_{n}": weights[n] * values[f"pull_{n}"] if n in weights else 0.0 for n in terms} | {"loss": loss}
+
+    # The pull of a term is its weight times its gradient's norm: 0 for a term of weight 0, even where the norm is NaN.
+    pulls = {name: weights[name] * norms[name] if name in weights else 0.0 for name in terms}
+    values |= {f"pull_{name}": pull for name, pull in pulls.items()}
+    no_share = decision.lambda_eff and not v.losses.mean_square  # there is no mean-square gradient to be a share of
     shares = {
         "lambda_eff": decision.lambda_eff,
         "rho": decision.rho,
         "at_lambda_min": controller.at_bound(decision, control.lambda_min),
         "at_lambda_max": controller.at_bound(decision, control.lambda_max),
-        "rho_gradient": values["pull_directional"] / max(values["pull_mse"], controller.TINY),
+        "rho_gradient": math.nan if no_share else pulls["directional"] / max(pulls["mse"], controller.TINY),
     }
-    if not v.losses.mean_square and decision.lambda_eff:
-        shares["rho_gradient"] = math.nan  # a share of nothing
     acts = v.control.rule != "none" and not decision.skip
     return StepResult(len(index), values, shares, decision, acts, norm, rate)
 
@@ -201,39 +205,43 @@ def predict(
     state: TrainState, task: Task, index: np.ndarray, model: models.Predictor, now: controller.Phase
 ) -> losses.Batch:
     """The windows `index` (B,), their predictions, and what the version's loss terms need besides."""
-    v, device = task.version, state.log_scale.device
+    v = task.version
     context, target = task.windows.batch(index, task.vectors)  # (B, T, D), (B, D)
-    with torch.autocast(device.type, torch.bfloat16, enabled=task.precision == "bfloat16"):
+    with torch.autocast(context.device.type, torch.bfloat16, enabled=task.precision == "bfloat16"):
         raw, unit, ranker = task.team.heads(model, context)
         samples = task.team.samples(model, context, v.losses.energy.samples) if v.losses.energy.weight else None
-    rivals = None
-    if v.losses.listwise.weight:
-        articles, listwise = task.articles, v.losses.listwise
-        draw = torch.rand(len(index), articles.longest).numpy()
-        rows, there = articles.rivals(index, listwise.candidates, draw)
-        if listwise.elsewhere:
-            others, apart = articles.strangers(index, listwise.elsewhere)
-            rows = np.concatenate([rows, np.broadcast_to(others, apart.shape)], 1)
-            there = np.concatenate([there, apart], 1)
-        chunks = torch.nn.functional.normalize(task.vectors[torch.from_numpy(rows).to(device)].float(), dim=-1)
-        rivals = ranker, chunks, torch.from_numpy(there).to(device), state.log_scale.exp()
+    rivals = draw_rivals(state, task, index, ranker) if v.losses.listwise.weight else None
     margin = now.margin if v.control.rule != "none" else 0.0
     return losses.Batch(raw, unit, context, target, v.losses, margin, v.control.constraint, rivals, samples)
+
+
+def draw_rivals(state: TrainState, task: Task, index: np.ndarray, ranker: Tensor) -> losses.Rivals:
+    """The target of each window `index` (B,) among chunks of its article, and of other articles if `elsewhere`."""
+    articles, settings, device = task.articles, task.version.losses.listwise, ranker.device
+    draw = torch.rand(len(index), articles.longest).numpy()
+    rows, counts = articles.rivals(index, settings.candidates, draw)
+    if settings.elsewhere:
+        others, other_article = articles.strangers(index, settings.elsewhere)
+        rows = np.concatenate([rows, np.broadcast_to(others, other_article.shape)], 1)
+        counts = np.concatenate([counts, other_article], 1)
+    chunks = torch.nn.functional.normalize(task.vectors[torch.from_numpy(rows).to(device)].float(), dim=-1)
+    return losses.Rivals(ranker, chunks, torch.from_numpy(counts).to(device), state.log_scale.exp())
 
 
 def epoch(state: TrainState, task: Task) -> tuple[dict[str, float], list[dict]]:
     """Train one pass over the windows, in an order of the version's seed and the epoch's number.
 
-    Returns means over the epoch's windows (λ and both ρ: over the windows where the directional term acted), and a row
-    for the first step, every `log_every` steps and the run's last. Raises StepBroke where a figure is not finite.
+    Returns the means over the epoch's windows (`shares`: over those where the directional term acted), and rows of
+    steps.csv: the run's first step, every `log_every` steps, its last. Raises StepBroke if a figure is not finite.
     """
     v, number = task.version, state.epoch + 1
     control = controller.cooled(v.control, v.rewind.cool if v.rewind else 1.0, state.rewinds)
     now = controller.phase(v.schedule, number)
-    # What λ aims at: ρ_target, or for the older rules the fraction.
+    # The rules `fraction` and `rho_cap` have a fraction in place of ρ_target.
     aims = {"rho_target": now.fraction if math.isnan(now.rho_target) else now.rho_target, "rho_cap": now.rho_cap}
-    done, meter, rows, skips, before = (number - 1) * task.batches, Meter(), [], 0, None
-    begins_at = learning_rate(state, task, done)
+    meter, rows, skips, before = Meter(), [], 0, None
+    done = (number - 1) * task.batches  # steps of the epochs before
+    first_rate = learning_rate(state, task, done)
     with seeded(v.seed, number):
         task.team.seed(v.seed, number)
         order = torch.randperm(len(task.windows)).numpy()
@@ -244,25 +252,25 @@ def epoch(state: TrainState, task: Task) -> tuple[dict[str, float], list[dict]]:
                 for group in state.optimizer.param_groups:
                     group["lr"] = learning_rate(state, task, done + i)
             index = order[i * v.batch_size : (i + 1) * v.batch_size]
-            result, at = step(state, task, index, control, now, lowered), done + i + 1
+            result, count = step(state, task, index, control, now, lowered), done + i + 1
             if not math.isfinite(result.values["loss"]):
-                raise StepBroke(number, at, result, before, state.model)
+                raise StepBroke(number, count, result, before, state.model)
             before = result
             meter.add(result.values, result.windows)
             meter.add(result.shares, result.windows * result.acts)
             skips += result.decision.skip
-            if at == 1 or at % v.log_every == 0 or at == task.batches * v.epochs:
-                more = {"epoch": number, "step": at, "margin_target": now.margin, "gate": result.decision.gate}
+            if count == 1 or count % v.log_every == 0 or count == task.batches * v.epochs:
+                more = {"epoch": number, "step": count, "margin_target": now.margin, "gate": result.decision.gate}
                 more |= {"skip": int(result.decision.skip), "gradient_norm": float(result.gradient_norm)}
                 rows.append({**result.values, **result.shares, **aims, **more})
     if not math.isfinite(before.gradient_norm) or not_finite(state.model):
         raise StepBroke(number, done + task.batches, before, None, state.model)
     means = meter.means()
-    return {**means, "train_loss": means["loss"], "skips": skips, **aims, "learning_rate": begins_at}, rows
+    return {**means, "train_loss": means["loss"], "skips": skips, **aims, "learning_rate": first_rate}, rows
 
 
 def learning_rate(state: TrainState, task: Task, step: int) -> float:
-    """The learning rate of a step of the run, from 0 on; a cosine depends on the step and the rewinds alone."""
+    """The learning rate of the run's `step`, which counts from 0."""
     v = task.version
     if v.optimizer.schedule != "cosine":
         return state.optimizer.param_groups[0]["lr"]
@@ -288,7 +296,7 @@ class Meter:
 
 @contextlib.contextmanager
 def seeded(seed: int, epoch: int):
-    """Inside, torch's random streams depend on (seed, epoch) alone; outside, those of CPU and CUDA are unchanged."""
+    """Make torch's random streams depend on (seed, epoch) alone, and restore those of CPU and CUDA at the end."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1))
@@ -296,20 +304,21 @@ def seeded(seed: int, epoch: int):
 
 
 class Lowered:
-    """A model's copy for steps in bfloat16: `model` has the weights of the products in bfloat16 and shares all others.
+    """A copy of a model for steps in bfloat16: its matrices are cast once a step, all other weights are shared.
 
-    The numbers are those of autocast, which casts at each use, into new memory; here it is once a step.
+    The numbers are those of autocast, which casts each weight whenever it is used.
     """
 
     def __init__(self, model: models.Predictor):
         self.model = copy.deepcopy(model)
         self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter, torch.Tensor]] = []
-        for ours, theirs in zip(self.model.modules(), model.modules(), strict=True):
-            for name, full in theirs.named_parameters(recurse=False):
-                if full.ndim == 2 and isinstance(theirs, torch.nn.Linear | torch.nn.MultiheadAttention):
-                    half = torch.nn.Parameter(full.detach().bfloat16())
-                    self.pairs.append((full, half, torch.empty_like(full)))
-                setattr(ours, name, half if self.pairs and self.pairs[-1][0] is full else full)
+        for copied, module in zip(self.model.modules(), model.modules(), strict=True):
+            for name, full in module.named_parameters(recurse=False):
+                weight = full
+                if full.ndim == 2 and isinstance(module, torch.nn.Linear | torch.nn.MultiheadAttention):
+                    weight = torch.nn.Parameter(full.detach().bfloat16())
+                    self.pairs.append((full, weight, torch.empty_like(full)))
+                setattr(copied, name, weight)
 
     def hand_over(self) -> None:
         """Give the gradients to the model itself, in float32."""
@@ -324,11 +333,13 @@ class Lowered:
 
 
 def clip(model: torch.nn.Module, most: float) -> Tensor:
-    """Scale the model's gradient down to norm `most` where it is larger, and return its norm before that; as
-    `clip_grad_norm_`, without a multiplication by 1."""
+    """Scale the model's gradient down to norm `most`, and return its norm before that.
+
+    On a CPU a smaller gradient is left alone; `clip_grad_norm_` would multiply it by 1.
+    """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if norm.device.type != "cpu" or not norm <= most:  # also where it is NaN
+    if norm.device.type != "cpu" or not norm <= most:  # NaN, too
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), most, norm)
     return norm
 

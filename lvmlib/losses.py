@@ -1,10 +1,8 @@
 """The loss terms of handbook §3, one function each, and the table in which they are registered.
 
-Axes: B batch, T context length, D vector dimension, S samples. A loss takes vectors, not a model: `raw` and `unit`
-predictions, the `target` y and `prev`, the context vector that the prediction is compared with; each (B, D). Each
-returns a scalar tensor; `energy` and `distances`, one number a window.
-
-A new term is one function of a `Batch` and one call of `register` (see docs/own-loss.md).
+Axes: B batch, T context length, D vector dimension, S samples, C candidates. A term takes vectors, not a model, and
+returns a scalar: `raw` and `unit` predictions p, the `target` y, and `prev`, the context vector that p is compared
+with; each (B, D). A new term is one function of a `Batch` and one call of `register` (see docs/own-loss.md).
 """
 
 from __future__ import annotations
@@ -17,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import Constraint, Directional, Losses
+from .config import Losses
+from .controller import Constraint
 from .errors import LVMError
 
 EPSILON = 1e-6  # keeps the ratio defined where both cosines vanish
@@ -48,21 +47,6 @@ def mse(raw: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(raw, target)
 
 
-def directional_smooth(unit: Tensor, target: Tensor, prev: Tensor, margin: float, gamma: float) -> Tensor:
-    """L_dir of v1 and v2: mean softplus(γ(m_gap − gap)) / γ."""
-    return hinge(gap(cosine(unit, target), cosine(unit, prev)), margin, gamma).mean()
-
-
-def directional_scale_aware(
-    unit: Tensor, target: Tensor, prev: Tensor, margin: float, gamma: float, alpha: float, margin_ratio: float
-) -> Tensor:
-    """L_dir from v2.1 on: the smooth hinge on the gap (weight α) and on the ratio (1 − α), which keeps its pull where
-    both cosines are small. Two negative cosines (handbook §4.1 point 8) are left to the floor and the sign guard."""
-    pos, neg = cosine(unit, target), cosine(unit, prev)
-    by_gap, by_ratio = hinge(gap(pos, neg), margin, gamma), hinge(ratio(pos, neg), margin_ratio, gamma)
-    return (alpha * by_gap + (1 - alpha) * by_ratio).mean()
-
-
 def floor(unit: Tensor, target: Tensor, tau: float) -> Tensor:
     """L_floor: mean relu(τ − cos(p, y))²: no prediction may turn away from its target."""
     return F.relu(tau - cosine(unit, target)).square().mean()
@@ -78,24 +62,29 @@ def orthogonality(unit: Tensor, prev: Tensor) -> Tensor:
     return cosine(unit, prev).square().mean()
 
 
-def listwise(unit: Tensor, rivals: Tensor, there: Tensor, scale: Tensor) -> Tensor:
-    """L_list: mean −log softmax(scale · cos(p, ·))[0] over `rivals` (B, C, D), unit vectors with the target first.
+class Rivals(NamedTuple):
+    """What the listwise loss compares: chunks of the target's article outside the context, and of other articles."""
 
-    `there` (B, C): which of them count; `scale`: 1 / temperature. InfoNCE with the target's own article for negatives
-    (van den Oord et al. 2018, eq. 4). `unit` (B, D), or (B, K, D) for K rankers: the mean of their losses.
+    ranker: Tensor  # (B, D) unit vectors that rank; (B, K, D) of K rankers
+    chunks: Tensor  # (B, C, D) unit vectors, the target first
+    counts: Tensor  # (B, C) whether a chunk counts; the others fill the rows
+    scale: Tensor  # 1 / temperature
+
+
+def listwise(r: Rivals) -> Tensor:
+    """L_list: mean −log softmax(scale · cos(ranker, chunks))[target], over several rankers the mean of their losses.
+
+    InfoNCE with the target's own article for negatives (van den Oord et al. 2018, eq. 4).
     """
-    logits = scale * torch.einsum("b...d,bcd->b...c", unit, rivals)
-    there = there if unit.ndim == 2 else there[:, None]
-    # Left out after the product with the scale, whose gradient would be 0 · ∞.
-    return -logits.masked_fill(~there, float("-inf")).log_softmax(-1)[..., 0].mean()
+    logits = r.scale * torch.einsum("b...d,bcd->b...c", r.ranker, r.chunks)
+    counts = r.counts if r.ranker.ndim == 2 else r.counts[:, None]
+    # Masked after the product with the scale, whose gradient would be 0 · ∞.
+    return -logits.masked_fill(~counts, float("-inf")).log_softmax(-1)[..., 0].mean()
 
 
 def shortfall(unit: Tensor, target: Tensor, context: Tensor, constraint: Constraint) -> Tensor:
     """How far the batch stays below its bound: c − mean cos(p, y), or m − min_t mean [cos(p, y) − cos(p, context_t)]
-    over the constraint's places t; `context` (B, T, D).
-
-    Above 0 where the constraint is violated; its weight in the loss is the Lagrange multiplier.
-    """
+    over the constraint's places t in `context` (B, T, D). Its weight in the loss is the Lagrange multiplier."""
     reached = cosine(unit, target).mean()
     if constraint.measure == "margin":
         against = context[:, list(constraint.against)]  # (B, K, D)
@@ -108,35 +97,25 @@ def energy(samples: Tensor, target: Tensor) -> Tensor:
 
         (1/S) Σ_s ‖x_s − y‖ − 1/(2 S (S−1)) Σ_{s≠s'} ‖x_s − x_s'‖
 
-    Strictly proper: least in the mean where the samples are drawn from the target's own distribution (Gneiting &
-    Raftery, JASA 102, 2007, eq. 22 with β = 1). Its mean does not depend on S for independent draws. One sample has no
-    second term: the distance of a point.
+    Strictly proper: least in the mean where the samples are drawn from the target's own distribution, for any S
+    (Gneiting & Raftery, JASA 102, 2007, eq. 22 with β = 1). One sample has no second term.
     """
-    off, apart = distances(samples, target)
-    return off - apart / 2
+    to_target, between = distances(samples, target)
+    return to_target - between / 2
 
 
 def distances(samples: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) mean distance of `samples` (S, B, D) from `target` (B, D), and from each other (0 where there is one)."""
     count = len(samples)
-    off = (samples - target).norm(dim=-1).mean(0)
+    to_target = (samples - target).norm(dim=-1).mean(0)
     members = samples.transpose(0, 1).contiguous()  # (B, S, D)
     # By differences, not by products: those round the distance of equal samples away from 0.
     between = torch.cdist(members, members, compute_mode="donot_use_mm_for_euclid_dist")
-    return off, between.sum((1, 2)) / max(count * (count - 1), 1)
-
-
-def directional(unit: Tensor, target: Tensor, prev: Tensor, margin: float, d: Directional) -> Tensor:
-    """L_dir as the version has it."""
-    if d.kind == "smooth":
-        return directional_smooth(unit, target, prev, margin, d.gamma)
-    if d.kind == "scale_aware":
-        return directional_scale_aware(unit, target, prev, margin, d.gamma, d.alpha, d.margin_ratio)
-    return unit.new_zeros(())
+    return to_target, between.sum((1, 2)) / max(count * (count - 1), 1)
 
 
 class Batch(NamedTuple):
-    """What a loss term may look at. `rivals` and `samples` are None for a version that needs none."""
+    """What a loss term may look at. `rivals` and `samples` are None in a version whose terms do not need them."""
 
     raw: Tensor  # (B, D) prediction
     unit: Tensor  # (B, D) raw / ‖raw‖
@@ -145,13 +124,29 @@ class Batch(NamedTuple):
     settings: Losses  # `losses` of the version
     margin: float = 0.0  # the schedule's m_gap of the epoch
     constraint: Constraint | None = None
-    rivals: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # arguments of `listwise`
+    rivals: Rivals | None = None
     samples: Tensor | None = None  # (S, B, D)
 
     @property
     def prev(self) -> Tensor:
         """(B, D) the context vector that the directional loss compares with."""
         return self.context[:, self.settings.directional.prev]
+
+
+def directional(b: Batch) -> Tensor:
+    """L_dir: the mean hinge on the gap at m_gap, γ; from v2.1 on (`scale_aware`) α times it + (1 − α) times that on the
+    ratio at m_ratio, γ. In a constrained version the `shortfall` takes its place."""
+    d = b.settings.directional
+    if b.constraint:
+        return shortfall(b.unit, b.target, b.context, b.constraint)
+    if d.kind == "none":
+        return b.unit.new_zeros(())
+    pos, neg = cosine(b.unit, b.target), cosine(b.unit, b.prev)
+    by_gap = hinge(gap(pos, neg), b.margin, d.gamma)
+    if d.kind == "smooth":
+        return by_gap.mean()
+    by_ratio = hinge(ratio(pos, neg), d.margin_ratio, d.gamma)
+    return (d.alpha * by_gap + (1 - d.alpha) * by_ratio).mean()
 
 
 class Term(NamedTuple):
@@ -162,21 +157,15 @@ class Term(NamedTuple):
     needs: str = "raw"  # differentiated at the raw prediction; or "rivals", "samples": 0 where the batch has none
 
 
-def _directional(b: Batch) -> Tensor:
-    if b.constraint:
-        return shortfall(b.unit, b.target, b.context, b.constraint)
-    return directional(b.unit, b.target, b.prev, b.margin, b.settings.directional)
-
-
-# L = μ·L_mse + λ_eff·L_dir + β·L_floor + η·L_norm + κ·L_orth + ω·L_list + ε·L_energy, summed in this order; μ is 1 in
-# all of the original's versions. The order of the columns in a run's tables is this one, too.
+# L = μ·L_mse + λ_eff·L_dir + β·L_floor + η·L_norm + κ·L_orth + ω·L_list + ε·L_energy, summed in this order, which is
+# also the order of the columns in a run's tables.
 TERMS: dict[str, Term] = {
     "mse": Term(lambda b: mse(b.raw, b.target), "mean_square"),
-    "directional": Term(_directional, None),
+    "directional": Term(directional, None),
     "floor": Term(lambda b: floor(b.unit, b.target, b.settings.floor.tau), "floor.weight"),
     "norm": Term(lambda b: norm(b.raw), "norm"),
     "orthogonality": Term(lambda b: orthogonality(b.unit, b.prev), "orthogonality"),
-    "listwise": Term(lambda b: listwise(*b.rivals), "listwise.weight", "rivals"),
+    "listwise": Term(lambda b: listwise(b.rivals), "listwise.weight", "rivals"),
     "energy": Term(lambda b: energy(b.samples, b.target).mean(), "energy.weight", "samples"),
 }
 OWN: dict[str, Term] = {}  # registered by users; a version names those that it trains with in `losses.extra`
@@ -188,7 +177,7 @@ def register(name: str, compute: Callable[[Batch], Tensor], needs: str = "raw") 
     Registering a name again replaces its function. Raises LVMError for the name of a built-in term.
     """
     if name in TERMS or not name.isidentifier():
-        raise LVMError(f"loss term {name!r}: not an identifier, or the name of a built-in term; choose another name")
+        raise LVMError(f"loss term {name!r}: the name must be an identifier, and not that of a built-in term")
     OWN[name] = Term(compute, f"extra.{name}", needs)
 
 
@@ -201,18 +190,12 @@ def active(settings: Losses) -> dict[str, Term]:
     """The terms of a version by name. Raises LVMError for one of its own that is not registered."""
     for name in settings.extra:
         if name not in OWN:
-            known = ", ".join(OWN) or "none"
-            raise LVMError(
-                f"losses.extra.{name}: no such term; call losses.register({name!r}, …) first; known: {known}"
-            )
+            raise LVMError(f"losses.extra.{name}: no such term; call losses.register first (known: {[*OWN]})")
     return TERMS | {name: OWN[name] for name in settings.extra}
 
 
 def terms(batch: Batch) -> dict[str, Tensor]:
-    """All terms of a batch by name, unweighted scalars; 0 for one whose `needs` the batch does not have.
-
-    `directional` of a constrained version is its `shortfall`.
-    """
+    """All terms of a batch by name, unweighted scalars; 0 for one whose `needs` the batch does not have."""
     found = {}
     for name, term in active(batch.settings).items():
         absent = term.needs != "raw" and getattr(batch, term.needs) is None
@@ -228,10 +211,9 @@ def weights(settings: Losses, lambda_eff: float) -> dict[str, float]:
 
 @torch.no_grad()
 def health(unit: Tensor, target: Tensor, context: Tensor, prev: int) -> dict[str, Tensor]:
-    """What is watched (handbook §3), batch means: pos, neg, gap, ratio; and `escape`, the share of negative weights.
+    """What is watched (handbook §3), batch means: pos, neg, gap, ratio, escape.
 
-    `escape` is Σ max(−w, 0) / Σ |w| over the batch's mean weights w of the context vectors in the prediction
-    (`context_weights`): 0 where no context vector is subtracted, 1 where all are.
+    escape = Σ max(−w, 0) / Σ |w| over the batch's mean `context_weights` w: the share of negative weights.
     """
     pos, neg = cosine(unit, target), cosine(unit, context[:, prev])
     w = context_weights(unit, context).mean(0)
@@ -254,8 +236,7 @@ def context_weights(unit: Tensor, context: Tensor) -> Tensor:
 def gradients(terms: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor | None]:
     """∂L_term/∂raw (B, D) by term, unweighted; None for a term that has none, or acts on another head.
 
-    A term of the samples does not see `raw`: its gradient is that at the samples when all of a window's move
-    together, for equal samples the one at their one place.
+    The gradient of a term of the samples is the one for moving all of a window's samples together.
     """
     found: dict[str, Tensor | None] = {}
     for name, term in active(batch.settings).items():
@@ -269,25 +250,26 @@ def gradients(terms: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor | N
     return found
 
 
-def pulls(gradients: Mapping[str, Tensor | None], raw: Tensor) -> dict[str, Tensor]:
-    """The norm over the batch of each term's gradient at the prediction, as `pull_<term>` (handbook §4.1 point 7); and
-    `angle`, in degrees, between the mean-square and the directional gradient. NaN where there is no gradient."""
-    nan = raw.new_full((), float("nan"))
-    out = {f"pull_{name}": nan if g is None else g.norm() for name, g in gradients.items()}
-    out["angle"] = nan
-    if gradients["directional"] is not None:
-        turn = F.cosine_similarity(gradients["mse"].flatten(), gradients["directional"].flatten(), dim=0)
-        both = (out["pull_mse"] > 0) & (out["pull_directional"] > 0)
-        out["angle"] = torch.where(both, torch.rad2deg(torch.acos(turn.clamp(-1, 1))), nan)
-    return out
+def gradient_norms(gradients: Mapping[str, Tensor | None], raw: Tensor) -> dict[str, Tensor]:
+    """The norm over the batch of each term's unweighted gradient at the prediction; NaN where there is none."""
+    return {name: raw.new_full((), float("nan")) if g is None else g.norm() for name, g in gradients.items()}
+
+
+def angle(gradients: Mapping[str, Tensor | None], raw: Tensor) -> Tensor:
+    """The angle in degrees between the mean-square and the directional gradient; NaN where one vanishes."""
+    a, b, nan = gradients["mse"], gradients["directional"], raw.new_full((), float("nan"))
+    if b is None:
+        return nan
+    between = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    return torch.where((a.norm() > 0) & (b.norm() > 0), torch.rad2deg(torch.acos(between.clamp(-1, 1))), nan)
 
 
 def backward(
     terms: Mapping[str, Tensor], weights: Mapping[str, float], batch: Batch, gradients: Mapping[str, Tensor | None]
 ) -> None:
-    """Do what `total(terms, weights).backward()` does, by the `gradients` at `raw` that are known already.
+    """Add the gradients of Σ weight · term to the parameters, by the `gradients` at `raw` that are known already.
 
-    Terms of rivals and samples see more than `raw`, and go through the graph.
+    Terms of rivals and samples go through the graph: they depend on more than `raw`.
     """
     needs = {name: term.needs for name, term in active(batch.settings).items()}
     known = [

@@ -27,9 +27,8 @@ class Predictor(nn.Module):
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor]:
         if context.ndim != 3 or context.shape[1:] != (self.context_length, self.dim):
-            raise LVMError(
-                f"context has shape {tuple(context.shape)}; needed is (batch, {self.context_length}, {self.dim})"
-            )
+            shape = tuple(context.shape)
+            raise LVMError(f"context has shape {shape}; needed is (batch, {self.context_length}, {self.dim})")
         raw = self.raw(context)  # (B, D)
         raw = raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw  # losses need float32 under autocast
         return raw, F.normalize(raw, dim=-1)
@@ -44,7 +43,7 @@ class Predictor(nn.Module):
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's tensors lie; the CPU if it has none."""
+    """Return the device of a model's tensors; the CPU if it has none."""
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
@@ -89,9 +88,9 @@ class Transformer(Predictor):
         return layer.norm3(query + dropout(layer.linear2(hidden), layer.dropout3.p, self.training))
 
     def _attended(self, attention: nn.MultiheadAttention, query: Tensor, x: Tensor) -> Tensor:
-        """Return (B, Q, H) causal attention of the last Q positions `query` to `x` (B, T, H).
+        """Return (B, Q, H) causal attention of the last Q positions `query` to `x` (B, T, H), by plain products.
 
-        Plain products are faster at T = 5 than the fused kernel for long sequences.
+        At T = 5 they are faster than torch's fused kernel.
         """
         weight, bias, width = attention.in_proj_weight, attention.in_proj_bias, query.shape[-1]
         if query is x:
@@ -101,21 +100,21 @@ class Transformer(Predictor):
             q, (k, v) = F.linear(query, w_q, b_q), F.linear(x, w_x, b_x).chunk(2, -1)
         q, k, v = (h.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for h in (q, k, v))  # (B, heads, Q|T, ·)
         scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1]) + self.causal[-q.shape[2] :]
-        shares = dropout(scores.softmax(-1), attention.dropout, self.training)
-        return attention.out_proj((shares.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        weights = dropout(scores.softmax(-1), attention.dropout, self.training)
+        return attention.out_proj((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Return `x` with each element 0 with probability `p` and the others divided by 1 − p; `x` itself in evaluation.
 
-    On a CPU it draws 16 bits an element (p is rounded to 2⁻¹⁶): torch's double takes a tenth of a transformer's step.
+    On a CPU it draws 16 bits an element, and p is rounded to 2⁻¹⁶: torch's own draw takes a tenth of a step.
     """
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
     below = round(p * 2**16)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    kept = bits[: x.numel()].view(x.shape) >= below - 2**15
-    return x * (kept.to(x.dtype) * (2**16 / (2**16 - below)))
+    mask = bits[: x.numel()].view(x.shape) >= below - 2**15
+    return x * (mask.to(x.dtype) * (2**16 / (2**16 - below)))
 
 
 class GRU(Predictor):
@@ -179,8 +178,7 @@ def _last(length: int) -> Tensor:
 class Bilinear(Predictor):
     """Copying, corrected: raw = Σ_t w_t·context_t + A·drop(Σ_t v_t·context_t).
 
-    At the start w and v copy the last vector (`averaging`: they average), and A is near 0. Ranked by cosine, A is a
-    metric between a chunk and the next. Dropout on A's input keeps it from the training articles' own words.
+    At the start w and v copy the last vector (`averaging`: they average), and A is near 0.
     """
 
     def __init__(self, dim: int, context_length: int, averaging: bool = False, dropout: float = 0.7):
@@ -196,10 +194,9 @@ class Bilinear(Predictor):
 
 
 class TwoHeads(Predictor):
-    """Two heads on one context: `point`, trained by its distance to the target, and `ranker`, by ranks alone.
+    """Two heads that share no parameter: `point`, trained by its distance to the target, and `ranker`, by ranks.
 
-    One vector cannot do both: the best point averages the context (noise cancels), and an average ranks chunks badly.
-    The heads share no parameter, so neither pays for the other.
+    One vector cannot do both: the best point averages the context, and an average ranks chunks badly.
     """
 
     RANKER: type[Predictor] = Bilinear
@@ -221,8 +218,8 @@ class Gated(Predictor):
 
         raw = Σ_t w_t·context_t + A·drop(Σ_t v_t·context_t) + O·drop(P·context_T ⊙ Q·mean(context))·√D
 
-    w = w⁰ + f_w and v = v⁰ + f_v. The small network f reads each context vector in a few learned directions, and the
-    cosines among them. At the start f and O are near 0.
+    w = w⁰ + f_w and v = v⁰ + f_v, where the small network f reads each context vector in a few learned directions, and
+    the cosines among them. At the start f and O are near 0.
     """
 
     VIEW, HIDDEN, RANK = 16, 64, 128
@@ -263,8 +260,7 @@ class GatedHeads(TwoHeads):
 class Committee(Predictor):
     """`point` as of two heads; the ranker is the sum of the unit vectors of `MEMBERS` rankers that share nothing.
 
-    In training `heads` gives all of them, (B, MEMBERS, D), and the ranking loss is the mean of theirs. Trained on
-    their sum they rank new articles no better than one of them.
+    In training `heads` gives all of them, (B, MEMBERS, D), and the ranking loss is the mean of theirs.
     """
 
     MEMBERS = 3
@@ -288,8 +284,7 @@ class Sampler(Predictor):
         x = u / ‖u‖,  u = Σ_t w_t·context_t + A·drop(Σ_t v_t·context_t) + exp(τ·z₀)·(L·z + σ ⊙ z′),  all z normal
 
     As `Bilinear`, but w and v begin at the mean. The noise has a spread σ in each dimension and 16 common directions
-    L; τ lets samples lie at different distances. Context vectors that agree add up to a longer sum, which makes the
-    same noise smaller after normalisation. `raw` is the mean of 32 samples from a fixed table of noise and its
+    L; τ lets samples lie at different distances. `raw` is the mean of 32 samples from a fixed table of noise and its
     opposite, so that terms linear in the noise cancel.
     """
 
@@ -309,9 +304,9 @@ class Sampler(Predictor):
         """Return (S, B, D) unit vectors from `noise` (S, B or 1, 1 + 16 + D)."""
         copied, mixed = (torch.einsum("t,btd->bd", w, context) for w in (self.weights, self.mixture))
         point = copied + self.metric(self.drop(mixed))
-        apart = self.directions(noise[..., 1:17]) + self.sigma * noise[..., 17:]
-        apart = apart * (self.tau * noise[..., :1]).exp()
-        return F.normalize(point + apart, dim=-1)  # float32 under autocast, as the noise is
+        spread = self.directions(noise[..., 1:17]) + self.sigma * noise[..., 17:]
+        spread = spread * (self.tau * noise[..., :1]).exp()
+        return F.normalize(point + spread, dim=-1)  # float32 under autocast, as the noise is
 
     def samples(self, context: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Return (S, B, D) `count` independent samples for each context (B, T, D)."""

@@ -3,8 +3,8 @@
 Axes: N windows, B batch, V variants of a prediction, T context length, D vector dimension, K offsets; of a block: b of
 the batch's windows, R chunks.
 
-All figures of an article come from one product of the predictions with its chunks. Short articles share a product,
-so a batch takes few of them; `Articles.blocks` yields one after the other.
+All figures of an article come from one product of the predictions with its chunks; short articles share one. A
+`Block` is such a product, and `Articles.blocks` yields one after the other.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ class Block:
         """(b, V, 3) rank of the target, from 1, among the three kinds of `candidates`, for the predictions `which`.
 
         Equal cosines share their mean rank: ½ + Σ (1 for a higher cosine, ½ for an equal one, the target's own too).
-        These are halves, so float32 is exact.
         """
         gap = self.cosines[:, which] - self.at(self.target)[:, which]
         places = (gap > TIE).float().add_(gap >= -TIE)  # 2 for above, 1 for equal
-        return (1 + torch.bmm(places, self.candidates)) / 2
+        return (1 + torch.bmm(places, self.candidates)) / 2  # float32 is exact: these are halves
 
     def mean(self, which: slice = slice(None)) -> Tensor:
         """(b, V) mean cosine with the article's chunks outside the context, of the predictions `which`."""
@@ -69,8 +68,7 @@ class Block:
 class Articles:
     """The articles of a split's windows, for comparing predictions with their chunks.
 
-    `vectors` (M, D): the store's vectors on the device of the predictions. Arrays of all windows or all rows are
-    computed on first use.
+    `vectors` (M, D): the store's, on the predictions' device. Arrays of all windows or rows are made on first use.
     """
 
     def __init__(self, windows: Windows, vectors: Tensor):
@@ -106,8 +104,8 @@ class Articles:
 
     @cached_property
     def possible(self) -> np.ndarray:
-        """(M,) whether a row is the target of some window. An article's first chunks, which have no whole context, are
-        not: among all chunks, a predictor gains rank by recognising openings."""
+        """(M,) whether a row is the target of some window: an article's first chunks, without a full context, are not.
+        Among all chunks, a predictor gains rank by recognising openings."""
         return np.concatenate([self._possible(rows) for rows in _parts(len(self.windows.store.article))])
 
     def _possible(self, rows: np.ndarray) -> np.ndarray:
@@ -144,8 +142,8 @@ class Articles:
     def blocks(self, units: Tensor, index: np.ndarray) -> Iterator[Block]:
         """The cosines of `units` (B, V, D), float32, with all chunks of the articles of windows `index` (B,).
 
-        Each window is in one block. A block has one article, or several of at most ROWS chunks together, and at most
-        NUMBERS cosines, except where a single window has more.
+        Each window is in one block. A block has one article, or several of at most ROWS chunks together, and NUMBERS
+        cosines at most, but one window at least.
         """
         low, high = self.span(index)
         order = np.argsort(low, kind="stable")
@@ -163,14 +161,14 @@ class Articles:
                 rows = np.concatenate([np.arange(f, f + n) for f, n in zip(begins[a:b], sizes[a:b], strict=True)])
             chunks, possible = self.unit(rows).T, torch.from_numpy(self.possible[rows]).to(self.device)
             mine = order[place[a] : place[b - 1] + count[b - 1]]
-            wanted, together = table[mine], bool((np.diff(mine) == 1).all())  # true where windows come in order
-            wanted[:, 1] = np.repeat(before, count[a:b])
-            wanted[:, 3:] += wanted[:, 1:2]
-            wanted = torch.from_numpy(wanted).to(self.device)
+            places, in_order = table[mine], bool((np.diff(mine) == 1).all())
+            places[:, 1] = np.repeat(before, count[a:b])
+            places[:, 3:] += places[:, 1:2]
+            places = torch.from_numpy(places).to(self.device)
             most = max(1, NUMBERS // (units.shape[1] * len(possible)))
             for first in range(0, len(mine), most):
-                part = wanted[first : first + most]
-                at = slice(int(mine[first]), int(mine[first]) + len(part)) if together else part[:, 0]
+                part = places[first : first + most]
+                at = slice(int(mine[first]), int(mine[first]) + len(part)) if in_order else part[:, 0]
                 columns = part[:, 1:2], part[:, 2:3], part[:, 3:4], part[:, 4:]
                 yield Block(part[:, 0], units[at] @ chunks, *columns, possible)
             a = b
@@ -186,19 +184,16 @@ class Articles:
         return at - low[:, None], exists
 
     def ranks(self, units: Tensor, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """Rank of each window's target, from 1, among its article's chunks for `units` (V, B, D): with the context,
-        without it, and among the `possible` targets of the latter; (V, B) float64 each. Equal cosines share their mean
-        rank.
-        """
+        """Rank of each window's target among its article's chunks for `units` (V, B, D): with the context, without it,
+        and among the `possible` targets of the latter; (V, B) float64 each. See `Block.ranks`."""
         found = torch.empty(units.shape[1], len(units), 3, dtype=self.wide, device=self.device)
         for block in self.blocks(units.transpose(0, 1).contiguous(), index):
             found[block.mine] = block.ranks().to(self.wide)
         return found.permute(2, 1, 0).unbind(0)
 
     def rivals(self, index: np.ndarray, most: int, rank: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (B, C) of chunks of each window's article outside its context, the target first, and (B, C) whether
-        they exist: all, or the `most` of them with the least `rank` (B, ≥ the longest article), numbers in [0, 1).
-        """
+        """Rows (B, C) of chunks of each window's article outside its context, the target first, and (B, C) whether they
+        exist: all, or the `most` with the least `rank` (B, ≥ the longest article), numbers in [0, 1)."""
         low, high = self.span(index)
         rows = low[:, None] + np.arange((high - low).max())  # (B, C)
         context = self.windows.context_rows(index)

@@ -1,4 +1,4 @@
-"""Chance levels, and intervals, differences and nulls over articles (and seeds).
+"""Chance levels, and confidence intervals of means and differences over articles (and seeds).
 
 Axes: N windows, A articles, S seeds. Windows of one article depend on each other, so the article is the unit of every
 interval. Each interval is (value, low, high). The method, for a mean over windows, θ = Σ sₐ / Σ nₐ with sₐ the sum and
@@ -51,10 +51,9 @@ def chance_median_rank(candidates) -> float:
 
 
 def adjusted(value, chance) -> np.ndarray:
-    """Return (H − E[H]) / (1 − E[H]), elementwise: 0 at chance, 1 at the best; NaN where chance is 1.
+    """Return (value − chance) / (1 − chance), elementwise: 0 at chance, 1 at the best; NaN where chance is 1.
 
-    `value` is a recall or a reciprocal rank (or the end of an interval), `chance` its chance level. For a split pass
-    the two means. As PyKEEN's adjusted hits at k (Hoyt et al., arXiv:2203.07544).
+    Of recalls and reciprocal ranks; for a split pass the two means. As PyKEEN's (Hoyt et al., arXiv:2203.07544).
     """
     value, chance = np.broadcast_arrays(np.asarray(value, float), np.asarray(chance, float))
     possible = 1 - chance
@@ -65,19 +64,13 @@ def adjusted(value, chance) -> np.ndarray:
 
 
 def effective_articles(articles) -> float:
-    """Return (Σn)² / Σn² over the articles' numbers of windows n, from `articles` (N,); 0 for no window. Kish (1965).
-
-    It is A if they are equal, and less if one outweighs the others.
-    """
+    """Return (Σn)² / Σn² over the articles' numbers of windows n (Kish 1965), from `articles` (N,); 0 for no window."""
     counts = np.unique(np.asarray(articles), return_counts=True)[1].astype(float)
     return float(counts.sum() ** 2 / (counts**2).sum()) if len(counts) else 0.0
 
 
 def few(articles, seeds: int | None = None) -> str:
-    """Return the caveat of an interval over these `articles` (N,) and `seeds`; empty if there are enough.
-
-    Give the articles of the windows that count (those whose value is not NaN).
-    """
+    """Return the caveat of an interval over `articles` (N,), of windows without NaN, and `seeds`; empty if enough."""
     number, effective = len(np.unique(np.asarray(articles))), effective_articles(articles)
     caveats = []
     noun = "article" if number == 1 else "articles"
@@ -99,19 +92,15 @@ def few(articles, seeds: int | None = None) -> str:
 def over_articles(values, articles, level: float = 0.95, share: bool = False) -> tuple[float, float, float]:
     """Return the mean of `values` (N,) and its interval over `articles` (N,), by the jackknife at the file's top.
 
-    share: the values lie in [0, 1] (hits, reciprocal ranks), and the interval is made on the scale of log-odds,
-    logit θ ± t · √V / (θ(1−θ)). NaN values are left out. With fewer than two articles the interval is NaN, without
-    spread it has no width; but a share of 0 or 1 has Clopper and Pearson's bound for as many trials as effective
-    articles.
+    NaN values are left out; with fewer than two articles the ends are NaN. `share`: the values lie in [0, 1], and the
+    interval is made on the scale of log-odds, logit θ ± t · √V / (θ(1−θ)); a share of 0 or 1 has Clopper and Pearson's
+    bound for as many trials as effective articles.
     """
     return _interval([(1, *check_values(values, articles, 1))], level, share)
 
 
 def paired(a, b, articles, level: float = 0.95) -> tuple[float, float, float]:
-    """Return the mean difference a − b on the same windows, (N,) each, and its interval over `articles` (N,).
-
-    A window where either is NaN is left out. Much narrower than the two intervals side by side.
-    """
+    """Return the mean difference a − b on the same windows, (N,) each, and its interval over `articles` (N,)."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError(f"paired: a has shape {a.shape}, b {b.shape}; both must be of the same windows")
@@ -121,8 +110,8 @@ def paired(a, b, articles, level: float = 0.95) -> tuple[float, float, float]:
 def between(values_1, articles_1, values_2, articles_2, level: float = 0.95) -> tuple[float, float, float]:
     """Return the difference of means of two splits without a common article, first less second, and its interval.
 
-    The two variances add, with Satterthwaite's df = (V₁ + V₂)² / (V₁²/df₁ + V₂²/df₂) (Welch, Biometrika 34,
-    1947). Values (N,), or (S, N) of the same S seeds in both: then over seeds too, as in `over_seeds`.
+    Values (N,), or (S, N) of the same seeds (see `over_seeds`). The variances add, with Satterthwaite's
+    df = (V₁ + V₂)² / (V₁²/df₁ + V₂²/df₂) (Welch, Biometrika 34, 1947).
     """
     common = np.intersect1d(articles_1, articles_2)
     if len(common):
@@ -142,8 +131,7 @@ def over_seeds(values, articles, level: float = 0.95, share: bool = False) -> tu
     Seeds and articles are crossed random levels: V = Vₐ + max(Vₛ − Vₐₛ, 0), where Vₐ is the jackknife variance over
     articles of the seeds' mean, Vₛ that of the S means over windows (their variance / S), and Vₐₛ what both contain,
     the interaction, from the seeds' deviations from their mean; df after Satterthwaite (Biometrics Bull. 2, 1946).
-    A window counts where no seed is NaN. With S = 1 the interval covers articles alone, with S = 2 it is too narrow:
-    see `few`. For two versions with a run per seed, pass the difference (S, N). `share` as in `over_articles`.
+    A window counts where no seed is NaN. With S = 1 the interval covers articles alone, with S = 2 it is too narrow.
     """
     return _interval([(1, *check_values(values, articles, 2))], level, share)
 

@@ -30,24 +30,18 @@ class GivenWindows:
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """Vectors of a corpus with their article and position; `data.store` describes the files.
-
-    `vectors` (M, D); `article`, `position` (M,) int32; `articles`: a frame indexed by article number with columns
-    title, split and perhaps source; `fingerprint`: sha256 over vectors, chunk table, splits and given windows;
-    `texts` (M) and `given`: the texts and windows that came with the store, or None; `opened`: its folder and the state
-    of the large files when they were checked, None for a store in memory.
-    """
+    """Vectors of a corpus with their article and position; `data.store` describes the files."""
 
     name: str
-    vectors: np.ndarray
-    article: np.ndarray
-    position: np.ndarray
-    articles: pd.DataFrame
+    vectors: np.ndarray  # (M, D)
+    article: np.ndarray  # (M,) int32
+    position: np.ndarray  # (M,) int32
+    articles: pd.DataFrame  # indexed by article number; columns title, split and perhaps source
     datasheet: dict
-    fingerprint: str
-    texts: Sequence[str] | None = None
-    given: GivenWindows | None = None
-    opened: tuple[Path, dict] | None = None
+    fingerprint: str  # sha256 over vectors, chunk table, splits and given windows
+    texts: Sequence[str] | None = None  # (M)
+    given: GivenWindows | None = None  # windows that came with the store
+    opened: tuple[Path, dict] | None = None  # folder, and the state of its large files when they were checked
 
     @property
     def dim(self) -> int:
@@ -146,10 +140,7 @@ class Windows:
         return self.start[np.asarray(index)] + self.offsets[-1]
 
     def batch(self, index, vectors: torch.Tensor | OnDemand | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather windows `index` (B,): context (B, T, D) and target (B, D), float32.
-
-        `vectors` (M, D): the store's vectors for a device (`on_device`).
-        """
+        """Gather windows `index` (B,) from `vectors` (`on_device`): context (B, T, D) and target (B, D), float32."""
         vectors = torch.from_numpy(self.store.vectors) if vectors is None else vectors
         rows = self.start[np.asarray(index)][:, None] + self.offsets  # (B, T + 1)
         prefetch(self.store.vectors, rows, vectors)
@@ -170,10 +161,7 @@ class Windows:
 
 
 class OnDemand:
-    """A store's vectors (M, D) for a device that cannot hold them: rows are gathered in memory and sent when asked for.
-
-    It can replace the tensor on the device: it has its shape, its device, and rows by index.
-    """
+    """A store's vectors (M, D) in place of a tensor on a device that cannot hold them: sends the rows asked for."""
 
     def __init__(self, stored: torch.Tensor, device: torch.device):
         self.stored, self.device, self.shape = stored, device, stored.shape
@@ -189,8 +177,8 @@ class OnDemand:
 
 
 def on_device(store: Store, device: torch.device) -> torch.Tensor | OnDemand:
-    """The store's vectors (M, D) for a model on `device`: on a CPU they stay on disk; a GPU holds them if they take at
-    most half of its free memory (the rest is for the model and its batches), else they are sent on demand."""
+    """The store's vectors (M, D) for a model on `device`. On a CPU they stay on disk; a GPU holds them if they take at
+    most half of its free memory, else they are sent on demand."""
     stored, device = torch.from_numpy(store.vectors), torch.device(device)
     if device.type == "cuda" and stored.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return OnDemand(stored, device)
@@ -198,15 +186,14 @@ def on_device(store: Store, device: torch.device) -> torch.Tensor | OnDemand:
 
 
 def prefetch(mapped: np.ndarray, rows: np.ndarray, read: torch.Tensor | OnDemand) -> None:
-    """Ask the system to load `rows` (B, R) of a memory-mapped array (M, D) before they are read from `read`.
+    """Ask the system to load `rows` (B, R) of a memory-mapped array (M, D), if `read` is that map itself.
 
-    Does nothing unless `read` is that map itself. Without it the system reads up to megabytes around each row, one row
-    after the other, and a store larger than memory is slow.
+    Without it the system reads megabytes around each row, one row after the other.
     """
     area = mapped.base
-    whole = isinstance(mapped, np.memmap) and isinstance(area, mmap.mmap) and mapped.flags.c_contiguous
+    is_map = isinstance(mapped, np.memmap) and isinstance(area, mmap.mmap) and mapped.flags.c_contiguous
     # Windows has no madvise.
-    if not whole or not rows.size or read.data_ptr() != mapped.ctypes.data or not hasattr(mmap, "MADV_WILLNEED"):
+    if not is_map or not rows.size or read.data_ptr() != mapped.ctypes.data or not hasattr(mmap, "MADV_WILLNEED"):
         return
     offset = mapped.offset % mmap.ALLOCATIONGRANULARITY  # of the first value in the map
     begin = (offset + rows.min(1) * mapped.strides[0]) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -218,8 +205,7 @@ def prefetch(mapped: np.ndarray, rows: np.ndarray, read: torch.Tensor | OnDemand
 def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5, direction: str = "forward") -> Windows:
     """All windows of a split; none crosses an article or a gap in positions. `backward` reads the articles reversed.
 
-    A store that came with windows of its own gives those, forwards. Articles shorter than context_length + horizon
-    give none. Raises LVMError if no article is long enough.
+    A store that came with windows gives those, forwards. Raises LVMError if no article is long enough.
     """
     for what, value, known in (("split", split, SPLITS), ("direction", direction, DIRECTIONS)):
         if value not in known:
@@ -230,7 +216,7 @@ def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5,
     if given is not None and (horizon, context_length) != (given.horizon, given.context_length):
         raise LVMError(
             f"{store.name}: its windows have horizon {given.horizon} and context_length {given.context_length}, not "
-            f"{horizon} and {context_length}; set both to what there is"
+            f"{horizon} and {context_length}; set the version's to these"
         )
     if given is not None and direction == "forward":  # given windows have no backward form: those are cut anew
         start = given.start[given.split == SPLITS.index(split)]

@@ -3,7 +3,6 @@
 import itertools
 import math
 import statistics
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -26,45 +25,38 @@ from lvmlib.statistics import (
 )
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("n", range(1, 8))
 def test_chance_is_the_mean_over_every_ranking(n):
     """Every order of n candidates is as likely as any other; the target is the first of them."""
     ranks = [order.index(0) + 1 for order in itertools.permutations(range(n))]
     for k in (1, 2, 5, 10):
-        assert chance_recall(n, k) == pytest.approx(float(Fraction(sum(r <= k for r in ranks), len(ranks))))
-    assert chance_reciprocal_rank(n) == pytest.approx(float(sum(Fraction(1, r) for r in ranks) / len(ranks)))
-
-
-def test_chance_is_elementwise():
-    n = np.array([[3, 12], [5, 6]])
-    np.testing.assert_allclose(chance_recall(n, 5), [[1, 5 / 12], [1, 5 / 6]])  # 5/6: handbook §4.1 point 3
-    np.testing.assert_allclose(
-        chance_reciprocal_rank(n), [[sum(1 / i for i in range(1, m + 1)) / m for m in row] for row in n]
-    )
+        assert chance_recall(n, k) == pytest.approx(statistics.mean(r <= k for r in ranks))
+        np.testing.assert_array_equal(chance_recall([[n, 12], [5, 6]], k)[0], [chance_recall(n, k), min(k, 12) / 12])
+    mean = statistics.mean(1 / r for r in ranks)
+    np.testing.assert_allclose(chance_reciprocal_rank([[n], [n]]), [[mean], [mean]])
     assert chance_recall([], 5).shape == chance_reciprocal_rank([]).shape == (0,)
 
 
 @pytest.mark.parametrize("sizes", [[6], [5], [1], [3, 12], [5, 7, 7, 40], [2, 4], [1, 1, 30]])
 def test_chance_median_rank_is_the_median_of_every_rank(sizes):
     """Every window's ranks 1 … n once, times as often as makes all windows weigh the same."""
-    whole = math.lcm(*sizes)
-    ranks = [r for n in sizes for r in range(1, n + 1) for _ in range(whole // n)]
+    ranks = [r for n in sizes for r in range(1, n + 1) for _ in range(math.lcm(*sizes) // n)]
     assert chance_median_rank(sizes) == statistics.median(ranks)
     assert math.isnan(chance_median_rank([]))
 
 
 def test_adjusted_is_0_at_chance_and_1_at_the_best():
+    """Of a predictor that knows the target in 30 % of windows, and guesses in the others: 0.3."""
     random = np.random.default_rng(0)
     n = random.integers(2, 60, 100_000)
-    guessed = random.integers(1, n + 1)
-    rank = np.where(random.random(100_000) < 0.3, 1, guessed)  # knows the target in 30 % of windows
-    for k in (1, 5):
-        chance = chance_recall(n, k).mean()
-        assert adjusted((guessed <= k).mean(), chance) == pytest.approx(0, abs=0.01)
-        assert adjusted((rank <= k).mean(), chance) == pytest.approx(0.3, abs=0.01)
-    assert adjusted((1 / guessed).mean(), chance_reciprocal_rank(n).mean()) == pytest.approx(0, abs=0.01)
+    guess = random.integers(1, n + 1)
+    for skill in (0.0, 0.3):
+        rank = np.where(random.random(100_000) < skill, 1, guess)
+        for k in (1, 5):
+            assert adjusted((rank <= k).mean(), chance_recall(n, k).mean()) == pytest.approx(skill, abs=0.01)
+        assert adjusted((1 / rank).mean(), chance_reciprocal_rank(n).mean()) == pytest.approx(skill, abs=0.01)
     np.testing.assert_allclose(adjusted([1.0, 0.5, 0.0, 1.0], [0.5, 0.5, 0.5, 1.0]), [1, 0, -1, math.nan])
-    assert adjusted(0.75, 0.5) == 0.5 and np.ndim(adjusted(0.75, 0.5)) == 0
+    assert np.ndim(adjusted(0.75, 0.5)) == 0
 
 
 # Intervals: derivations
@@ -97,23 +89,16 @@ def test_over_articles_from_its_definition():
         assert over_articles(values, article, level) == pytest.approx((mean, mean - half, mean + half), rel=1e-10)
 
 
-def test_equal_articles_are_a_t_test_of_their_means():
-    values, article = np.random.default_rng(0).standard_normal(60), np.repeat(np.arange(6), 10)
-    low, high = stats.ttest_1samp(values.reshape(6, 10).mean(1), 0).confidence_interval(0.95)
-    assert over_articles(values, article) == pytest.approx((values.mean(), low, high), rel=1e-10)
-
-
-def test_a_share_is_held_on_the_log_odds():
+def test_the_interval_of_a_share_is_made_on_the_log_odds():
     values, article = clustered(np.random.default_rng(0), articles=8)
     values = (values > 1.5).astype(float)
     p, variance, df = plain(values, article)
     reach = stats.t.ppf(0.975, df) * math.sqrt(variance) / (p * (1 - p))
-    odds = p / (1 - p)
-    ends = [odds * math.exp(sign * reach) / (1 + odds * math.exp(sign * reach)) for sign in (-1, 1)]
-    assert over_articles(values, article, share=True) == pytest.approx((p, *ends), rel=1e-10)
-    assert 0 < ends[0] < p < ends[1] < 1
-    turned = over_articles(1 - values, article, share=True)  # misses instead of hits
-    assert turned == pytest.approx((1 - p, 1 - ends[1], 1 - ends[0]))
+    ends = [p / (1 - p) * math.exp(sign * reach) for sign in (-1, 1)]
+    low, high = (odds / (1 + odds) for odds in ends)
+    assert over_articles(values, article, share=True) == pytest.approx((p, low, high), rel=1e-10)
+    assert 0 < low < p < high < 1
+    assert over_articles(1 - values, article, share=True) == pytest.approx((1 - p, 1 - high, 1 - low))
     with pytest.raises(ValueError):
         over_articles(values + 0.5, article, share=True)
 
@@ -195,10 +180,9 @@ def test_between_is_welchs_test_where_articles_are_single_windows():
     low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     assert between(a, np.arange(9), b, np.arange(20, 34)) == pytest.approx((a.mean() - b.mean(), low, high), rel=1e-9)
     assert between(b, np.arange(20, 34), a, np.arange(9)) == pytest.approx((b.mean() - a.mean(), -high, -low), rel=1e-9)
-    with pytest.raises(ValueError):
-        between(a, np.arange(9), b, np.arange(8, 22))
-    with pytest.raises(ValueError):
-        between(np.stack([a, a]), np.arange(9), np.stack([b, b, b]), np.arange(20, 34))
+    for first, other, articles in ((a, b, (8, 22)), (np.stack([a, a]), np.stack([b] * 3), (20, 34))):
+        with pytest.raises(ValueError):  # a common article, other seeds
+            between(first, np.arange(9), other, np.arange(*articles))
 
 
 def test_seeds_from_the_analysis_of_variance():
@@ -221,23 +205,9 @@ def test_one_seed_or_equal_seeds_leave_the_interval_over_articles():
     values, article = clustered(np.random.default_rng(0), articles=9)
     for seeds in (1, 3):
         assert over_seeds([values] * seeds, article) == pytest.approx(over_articles(values, article))
-    with pytest.raises(ValueError):
-        over_seeds(values, article)
-    with pytest.raises(ValueError):
-        over_articles(values, article[1:])
-
-
-def test_median_by_hand():
-    """Four articles with known shares at or below the median; the ends are order statistics."""
-    values, article = np.arange(1.0, 41.0), np.tile(np.arange(4), 10)
-    values[article == 0] -= 30  # article 0 lies low, so that shares differ
-    median, low, high = median_over_articles(values, article)
-    p, variance, df = plain([float(v <= median) for v in values], article)
-    assert p == 0.5 and median == statistics.median(values)
-    odds = math.exp(stats.t.ppf(0.975, df) * math.sqrt(variance) / 0.25)
-    share, below = odds / (1 + odds), {v: sum(u <= v for u in values) / 40 for v in sorted(values)}
-    assert low == min(v for v in below if below[v] >= 1 - share)
-    assert high == min((v for v in below if below[v] > share), default=max(below))
+    for interval, articles in ((over_seeds, article), (over_articles, article[1:])):
+        with pytest.raises(ValueError):
+            interval(values, articles)
 
 
 def test_sign_flip_is_exact_where_it_can_be():
@@ -303,11 +273,11 @@ def ranks(values, candidates=48, skill=1.6):
     return np.ceil(candidates * stats.norm.cdf(values) ** skill).clip(1, candidates)
 
 
-def held(truth, intervals):
+def covered(truth, intervals):
     return np.mean([low <= truth <= high for _, low, high in intervals])
 
 
-def assert_held(share, datasets=DATASETS, least=0.92, most=0.98):
+def assert_covered(share, datasets=DATASETS, least=0.92, most=0.98):
     """92 to 98 %, give or take two Monte Carlo standard errors of the ends."""
     slack = [2 * math.sqrt(p * (1 - p) / datasets) for p in (least, most)]
     assert least - slack[0] <= share <= most + slack[1], share
@@ -319,13 +289,13 @@ def test_coverage_of_each_figure(split):
     article = np.repeat(np.arange(len(SIZES[split])), SIZES[split])
     z = latent(random, SIZES[split])
     rank, every = ranks(z), ranks(stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000))
-    assert_held(held(0, (over_articles(v, article) for v in z)))
-    assert_held(held((1 / every).mean(), (over_articles(v, article, share=True) for v in 1 / rank)))
+    assert_covered(covered(0, (over_articles(v, article) for v in z)))
+    assert_covered(covered((1 / every).mean(), (over_articles(v, article, share=True) for v in 1 / rank)))
     for k in (1, 5):
-        assert_held(held((every <= k).mean(), (over_articles(v, article, share=True) for v in rank <= k)))
-    assert_held(held(np.median(every), (median_over_articles(v, article) for v in rank)))
+        assert_covered(covered((every <= k).mean(), (over_articles(v, article, share=True) for v in rank <= k)))
+    assert_covered(covered(np.median(every), (median_over_articles(v, article) for v in rank)))
     other = ranks(0.8 * z + 0.6 * latent(random, SIZES[split]))
-    assert_held(held(0, (paired(*v, article) for v in zip(1 / rank, 1 / other, strict=True))), most=0.985)
+    assert_covered(covered(0, (paired(*v, article) for v in zip(1 / rank, 1 / other, strict=True))), most=0.985)
 
 
 @pytest.mark.parametrize("seeds, by_seed, interaction", [(3, 0.0, 0.0), (3, 0.5, 0.1), (5, 0.3, 0.5)])
@@ -336,26 +306,22 @@ def test_coverage_over_articles_and_seeds(seeds, by_seed, interaction):
     shared = latent(random, sizes)[:, None]
     shift = by_seed * random.standard_normal((DATASETS, seeds, 1))
     values = shared + shift + interaction * random.standard_normal((DATASETS, seeds, 10))[..., article]
-    assert_held(held(0, (over_seeds(v, article) for v in values)))
-    if by_seed:  # an interval over articles alone does not hold the seeds' spread: the test can tell
-        assert held(0, (over_articles(v[0], article) for v in values)) < held(
-            0, (over_seeds(v, article) for v in values)
-        )
+    share = covered(0, (over_seeds(v, article) for v in values))
+    assert_covered(share)
+    assert not by_seed or covered(0, (over_articles(v[0], article) for v in values)) < share  # lacks the seeds' spread
 
 
 def test_coverage_of_the_difference_of_two_splits():
     """Of one seed, and of three that shift both splits, and the first one more."""
     random = np.random.default_rng(8)
-    first, second = (
-        np.repeat(np.arange(len(SIZES[s])) + 100 * i, SIZES[s]) for i, s in enumerate(("validation", "ood"))
-    )
+    first, second = (np.repeat(np.arange(len(SIZES[s])) + i, SIZES[s]) for s, i in (("validation", 0), ("ood", 100)))
     one, three = [], []
     for a, b in zip(latent(random, SIZES["validation"]), latent(random, SIZES["ood"]), strict=True):
         common, own = 2 * random.standard_normal((3, 1)), 0.3 * random.standard_normal((3, 1))
         one.append(between(a, first, 0.5 * b - 0.2, second))
         three.append(between(a + common + own, first, b + common, second))
-    assert_held(held(0.2, one))
-    assert_held(held(0, three))
+    assert_covered(covered(0.2, one))
+    assert_covered(covered(0, three))
 
 
 def test_this_coverage_test_refuses_too_narrow_and_too_wide_intervals():
@@ -369,7 +335,7 @@ def test_this_coverage_test_refuses_too_narrow_and_too_wide_intervals():
     bootstrap = [(0, *np.quantile(times @ s / (times @ sizes), [0.025, 0.975])) for s in sums]
     windows = [over_articles(v, np.arange(len(v))) for v in z]
     wide = [over_articles(v, article, 0.998) for v in z]
-    assert held(0, windows) < 0.75
+    assert covered(0, windows) < 0.75
     for wrong in (bootstrap, windows, wide):
         with pytest.raises(AssertionError):
-            assert_held(held(0, wrong))
+            assert_covered(covered(0, wrong))

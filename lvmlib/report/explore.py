@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import controller
 from ..baselines import Weighted
-from ..config import Control, Version
+from ..config import Version
+from ..controller import Control
 from ..errors import LVMError
 from ..judge.fivecat import PROFILES, judge, summarise
 from ..judge.tricks import tricks

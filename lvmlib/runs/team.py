@@ -103,7 +103,7 @@ class Processes(Team):
             raw, unit, ranker = model.heads(self.share(context))
         own_head = ranker is not unit
         raw = self.gather(raw, len(context))
-        unit = F.normalize(raw, dim=-1)  # of the gathered raw, by which `losses.pulls` differentiates
+        unit = F.normalize(raw, dim=-1)  # of the gathered raw, by which `losses.gradients` differentiates
         return raw, unit, self.gather(ranker, len(context)) if own_head else unit
 
     def samples(self, model, context: Tensor, count: int) -> Tensor:
