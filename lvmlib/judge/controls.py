@@ -24,7 +24,8 @@ from ..errors import LVMError
 from ..models import Predictor
 from ..statistics import over_articles, over_seeds, paired
 from ..windows import DIRECTIONS, Store, Windows, windows
-from .fivecat import OFFSETS, best_other, bins_delta, figure, measure, summarise
+from .measure import OFFSETS, measure
+from .table import best_other, bins_delta, figure, summarise
 
 
 def sample(name: str, lengths: Mapping[str, Sequence[int]], copies: int = 1, seed: int = 0, **arguments) -> Store:

@@ -16,7 +16,8 @@ from lvmlib.data import worlds
 from lvmlib.errors import LVMError
 from lvmlib.judge import controls
 from lvmlib.judge.arrow import arrow
-from lvmlib.judge.fivecat import OFFSETS, fivecat, score
+from lvmlib.judge.fivecat import fivecat
+from lvmlib.judge.measure import OFFSETS, score
 from lvmlib.runs.run import train
 from lvmlib.windows import Dataset, windows
 
