@@ -68,6 +68,12 @@ def small_store(dtype=np.float32, dim=16):
     return store_of(articles, dtype)
 
 
+def only_article():
+    """Windows of a store with a single article."""
+    x = np.random.default_rng(0).standard_normal((15, 8))
+    return windows(store_of({0: ("val", np.arange(15), x)}), "val", 1, T)
+
+
 class Scan(models.Predictor):
     """An order-sensitive predictor: a small recurrent net with fixed random weights."""
 
