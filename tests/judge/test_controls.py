@@ -39,12 +39,6 @@ def test_a_sample_has_the_lengths_and_splits_asked_for_and_the_law_of_its_world(
     assert np.bincount(twice.article).tolist() == [7, 9, 7, 9]
 
 
-def test_both_ways_are_the_windows_of_either_direction(store):
-    cut = controls.both_ways(store, ("val",), 1)
-    assert cut["forward"]["val"].step == 1 and cut["backward"]["val"].step == -1
-    np.testing.assert_array_equal(cut["forward"]["val"].start, windows(store, "val", 1).start)
-
-
 @pytest.mark.parametrize("name", ["p6", "v1", "v2", "v21", "v22", "share", "pi", "margin"])
 def test_a_brief_training_is_the_run_s(name, tmp_path, store):
     """Whole batches of one epoch: the same weights as a run's."""
@@ -189,7 +183,7 @@ def test_the_arrow_by_novel_mrr_raises_no_alarm_by_a_better_seed():
     """Without order, a predictor that is far better in one direction wins in cosine, and not in novel MRR."""
     good, bad = worlds.exchangeable_law(16).optimal(2), untrained(16, 5)["copy last"]
     declared, cosine = [], []
-    for seed in range(40):
+    for seed in range(20):
         made = controls.sample("exchangeable", {"val": [30, 12, 18, 25, 40, 9, 14, 33, 21, 16]}, dim=16, seed=seed)
         cut = controls.both_ways(made, ("val",))
         pair = (cut["forward"]["val"], cut["backward"]["val"])
@@ -197,5 +191,5 @@ def test_the_arrow_by_novel_mrr_raises_no_alarm_by_a_better_seed():
         declared.append(found.declared)
         cosine.append(found.table.set_index("measure").loc["cosine", "low"] > 0)
     assert np.mean(cosine) == 1
-    assert declared.count("none") >= 34  # binomial, 40 at 95 %: fewer in one of 800
+    assert declared.count("none") >= 16  # binomial, 20 at 95 %: fewer in one of 390
     assert score(good, pair[0])["cosine"].mean() > score(bad, pair[0])["cosine"].mean()

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from judge.plain import T, constant, copy_last, mean_predictor, random_linear, store_of, unit, weighted
+from judge.plain import T, constant, mean_predictor, random_linear, store_of, unit, weighted
 
 from lvmlib.baselines import baselines
 from lvmlib.data.open import dataset
@@ -100,18 +100,6 @@ def test_a_constant_predictor_has_one_rank_no_variance_and_hubs():
     share = 10 / len(w.store.rows("val"))  # ten chunks are always the nearest, the others never: skewness of a coin
     assert facts["hubness"] == pytest.approx((1 - 2 * share) / math.sqrt(share * (1 - share)))
     assert facts["hubness"] > 3 * facts["hubness of targets"]
-
-
-def test_copying_copies_all_and_knowing_copies_as_much_as_the_truth():
-    w = wikipedia().val.at_most(60)
-    last = health(copy_last(w.store.dim), w)
-    assert last["weights"] == pytest.approx([0, 0, 0, 0, 1], abs=1e-3)
-    oracle = constant(w.store.dim)
-    oracle.raw = lambda context: w.batch(np.arange(len(w)))[1]  # one batch, all windows
-    knows = health(oracle, w)
-    assert knows["copying ratio"] == pytest.approx(1) and last["copying ratio"] > 1.3
-    for name in ("effective rank", "variance", "hubness"):
-        assert knows[name] == pytest.approx(knows[f"{name} of targets"], rel=1e-4)
 
 
 def test_nearest_in_parts_is_nearest_in_the_whole():

@@ -17,11 +17,9 @@ from judge.plain import (
     Scan,
     T,
     assert_same,
-    constant,
     copy_last,
     flat,
     knowing,
-    mean_predictor,
     measured,
     only_article,
     random_linear,
@@ -29,7 +27,6 @@ from judge.plain import (
     rotation,
     small_windows,
     store_of,
-    weighted,
 )
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -256,21 +253,6 @@ def test_bfloat16_gives_the_same_figures_within_its_rounding():
 
 
 # The prediction's parts and weights
-
-
-def test_parts_of_predictions_that_are_known():
-    """A mean lies along the mean, a difference of two along differences; and a stranger outside."""
-    cut = dataset("wikipedia", 2, T).val.at_most(20)
-    dim = cut.store.dim
-    for model, part, sign in (
-        (mean_predictor(dim), "along the mean", 1),
-        (weighted(dim, *[-0.2] * T), "along the mean", -1),
-        (weighted(dim, 0.0, 0.0, 0.0, -1.0, 1.0), "along differences", 1),
-        (constant(dim), "outside the context", 1),
-    ):
-        parts = measure(model, cut).parts
-        np.testing.assert_allclose(sum(np.abs(parts[name]) for name in PARTS), 1, atol=1e-6)
-        assert (sign * parts[part] > (0.98 if part == "along the mean" else 0.9)).all(), part
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])

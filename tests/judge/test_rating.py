@@ -116,22 +116,6 @@ def test_a_spike_is_measured_against_the_best_so_far():
     assert check.broke == "epoch 6" and "1.52" in check.measured
 
 
-def test_each_check_names_what_was_measured():
-    history, steps = healthy()
-    for change in (
-        step("rho", [21], 0.08, add=True),
-        step("pos", [3], -0.125),
-        epoch("skips", [4, 7], 3),
-        epoch("recall_at_5", [2], 0.613),
-        epoch("val_cos", [2], 0.321),
-    ):
-        change(history, steps)
-    checks = lines(history, steps)
-    wanted = {RHO: "0.080", SIGNS: "-0.125", SKIP: "6", RECALL: "61.3%", COSINE: "0.321", MARGIN: "+0.088"}
-    assert all(figure in checks[name].measured for name, figure in wanted.items())
-    assert "83%" in checks[RECALL].wanted  # chance, §4.1 point 3
-
-
 def test_a_skipped_step_breaks_the_skip_check_alone():
     history, steps = healthy()
     steps.loc[9, ["skip", "rho", "lambda_eff"]] = [1, 0.0, 0.0]
@@ -167,10 +151,9 @@ def test_a_short_run_is_not_judged_by_epochs_to_come(count):
     assert {name for name, ok in checks.items() if ok is None} == {MARGIN, FLIP} and False not in checks.values()
 
 
-def test_a_run_that_always_skipped_had_a_target():
+def test_a_run_that_always_skipped_is_not_judged_by_rho():
     history, steps = healthy()
-    check = lines(history, steps.assign(skip=1, rho=0.0, lambda_eff=0.0))[RHO]
-    assert check.passed is None and check.measured != lines(history, steps, "p6")[RHO].measured
+    assert good(history, steps.assign(skip=1, rho=0.0, lambda_eff=0.0))[RHO] is None
 
 
 # The verdict
@@ -220,6 +203,7 @@ def test_success_needs_all_four_conditions():
     assert met(v) == dict.fromkeys(CONDITIONS, True)
     assert [c["threshold"] for c in v.conditions] == [0.0, 3, 0.70, 0.48]
     assert [c["value"] for c in v.conditions] == pytest.approx([0.03, 3, 0.712, 0.50])
+    assert json.loads(json.dumps(v.to_dict()))["success"] is True
     assert [c["chance"] for c in v.conditions] == pytest.approx([-0.3, math.nan, 5 / 6, 0.2], nan_ok=True)
     history = healthy()[0].assign(margin=-0.1)  # whatever the history
     assert judge(history=history).decision == judge(history=history, name="p6").decision == "success"
@@ -248,11 +232,6 @@ def test_conditions_carry_the_baselines():
     v = judge(made_report(mean=(-0.2, -0.3, 0.51, 0.16, 0.3), copy=(-0.5, -0.6, 0.44, 0.22, 0.84)))
     values = ((-0.2, -0.5), (0, 0), (0.3, 0.84), (0.51, 0.44))
     assert [c["baselines"] for c in v.conditions] == [{"mean": mean, "copy": copy} for mean, copy in values]
-
-
-def test_a_verdict_can_be_written_as_json():
-    written = json.loads(json.dumps(judge().to_dict()))
-    assert written["success"] is True and all(type(c["met"]) is bool for c in written["conditions"])
 
 
 # The decision
