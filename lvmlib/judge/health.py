@@ -115,7 +115,7 @@ class Gathering:
         self.pool = torch.from_numpy(windows.store.rows(windows.split)).to(vectors.device)
         self.leading = _leading(windows.store, vectors, min(max(BANDS), windows.store.dim // 2))  # (K, D)
         self.bands = [k for k in BANDS if k <= len(self.leading)]
-        self.moments = _Moments(windows.store.dim, len(self.pool), vectors.device)
+        self.moments = _Moments(vectors, self.pool)
         self.norms, self.copied, self.weights = [], [], []
         self.units = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (closed by __exit__)
 
@@ -128,7 +128,7 @@ class Gathering:
     def add(self, raw: Tensor, unit: Tensor, products: Products) -> None:
         """The next windows' raw and unit predictions (B, D)."""
         length = self.windows.context_length
-        self.moments.add(unit, self.vectors, self.pool)
+        self.moments.add(unit)
         self.norms.append(raw.norm(dim=-1))
         self.copied.append(products.cosines[:, length, :length].amax(1))
         leading = self.leading.to(products.vectors)
@@ -153,10 +153,10 @@ class Gathering:
 
     def _of_targets(self) -> tuple[dict[str, float], float]:
         """The facts of `_Moments` of the targets, and their mean best cosine to the context."""
-        moments, copied = _Moments(self.windows.store.dim, len(self.pool), self.vectors.device), []
+        moments, copied = _Moments(self.vectors, self.pool), []
         for context, target in self.windows.batches(self.batch_size, self.vectors):
             truth = F.normalize(target, dim=-1)
-            moments.add(truth, self.vectors, self.pool)
+            moments.add(truth)
             copied.append((F.normalize(context, dim=-1) @ truth[..., None])[..., 0].amax(1))
         return moments.facts(), float(torch.cat(copied).cpu().double().mean())
 
@@ -224,19 +224,22 @@ def _escape_facts(band: int | None, margin: tuple, cosine: tuple, rank: tuple) -
     return facts
 
 
-class _Moments:
-    """Moments and neighbours of unit vectors, predictions or targets."""
+class _Moments(Moments):
+    """Moments of unit vectors, predictions or targets, and how often each chunk is a neighbour of one."""
 
-    def __init__(self, dim: int, chunks: int, device: torch.device):
-        self.moments = Moments(dim, torch.device("cpu") if device.type == "mps" else device)
-        self.counts = torch.zeros(chunks, dtype=torch.long, device=device)
+    def __init__(self, vectors: Tensor, pool: Tensor):
+        device = vectors.device
+        super().__init__(vectors.shape[1], torch.device("cpu") if device.type == "mps" else device)
+        self.vectors, self.pool = vectors, pool
+        self.counts = torch.zeros(len(pool), dtype=torch.long, device=device)
 
-    def add(self, unit: Tensor, vectors: Tensor, pool: Tensor) -> None:
-        self.moments.add(unit)
-        self.counts += torch.bincount(_nearest(unit, vectors, pool, NEIGHBOURS).flatten(), minlength=len(pool))
+    def add(self, unit: Tensor) -> None:
+        super().add(unit)
+        nearest = _nearest(unit, self.vectors, self.pool, NEIGHBOURS)
+        self.counts += torch.bincount(nearest.flatten(), minlength=len(self.pool))
 
     def facts(self) -> dict[str, float]:
-        return self.moments.facts() | {"hubness": _skewness(self.counts.cpu().double())}
+        return super().facts() | {"hubness": _skewness(self.counts.cpu().double())}
 
 
 def leading_components(store: Store, vectors: Tensor, count: int) -> Tensor:

@@ -26,7 +26,7 @@ from .health import Gathering, Products, context_weights, evaluating, index_batc
 PRECISIONS = ("float32", "bfloat16")
 OFFSETS = tuple(range(-8, 6))  # of the sweep, in chunks around the target, in reading direction
 STEPS = 5  # of the rollout
-NEGATIVES = 99  # chunks of other articles, beside the target in 1 of 100
+NEGATIVES, SEED = 99, 0  # chunks of other articles, beside the target in 1 of 100; and of all random draws
 KINDS = ("all", "novel", "possible")  # candidates: the article, without the context, and of these possible targets
 PARTS = ("along the mean", "along differences", "outside the context")  # of the prediction's square
 Progress = Callable[[int], object]
@@ -85,7 +85,7 @@ def ablations(length: int) -> tuple[str, ...]:
 
 
 def judge(
-    model: Predictor, windows: Windows, seed: int = 0, precision: str | None = None, progress: Progress | None = None
+    model: Predictor, windows: Windows, precision: str | None = None, progress: Progress | None = None
 ) -> tuple[Measurements, dict]:
     """`measure` and `health` from the same passes of the model. `progress` gets the number of windows of each batch.
 
@@ -95,11 +95,11 @@ def judge(
 
     def compute() -> tuple[Measurements, dict]:
         with Gathering(windows, on_device(windows.store, device_of(model)), _batch_size(model)) as gathering:
-            return measure(model, windows, seed, None, precision, gathering, progress), gathering.facts()
+            return measure(model, windows, None, precision, gathering, progress), gathering.facts()
 
     if known is None:
         return compute()
-    return copy.deepcopy(cached(("judge", known, *windows_key(windows), seed, precision), compute))
+    return copy.deepcopy(cached(("judge", known, *windows_key(windows), precision), compute))
 
 
 @torch.no_grad()
@@ -137,7 +137,6 @@ class _Predictions(NamedTuple):
 def measure(
     model: Predictor,
     windows: Windows,
-    seed: int = 0,
     batch_size: int | None = None,
     precision: str | None = None,
     gathering: Gathering | None = None,
@@ -154,8 +153,8 @@ def measure(
     with evaluating(model):
         for index in index_batches(windows, batch_size or _batch_size(model)):
             context, target = windows.batch(index, vectors)
-            key = "negatives", *cut, seed, int(index[0]), len(index)
-            order, others = cached(key, lambda i=index: negatives(windows, i, seed, NEGATIVES))
+            key = "negatives", *cut, int(index[0]), len(index)
+            order, others = cached(key, lambda i=index: negatives(windows, i, SEED, NEGATIVES))
             variants = ablated(context, torch.from_numpy(order).to(device), vectors, others)
             with torch.autocast(device.type, torch.bfloat16, enabled=rough):
                 predictions = _predict(model, context, variants, windows, index)

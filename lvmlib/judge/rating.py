@@ -148,13 +148,13 @@ def verdict(version: Version, history: pd.DataFrame, report: Report) -> Verdict:
     fixed λ) where the control kept λ below half of its ceiling on average; else **C** (data with a known forward bias).
     """
     report, conditions = report.original, []
+    predictors = report.table["predictor"].unique()
     for name, gate, measure, threshold in CONDITIONS:
         if measure:
-            values = {p: report.value(measure, "val", p, gate) for p in report.table["predictor"].unique()}
+            values = {p: report.value(measure, "val", p, gate) for p in predictors}
             chance = float(report.row(measure, gate=gate)["chance"])
         else:
-            values = {p: sum(report.gates(predictor=p).values()) for p in report.table["predictor"].unique()}
-            chance = math.nan
+            values, chance = {p: sum(report.gates(predictor=p).values()) for p in predictors}, math.nan
         value = values.pop("model")
         met = value >= threshold if threshold else value > threshold
         condition = {"condition": name, "value": value, "threshold": threshold, "met": met}
@@ -182,10 +182,7 @@ def _decide(version: Version, history: pd.DataFrame, report: Report, success: bo
                 "yet, and no option follows. Train longer, on more data, or a smaller model (amn) first."
             )
     if version.control.rule in ("none", "constrained"):
-        w = version.losses
-        reference = version.control.rule == "none" and w.mean_square and not (w.listwise.weight or w.energy.weight)
-        compared = ": it is the reference of the others, and" if reference else ", and"
-        return "none", f"This version has no directional loss{compared} no option follows."
+        return "none", "This version has no directional loss, so no option follows."
     below_ceiling = 1 - float(history["lambda_eff"].mean()) / version.control.lambda_max
     rise = float(history["margin"].iloc[-1] - history["margin"].iloc[0])
     option = "A" if rise >= MARGIN_RISE else "B" if below_ceiling >= 0.5 else "C"

@@ -62,7 +62,6 @@ def test_what_differs_is_judged_anew_and_differs(counted):
         "selection": (last(), w.at_most(20), {}),
         "another selection of as many": (last(), replace(w, start=w.start[5:25]), {}),
         "order": (last(), replace(w, start=w.start[::-1].copy()), {}),
-        "seed": (last(), w, {"seed": 1}),
         "precision": (even, w, {"precision": "bfloat16"}),
         "not this precision": (even, w, {}),
     }

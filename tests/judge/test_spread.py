@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from judge.plain import store_of
 from scipy import stats
 
 from lvmlib import models
 from lvmlib.baselines import Weighted, fit_weights
 from lvmlib.config import version
-from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
 from lvmlib.judge import controls
 from lvmlib.judge.spread import histogram, kolmogorov, measure, place, reading, references, spread, summarise
@@ -45,10 +45,8 @@ def world(width=0.5, uneven=0.0, seed=0):
     """Windows whose every chunk is a draw of Normal(width, uneven), made a unit vector, whatever came before."""
     g = torch.Generator().manual_seed(seed)
     drawn = Normal(width, uneven).samples(torch.zeros(ARTICLES * LENGTH, T, D), 1, g)[0]
-    vectors = torch.nn.functional.normalize(drawn, dim=-1).numpy()
-    article, position = np.repeat(np.arange(ARTICLES), LENGTH), np.tile(np.arange(LENGTH), ARTICLES)
-    frame = pd.DataFrame({"title": "", "split": ["train"] * 10 + ["val"] * 20}, index=range(ARTICLES))
-    store = make_store("draws", vectors, article, position, frame)
+    articles = drawn.view(ARTICLES, LENGTH, D).numpy()
+    store = store_of({a: ("train" if a < 10 else "val", range(LENGTH), x) for a, x in enumerate(articles)})
     return {split: windows(store, split, 1, T) for split in ("train", "val")}
 
 
