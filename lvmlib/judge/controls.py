@@ -87,16 +87,6 @@ def share(hits: int, of: int) -> tuple[float, float, float]:
     return hits / of, *map(float, stats.binomtest(int(hits), int(of)).proportion_ci(0.95, "exact"))
 
 
-def sides(length: int, horizon: int) -> dict[str, list[int]]:
-    """Offsets from the target: `context`; `novel`, neither in it nor right before the target; `ahead` of the target."""
-    context = list(range(-horizon - length + 1, -horizon + 1))
-    return {
-        "context": [k for k in OFFSETS if k in context],
-        "novel": [k for k in OFFSETS if k and k not in context and not -horizon < k < 0],
-        "ahead": [k for k in OFFSETS if k > 0],
-    }
-
-
 # The original's measures first, then the calibrated ones.
 FIGURES = ("margin against the last", "margin against context[-2]", "margin against the best context vector")
 FIGURES += ("R@5 of six", "cosine at the target", "novel margin", "novel margin, ahead", "novel MRR", "1 of 100")
@@ -107,17 +97,18 @@ def figures(model: Predictor, split: Windows) -> pd.DataFrame:
 
     The best context vector and the best novel offset are chosen on the other articles (`table.best_other`).
     """
-    measured = measure(model, split)
-    offsets = sides(split.context_length, split.horizon)
-    rivals = {name: best_other(measured, offsets[name]) for name in offsets}
+    measured, last = measure(model, split), -split.horizon
+    context = [k for k in OFFSETS if last - split.context_length < k <= last]
+    ahead = [k for k in OFFSETS if k > 0]
+    novel = [k for k in OFFSETS if k <= last - split.context_length] + ahead
     columns = {
         "margin against the last": measured.margin_last,
         "margin against context[-2]": measured.margin_prev,
-        "margin against the best context vector": measured.cosine - rivals["context"],
+        "margin against the best context vector": measured.cosine - best_other(measured, context),
         "R@5 of six": (measured.six_rank <= 5).astype(float),
         "cosine at the target": measured.cosine,
-        "novel margin": measured.cosine - rivals["novel"],
-        "novel margin, ahead": measured.cosine - rivals["ahead"],
+        "novel margin": measured.cosine - best_other(measured, novel),
+        "novel margin, ahead": measured.cosine - best_other(measured, ahead),
         "novel MRR": 1 / measured.ranks["novel"],
         "1 of 100": measured.hundred,
     }
