@@ -2,10 +2,10 @@
 
 Axes: S seeds, N targets that both directions share.
 
-The same version is trained on the articles as they are and on the articles reversed (`direction: backward`), and both
-predict the same chunks. Forward − backward also contains how an article's beginning differs from its end. Copying the
-last vector knows no direction, so its own difference is subtracted. A small rest remains: where chunks grow noisier
-along every article, averaging gains more from a clean context than copying does.
+One version is trained on the articles as they are and reversed (`direction: backward`); both predict the same chunks.
+Forward − backward also contains how an article's beginning differs from its end. Copying the last vector
+knows no direction, so its own difference is subtracted. A small rest remains: where chunks grow noisier along every
+article, averaging gains more from a clean context than copying does.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..errors import LVMError
 from ..models import Predictor
 from ..statistics import article_sums, check_values, few, over_seeds
 from ..windows import Windows
-from .fivecat import score
+from .measure import score
 
-EXACT = 2**14  # sign patterns that are enumerated, not drawn: up to 15 articles
+EXACT = 15  # articles; of more, sign patterns are drawn, not enumerated
 MEASURES = {"novel MRR": 1, "cosine": 1, "loss": -1}  # the sign that is good
 
 
@@ -33,8 +33,8 @@ class Arrow:
 
     `table`: a row for each of MEASURES: forward, backward (means over seeds and targets), copying (copy last's own
     forward − backward), difference (forward − backward − copying) with low and high (95 % over articles and seeds), raw
-    low and raw high (the interval with copying included), p (sign flips of whole articles, of the seeds' mean), seeds,
-    articles, windows. `differences`: measure → (S, N). `article` (N,).
+    low and raw high (with copying included), p (sign flips of whole articles, of the seeds' mean), seeds, articles,
+    windows. `differences`: measure → (S, N). `article` (N,).
     """
 
     table: pd.DataFrame
@@ -58,25 +58,20 @@ class Arrow:
         return few(self.article, seeds=len(self.differences["novel MRR"]))
 
 
-def arrow(
-    forward: Sequence[Predictor],
-    backward: Sequence[Predictor],
-    windows: tuple[Windows, Windows],
-    compare: Predictor | None = None,
-) -> Arrow:
+def arrow(forward: Sequence[Predictor], backward: Sequence[Predictor], windows: tuple[Windows, Windows]) -> Arrow:
     """Compare forward and backward models over S seeds: `forward[s]` and `backward[s]` are one version's of seed s.
 
-    `windows`: a split cut forwards and backwards; the targets of both are compared. `compare`: the predictor whose
-    difference is subtracted, by default copy last. Raises LVMError if the models do not pair, or share no target.
+    `windows`: a split cut forwards and backwards; the targets of both are compared. Raises LVMError if the models do
+    not pair, or share no target.
     """
     if len(forward) != len(backward) or not len(forward):
         raise LVMError(f"{len(forward)} forward and {len(backward)} backward models; give one of each a seed")
     if windows[0].step != 1 or windows[1].step != -1:
         raise LVMError("windows: give those of a split cut forward, then backward")
     ahead, back = shared(*windows)
-    simple = compare or untrained(ahead.store.dim, ahead.context_length)["copy last"]
+    copying = untrained(ahead.store.dim, ahead.context_length)["copy last"]
     runs = [(figures(f, ahead), figures(b, back)) for f, b in zip(forward, backward, strict=True)]
-    return compared(runs, (figures(simple, ahead), figures(simple, back)), ahead.article)
+    return compared(runs, (figures(copying, ahead), figures(copying, back)), ahead.article)
 
 
 def compared(runs: Sequence[Sequence[Mapping]], copied: Sequence[Mapping], article: np.ndarray) -> Arrow:
@@ -105,20 +100,18 @@ def figures(model: Predictor, windows: Windows) -> Mapping[str, np.ndarray]:
 def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> float:
     """Return the two-sided p of "each article's sum of `values` (N,) is as likely with the other sign".
 
-    The share of sign patterns whose |Σ ±sₐ| is at least the observed one: of all 2^A patterns up to A = 15 (the least
-    possible p is then 2^(1−A)), else of `permutations` random ones and the observed one. NaN values are left out; NaN
-    for no window.
+    The share of sign patterns whose |Σ ±sₐ| is at least the observed one: of all 2^A patterns up to A = 15, else of
+    `permutations` random ones and the observed one. NaN values are left out; NaN for no window.
     """
     values, articles = check_values(values, articles, 1)
     sums = article_sums(values, articles)[0][0]  # (A,)
     if not len(sums):
         return float("nan")
-    if 2 ** (len(sums) - 1) <= EXACT:
-        patterns = np.arange(2 ** (len(sums) - 1))[:, None] >> np.arange(len(sums)) & 1  # the last sign fixed: halves
-        extra = 0
-    else:
+    extra = int(len(sums) > EXACT)
+    if extra:
         patterns = np.random.default_rng(seed).integers(0, 2, (permutations, len(sums)))
-        extra = 1
+    else:
+        patterns = np.arange(2 ** (len(sums) - 1))[:, None] >> np.arange(len(sums)) & 1  # the last sign fixed: halves
     flipped = np.abs((1 - 2 * patterns) @ sums)
     reached = flipped >= abs(sums.sum()) - 1e-9 * np.abs(sums).sum()
     return float((reached.sum() + extra) / (len(reached) + extra))

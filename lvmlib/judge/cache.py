@@ -1,7 +1,4 @@
-"""Results of this process that are asked for again: bounded in bytes, the least recently used is dropped first.
-
-Nothing is written to disk. Values are shared, not copied: a caller that hands them on copies them.
-"""
+"""Cache of results in this process. Values are shared, not copied: a caller that hands them on copies them."""
 
 from __future__ import annotations
 
@@ -17,27 +14,24 @@ from ..baselines import Constant, Linear, Weighted
 from ..models import Predictor
 from ..windows import Windows
 
-MAX_BYTES = 1 << 28
-PLAIN = (Constant, Linear, Weighted)  # predictors that consist of their class and their buffers, and nothing else
-
 
 class Cache:
-    """Values by key, at most `max_bytes` of them. A larger value is computed each time."""
+    """Values by key, together at most `max_bytes`; the least recently used is dropped first."""
 
-    def __init__(self, max_bytes: int = MAX_BYTES):
+    def __init__(self, max_bytes: int = 1 << 28):
         self.max_bytes, self.values = max_bytes, OrderedDict()
 
     def __call__(self, key: Hashable, compute: Callable):
-        """The value of `key`; `compute()` where there is none."""
-        if key in self.values:
-            self.values.move_to_end(key)
-            return self.values[key]
-        value = compute()
-        if size(value) <= self.max_bytes:
+        """The value of `key`; `compute()` if there is none. A value larger than `max_bytes` is not stored."""
+        if key not in self.values:
+            value = compute()
+            if size(value) > self.max_bytes:
+                return value
             self.values[key] = value
             while sum(map(size, self.values.values())) > self.max_bytes:
                 self.values.popitem(last=False)
-        return value
+        self.values.move_to_end(key)
+        return self.values[key]
 
 
 cached = Cache()
@@ -49,24 +43,21 @@ def size(value) -> int:
         return value.nbytes
     value = vars(value) if is_dataclass(value) else value
     if isinstance(value, Mapping):
-        return sum(map(size, value.values()))
+        value = list(value.values())
     return sum(map(size, value)) if isinstance(value, tuple | list) else 8
 
 
 def windows_key(windows: Windows) -> tuple:
-    """A key that only equal windows share: the fingerprint of the store, and how and where they are cut."""
-    cut = windows.context_length, windows.horizon, windows.step
-    start = hashlib.sha256(np.ascontiguousarray(windows.start, np.int64).data).hexdigest()
-    return windows.store.fingerprint, type(windows).__name__, windows.split, *cut, start
+    """A key that only equal windows share."""
+    cut = windows.split, windows.context_length, windows.horizon, windows.step
+    start = hashlib.sha256(windows.start.astype(np.int64).tobytes()).hexdigest()
+    return windows.store.fingerprint, type(windows).__name__, *cut, start
 
 
 def predictor_key(model: Predictor) -> tuple | None:
-    """A key that only equal baselines share: class, weights, device. None for a predictor that may hold more."""
-    if type(model) not in PLAIN:
+    """A key that only equal baselines share; None for a predictor that may hold more than its one buffer."""
+    if type(model) not in (Constant, Linear, Weighted):
         return None
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
-    device = next(iter(model.buffers())).device
-    return type(model).__name__, model.dim, model.context_length, str(device), digest.hexdigest()
+    (buffer,) = model.buffers()
+    digest = hashlib.sha256(buffer.cpu().numpy().tobytes()).hexdigest()
+    return type(model), model.dim, model.context_length, buffer.device, buffer.dtype, digest

@@ -1,4 +1,4 @@
-"""Tests of the instrument with known answers, for `controls.ipynb`: samples of worlds, brief trainings, rates.
+"""Tests of 5CAT with known answers, for `controls.ipynb`: samples of worlds, brief trainings, rates.
 
 Axes: N windows, A articles, S seeds, T context length, D vector dimension.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -24,7 +23,8 @@ from ..errors import LVMError
 from ..models import Predictor
 from ..statistics import over_articles, over_seeds, paired
 from ..windows import DIRECTIONS, Store, Windows, windows
-from .fivecat import OFFSETS, best_other, bins_delta, figure, measure, summarise
+from .measure import OFFSETS, measure
+from .table import best_other, bins_delta, figure, summarise
 
 
 def sample(name: str, lengths: Mapping[str, Sequence[int]], copies: int = 1, seed: int = 0, **arguments) -> Store:
@@ -32,11 +32,9 @@ def sample(name: str, lengths: Mapping[str, Sequence[int]], copies: int = 1, see
 
     Articles are cut at their end. `arguments`: those of the world but its size and splits.
     """
-    wanted = [(split, n) for split, own in lengths.items() for _ in range(copies) for n in own]
-    splits, sizes = [s for s, _ in wanted], np.array([n for _, n in wanted])
-    length = int(sizes.max())
-    whole = world(name, articles=len(wanted), length=length, splits=splits, seed=seed, **arguments)
-    rows = (np.arange(length) < sizes[:, None]).ravel()
+    splits, sizes = zip(*((s, n) for s, own in lengths.items() for n in [*own] * copies), strict=True)
+    whole = world(name, articles=len(sizes), length=max(sizes), splits=list(splits), seed=seed, **arguments)
+    rows = (np.arange(max(sizes)) < np.array(sizes)[:, None]).ravel()
     tables = whole.article[rows], whole.position[rows], whole.articles
     return make_store(whole.name, whole.vectors[rows], *tables, whole.datasheet)
 
@@ -47,24 +45,19 @@ def both_ways(store: Store, splits: Sequence[str] = ("train", "val"), horizon: i
 
 
 def brief(version: Version, train: Windows, steps: int, seed: int, learning_rate: float) -> Predictor:
-    """`version` trained for a few steps by its own losses, schedule and controller, in eval mode.
+    """Train `version` for a few steps of a run (`loop.step`), in memory and in float32; return it in eval mode.
 
-    By the steps of a run (`loop.step`), in memory and in float32, without checkpoints, logs and validation. The
-    schedule's epochs are spread over the steps. Raises LVMError for a version with the listwise loss, which needs an
-    article's chunks.
+    The schedule's epochs are spread over the steps. Raises LVMError for a version with the listwise loss, which needs
+    an article's chunks.
     """
     if version.losses.listwise.weight:
-        raise LVMError(
-            f"version {version.name}: its listwise loss (losses.listwise.weight) compares with the chunks of whole "
-            "articles, which a brief training does not have; train it with lvm.train"
-        )
+        raise LVMError(f"version {version.name}: losses.listwise needs whole articles; train it with lvm.train")
     optimizer = dataclasses.replace(version.optimizer, lr=learning_rate, decay="all")
     own = dataclasses.replace(version, seed=seed, optimizer=optimizer)
     state = loop.start(own, train.store.dim, torch.device("cpu"))
     task, size = loop.Task(own, train, torch.from_numpy(train.store.vectors)), own.batch_size
     with loop.seeded(seed, 1):
-        rounds = math.ceil(steps * size / len(train))
-        order = torch.cat([torch.randperm(len(train)) for _ in range(rounds)]).numpy()
+        order = torch.cat([torch.randperm(len(train)) for _ in range(0, steps * size, len(train))]).numpy()
         for i in range(steps):
             now = controller.phase(own.schedule, 1 + i * own.epochs // steps)
             loop.step(state, task, order[i * size : (i + 1) * size], own.control, now)
@@ -91,18 +84,7 @@ def share(hits: int, of: int) -> tuple[float, float, float]:
     """Return hits / of, and its exact 95 % interval (Clopper and Pearson, Biometrika 26, 1934)."""
     if not of:
         return float("nan"), float("nan"), float("nan")
-    interval = stats.binomtest(int(hits), int(of)).proportion_ci(0.95, "exact")
-    return hits / of, float(interval.low), float(interval.high)
-
-
-def sides(length: int, horizon: int) -> dict[str, list[int]]:
-    """Offsets from the target: `context`; `novel`, neither in it nor right before the target; `ahead` of the target."""
-    context = list(range(-horizon - length + 1, -horizon + 1))
-    return {
-        "context": [k for k in OFFSETS if k in context],
-        "novel": [k for k in OFFSETS if k and k not in context and not -horizon < k < 0],
-        "ahead": [k for k in OFFSETS if k > 0],
-    }
+    return hits / of, *map(float, stats.binomtest(int(hits), int(of)).proportion_ci(0.95, "exact"))
 
 
 # The original's measures first, then the calibrated ones.
@@ -113,23 +95,24 @@ FIGURES += ("R@5 of six", "cosine at the target", "novel margin", "novel margin,
 def figures(model: Predictor, split: Windows) -> pd.DataFrame:
     """FIGURES of every window, with the article: what `fivecat` summarises, in a frame of N rows.
 
-    The best context vector and the best novel offset are chosen on the other articles (`fivecat.best_other`).
+    The best context vector and the best novel offset are chosen on the other articles (`table.best_other`).
     """
-    measured = measure(model, split)
-    offsets = sides(split.context_length, split.horizon)
-    rivals = {name: best_other(measured, offsets[name]) for name in offsets}
+    measured, last = measure(model, split), -split.horizon
+    context = [k for k in OFFSETS if last - split.context_length < k <= last]
+    ahead = [k for k in OFFSETS if k > 0]
+    novel = [k for k in OFFSETS if k <= last - split.context_length] + ahead
     columns = {
         "margin against the last": measured.margin_last,
         "margin against context[-2]": measured.margin_prev,
-        "margin against the best context vector": measured.cosine - rivals["context"],
+        "margin against the best context vector": measured.cosine - best_other(measured, context),
         "R@5 of six": (measured.six_rank <= 5).astype(float),
         "cosine at the target": measured.cosine,
-        "novel margin": measured.cosine - rivals["novel"],
-        "novel margin, ahead": measured.cosine - rivals["ahead"],
+        "novel margin": measured.cosine - best_other(measured, novel),
+        "novel margin, ahead": measured.cosine - best_other(measured, ahead),
         "novel MRR": 1 / measured.ranks["novel"],
         "1 of 100": measured.hundred,
     }
-    return pd.DataFrame({name: columns[name] for name in FIGURES}).assign(article=measured.article)
+    return pd.DataFrame(columns).assign(article=measured.article)
 
 
 def gain(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
@@ -145,23 +128,20 @@ def share_of_gain(ours, best, trivial, article) -> tuple[float, float, float]:
     the linearised ratio, (ours − trivial − share · (best − trivial)) / mean(best − trivial). NaN where the interval of
     best − trivial is not above 0.
     """
-    ours, best, trivial = (np.asarray(x, float) for x in (ours, best, trivial))
-    known, low, _ = over_articles(best - trivial, article)
+    ours, best = np.asarray(ours, float) - trivial, np.asarray(best, float) - trivial
+    known, low, _ = over_articles(best, article)
     if not low > 0:
         return float("nan"), float("nan"), float("nan")
-    value = float((ours - trivial).mean() / known)
-    _, low, high = over_seeds((ours - trivial - value * (best - trivial)) / known, article)
+    value = float(ours.mean() / known)
+    _, low, high = over_seeds((ours - value * best) / known, article)
     return value, value + low, value + high
 
 
 def delta(split: Windows) -> tuple[float, float, float]:
     """The original's Δ, cos(last, target) − cos(last, context[-2]), with its interval over articles."""
-    rows, unit = split.context_rows(np.arange(len(split))), split.store.vectors
-    last, before, target = (unit[r].astype(np.float32) for r in (rows[:, -1], rows[:, -2], split.target))
+    context, target = (x.numpy() for x in split.batch(np.arange(len(split))))
+    last, before = context[:, -1], context[:, -2]
     return over_articles((last * target).sum(1) - (last * before).sum(1), split.article)
-
-
-PAIRED = ("cosine", "novel MRR", "1 of 100", "mean rollout")  # figures that two predictors are compared by
 
 
 def main_figures(store: Store, model: Predictor, other: Predictor, horizon: int = 2) -> pd.DataFrame:
@@ -171,7 +151,7 @@ def main_figures(store: Store, model: Predictor, other: Predictor, horizon: int 
     val, ood = (measure(model, cut[split]) for split in cut)
     theirs = measure(other, cut["val"])
     rows = summarise(val, "calibrated", horizon, cut["val"].context_length) + bins_delta(val, ood)
-    for name in PAIRED:
+    for name in ("cosine", "novel MRR", "1 of 100", "mean rollout"):
         pair = paired(figure(val, name), figure(theirs, name), val["article"])
         rows.append({"gate": "paired", "measure": name, **dict(zip(("value", "low", "high"), pair, strict=True))})
     table = pd.DataFrame(rows).set_index(["gate", "measure"])[["value", "low", "high", "articles"]]

@@ -1,14 +1,13 @@
-"""5CAT, the 5→1 causal alignment test (handbook §4), in two profiles.
+"""The entry to 5CAT, the 5→1 causal alignment test (handbook §4), and its `Report`.
 
-`original`: the definitions of the original work, for comparison with its published table: gates A to E against fixed
-thresholds. Figures that it read one step late (margin, rollout) stay beside the right reading, named so.
-`calibrated`, the default: the same questions, asked so that copying the context or leaving it gains nothing. Every
-figure has its chance level and its interval over articles. Gates compare with baselines on the same windows.
+    measure.py   figures per window, from one pass of the model
+    health.py    figures of a whole split, from the same pass
+    table.py     rows with intervals and chance levels
+    gates.py     questions, thresholds, outcomes
 
-    measure.py   the figures of every window, from one pass of the model
-    health.py    the figures that need a whole split, from the same pass
-    table.py     the rows of the report: means, intervals, chance levels
-    gates.py     the questions and thresholds
+Profile `original`: the definitions of the original work: gates A to E against fixed thresholds. Figures that it read
+one step late (margin, rollout) stay beside the right reading, named so. `calibrated`, the default: the same questions,
+asked so that copying the context or leaving it gains nothing, against baselines on the same windows.
 """
 
 from __future__ import annotations
@@ -31,23 +30,21 @@ from ..io.disk import write_atomic
 from ..models import Predictor, device_of
 from ..windows import Dataset, Windows
 from .gates import GATES, UNTRAINED, answers, threshold_of, worst
-from .measure import OFFSETS, Measurements, check_precision, judge, measure, score
-from .table import best_other, bins_delta, figure, health_rows, summarise, with_interval
+from .measure import Measurements, check_precision, judge, measure, score
+from .table import bins_delta, figure, health_rows, summarise, with_interval
 
-__all__ = ["GATES", "INSTRUMENT", "OFFSETS", "PROFILES", "Measurements", "Report", "best_other", "bins_delta", "figure"]
-__all__ += ["fivecat", "judge", "measure", "score", "summarise"]
+__all__ = ["GATES", "INSTRUMENT", "PROFILES", "Report", "figure", "fivecat", "judge", "measure", "score", "summarise"]
 INSTRUMENT = 3  # raised whenever a definition changes: reports of different instruments do not compare
 PROFILES = ("calibrated", "original")
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """The result of `fivecat`.
+    """The result of `fivecat`: the table of figures, and from it the gates and differences between predictors.
 
-    `table`: a row for each split, predictor and measure: split, predictor, gate, measure, value, low, high (95 %
-    over articles), windows, articles, chance, adjusted (retrieval: (value − chance)/(1 − chance)), and in profile
-    `original` threshold and passed (empty without a threshold). Differences of splits have the split `both`.
-    `frames`: what `measure` gave, by (split, predictor); `facts`: what `health` gave. `precision`: of the model.
+    `table`: split (`both` for a difference of splits), predictor, and the columns of `table.Row`; in profile `original`
+    also threshold and passed (empty without a threshold). `frames`: what `measure` gave, by (split, predictor);
+    `facts`: what `health` gave. `precision`: of the model.
     """
 
     profile: str
@@ -73,8 +70,8 @@ class Report:
                 rows += [{"split": "both", "predictor": name, **row} for row in own]
         table = pd.DataFrame(rows)
         if profile == "original":
-            judged = [threshold_of(r) for r in table.to_dict("records")]
-            table["threshold"], table["passed"] = [j[0] for j in judged], pd.array([j[1] for j in judged], "boolean")
+            threshold, passed = zip(*map(threshold_of, table.to_dict("records")), strict=True)
+            table["threshold"], table["passed"] = list(threshold), pd.array(list(passed), "boolean")
         return cls(profile, table, dict(frames), dict(facts), horizon, context_length, **more)
 
     def as_profile(self, profile: str) -> Report:
@@ -111,11 +108,10 @@ class Report:
         return self.table[(self.table["split"] == split) & (self.table["predictor"] == predictor)]
 
     def gates(self, split: str | None = None, predictor: str = "model") -> dict[str, bool] | dict[str, str]:
-        """The outcome of each gate on `split`; gate E compares validation with OOD.
+        """The outcome of each gate on `split`, or with None on all together; gate E compares validation with OOD.
 
-        `original`: gate → whether every threshold is reached; None: on validation and on OOD alike, which is what
-        counts as passing. `calibrated`: gate → passed, failed, open or not measured (see `judgements`); None: passed
-        where it is passed on every split, failed where it fails on one. Raises LVMError for what was not measured.
+        `original`: whether every threshold is reached; None: on validation and on OOD. `calibrated`: passed, failed,
+        open or not measured (`judgements`); None: the gravest. Raises LVMError for what was not measured.
         """
         if split is None:
             each = [self.gates(s, predictor) for s in (("val", "ood") if self.profile == "original" else self.splits)]
@@ -126,17 +122,14 @@ class Report:
         if self.profile == "calibrated":
             judged = self.judgements(split, predictor)
             return {gate: worst(judged["outcome"][judged["gate"] == gate]) for gate in GATES if gate != "F"}
-        judged = self.table[
-            (self.table["predictor"] == predictor)
-            & self.table["threshold"].notna()
-            & self.table["split"].isin([split, "both"])
-        ]
+        judged = pd.concat([self.rows(split, predictor), self.rows("both", predictor)])
+        judged = judged[judged["threshold"].notna()]
         passed = {gate: judged["passed"][judged["gate"] == gate].fillna(False) for gate in "ABCDE"}
         return {gate: bool(len(p) and p.all()) for gate, p in passed.items()}  # what was not measured does not pass
 
     def paired(self, measure: str, split: str = "val", predictor: str = "model", other: str = "copy last") -> dict:
-        """`predictor` minus `other` on the same windows, of a name that `figure` knows: value, low, high, windows,
-        articles."""
+        """`predictor` minus `other` on the same windows, of a name that `figure` knows, as `with_interval` gives it."""
+        # Gate B is this difference in novel MRR, between the model and the best baseline.
         one, two = self.frames[split, predictor], self.frames[split, other]
         return with_interval(figure(one, measure) - figure(two, measure), one.article)
 
@@ -147,35 +140,25 @@ class Report:
 
     def escapes(self, split: str = "val", predictor: str = "model") -> bool:
         """Whether the margin comes from leaving the context (`health`), and the rank is no better than that of copying
-        and averaging. Leaving the context gains no rank: a better one is knowledge."""
+        and averaging: leaving the context gains no rank."""
         if not self.facts[split, predictor]["escape"]:
             return False
         other = self.best_trivial("possible MRR", split, [n for n in UNTRAINED if n != predictor])
         return not self.paired("possible MRR", split, predictor, other)["low"] > 0
 
     def judgements(self, split: str, predictor: str = "model") -> pd.DataFrame:
-        """Profile `calibrated`: each gate's questions about a predictor, and the answers.
-
-        Columns gate, question, value, low, high, articles, wanted, outcome (`gates.Question.outcome`).
-        """
+        """Profile `calibrated`: gate, question, value, low, high, articles, wanted, outcome of each of `QUESTIONS`."""
         return answers(self, split, predictor)
 
     def to_json(self, path: str | os.PathLike, **more) -> None:
-        """Write the tables of both profiles, the gates of `model`, health, and `more` facts (plain dicts, lists,
-        numbers, text); NaN becomes null."""
-        profiles = {
-            profile: {
-                "gates": {split: report.gates(split) for split in self.splits},
-                "table": report.table.astype(object).to_dict("records"),
-            }
-            for profile in PROFILES
-            for report in [self.as_profile(profile)]
-        }
-        health = [{"split": s, "predictor": p, **f} for (s, p), f in self.facts.items()]
-        content = _without_nan(
-            {"instrument": INSTRUMENT, "precision": self.precision, **more, **profiles, "health": health}
-        )
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        """Write the tables of both profiles, the gates of `model`, health, and `more` plain facts; NaN becomes null."""
+        content = {"instrument": INSTRUMENT, "precision": self.precision, **more}
+        for profile in PROFILES:
+            report = self.as_profile(profile)
+            gates = {split: report.gates(split) for split in self.splits}
+            content[profile] = {"gates": gates, "table": report.table.astype(object).to_dict("records")}
+        content["health"] = [{"split": s, "predictor": p, **f} for (s, p), f in self.facts.items()]
+        text = json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
         write_atomic(Path(path), lambda partial: Path(partial).write_text(text + "\n", encoding="utf-8"))
 
 
@@ -194,7 +177,7 @@ def fivecat(
     profile: str = "calibrated",
     precision: str | None = None,
 ) -> Report:
-    """5CAT of `model`, and of every predictor in `compare` on the same windows.
+    """Run 5CAT on `model`, and on every predictor in `compare` on the same windows.
 
     `data`: a dataset, of which validation and OOD are taken, or any windows by the name of their split. Copy last and
     the mean of the context are always compared with. `precision`: of the model, as in `measure`; the others are in
@@ -213,16 +196,13 @@ def fivecat(
     simple = untrained(some.store.dim, some.context_length)
     device = device_of(model)
     predictors = {"model": model, **{n: p.to(device) for n, p in {**simple, **(compare or {})}.items()}}
-    results, total = {}, len(predictors) * sum(len(w) for w in splits.values())
+    frames, facts, total = {}, {}, len(predictors) * sum(map(len, splits.values()))
     with tqdm(total=total, desc="5CAT", unit="window", delay=1, disable=not watched()) as bar:
         for name, p in predictors.items():
             for split, w in splits.items():
-                end = bar.n + len(w)
-                results[split, name] = judge(
-                    p, w, precision=precision if name == "model" else None, progress=bar.update
-                )
+                end, own = bar.n + len(w), precision if name == "model" else None
+                frames[split, name], facts[split, name] = judge(p, w, precision=own, progress=bar.update)
                 bar.update(end - bar.n)  # cached results come at once
-    frames, facts = ({key: both[i] for key, both in results.items()} for i in range(2))
     cut = {"horizon": some.horizon, "context_length": some.context_length}
     return Report.of(profile, frames, facts, **cut, precision=precision)
 
@@ -240,6 +220,4 @@ def _check(splits: Mapping[str, Windows], some: Windows) -> None:
     if {"val", "ood"} <= set(splits) and splits["val"].store is splits["ood"].store:
         common = np.intersect1d(splits["val"].article, splits["ood"].article)
         if len(common):
-            raise LVMError(
-                f"val and ood share {len(common)} articles (as {common[0]}); an article belongs to one split"
-            )
+            raise LVMError(f"val and ood share {len(common)} articles (as {common[0]}); each belongs to one split")

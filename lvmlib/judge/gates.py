@@ -1,10 +1,10 @@
-"""The gates of 5CAT: what each asks, and how an interval or a threshold answers."""
+"""The gates of 5CAT: their questions, thresholds and outcomes. The figures that they read come from table.py."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -21,7 +21,6 @@ GATES = {
 }
 UNTRAINED = ("copy last", "mean")
 
-
 # Profile `original`. (gate, measure): (sense, threshold on validation, threshold on OOD); handbook §4
 THRESHOLDS = {
     ("A", "margin"): (">=", 0.10, 0.08),
@@ -37,49 +36,42 @@ THRESHOLDS = {
     ("E", "difference"): ("<=", 0.05, 0.05),
 }
 GENERALISES = 0.05  # profile `calibrated`: validation and OOD may differ by this in cosine
+ABOVE, BELOW, WITHIN = "above 0", "below 0", f"within ± {GENERALISES:g}"
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question of profile `calibrated`: on which side of `bound` the interval of `measure` has to lie.
+class Question(NamedTuple):
+    """A question of profile `calibrated`: where the interval of `measure` has to lie.
 
-    `against`: of which other predictors the best is subtracted, on the same windows: `none`, `all` or `untrained`.
-    `text` names it as {other}.
+    `against`: `all` or `untrained` predictors, of which the best is subtracted on the same windows; `text` names it as
+    {other}.
     """
 
     gate: str
     text: str
     measure: str
-    against: str = "none"
-    wanted: str = "above"
-    bound: float = 0.0
+    against: str = ""
+    wanted: str = ABOVE
 
     def outcome(self, low: float, high: float) -> str:
-        """passed: the interval lies on the wanted side; failed: on the other; open: neither; or not measured."""
-        if self.wanted == "within":
-            return outcome(-self.bound <= low and high <= self.bound, low > self.bound or high < -self.bound, low)
-        if self.wanted == "above":
-            return outcome(low > self.bound, high <= self.bound, low)  # a frozen rollout moves by [0, 0]: failed
-        return outcome(high < self.bound, low >= self.bound, low)
+        """passed: the interval lies where it is wanted; failed: outside; open: partly; or not measured."""
+        good, bad = {
+            ABOVE: (low > 0, high <= 0),  # a frozen rollout moves by [0, 0]: failed
+            BELOW: (high < 0, low >= 0),
+            WITHIN: (low >= -GENERALISES and high <= GENERALISES, low > GENERALISES or high < -GENERALISES),
+        }[self.wanted]
+        return outcome(good, bad, low)
 
 
+ORDER = "novel MRR when the context is {}: is order used?"
 QUESTIONS = (
     Question("A", "novel margin: against the best chunk beside context and skipped chunk", "novel margin"),
     Question("A", "novel margin, ahead, against the best of the others ({other})", "novel margin, ahead", "all"),
     Question("B", "novel MRR against the best of the others ({other})", "novel MRR", "all"),
-    *(
-        Question("C", f"novel MRR when the context is {name}: is order used?", f"{name}, novel MRR", wanted="below")
-        for name in ("shuffled", "reversed")
-    ),
+    Question("C", ORDER.format("shuffled"), "shuffled, novel MRR", wanted=BELOW),
+    Question("C", ORDER.format("reversed"), "reversed, novel MRR", wanted=BELOW),
     Question("D", "mean rollout cosine against {other}, rolled out alike", "mean rollout", "untrained"),
     Question("D", "rolling on against standing still at the first step", "rolling on"),
-    Question(
-        "E",
-        "cosine, validation − OOD, normal coherence",
-        "difference, normal coherence",
-        wanted="within",
-        bound=GENERALISES,
-    ),
+    Question("E", "cosine, validation − OOD, normal coherence", "difference, normal coherence", wanted=WITHIN),
 )
 
 
@@ -88,7 +80,7 @@ def answers(report, split: str, predictor: str) -> pd.DataFrame:
     rows, missing = [], dict.fromkeys(("value", "low", "high", "articles"), float("nan"))
     for q in QUESTIONS:
         other = ""
-        if q.against != "none":
+        if q.against:  # gates A, B and D: the difference to the best other predictor, as for gate B's novel MRR
             among = [n for n in UNTRAINED if n != predictor] if q.against == "untrained" else None
             other = report.best_trivial(q.measure, split, among, but=predictor)
             interval = report.paired(q.measure, split, predictor, other)
@@ -98,20 +90,20 @@ def answers(report, split: str, predictor: str) -> pd.DataFrame:
             interval = both.iloc[0] if len(both) else missing
         else:
             interval = report.row(q.measure, split, predictor)
-        wanted = f"within ± {q.bound:g}" if q.wanted == "within" else f"{q.wanted} {q.bound:g}"
         row = {"gate": q.gate, "question": q.text.format(other=other), **{k: interval[k] for k in missing}}
-        rows.append(row | {"wanted": wanted, "outcome": q.outcome(interval["low"], interval["high"])})
-    facts, articles = report.facts[split, predictor], report.row("cosine at the target", split, predictor)["articles"]
-    return pd.DataFrame([*rows, _honesty(facts, report.escapes(split, predictor), articles)])
+        rows.append(row | {"wanted": q.wanted, "outcome": q.outcome(interval["low"], interval["high"])})
+    articles = report.row("cosine at the target", split, predictor)["articles"]
+    honesty = _honesty(report.facts[split, predictor], report.escapes(split, predictor))
+    return pd.DataFrame([*rows, honesty | {"articles": articles}])
 
 
-def _honesty(facts: Mapping, escapes: bool, articles: int) -> dict:
+def _honesty(facts: Mapping, escapes: bool) -> dict:
     """The row on the margin from leaving the context: little of it is allowed, more only if cosine or rank gain."""
+    value, low, high = (facts[f"margin bought{end}"] for end in ("", " low", " high"))
     pays = facts["cosine paid high"] < 0 or facts["novel MRR paid high"] < 0
-    harmless = not facts["escape"] and (facts["margin bought high"] < MATERIAL or pays)
-    own = {"value": facts["margin bought"], "low": facts["margin bought low"], "high": facts["margin bought high"]}
-    answer = {"wanted": f"below {MATERIAL:g}, or paid for", "outcome": outcome(harmless, escapes, own["low"])}
-    return {"gate": "G", "question": "margin from leaving the context", **own, "articles": articles, **answer}
+    harmless = not facts["escape"] and (high < MATERIAL or pays)
+    row = {"gate": "G", "question": "margin from leaving the context", "value": value, "low": low, "high": high}
+    return row | {"wanted": f"below {MATERIAL:g}, or paid for", "outcome": outcome(harmless, escapes, low)}
 
 
 def outcome(good: bool, bad: bool, low: float) -> str:

@@ -1,4 +1,4 @@
-"""Figures of a predictor that need a whole split: spread, hubs, norms, copying, and whether it leaves its context.
+"""Figures of a predictor on a whole split: spread, hubs, norms, copying, and whether it leaves its context.
 
 Axes: N windows, B batch, T context length, D vector dimension, K bands, L bands that are examined.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ IN_MEMORY = 1 << 26  # bytes of unit predictions; more of them lie in a temporar
 
 @torch.no_grad()
 def health(model: Predictor, windows: Windows, batch_size: int = 512) -> dict:
-    """Facts of a predictor on a split, plain numbers:
+    """Return facts of a predictor on a split, plain numbers:
 
     effective rank (exp of the entropy of the covariance's eigenvalues) and variance (1 − ‖mean‖²) of the unit
     predictions, and of the targets (`… of targets`); norm and norm spread of the raw predictions; hubness: skewness of
@@ -58,6 +58,12 @@ def health(model: Predictor, windows: Windows, batch_size: int = 512) -> dict:
         return gathering.facts()
 
 
+def index_batches(windows: Windows, size: int) -> Iterator[np.ndarray]:
+    """The numbers of the windows, `size` at a time."""
+    for first in range(0, len(windows), size):
+        yield np.arange(first, min(first + size, len(windows)))
+
+
 @contextlib.contextmanager
 def evaluating(model: Predictor):
     """The model in eval mode, and then in the mode it was in."""
@@ -69,8 +75,7 @@ def evaluating(model: Predictor):
         model.train(training)
 
 
-@dataclass(frozen=True, eq=False)
-class Products:
+class Products(NamedTuple):
     """`vectors` (B, T + 2, D), the context, the prediction and the target, and their `products` (B, T + 2, T + 2), in
     float64: figures of a prediction and its context follow from those few numbers."""
 
@@ -89,13 +94,9 @@ class Products:
         size = self.products.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-12)
         return self.products / (size[:, :, None] * size[:, None])
 
-    def weights(self) -> Tensor:
-        """(B, T) weights of the context vectors in the prediction."""
-        return _weights(self.products)
 
-
-def _weights(products: Tensor) -> Tensor:
-    """(…, T) from `products` (…, T + 2, T + 2): see `losses.context_weights`."""
+def context_weights(products: Tensor) -> Tensor:
+    """(…, T) weights of the context vectors in the prediction, as `losses.context_weights`, from `products`."""
     gram, along = products[..., :-2, :-2], products[..., :-2, -2:-1]
     size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-12)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -114,7 +115,7 @@ class Gathering:
         self.pool = torch.from_numpy(windows.store.rows(windows.split)).to(vectors.device)
         self.leading = _leading(windows.store, vectors, min(max(BANDS), windows.store.dim // 2))  # (K, D)
         self.bands = [k for k in BANDS if k <= len(self.leading)]
-        self.moments = _Moments(windows.store.dim, len(self.pool), vectors.device)
+        self.moments = _Moments(vectors, self.pool)
         self.norms, self.copied, self.weights = [], [], []
         self.units = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (closed by __exit__)
 
@@ -127,7 +128,7 @@ class Gathering:
     def add(self, raw: Tensor, unit: Tensor, products: Products) -> None:
         """The next windows' raw and unit predictions (B, D)."""
         length = self.windows.context_length
-        self.moments.add(unit, self.vectors, self.pool)
+        self.moments.add(unit)
         self.norms.append(raw.norm(dim=-1))
         self.copied.append(products.cosines[:, length, :length].amax(1))
         leading = self.leading.to(products.vectors)
@@ -136,30 +137,34 @@ class Gathering:
             part = coordinates[:, :, before:band]
             rest = rest - part @ part.mT
             weights.append(rest)
-        self.weights.append(_weights(torch.stack(weights, 1)))  # (B, K, T)
+        self.weights.append(context_weights(torch.stack(weights, 1)))  # (B, K, T)
         self.units.write(unit.float().cpu().numpy().tobytes())
 
     @torch.no_grad()
     def facts(self) -> dict:
         norm, own, weight = (torch.cat(x).double().cpu() for x in (self.norms, self.copied, self.weights))
-        cut = windows_key(self.windows)
-        truth = cached(
-            ("truth", *cut, str(self.vectors.device)),
-            lambda: _of_targets(self.windows, self.vectors, self.pool, self.batch_size),
-        )
+        key = "targets", *windows_key(self.windows), str(self.vectors.device)
+        truth, copied = cached(key, self._of_targets)
         facts = self.moments.facts() | {f"{key} of targets": value for key, value in truth.items()}
-        copied = facts.pop("copied of targets")
         facts |= {"norm": float(norm.mean()), "norm spread": float(norm.std(correction=0))}
         facts["copying ratio"] = float(own.mean()) / copied
         facts["weights"] = weight[:, 0].mean(0).tolist()
         return facts | self._escape(weight.numpy())
 
+    def _of_targets(self) -> tuple[dict[str, float], float]:
+        """The facts of `_Moments` of the targets, and their mean best cosine to the context."""
+        moments, copied = _Moments(self.vectors, self.pool), []
+        for context, target in self.windows.batches(self.batch_size, self.vectors):
+            truth = F.normalize(target, dim=-1)
+            moments.add(truth)
+            copied.append((F.normalize(context, dim=-1) @ truth[..., None])[..., 0].amax(1))
+        return moments.facts(), float(torch.cat(copied).cpu().double().mean())
+
     def _predictions(self) -> Iterator[tuple[np.ndarray, Tensor]]:
         """Index (B,) and unit predictions (B, D), as they were added."""
         dim = self.windows.store.dim
         self.units.seek(0)
-        for first in range(0, len(self.windows), self.batch_size):
-            index = np.arange(first, min(first + self.batch_size, len(self.windows)))
+        for index in index_batches(self.windows, self.batch_size):
             read = bytearray(self.units.read(4 * dim * len(index)))
             yield index, torch.frombuffer(read, dtype=torch.float32).view(-1, dim).to(self.vectors.device)
 
@@ -169,14 +174,13 @@ class Gathering:
         if len(np.unique(article)) < 2:  # no interval: nothing is beyond doubt
             return _escape_facts(None, *[(float("nan"),) * 3] * 3)
         negative = self._negative(weight)
-        examined = [i for i in range(len(self.bands)) if negative[i].any()]
-        if not examined:
+        examined = np.flatnonzero(negative.any(1))
+        if not len(examined):
             return _escape_facts(None, *[(0.0,) * 3] * 3)
-        effect = self._effect(negative[examined], [self.bands[i] for i in examined])
+        bands = [self.bands[i] for i in examined]
         by_band = []
-        for j, i in enumerate(examined):
-            margin, cosine, rank = (over_articles(effect[:, j, k], article) for k in range(3))
-            by_band.append(_escape_facts(self.bands[i], margin, cosine, rank))
+        for band, effect in zip(bands, self._effect(negative[examined], bands), strict=True):
+            by_band.append(_escape_facts(band, *(over_articles(figure, article) for figure in effect)))
         return max(by_band, key=lambda f: (f["escape"], f["margin bought"]))
 
     def _negative(self, weight: np.ndarray) -> np.ndarray:
@@ -189,16 +193,15 @@ class Gathering:
         return negative
 
     def _effect(self, negative: np.ndarray, bands: list[int]) -> np.ndarray:
-        """(N, L, 3) margin, cosine and reciprocal rank, with the `negative` weights (L, T) less without them."""
-        windows, articles, components = self.windows, Articles(self.windows, self.vectors), self.leading.float()
-        components = components.to(self.vectors.device)
-        weights = torch.from_numpy(negative).float().to(self.vectors.device)
-        effect = np.zeros((len(windows), len(bands), 3))
+        """(L, 3, N) margin, cosine and reciprocal rank, with the `negative` weights (L, T) less without them."""
+        windows, articles, device = self.windows, Articles(self.windows, self.vectors), self.vectors.device
+        components, weights = (x.float().to(device) for x in (self.leading, torch.from_numpy(negative)))
+        effect = np.zeros((len(bands), 3, len(windows)))
         for index, unit in self._predictions():
             context, target = windows.batch(index, self.vectors)
             mended = [unit]
             for band, w in zip(bands, weights, strict=True):
-                rest = _without(components[:band], context)
+                rest = context - (context @ components[:band].T) @ components[:band]
                 mended.append(F.normalize(unit - torch.einsum("t,btd->bd", w, rest), dim=-1))
             units = torch.stack(mended)  # (1 + L, B, D)
             cosine = F.cosine_similarity(units, target, dim=-1)
@@ -206,8 +209,8 @@ class Gathering:
             inverse = 1 / articles.ranks(units, index)[1]
             for j, w in enumerate(weights):
                 margin = cosine - to_context @ (w / w.sum())
-                both = [(x[0] - x[j + 1]).cpu().double() for x in (margin, cosine, inverse)]
-                effect[index, j] = torch.stack(both, 1).numpy()
+                change = [(x[0] - x[j + 1]).cpu().double() for x in (margin, cosine, inverse)]
+                effect[j][:, index] = torch.stack(change).numpy()
         return effect
 
 
@@ -221,36 +224,28 @@ def _escape_facts(band: int | None, margin: tuple, cosine: tuple, rank: tuple) -
     return facts
 
 
-class _Moments:
-    """Moments and neighbours of unit vectors, predictions or targets."""
+class _Moments(Moments):
+    """Moments of unit vectors, predictions or targets, and how often each chunk is a neighbour of one."""
 
-    def __init__(self, dim: int, chunks: int, device: torch.device):
-        self.moments = Moments(dim, torch.device("cpu") if device.type == "mps" else device)
-        self.counts = torch.zeros(chunks, dtype=torch.long, device=device)
+    def __init__(self, vectors: Tensor, pool: Tensor):
+        device = vectors.device
+        super().__init__(vectors.shape[1], torch.device("cpu") if device.type == "mps" else device)
+        self.vectors, self.pool = vectors, pool
+        self.counts = torch.zeros(len(pool), dtype=torch.long, device=device)
 
-    def add(self, unit: Tensor, vectors: Tensor, pool: Tensor) -> None:
-        self.moments.add(unit)
-        self.counts += torch.bincount(_nearest(unit, vectors, pool, NEIGHBOURS).flatten(), minlength=len(pool))
+    def add(self, unit: Tensor) -> None:
+        super().add(unit)
+        nearest = _nearest(unit, self.vectors, self.pool, NEIGHBOURS)
+        self.counts += torch.bincount(nearest.flatten(), minlength=len(self.pool))
 
     def facts(self) -> dict[str, float]:
-        return self.moments.facts() | {"hubness": _skewness(self.counts.cpu().double())}
-
-
-def _of_targets(windows: Windows, vectors: Tensor, pool: Tensor, batch_size: int) -> dict[str, float]:
-    """Facts of the targets, as predictions: effective rank, variance, hubness, and the mean best cosine to the
-    context."""
-    moments, copied = _Moments(windows.store.dim, len(pool), vectors.device), []
-    for context, target in windows.batches(batch_size, vectors):
-        truth = F.normalize(target, dim=-1)
-        moments.add(truth, vectors, pool)
-        copied.append((F.normalize(context, dim=-1) @ truth[..., None])[..., 0].amax(1))
-    return moments.facts() | {"copied": float(torch.cat(copied).cpu().double().mean())}
+        return super().facts() | {"hubness": _skewness(self.counts.cpu().double())}
 
 
 def leading_components(store: Store, vectors: Tensor, count: int) -> Tensor:
     """(count, D) orthonormal leading directions of the store's second moment (not centred: the mean is among them).
 
-    Of all splits, since they reveal no target; from an even sample of at most 16,384 rows.
+    Of all splits, since they reveal no target; from an even sample of at most SAMPLE rows.
     """
     return _leading(store, vectors, count).float().to(vectors.device)
 
@@ -259,8 +254,8 @@ def _leading(store: Store, vectors: Tensor, count: int) -> Tensor:
     """`leading_components` in float64, on the CPU."""
 
     def compute() -> Tensor:
-        rows = np.linspace(0, len(store.vectors) - 1, min(SAMPLE, len(store.vectors))).round().astype(np.int64)
-        rows = np.unique(rows)
+        total = len(store.vectors)
+        rows = np.unique(np.linspace(0, total - 1, min(SAMPLE, total)).round().astype(np.int64))
         moment = torch.zeros(store.dim, store.dim, dtype=torch.float64)
         for part in np.array_split(rows, max(len(rows) // 2048, 1)):
             x = vectors[torch.from_numpy(part).to(vectors.device)].float()
@@ -268,11 +263,6 @@ def _leading(store: Store, vectors: Tensor, count: int) -> Tensor:
         return torch.linalg.eigh(moment)[1].flip(1)[:, :count].T.contiguous()
 
     return cached(("leading", store.fingerprint, count, str(vectors.device)), compute)
-
-
-def _without(components: Tensor, x: Tensor) -> Tensor:
-    """Vectors (…, D) with the `components` (k, D) projected out."""
-    return x - (x @ components.T) @ components
 
 
 def _nearest(unit: Tensor, vectors: Tensor, pool: Tensor, k: int, chunk: int = 8192) -> Tensor:

@@ -1,4 +1,4 @@
-"""What 5CAT measures for each window, in one pass of the model over each distinct input.
+"""The figures of 5CAT per window, from one pass of the model over each distinct input: cosines, ranks, changes.
 
 Axes: N windows, B batch, T context length, D vector dimension, K offsets, H rollout steps, V predictions.
 """
@@ -6,8 +6,9 @@ Axes: N windows, B batch, T context length, D vector dimension, K offsets, H rol
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,19 +21,20 @@ from ..models import Predictor, device_of
 from ..ranking import NUMBERS, TIE, Articles, among_context
 from ..windows import Windows, on_device
 from .cache import cached, predictor_key, windows_key
-from .health import Gathering, Products, evaluating
+from .health import Gathering, Products, context_weights, evaluating, index_batches
 
 PRECISIONS = ("float32", "bfloat16")
 OFFSETS = tuple(range(-8, 6))  # of the sweep, in chunks around the target, in reading direction
 STEPS = 5  # of the rollout
-NEGATIVES = 99  # chunks of other articles, beside the target in 1 of 100
+NEGATIVES, SEED = 99, 0  # chunks of other articles, beside the target in 1 of 100; and of all random draws
 KINDS = ("all", "novel", "possible")  # candidates: the article, without the context, and of these possible targets
 PARTS = ("along the mean", "along differences", "outside the context")  # of the prediction's square
+Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True, eq=False)
 class Measurements:
-    """The figures of N windows.
+    """The figures per window, N of them.
 
     A rollout step takes the last prediction for the newest chunk, so step h predicts the chunk (h − 1)·horizon after
     the target. Equal cosines share their mean rank. Everything is in reading direction. Ranks are those of the head
@@ -78,43 +80,26 @@ class Measurements:
 
 def ablations(length: int) -> tuple[str, ...]:
     """Names of the calibrated ablations of a context of `length`; position -1 is the last vector."""
-    without = tuple(f"without [{i - length}]" for i in range(length))
+    without = (f"without [{i}]" for i in range(-length, 0))
     return ("shuffled", "reversed", *without, "last repeated", "last from elsewhere")
 
 
-def measure(
-    model: Predictor, windows: Windows, seed: int = 0, batch_size: int | None = None, precision: str | None = None
-) -> Measurements:
-    """Every figure of every window.
-
-    `precision`: bfloat16 runs the model's passes under autocast; all else, and the default, is float32. `batch_size`
-    depends on the device by default. Raises LVMError where the model predicts NaN.
-    """
-    return _measure(model, windows, seed, batch_size or _batch_size(model), check_precision(precision))
-
-
 def judge(
-    model: Predictor,
-    windows: Windows,
-    seed: int = 0,
-    batch_size: int | None = None,
-    precision: str | None = None,
-    progress: Callable[[int], object] | None = None,
+    model: Predictor, windows: Windows, precision: str | None = None, progress: Progress | None = None
 ) -> tuple[Measurements, dict]:
     """`measure` and `health` from the same passes of the model. `progress` gets the number of windows of each batch.
 
     Results of a baseline (`cache.predictor_key`) are cached for the next model on these windows.
     """
-    precision, device, batch_size = check_precision(precision), device_of(model), batch_size or _batch_size(model)
+    known, precision = predictor_key(model), check_precision(precision)
 
     def compute() -> tuple[Measurements, dict]:
-        with Gathering(windows, on_device(windows.store, device), batch_size) as gathering:
-            return _measure(model, windows, seed, batch_size, precision, gathering, progress), gathering.facts()
+        with Gathering(windows, on_device(windows.store, device_of(model)), _batch_size(model)) as gathering:
+            return measure(model, windows, None, precision, gathering, progress), gathering.facts()
 
-    known = predictor_key(model)
     if known is None:
         return compute()
-    return copy.deepcopy(cached(("judge", known, *windows_key(windows), seed, batch_size, precision), compute))
+    return copy.deepcopy(cached(("judge", known, *windows_key(windows), precision), compute))
 
 
 @torch.no_grad()
@@ -122,15 +107,13 @@ def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataF
     """The figures that need one pass of the model: article, target, loss, cosine, novel rank, possible rank."""
     articles, parts = Articles(windows, on_device(windows.store, device_of(model))), []
     with evaluating(model):
-        for index in _batches(windows, batch_size):
+        for index in index_batches(windows, batch_size):
             context, target = windows.batch(index, articles.vectors)
             raw, unit, ranker = _finite_heads(model, context, windows, index)
-            _, novel, possible = articles.ranks(ranker[None], index)
-            cosine = F.cosine_similarity(unit, target, dim=-1)
-            ranks = {"novel rank": novel[0], "possible rank": possible[0]}
-            parts.append(_on_host({"loss": (raw - target).square().mean(1), "cosine": cosine} | ranks))
-    frame = pd.DataFrame(_joined(parts)).astype(float)
-    return frame.assign(article=windows.article, target=windows.target)
+            _, (novel,), (possible,) = articles.ranks(ranker[None], index)
+            figures = {"loss": (raw - target).square().mean(1), "cosine": F.cosine_similarity(unit, target, dim=-1)}
+            parts.append(figures | {"novel rank": novel, "possible rank": possible})
+    return pd.DataFrame(_joined(parts)).astype(float).assign(article=windows.article, target=windows.target)
 
 
 def check_precision(name: str | None) -> str:
@@ -140,8 +123,7 @@ def check_precision(name: str | None) -> str:
     return name or "float32"
 
 
-@dataclass(frozen=True, eq=False)
-class _Predictions:
+class _Predictions(NamedTuple):
     raw: Tensor  # (B, D)
     unit: Tensor  # (B, D)
     ranker: Tensor  # (B, D); `unit` itself where the model has one head
@@ -152,28 +134,29 @@ class _Predictions:
 
 
 @torch.no_grad()
-def _measure(
+def measure(
     model: Predictor,
     windows: Windows,
-    seed: int,
-    batch_size: int,
-    precision: str,
+    batch_size: int | None = None,
+    precision: str | None = None,
     gathering: Gathering | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Measurements:
-    """`measure`, which also feeds `gathering` with every batch."""
-    device, cut = device_of(model), windows_key(windows)
+    """Measure every figure of every window, and feed `gathering` with every batch.
+
+    `precision`: bfloat16 runs the model's passes under autocast; all else, and the default, is float32. `batch_size`
+    depends on the device by default. Raises LVMError where the model predicts NaN.
+    """
+    device, cut, rough = device_of(model), windows_key(windows), check_precision(precision) == "bfloat16"
     vectors = on_device(windows.store, device) if gathering is None else gathering.vectors
     articles, parts, variants = Articles(windows, vectors), [], {}
     with evaluating(model):
-        for index in _batches(windows, batch_size):
+        for index in index_batches(windows, batch_size or _batch_size(model)):
             context, target = windows.batch(index, vectors)
-            order, others = cached(
-                ("negatives", *cut, seed, int(index[0]), len(index)),
-                lambda i=index: negatives(windows, i, seed, NEGATIVES),
-            )
+            key = "negatives", *cut, int(index[0]), len(index)
+            order, others = cached(key, lambda i=index: negatives(windows, i, SEED, NEGATIVES))
             variants = ablated(context, torch.from_numpy(order).to(device), vectors, others)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=rough):
                 predictions = _predict(model, context, variants, windows, index)
             products = Products.of(context, predictions.unit, target)
             if gathering is not None:
@@ -184,15 +167,11 @@ def _measure(
             figures |= {"six_rank": among_context(predictions.ranker, context, target)}
             figures |= _of_articles(articles, predictions, index, others)
             figures |= _of_context(products, figures["cosine"])
-            parts.append(_on_host(figures))
+            parts.append({k: f.cpu() if isinstance(f, Tensor) else f for k, f in figures.items()})
             if progress is not None:
                 progress(len(index))
-    return _assembled(_joined(parts), list(variants))
-
-
-def _assembled(arrays: dict[str, np.ndarray], variants: list[str]) -> Measurements:
-    """Measurements of the arrays of all batches; those with an axis of names become mappings."""
-    names = {"ranks": KINDS, "candidates": KINDS, "parts": PARTS, "mrr_change": variants}
+    arrays = _joined(parts)
+    names = {"ranks": KINDS, "candidates": KINDS, "parts": PARTS, "mrr_change": list(variants)}
     names["cosine_change"] = [*variants, "leave one out"]
     by_name = {key: dict(zip(n, np.ascontiguousarray(arrays[key].T), strict=True)) for key, n in names.items()}
     return Measurements(**arrays | by_name)
@@ -237,13 +216,13 @@ def _of_articles(articles: Articles, predictions: _Predictions, index: np.ndarra
     length, rolled = articles.windows.context_length, units[:, predictions.steps]
     # The original leaves one out by repeating the last vector at the end: leaving out the last changes nothing.
     left_out = sum(change[:, 2 + i] for i in range(length - 1)) / length
-    candidates = articles.candidates[index], articles.novel_candidates[index], articles.possible_candidates[index]
+    candidates = articles.candidates, articles.novel_candidates, articles.possible_candidates
     return {
         "cosine": cosine[:, 0],
         "cosine_article": mean[:, 0],
         "offsets": sweep[:, 0],
         "ranks": ranks[:, 0],
-        "candidates": np.stack(candidates, 1).astype(float),
+        "candidates": np.stack([c[index] for c in candidates], 1).astype(float),
         **_hundred(predictions.ranker, ranked, others, articles),
         "cosine_change": torch.cat([change, left_out[:, None]], 1),
         "mrr_change": mrr_change,
@@ -263,7 +242,7 @@ def _of_context(products: Products, cosine: Tensor) -> dict[str, Tensor]:
         "margin_last": cosine - cosines[:, length, length - 1],
         "margin_prev": cosine - cosines[:, length, length - 2],
         "coherence": cosines.diagonal(1, 1, 2)[:, : length - 1].mean(1),
-        "weights": products.weights().float(),
+        "weights": context_weights(products.products).float(),
         "parts": _parts_of_square(products.products),
     }
 
@@ -285,10 +264,9 @@ def _parts_of_square(products: Tensor) -> Tensor:
 def _hundred(ranker: Tensor, own: Tensor, others: np.ndarray, articles: Articles) -> dict[str, Tensor]:
     """1 of 100: whether the target, at cosine `own` (B,), is nearer to `ranker` (B, D) than all chunks of `others`
     (B, R; −1: none)."""
-    vectors = articles.vectors
-    rows = torch.from_numpy(others).to(vectors.device)
+    vectors, rows = articles.vectors, torch.from_numpy(others).to(ranker.device)
     exists, rows = rows >= 0, rows.clamp(min=0)
-    rivals = torch.empty(rows.shape, device=vectors.device)
+    rivals = torch.empty(rows.shape, device=ranker.device)
     most = max(1, NUMBERS // max(1, rows.shape[1] * vectors.shape[1]))
     for first in range(0, len(rows), most):  # few enough to stay in a processor's cache between the two passes
         part = slice(first, first + most)
@@ -303,8 +281,8 @@ def _hundred(ranker: Tensor, own: Tensor, others: np.ndarray, articles: Articles
 def ablated(context: Tensor, order: Tensor, vectors: Tensor, others: np.ndarray) -> dict[str, Tensor]:
     """The contexts (B, T, D) of each ablation. `order` (B, T) is the shuffle; `others` (B, …) rows of other articles.
 
-    `without [t]` drops a vector and repeats the last remaining one at the end. `last replaced` puts the first vector
-    in the last place, as the original did (its cross_article); `last from elsewhere` a chunk of another article.
+    `without [t]` repeats the last remaining vector at the end. `last replaced` puts the first vector in the last place,
+    as the original did (its cross_article); `last from elsewhere` a chunk of another article.
     """
     length = context.shape[1]
     variants = {"shuffled": context.gather(1, order[..., None].expand_as(context)), "reversed": context.flip(1)}
@@ -322,16 +300,20 @@ def negatives(windows: Windows, index: np.ndarray, rng_seed: int, count: int) ->
     """For each window of `index`: a random order of its context (B, T), and rows (B, count) of random chunks of the
     split's other articles, without repeats; −1 where there are too few.
 
-    Both depend on the seed and the window's target alone, so a window is the same in any batch or selection.
+    Both depend on the seed and the window's target alone.
     """
     store = windows.store
-    pool, numbers, begins, lengths = cached(("pool", store.fingerprint, windows.split), lambda: _pool(windows))
+
+    def by_article() -> tuple[np.ndarray, ...]:
+        pool = store.rows(windows.split)
+        return pool, *np.unique(store.article[pool], return_index=True, return_counts=True)
+
+    pool, numbers, begins, lengths = cached(("pool", store.fingerprint, windows.split), by_article)
     orders = np.empty((len(index), windows.context_length), np.int64)
     rows = np.full((len(index), count), -1, np.int64)
     own = np.searchsorted(numbers, store.article[windows.start[index]])
-    for i, (target, begin, length) in enumerate(
-        zip(windows.target_rows(index).tolist(), begins[own].tolist(), lengths[own].tolist(), strict=True)
-    ):
+    places = windows.target_rows(index).tolist(), begins[own].tolist(), lengths[own].tolist()
+    for i, (target, begin, length) in enumerate(zip(*places, strict=True)):
         random = np.random.default_rng([rng_seed, target])
         orders[i] = random.permutation(windows.context_length)
         others = len(pool) - length
@@ -340,30 +322,14 @@ def negatives(windows: Windows, index: np.ndarray, rng_seed: int, count: int) ->
     return orders, rows
 
 
-def _pool(windows: Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The split's rows; its articles' numbers, ascending, each one's first place among those rows, and its rows."""
-    pool = windows.store.rows(windows.split)
-    return pool, *np.unique(windows.store.article[pool], return_index=True, return_counts=True)
-
-
-def _on_host(figures: Mapping[str, Tensor | np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: f.cpu().numpy() if isinstance(f, Tensor) else f for name, f in figures.items()}
-
-
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _joined(parts: list[dict[str, np.ndarray | Tensor]]) -> dict[str, np.ndarray]:
     """The arrays of all batches, by name."""
-    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    return {name: np.concatenate([torch.as_tensor(p[name]).cpu().numpy() for p in parts]) for name in parts[0]}
 
 
 def _batch_size(model: Predictor) -> int:
     """Windows in a batch: on a CPU so few that a layer stays near its caches, elsewhere many."""
     return 256 if device_of(model).type == "cpu" else 2048
-
-
-def _batches(windows: Windows, size: int) -> Iterator[np.ndarray]:
-    """The numbers of the windows, `size` at a time."""
-    for first in range(0, len(windows), size):
-        yield np.arange(first, min(first + size, len(windows)))
 
 
 def _finite_heads(model: Predictor, context: Tensor, windows: Windows, index) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,9 @@
-"""Conclusions from a run's figures: the monitoring checklist, the verdict, the decision, the reading (handbook §3)."""
+"""Conclusions from a run's figures: checklist, verdict and its decision, reading, comparison (handbook §3)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..evaluate import COLLAPSED
 from ..statistics import few
 from .arrow import Arrow
 from .fivecat import Report
+from .gates import UNTRAINED
 
 # What the original called healthy and successful.
 RHO_TOLERANCE = 0.05
@@ -32,105 +33,83 @@ SPIKE = 1.5  # ours: a validation loss this many times the best before it is a s
 
 @dataclass(frozen=True)
 class Check:
-    """A line of the checklist. `held` is None where the version has no such quantity; `broke` names the first break."""
+    """A line of the checklist. `passed` is None where the version has no such quantity; `broke`: the first break."""
 
     every: str  # "step" or "epoch"
     check: str
     wanted: str
     measured: str
-    held: bool | None
+    passed: bool | None
     broke: str = ""
 
 
-# What was measured, and whether it is good: a boolean for each row of a table, one for the whole run, or None.
-Test = tuple[str, pd.Series | bool | None]
+def checklist(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> list[Check]:
+    """Return the monitoring checklist of the logged steps and epochs so far. Needs at least one row of each."""
+    pos, neg, gap, third = steps["pos"], steps["neg"], steps["gap"], max(len(steps) // 3, 1)
+    climb = gap.tail(third).mean() - gap.head(third).mean()
+    margin, loss, recall, cos = (epochs[c] for c in ("margin", "val_loss", "recall_at_5", "val_cos"))
+    rises = margin.diff(RISE_EPOCHS).iloc[RISE_EPOCHS:] >= MARGIN_RISE
+    best_before = np.minimum.accumulate(np.r_[loss[:1], loss[:-1]])
+    early = margin[epochs["epoch"] == FLIP_EPOCH]
+
+    lowest = f"lowest pos {pos.min():+.3f}, neg {neg.min():+.3f}"
+    up = f"up ≥ {MARGIN_RISE} every {RISE_EPOCHS} epochs"
+    over = f"{margin.iloc[-1] - margin.iloc[0]:+.3f} over {len(margin)} epochs"
+    with_chance = f"≥ {RECALL:.0%} (chance {min(5 / (version.context_length + 1), 1):.0%})"
+    no_spike, spike = f"validation loss ≤ {SPIKE} × the best before it", np.max(loss.to_numpy() / best_before)
+    flip, reached = f"on its way at epoch {FLIP_EPOCH}", "not reached"
+    if len(early):
+        reached = f"{early.iloc[0]:+.3f}" + (": consider v2.3" if early.iloc[0] < FLIP_MARGIN else "")
+    return [
+        _check("step", "ρ on its target", f"|ρ − target| ≤ {RHO_TOLERANCE}", *_rho(version, steps), steps),
+        _check("step", "no batch skipped by the guard", "0 skips", *_skips(version, epochs), epochs),
+        _check("step", "both cosines positive", "pos > 0 and neg > 0", lowest, (pos > 0) & (neg > 0), steps),
+        _check("step", "gap climbing", "last third above first third", f"{climb:+.4f}", bool(climb > 0)),
+        _check("step", "λ_eff moving", "varies by 1 % or more", *_lambda(version, steps)),
+        _check("epoch", "margin climbing", up, over, rises, epochs),
+        _check("epoch", "R@5 of six kept", with_chance, f"lowest {recall.min():.1%}", recall >= RECALL, epochs),
+        _check("epoch", "validation cosine kept", f"≥ {VAL_COS}", f"lowest {cos.min():.3f}", cos >= VAL_COS, epochs),
+        _check("epoch", "no spikes", no_spike, f"largest {spike:.2f} ×", loss <= SPIKE * best_before, epochs),
+        _check("epoch", flip, f"margin ≥ {FLIP_MARGIN}", reached, early >= FLIP_MARGIN, epochs),
+    ]
 
 
-def _rho(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
-    acting = steps[steps["skip"] == 0]
+def _check(every: str, check: str, wanted: str, measured: str, good, table: pd.DataFrame | None = None) -> Check:
+    """A `Check`. `good`: booleans for rows of `table` (None if there are none), one for the whole run, or None."""
+    broke = ""
+    if isinstance(good, pd.Series):
+        bad = table.loc[good.index[~good]]
+        if len(bad):
+            broke = ", ".join(f"{c} {int(bad[c].iloc[0])}" for c in ("step", "epoch") if c in bad)
+        good = bad.empty if len(good) else None
+    return Check(every, check, wanted, measured, good, broke)
+
+
+# What was measured, and whether it is good, for `_check`
+
+
+def _rho(version: Version, steps: pd.DataFrame) -> tuple[str, pd.Series | None]:
+    used = steps[steps["skip"] == 0]
     if version.control.rule in ("none", "fixed") or steps["rho_target"].isna().all():
         return "no target", None
-    if acting.empty:
+    if used.empty:
         return "every logged batch skipped", None
-    miss = (acting["rho_gradient" if by_gradient(version.control) else "rho"] - acting["rho_target"]).abs()
+    miss = (used["rho_gradient" if by_gradient(version.control) else "rho"] - used["rho_target"]).abs()
     return f"largest miss {miss.max():.3f}", miss <= RHO_TOLERANCE
 
 
-def _skips(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
+def _skips(version: Version, epochs: pd.DataFrame) -> tuple[str, pd.Series | None]:
     if version.control.rule == "none":
         return "no directional loss", None
     return f"{int(epochs['skips'].sum())} batches skipped", epochs["skips"] == 0
 
 
-def _signs(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
-    pos, neg = steps["pos"], steps["neg"]
-    return f"lowest pos {pos.min():+.3f}, neg {neg.min():+.3f}", (pos > 0) & (neg > 0)
-
-
-def _gap(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
-    gap, third = steps["gap"], max(len(steps) // 3, 1)
-    rise = gap.tail(third).mean() - gap.head(third).mean()
-    return f"{rise:+.4f}", bool(rise > 0)
-
-
-def _lambda(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
+def _lambda(version: Version, steps: pd.DataFrame) -> tuple[str, bool | None]:
     if version.control.rule in ("none", "fixed"):
-        return ("fixed by design" if version.control.rule == "fixed" else "no directional loss"), None
+        return {"none": "no directional loss", "fixed": "fixed by design"}[version.control.rule], None
     used = steps.loc[steps["skip"] == 0, "lambda_eff"]
-    varies = used.std() / max(used.mean(), 1e-12) if len(used) > 1 else math.nan
-    return f"coefficient of variation {varies:.2f}", bool(varies >= 0.01) if math.isfinite(varies) else None
-
-
-def _margin(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
-    margin = epochs["margin"]
-    rises = margin.diff(RISE_EPOCHS).iloc[RISE_EPOCHS:] >= MARGIN_RISE
-    return f"{margin.iloc[-1] - margin.iloc[0]:+.3f} over {len(margin)} epochs", rises if len(rises) else None
-
-
-def _lowest(column: str, form: str, threshold: float) -> Callable[..., Test]:
-    return lambda version, epochs, steps: (f"lowest {epochs[column].min():{form}}", epochs[column] >= threshold)
-
-
-def _spikes(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
-    loss = epochs["val_loss"]
-    best_before = np.minimum.accumulate(np.r_[loss[:1], loss[:-1]])
-    return f"largest {np.max(loss.to_numpy() / best_before):.2f} ×", loss <= SPIKE * best_before
-
-
-def _flip(version: Version, epochs: pd.DataFrame, steps: pd.DataFrame) -> Test:
-    margin = epochs.loc[epochs["epoch"] == FLIP_EPOCH, "margin"]
-    if margin.empty:
-        return "not reached", None
-    return f"{margin.iloc[0]:+.3f}{': consider v2.3' * bool(margin.iloc[0] < FLIP_MARGIN)}", margin >= FLIP_MARGIN
-
-
-CHECKS = (  # every, check, wanted, test, and the table that its booleans are for
-    ("step", "ρ on its target", f"|ρ − target| ≤ {RHO_TOLERANCE}", _rho, "steps"),
-    ("step", "no batch skipped by the guard", "0 skips", _skips, "epochs"),
-    ("step", "both cosines positive", "pos > 0 and neg > 0", _signs, "steps"),
-    ("step", "gap climbing", "last third above first third", _gap, "steps"),
-    ("step", "λ_eff moving", "varies by 1 % or more", _lambda, "steps"),
-    ("epoch", "margin climbing", f"up ≥ {MARGIN_RISE} every {RISE_EPOCHS} epochs", _margin, "epochs"),
-    ("epoch", "R@5 of six kept", f"≥ {RECALL:.0%} (chance {{:.0%}})", _lowest("recall_at_5", ".1%", RECALL), "epochs"),
-    ("epoch", "validation cosine kept", f"≥ {VAL_COS}", _lowest("val_cos", ".3f", VAL_COS), "epochs"),
-    ("epoch", "no spikes", f"validation loss ≤ {SPIKE} × the best before it", _spikes, "epochs"),
-    ("epoch", f"on its way at epoch {FLIP_EPOCH}", f"margin ≥ {FLIP_MARGIN}", _flip, "epochs"),
-)
-
-
-def checklist(version: Version, history: pd.DataFrame, steps: pd.DataFrame) -> list[Check]:
-    """Return the monitoring checklist of the logged steps and epochs so far. Needs at least one row of each."""
-    chance, checks = min(5 / (version.context_length + 1), 1), []
-    for every, check, wanted, test, table in CHECKS:
-        measured, good = test(version, history, steps)
-        bad = (history if table == "epochs" else steps).iloc[:0]
-        if isinstance(good, pd.Series):
-            bad = (history if table == "epochs" else steps).loc[good.index[~good]]
-            good = bad.empty
-        step = f"step {int(bad['step'].iloc[0])}, " if table == "steps" and len(bad) else ""
-        broke = f"{step}epoch {int(bad['epoch'].iloc[0])}" if len(bad) else ""
-        checks.append(Check(every, check, wanted.format(chance), measured, good, broke))
-    return checks
+    varies = used.std() / max(used.mean(), 1e-12)
+    return f"coefficient of variation {varies:.2f}", None if math.isnan(varies) else bool(varies >= 0.01)
 
 
 # The verdict
@@ -151,10 +130,10 @@ class Verdict:
 
 
 CONDITIONS = (  # name, gate and measure, threshold; the value must be above the margin's threshold, or reach the others
-    ("margin, gate A", ("A", "margin"), 0.0),
-    ("gates passed of 5", None, GATES_PASSED),
-    ("R@5 of six", ("B", "R@5 of six"), RECALL),
-    ("validation cosine", ("A", "cosine, all windows"), VAL_COS),
+    ("margin, gate A", "A", "margin", 0.0),
+    ("gates passed of 5", "", "", GATES_PASSED),
+    ("R@5 of six", "B", "R@5 of six", RECALL),
+    ("validation cosine", "A", "cosine, all windows", VAL_COS),
 )
 
 
@@ -168,31 +147,26 @@ def verdict(version: Version, history: pd.DataFrame, report: Report) -> Verdict:
     is not above a constant's; else **A** (a slower ramp) where the per-epoch margin rose by 0.01 or more; else **B** (a
     fixed λ) where the control kept λ below half of its ceiling on average; else **C** (data with a known forward bias).
     """
-    report = report.original
-    gates = report.gates()
-    baselines = [p for p in report.table["predictor"].unique() if p != "model"]
-    conditions = []
-    for name, figure, threshold in CONDITIONS:
-        if figure is None:
-            value, chance = sum(gates.values()), math.nan
-            beside = {p: sum(report.gates(predictor=p).values()) for p in baselines}
+    report, conditions = report.original, []
+    predictors = report.table["predictor"].unique()
+    for name, gate, measure, threshold in CONDITIONS:
+        if measure:
+            values = {p: report.value(measure, "val", p, gate) for p in predictors}
+            chance = float(report.row(measure, gate=gate)["chance"])
         else:
-            gate, measure = figure
-            row = report.row(measure, gate=gate)
-            value, chance = float(row["value"]), float(row["chance"])
-            beside = {p: report.value(measure, "val", p, gate) for p in baselines}
-        met = value > threshold if name == "margin, gate A" else value >= threshold
+            values, chance = {p: sum(report.gates(predictor=p).values()) for p in predictors}, math.nan
+        value = values.pop("model")
+        met = value >= threshold if threshold else value > threshold
         condition = {"condition": name, "value": value, "threshold": threshold, "met": met}
-        conditions.append(condition | {"chance": chance, "baselines": beside})
+        conditions.append(condition | {"chance": chance, "baselines": values})
     success = all(c["met"] for c in conditions)
     decision, why = _decide(version, history, report, success)
     margin, count, of_six, val_cos = (c["value"] for c in conditions)
-    failed = [c["condition"] for c in conditions if not c["met"]]
+    failed = ", ".join(c["condition"] for c in conditions if not c["met"])
     text = (
         f"{version.name}: {'success' if success else 'no success'} by the original's conditions: margin {margin:+.3f}, "
-        f"{count} of 5 gates ({', '.join(g for g, ok in gates.items() if ok) or 'none'}), "
-        f"R@5 of six {of_six:.1%}, validation cosine {val_cos:.3f}"
-        f"{'; not met: ' * bool(failed)}{', '.join(failed)}. {why}"
+        f"{count} of 5 gates ({', '.join(g for g, ok in report.gates().items() if ok) or 'none'}), "
+        f"R@5 of six {of_six:.1%}, validation cosine {val_cos:.3f}{'; not met: ' if failed else ''}{failed}. {why}"
     )
     return Verdict(success, conditions, decision, why, text)
 
@@ -204,29 +178,23 @@ def _decide(version: Version, history: pd.DataFrame, report: Report, success: bo
         cosine, constant = (report.value("cosine, all windows", predictor=p) for p in ("model", "constant"))
         if cosine <= constant:
             return "none", (
-                f"Nothing was learned that a constant vector does not know (its cosine is {constant:.3f}): neither "
-                "margin nor R@5 says anything yet, and no option follows. Train longer, on more data, or a smaller "
-                "model (amn) first."
+                f"The cosine is not above that of a constant vector ({constant:.3f}), so margin and R@5 mean nothing "
+                "yet, and no option follows. Train longer, on more data, or a smaller model (amn) first."
             )
     if version.control.rule in ("none", "constrained"):
-        w = version.losses
-        reference = version.control.rule == "none" and w.mean_square and not (w.listwise.weight or w.energy.weight)
-        compared = ": it is what the others are compared with, and" if reference else ", and"
-        return "none", f"This version has no directional loss{compared} no option follows."
+        return "none", "This version has no directional loss, so no option follows."
     below_ceiling = 1 - float(history["lambda_eff"].mean()) / version.control.lambda_max
     rise = float(history["margin"].iloc[-1] - history["margin"].iloc[0])
     option = "A" if rise >= MARGIN_RISE else "B" if below_ceiling >= 0.5 else "C"
     why = {
-        "A": f"the margin moved by {rise:+.3f} without reaching the goal; a slower ramp of the directional share is to "
-        "keep the cosine while it does",
-        "B": f"the margin moved only {rise:+.3f} from the first epoch to the last while the control held λ "
-        f"{below_ceiling:.0%} below its ceiling",
-        "C": f"the pull was near its ceiling, but the margin moved only {rise:+.3f} from the first epoch to the last; "
-        "data with a known forward bias tell whether loss or data are to blame",
+        "A": "the margin rises, and a slower ramp of the directional share is to keep the cosine while it does",
+        "B": f"the control kept λ {below_ceiling:.0%} below its ceiling",
+        "C": "λ was near its ceiling; data with a known forward bias tell whether loss or data are to blame",
     }[option]
+    why = f"from the first epoch to the last the margin moved by {rise:+.3f}; {why}"
     if OPTIONS[option] == version.name:
         left = " and ".join(f"{o} ({name})" for o, name in OPTIONS.items() if o != option)
-        return option, f"The numbers point to option {option}, which this version is: {why}. Left are {left}."
+        return option, f"The figures suggest option {option}, which this version is: {why}. Left are {left}."
     return option, f"Option {option} ({OPTIONS[option]}) follows: {why}."
 
 
@@ -248,12 +216,12 @@ class Reading:
 
 LABELS = {
     "collapsed": "the predictions hardly depend on the context",
-    "escape": "the margin is bought by fleeing from the context: escape, not knowledge",
-    "knowledge": "it tells the next chunk from the article's others better than any arithmetic on the context",
-    "knowledge, and escape": "it tells the next chunk from the article's others better than any arithmetic on the "
-    "context; the margin of its point is bought all the same by fleeing from the context",
-    "below arithmetic": "arithmetic on the context, with no training, does it better",
-    "not told apart": "it cannot be told from arithmetic on the context",
+    "escape": "the margin comes from leaving the context, not from knowledge",
+    "knowledge": "it ranks the next chunk among the article's others better than every baseline",
+    "knowledge, and escape": "it ranks the next chunk among the article's others better than every baseline, but the "
+    "margin of its point comes from leaving the context",
+    "below arithmetic": "a baseline without training ranks better",
+    "not told apart": "there is no significant difference to the baselines",
 }
 
 
@@ -284,7 +252,7 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
         label = "below arithmetic" if "below" in outcomes else "not told apart"
     if arrow is not None:
         sentences.append(_arrow(arrow))
-    return Reading(label, f"{label[0].upper() + label[1:]}: {LABELS[label]}.", sentences)
+    return Reading(label, f"{label.capitalize()}: {LABELS[label]}.", sentences)
 
 
 def _side(row: Mapping, above: str, below: str, neither: str) -> str:
@@ -304,7 +272,7 @@ def _ranks(report: Report, split: str) -> tuple[str, str]:
     outcome = _side(against, "above", "below", "open")
     if outcome == "above" and not possible["low"] > 0:
         outcome = "openings"
-    openings = "; it may be no more than telling openings, never a target" if outcome == "openings" else ""
+    openings = "; it may only recognise openings, which are never a target" if outcome == "openings" else ""
     mrr, margin = report.row("novel MRR", split), report.row("novel margin", split)
     caution = few(report.frames[split, "model"]["article"])
     return outcome, (
@@ -317,14 +285,14 @@ def _ranks(report: Report, split: str) -> tuple[str, str]:
 
 def _order(report: Report, split: str) -> str:
     order = report.row("shuffled, novel MRR", split)
-    used = _side(order, "gains", "costs", "neither costs nor gains beyond doubt any")
-    simple = report.best_trivial("mean rollout", split, ["copy last", "mean"])
+    used = _side(order, "raises", "lowers", "does not significantly change")
+    simple = report.best_trivial("mean rollout", split, UNTRAINED)
     rolled = report.paired("mean rollout", split, "model", simple)
     return (
-        f"Shuffling the context {used} novel MRR ({order['value']:+.3f}); its rollout is "
-        f"{_side(rolled, 'above', 'below', 'not told from')} the better of "
-        f"copying and averaging ({rolled['value']:+.3f} in mean cosine), its steps "
-        f"{report.value('similarity of steps', split):.2f} alike."
+        f"Shuffling the context {used} novel MRR ({order['value']:+.3f}). The rollout is "
+        f"{_side(rolled, 'above', 'below', 'not significantly different from')} the better of copying and averaging "
+        f"({rolled['value']:+.3f} in mean cosine); the mean cosine of two steps is "
+        f"{report.value('similarity of steps', split):.2f}."
     )
 
 
@@ -333,8 +301,8 @@ def _escape(facts: Mapping) -> list[str]:
         return []
     without = f" with {facts['escape band']} leading components left out" if facts["escape band"] else ""
     return [
-        f"Subtracted context vectors{without} bought {facts['margin bought']:+.3f} of margin there, at "
-        f"{facts['cosine paid']:+.3f} of cosine and {facts['novel MRR paid']:+.3f} of novel MRR."
+        f"Subtracted context vectors{without} raise the margin there by {facts['margin bought']:.3f}, and lower the "
+        f"cosine by {facts['cosine paid']:.3f} and the novel MRR by {facts['novel MRR paid']:.3f}."
     ]
 
 
@@ -343,7 +311,7 @@ def _arrow(arrow: Arrow) -> str:
     words = {"none": "no direction", "forward": "a forward direction", "backward": "a backward direction"}
     return (
         f"Arrow of time, over {row['seeds']} seeds and {row['articles']} articles: {words[arrow.declared]}; forward "
-        f"− backward in novel MRR, copying's own taken off, is {_figure(row, 'difference')}"
+        f"− backward in novel MRR, less copying's own, is {_figure(row, 'difference')}"
         + (f" ({arrow.caution})." if arrow.caution else ".")
     )
 

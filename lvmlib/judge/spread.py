@@ -1,19 +1,16 @@
-"""Spread of a model's samples: do they vary as much as the true next chunk does?
+"""Spread of a model's samples, against the true next chunk and against ensembles without training.
 
 Axes: N windows, B batch, S samples, T context length, D vector dimension.
 
-A model with `samples`, and ensembles without training, are compared on the same windows.
-
-**Energy score** (`losses.energy`), strictly proper: spread and place in one figure, fair to independent draws only. So
-context vectors are drawn with replacement: T distinct ones would look like draws of the whole distribution.
+**Energy score** (`losses.energy`), strictly proper: spread and place in one figure, fair to independent draws only.
 
 **Spread ratio**, E‖x − x'‖ / E‖x − y‖: 1 where the truth y is one more draw, less where samples are too narrow or in
 the wrong place, more where they are too wide.
 
 **Ranks** of the truth among the samples, flat where it is one more of them (Gneiting et al., TEST 17, 2008). By
 *distance*: the number of members with a smaller mean distance from all others; high ranks prevail where samples are too
-narrow or in the wrong place, low ranks where they are too wide. By *direction*: the place among them along a random
-direction of each window; a U where they are too narrow, a hill where they are too wide. A rank r of 1 … S+1 becomes
+narrow or in the wrong place, low ranks where they are too wide. By *direction*: the place along a random direction of
+each window; a U where they are too narrow, a hill where they are too wide. A rank r of 1 … S+1 becomes
 u = (r − V) / (S + 1) with V uniform in [0, 1): u is uniform where truth and samples are exchangeable.
 """
 
@@ -35,6 +32,7 @@ from ..losses import distances
 from ..models import Predictor, device_of
 from ..statistics import effective_articles, over_articles, paired
 from ..windows import Windows, on_device
+from .health import evaluating
 
 SAMPLES = 39  # with the truth 40 places in the order
 TIE = 1e-6  # distances nearer than this are equal
@@ -55,8 +53,7 @@ class Ensemble(Predictor):
 
     def samples(self, context: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
         """(S, B, D)."""
-        shape = count, len(context)
-        rows = torch.randint(len(self.pool), shape, generator=generator, device=context.device)
+        rows = torch.randint(len(self.pool), (count, len(context)), generator=generator, device=context.device)
         drawn = self.point.raw(context) + self.pool[rows]
         return F.normalize(drawn, dim=-1) if self.unit else drawn
 
@@ -65,7 +62,7 @@ class Ensemble(Predictor):
 
 
 class FromContext(Predictor):
-    """Samples are context vectors, drawn with replacement."""
+    """Samples are context vectors, drawn with replacement: the energy score is fair to independent draws only."""
 
     def samples(self, context: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
         """(S, B, D)."""
@@ -102,23 +99,18 @@ def measure(
     """
     if not hasattr(model, "samples"):
         raise LVMError(f"{type(model).__name__} has no samples; train a version with them (energy)")
-    training, device = model.training, device_of(model)
-    model.eval()
-    vectors, random = on_device(windows.store, device), np.random.default_rng(seed)
-    noise = torch.Generator(device).manual_seed(seed)
-    parts = []
-    for first in range(0, len(windows), batch_size):
-        index = np.arange(first, min(first + batch_size, len(windows)))
-        context, target = windows.batch(index, vectors)
-        drawn = model.samples(context, count, noise)  # (S, B, D)
-        off, apart = distances(drawn, target)
-        members = torch.cat([target[None], drawn])
-        towards = torch.from_numpy(random.standard_normal((len(index), drawn.shape[-1]))).float().to(device)
-        columns = {"energy": off - apart / 2, "off": off, "apart": apart}
-        for name, order in (("distance", remoteness(members)), ("direction", (members * towards).sum(-1))):
-            columns[name] = place(order.cpu().double().numpy(), random)
-        parts.append(pd.DataFrame({k: np.asarray(torch.as_tensor(c).cpu(), float) for k, c in columns.items()}))
-    model.train(training)
+    device, random, parts = device_of(model), np.random.default_rng(seed), []
+    vectors, noise = on_device(windows.store, device), torch.Generator(device).manual_seed(seed)
+    with evaluating(model):
+        for context, target in windows.batches(batch_size, vectors):
+            drawn = model.samples(context, count, noise)  # (S, B, D)
+            off, apart = distances(drawn, target)
+            members = torch.cat([target[None], drawn])
+            towards = torch.from_numpy(random.standard_normal(target.shape)).float().to(device)
+            columns = {"energy": off - apart / 2, "off": off, "apart": apart}
+            for name, order in (("distance", remoteness(members)), ("direction", (members * towards).sum(-1))):
+                columns[name] = place(order.cpu().double().numpy(), random)
+            parts.append(pd.DataFrame({k: np.asarray(torch.as_tensor(c).cpu(), float) for k, c in columns.items()}))
     return pd.concat(parts, ignore_index=True).assign(article=windows.article, target=windows.target)
 
 
@@ -144,9 +136,8 @@ class Spread:
 
     def row(self, measure: str, split: str = "val", forecast: str = "model") -> pd.Series:
         """Return a row of the table. Raises LVMError if there is none."""
-        t = self.table
-        rows = t[(t["measure"] == measure) & (t["split"] == split) & (t["forecast"] == forecast)]
-        if not len(rows):
+        rows = self.table.query("measure == @measure and split == @split and forecast == @forecast")
+        if rows.empty:
             raise LVMError(f"spread: no {measure!r} of {forecast!r} on split {split!r}")
         return rows.iloc[0]
 
@@ -159,17 +150,10 @@ class Spread:
         return list(dict.fromkeys(name for _, name in self.frames))
 
 
-def spread(
-    model: Predictor,
-    splits: Mapping[str, Windows],
-    compare: Mapping[str, Predictor],
-    count: int = SAMPLES,
-    seed: int = 0,
-) -> Spread:
+def spread(model: Predictor, splits: Mapping[str, Windows], compare: Mapping[str, Predictor]) -> Spread:
     """Return the spread of `model` and of every forecast in `compare` (such as `references`) on each split."""
-    device = device_of(model)
-    forecasts = {"model": model, **{name: other.to(device) for name, other in compare.items()}}
-    frames = {(s, n): measure(f, w, count, seed) for n, f in forecasts.items() for s, w in splits.items()}
+    forecasts = {"model": model, **{name: other.to(device_of(model)) for name, other in compare.items()}}
+    frames = {(s, n): measure(f, w) for n, f in forecasts.items() for s, w in splits.items()}
     rows = [{"split": s, "forecast": n, **row} for (s, n), frame in frames.items() for row in summarise(frame)]
     for (split, name), frame in frames.items():
         if name != "model":
@@ -182,9 +166,8 @@ def summarise(frame: pd.DataFrame) -> list[dict]:
     """Rows of one `measure` frame: measure, value, low, high over articles, chance, windows, articles.
 
     The spread ratio θ = a / b is of means; its interval is that of θ + (aᵢ − θ bᵢ) / b (delta method). Coverage: the
-    share of truths in the inner part of the samples, by distance. KS: the largest gap between u and the share of ranks
-    up to u, with the interval of the gap at that u. Its `chance`, √(π/2) · ln 2 / √n, is the mean of Kolmogorov's
-    distribution for n effective articles, about the most that calibrated ranks have.
+    share of truths in the inner part of the samples, by distance. KS: as `kolmogorov`; its `chance` √(π/2) · ln 2 / √n,
+    is the mean of Kolmogorov's distribution for n effective articles, about the most that calibrated ranks have.
     """
     article = frame["article"].to_numpy()
     off, apart = frame["off"].to_numpy(), frame["apart"].to_numpy()
@@ -249,8 +232,8 @@ def reading(result: Spread, split: str) -> str:
 class OneSample(Predictor):
     """One sample of a model that has `samples`, as a predictor, for 5CAT.
 
-    The noise follows from `seed` and the set of the context's vectors: not from the batch, nor from their order, so
-    that a shuffled context keeps its noise. It changes with the last bits of a vector.
+    The noise follows from `seed` and the set of the context's vectors, not from their order nor the batch. It changes
+    with the last bits of a vector.
     """
 
     def __init__(self, model: Predictor, seed: int = 0):

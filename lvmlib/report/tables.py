@@ -82,7 +82,7 @@ def alarms_table(rows: Sequence[alarms.Alarm]) -> Styler:
 def checklist_frame(checks: list[Check]) -> pd.DataFrame:
     """Return the checklist for `table`."""
     words = {True: "held", False: "BROKEN", None: "not applicable"}
-    rows = [(c.every, c.check, c.wanted, c.measured, words[c.held], c.broke) for c in checks]
+    rows = [(c.every, c.check, c.wanted, c.measured, words[c.passed], c.broke) for c in checks]
     return pd.DataFrame(rows, columns=["every", "check", "wanted", "measured", "", "first broken"])
 
 

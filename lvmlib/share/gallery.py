@@ -243,7 +243,7 @@ def facts(folder: Path) -> dict[str, Any]:
             warnings.append({"what": "not judged", "detail": "there is no fivecat.json; run train.ipynb again"})
     except Exception as e:  # a damaged report
         warnings.append({"what": "fivecat.json cannot be read", "detail": format_error(e)})
-    broken = [c for c in checklist(version, history, steps) if c.held is False] if len(history) else []
+    broken = [c for c in checklist(version, history, steps) if c.passed is False] if len(history) else []
     result["checks"] = [
         {"what": c.check, "detail": f"{c.measured}, wanted {c.wanted}" + (f"; first at {c.broke}" if c.broke else "")}
         for c in broken

@@ -9,13 +9,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from judge.plain import T, random_linear, store_of, unit, weighted
+from judge.plain import T, constant, mean_predictor, random_linear, store_of, unit, weighted
 
-from lvmlib.baselines import Constant, Linear, Weighted, fit_constant, fit_ridge, fit_weights, untrained
+from lvmlib.baselines import baselines
 from lvmlib.data.open import dataset
 from lvmlib.judge import health as module
 from lvmlib.judge import tricks
-from lvmlib.judge.health import BANDS, MATERIAL, health, leading_components
+from lvmlib.judge.health import MATERIAL, health, leading_components
 from lvmlib.statistics import over_articles
 from lvmlib.windows import windows
 
@@ -63,77 +63,43 @@ def lstsq_weights(p, context):
 def test_facts_are_those_of_a_plain_derivation(name, horizon, direction):
     w = wikipedia(horizon, direction).val.at_most(40)
     dim = w.store.dim
-    model = weighted(dim, *[1 / T] * T) if name == "mean" else random_linear(dim)
+    model = mean_predictor(dim) if name == "mean" else random_linear(dim)
     facts = health(model, w)
     contexts = [w.store.vectors[r].astype(float) for r in w.context_rows(np.arange(len(w)))]
     targets = unit(w.store.vectors[w.target].astype(float))
-    if name == "mean":
-        raw = np.array([c.mean(0) for c in contexts])
-    else:
-        raw = np.array([c.reshape(-1) @ model.weights.double().numpy() for c in contexts])
+    weights = np.tile(np.eye(dim) / T, (T, 1)) if name == "mean" else model.weights.double().numpy()
+    raw = np.array([c.reshape(-1) @ weights for c in contexts])
     predictions, pool = unit(raw), unit(w.store.vectors[w.store.rows("val")].astype(float))
+    wanted = {"norm": np.linalg.norm(raw, axis=1).mean(), "norm spread": np.linalg.norm(raw, axis=1).std()}
+    copied = []
     for x, of in ((predictions, ""), (targets, " of targets")):
-        rank, variance = plain_moments(x)
-        assert facts[f"effective rank{of}"] == pytest.approx(rank, rel=1e-5)
-        assert facts[f"variance{of}"] == pytest.approx(variance, abs=1e-6)
-        assert facts[f"hubness{of}"] == pytest.approx(plain_skewness(x, pool), abs=1e-6)
-    norms = np.linalg.norm(raw, axis=1)
-    assert facts["norm"] == pytest.approx(norms.mean(), rel=1e-5)
-    assert facts["norm spread"] == pytest.approx(norms.std(), rel=1e-4)
-    best = [[max(x @ unit(c) for c in context) for x, context in zip(some, contexts, strict=True)]
-            for some in (predictions, targets)]  # fmt: skip
-    assert facts["copying ratio"] == pytest.approx(np.mean(best[0]) / np.mean(best[1]), abs=1e-5)
+        wanted[f"effective rank{of}"], wanted[f"variance{of}"] = plain_moments(x)
+        wanted[f"hubness{of}"] = plain_skewness(x, pool)
+        copied.append(np.mean([max(y @ unit(c) for c in context) for y, context in zip(x, contexts, strict=True)]))
+    wanted["copying ratio"] = copied[0] / copied[1]
+    for key, value in wanted.items():
+        assert facts[key] == pytest.approx(value, rel=1e-4 if key == "norm spread" else 1e-5, abs=1e-6), key
     weights = [lstsq_weights(p, context) for p, context in zip(predictions, contexts, strict=True)]
     assert facts["weights"] == pytest.approx(np.mean(weights, 0), abs=3e-6)
+    plain = {"weights": list, "escape": bool, "escape band": int | None}
+    assert all(isinstance(value, plain.get(key, float)) for key, value in facts.items())
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_batches_change_nothing(batch_size):
+def test_batches_change_nothing():
     w = wikipedia().val.at_most(30)
     trick = tricks.tricks(w.store.dim, T, 0.5, components(8))["mean − a·context[-2]"]
-    found, wanted = health(trick, w, batch_size=batch_size), health(trick, w)
+    found, wanted = health(trick, w, batch_size=7), health(trick, w)
     assert found.pop("weights") == pytest.approx(wanted.pop("weights"), abs=1e-5)
     assert found == pytest.approx(wanted, abs=1e-5, rel=1e-5)
 
 
-def test_facts_are_plain_numbers_and_the_model_stays_in_its_mode():
-    w = wikipedia().val.at_most(30)
-    for training in (True, False):
-        model = random_linear(w.store.dim).train(training)
-        facts = health(model, w)
-        assert model.training is training
-    for key, value in facts.items():
-        kinds = {"weights": list, "escape": bool, "escape band": int | None}
-        assert isinstance(value, kinds.get(key, float)), key
-    assert len(facts["weights"]) == T
-
-
 def test_a_constant_predictor_has_one_rank_no_variance_and_hubs():
     w = wikipedia().val.at_most(60)
-    vector = torch.randn(w.store.dim, generator=torch.Generator().manual_seed(0))
-    facts = health(Constant(w.store.dim, T, vector), w)
+    facts = health(constant(w.store.dim), w)
     assert facts["effective rank"] == 1 and facts["variance"] == pytest.approx(0, abs=1e-5)
-    n = len(w.store.rows("val"))  # ten chunks are always the nearest, and the others never: skewness of a coin
-    share = 10 / n
+    share = 10 / len(w.store.rows("val"))  # ten chunks are always the nearest, the others never: skewness of a coin
     assert facts["hubness"] == pytest.approx((1 - 2 * share) / math.sqrt(share * (1 - share)))
     assert facts["hubness"] > 3 * facts["hubness of targets"]
-    assert facts["norm spread"] == pytest.approx(0, abs=1e-5)
-
-
-def test_copying_copies_all_and_knowing_copies_as_much_as_the_truth():
-    w = wikipedia().val.at_most(60)
-    last = health(weighted(w.store.dim, 0.0, 0.0, 0.0, 0.0, 1.0), w)
-    assert last["weights"] == pytest.approx([0, 0, 0, 0, 1], abs=1e-3)
-    _, target = w.batch(np.arange(len(w)))
-
-    class Oracle(Constant):
-        def raw(self, context):
-            return target  # one batch, all windows
-
-    knows = health(Oracle(w.store.dim, T, target[0]), w)
-    assert knows["copying ratio"] == pytest.approx(1) and last["copying ratio"] > 1.3
-    for name in ("effective rank", "variance", "hubness"):
-        assert knows[name] == pytest.approx(knows[f"{name} of targets"], rel=1e-4)
 
 
 def test_nearest_in_parts_is_nearest_in_the_whole():
@@ -147,11 +113,6 @@ def test_nearest_in_parts_is_nearest_in_the_whole():
         for i, row in enumerate(found):
             assert set(row) == set(np.argsort(-wanted[i])[:10])
     assert module._nearest(x, vectors, pool[:6], 10).shape == (9, 6)  # fewer chunks than neighbours
-
-
-@pytest.mark.parametrize("counts, wanted", [([3, 3, 3], 0.0), ([0, 0, 0, 4], 2 / math.sqrt(3)), ([0, 2, 4], 0.0)])
-def test_skewness(counts, wanted):
-    assert module._skewness(torch.tensor(counts).double()) == pytest.approx(wanted)
 
 
 def test_leading_components_are_the_right_singular_vectors():
@@ -170,12 +131,9 @@ FACTS = ("margin bought", "cosine paid", "novel MRR paid")
 
 
 @pytest.mark.parametrize("horizon", [1, 2])
-@pytest.mark.parametrize(
-    "trick, strength",
-    [(f"mean − a·context[{place}]", s) for place in (-2, -1) for s in (0.3, 0.5)]
-    + [("residual flip", 0.5), ("residual flip", 1.0)],
-)
-def test_every_trick_is_named_escape(trick, strength, horizon):
+@pytest.mark.parametrize("strength, place", [(0.3, -2), (0.5, -2), (0.3, -1), (0.5, -1), (0.5, None), (1.0, None)])
+def test_every_trick_is_named_escape(strength, place, horizon):
+    trick = f"mean − a·context[{place}]" if place else "residual flip"
     w = wikipedia(horizon).val
     facts = health(tricks.tricks(w.store.dim, T, strength, components(8))[trick], w)
     assert facts["escape"] is True
@@ -184,24 +142,15 @@ def test_every_trick_is_named_escape(trick, strength, horizon):
     assert facts["escape band"] == (8 if trick == "residual flip" else 0)
 
 
-@pytest.mark.parametrize("horizon, direction", [(1, "forward"), (2, "forward"), (1, "backward")])
+@pytest.mark.parametrize("horizon, direction", [(2, "forward"), (1, "backward")])
 def test_no_plain_predictor_is_named_escape(horizon, direction):
     data = wikipedia(horizon, direction)
-    dim = data.store.dim
-    fitted = {"constant": Constant(dim, T, fit_constant(data.train))}
-    fitted |= {"weighted mean": Weighted(dim, fit_weights(data.train))}
-    fitted |= {"mean, one vector less": tricks.tricks(dim, T, 0.15, components(8))["mean − a·context[-2]"]}
-    for name, model in (untrained(dim, T) | fitted).items():
-        for split in (data.val, data.ood):
+    less = tricks.tricks(data.store.dim, T, 0.15, components(8))["mean − a·context[-2]"]
+    for name, model in (baselines(data.train) | {"mean, one vector less": less}).items():
+        for split in (data.val, data.ood)[: 1 if name == "ridge" else 2]:
             facts = health(model, split)
             assert facts["escape"] is False, name
-            assert all(facts[f] == 0 for f in FACTS) or facts["margin bought"] < MATERIAL, name
-
-
-@pytest.mark.parametrize("horizon", [1, 2])
-def test_ridge_is_not_named_escape(horizon):
-    data = wikipedia(horizon)
-    assert health(Linear(data.store.dim, fit_ridge(data.train)[0]), data.val)["escape"] is False
+            assert name == "ridge" or facts["margin bought"] < MATERIAL, name
 
 
 @pytest.mark.parametrize("place", [-2, -1])
@@ -245,26 +194,23 @@ def path(kind, noise=0.0, dim=16, articles=10, length=24):
     return store_of(found)
 
 
-@pytest.mark.parametrize("kind, noise", [("circle", 0.0), ("circle", 0.005), ("line", 0.0)])
-@pytest.mark.parametrize("horizon", [1, 2])
+@pytest.mark.parametrize("kind, noise, horizon", [("circle", 0.0, 1), ("circle", 0.005, 2), ("line", 0.0, 2)])
 def test_a_negative_weight_that_pays_is_no_escape(kind, noise, horizon):
     """Linear extrapolation, 2·c[-1] − c[-2], subtracts a context vector, and comes nearer to the target by it."""
     store = path(kind, noise)
     facts = health(weighted(store.dim, 0.0, 0.0, 0.0, -1.0, 2.0), windows(store, "val", horizon, T))
     assert min(facts["weights"]) < -0.05 and facts["escape band"] is not None  # it was examined
-    assert facts["margin bought"] > 0 and facts["cosine paid high"] < 0
-    assert facts["escape"] is False
+    assert facts["margin bought"] > 0 and facts["cosine paid high"] < 0 and facts["escape"] is False
 
 
 def test_extrapolation_that_overshoots_is_escape():
-    """On the same circle, more of the same is further from context[-2], and no nearer to the target: bought."""
+    """On the same circle, more of the same is further from context[-2], and no nearer to the target."""
     store = path("circle", 0.03)
     facts = health(weighted(store.dim, 0.0, 0.0, 0.0, -2.0, 3.0), windows(store, "val", 1, T))
     assert facts["escape"] is True and facts["cosine paid low"] > 0
 
 
-def test_bands_start_with_the_whole_space_and_fit_small_vectors():
-    assert BANDS[0] == 0 and list(BANDS) == sorted(BANDS)
+def test_bands_fit_small_vectors():
     store = path("circle", 0.1, dim=6)  # bands of at most 3 components
     facts = health(weighted(6, 0.2, 0.2, 0.2, 0.2, -0.4), windows(store, "val", 1, T))
     assert facts["escape band"] in (0, 1, 2)

@@ -11,28 +11,22 @@ import pandas as pd
 import pytest
 import torch
 from judge.plain import (
-    ABLATIONS,
-    ORIGINAL_ABLATIONS,
     ORIGINAL_OFFSETS,
     PREDICTORS,
-    TOLERANCE,
     Reference,
     Scan,
     T,
     assert_same,
-    constant,
     copy_last,
     flat,
     knowing,
-    mean_predictor,
     measured,
+    only_article,
     random_linear,
     reference,
     rotation,
-    small_store,
     small_windows,
     store_of,
-    weighted,
 )
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,8 +63,8 @@ def test_every_figure_is_that_of_the_plain_derivation(name, split, direction, ho
 @pytest.mark.parametrize(
     "name, cut, more",
     [
-        ("transformer", ("val", 1, "forward"), {"most": 5}),
-        ("transformer", ("val", 2, "backward"), {"most": 5}),
+        ("transformer", ("val", 1, "forward"), {"most": 3}),
+        ("transformer", ("val", 2, "backward"), {"most": 3}),
         ("scan", ("val", 2), {"dtype": np.float16}),
     ],
 )
@@ -79,12 +73,9 @@ def test_every_figure_of_a_transformer_and_of_float16_vectors(name, cut, more):
     assert_same(measured(name, *cut, **more), wanted.frame, unclear=wanted.unclear)
 
 
-REAL = [(name, h, d) for name in ("mean", "linear") for h, d in ((1, "backward"), (2, "forward"))]
-
-
-@pytest.mark.parametrize("name, horizon, direction", [*REAL, ("transformer", 2, "forward")])
+@pytest.mark.parametrize("name, horizon, direction", [("mean", 1, "backward"), ("linear", 2, "forward")])
 def test_every_figure_on_real_vectors(name, horizon, direction):
-    cut = dataset("wikipedia", horizon, T, direction=direction).val.at_most(4 if name == "transformer" else 16)
+    cut = dataset("wikipedia", horizon, T, direction=direction).val.at_most(12)
     model = PREDICTORS[name](cut.store.dim)
     wanted = Reference(model, cut)
     assert (wanted.frame["hundred candidates"] == 100).all() and wanted.frame["candidates"].max() > 50
@@ -148,37 +139,24 @@ def test_a_window_is_the_same_in_a_selection():
     assert_same(flat(measure(Scan(whole.store.dim), few)), wanted)
 
 
-def test_the_model_is_in_eval_mode_and_then_in_the_mode_it_was_in():
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("call", [measure, score, health])
+def test_the_model_is_in_eval_mode_and_then_in_the_mode_it_was_in(call, training):
     class Dropping(Scan):
         def raw(self, context):
             return torch.nn.functional.dropout(super().raw(context), 0.5, self.training)
 
     cut = small_windows("val", 1)
-    for call, training in itertools.product((measure, score), (True, False)):
-        model = Dropping(cut.store.dim).train(training)
-        found = call(model, cut)
-        assert model.training is training
-        np.testing.assert_array_equal(found["cosine"], call(Scan(cut.store.dim), cut)["cosine"])
-
-
-def test_a_seed_draws_other_orders_and_strangers_and_changes_nothing_else():
-    cut = small_windows("val", 1)
-    one, two = (flat(measure(Scan(cut.store.dim), cut, seed=s)) for s in (0, 1))
-    drawn = {"shuffled", "last from elsewhere", "hundred", "hundred candidates"}
-    drawn |= {f"{name}, novel MRR" for name in drawn}
-    rest = [c for c in one if c not in drawn]
-    pd.testing.assert_frame_equal(one[rest], two[rest])
-    for column in ("shuffled", "last from elsewhere"):
-        assert (one[column] != two[column]).mean() > 0.9
+    model = Dropping(cut.store.dim).train(training)
+    found, wanted = call(model, cut), call(Scan(cut.store.dim), cut)
+    assert model.training is training
+    np.testing.assert_array_equal(*((x["norm"] if call is health else x["cosine"]) for x in (found, wanted)))
 
 
 def test_an_only_article_has_no_chunk_from_elsewhere():
-    random = np.random.default_rng(0)
-    store = store_of({0: ("val", np.arange(15), random.standard_normal((15, 8)))})
-    model, cut = random_linear(8), windows(store, "val", 1, T)
+    model, cut = random_linear(8), only_article()
     wanted = Reference(model, cut)
     assert wanted.frame[["hundred", "last from elsewhere", "last from elsewhere, novel MRR"]].isna().all(axis=None)
-    assert (wanted.frame["hundred candidates"] == 1).all()
     assert_same(flat(measure(model, cut)), wanted.frame, unclear=wanted.unclear)
 
 
@@ -193,10 +171,9 @@ def test_a_stranger_that_equals_the_target_shares_its_place_in_the_hundred():
 
 
 def test_a_predictor_of_nan_is_refused():
-    store = small_store()
-    model = Linear(store.dim, torch.full((T * store.dim, store.dim), math.nan))
-    with pytest.raises(LVMError, match="split val"):
-        measure(model, windows(store, "val", 1, T))
+    for call in (measure, score):
+        with pytest.raises(LVMError, match="val"):
+            call(Linear(16, torch.full((T * 16, 16), math.nan)), small_windows("val", 1))
 
 
 def test_memory_does_not_grow_with_the_number_of_windows():
@@ -237,11 +214,9 @@ def test_every_gate_shares_one_pass_over_each_distinct_input():
     cut = small_windows("val", 2)
     model, seen = Counting(cut.store.dim), []
     found, facts = judge(model, cut, progress=seen.append)
-    asked = model.asked
-    assert len(asked) == 1 + 10 + 4 and all(x.shape == (len(cut), T, cut.store.dim) for x in asked)
-    for i, one in enumerate(asked):  # a shuffle may be the order itself, and the other draws may coincide
-        same = [(one == other).all((1, 2)).float().mean() for other in asked[:i]]
-        assert max(same, default=0) < 0.1
+    assert len(model.asked) == 1 + 10 + 4 and all(x.shape == (len(cut), T, cut.store.dim) for x in model.asked)
+    for one, other in itertools.combinations(model.asked, 2):  # a shuffle may be the order itself
+        assert (one == other).all((1, 2)).float().mean() < 0.1
     assert sum(seen) == len(cut)
     assert_same(flat(found), measured("scan", "val", 2))
     alone = health(Scan(cut.store.dim), cut)
@@ -259,47 +234,25 @@ def test_predictions_beyond_the_memory_are_in_a_file_and_give_the_same(monkeypat
     assert health(model, cut, batch_size=7) == wanted
 
 
-@pytest.mark.parametrize("name", ["transformer", "amn"])
-def test_bfloat16_gives_the_same_figures_within_its_rounding(name):
-    cut = dataset("wikipedia", 2, T).val.at_most(40)
-    torch.manual_seed(0)
-    model = models.build(name, cut.store.dim).eval()
+def test_bfloat16_gives_the_same_figures_within_its_rounding():
+    cut = dataset("wikipedia", 2, T).val.at_most(16)
+    model = PREDICTORS["transformer"](cut.store.dim)
     (exact, facts), (rough, rough_facts) = (judge(model, cut, precision=p) for p in (None, "bfloat16"))
     exact, rough = flat(exact), flat(rough)
     assert not exact["cosine"].equals(rough["cosine"])
     for column in exact:
-        ours, theirs = rough[column], exact[column]
-        assert (ours.isna() == theirs.isna()).all() and ours.dtype == theirs.dtype
-        if "candidates" in column or column in ("article", "target"):
-            pd.testing.assert_series_equal(ours, theirs)
-        elif not ("rank" in column or "MRR" in column or column == "hundred"):
+        if not ("rank" in column or "MRR" in column or column == "hundred"):
             # bfloat16 has 8 bits, and the errors of a sum cancel by chance
             atol = 0.1 if column.startswith("weight") else 0.02
-            np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=atol, err_msg=column)
+            np.testing.assert_allclose(rough[column], exact[column], rtol=0.02, atol=atol, err_msg=column)
     for column in ("novel rank", "possible rank", "rank"):
         assert abs((1 / rough[column]).mean() - (1 / exact[column]).mean()) < 0.05
-        assert (rough[column] - exact[column]).abs().median() <= 1
     pd.testing.assert_frame_equal(exact, flat(measure(model, cut, precision="float32")))
     for key in ("norm", "copying ratio", "variance", "variance of targets"):
         assert rough_facts[key] == pytest.approx(facts[key], rel=0.02, abs=0.01)
 
 
 # The prediction's parts and weights
-
-
-def test_parts_of_predictions_that_are_known():
-    """A mean lies along the mean, a difference of two along differences; and a stranger outside."""
-    cut = dataset("wikipedia", 2, T).val.at_most(20)
-    dim = cut.store.dim
-    for model, part, sign in (
-        (mean_predictor(dim), "along the mean", 1),
-        (weighted(dim, *[-0.2] * T), "along the mean", -1),
-        (weighted(dim, 0.0, 0.0, 0.0, -1.0, 1.0), "along differences", 1),
-        (constant(dim), "outside the context", 1),
-    ):
-        parts = measure(model, cut).parts
-        np.testing.assert_allclose(sum(np.abs(parts[name]) for name in PARTS), 1, atol=1e-6)
-        assert (sign * parts[part] > (0.98 if part == "along the mean" else 0.9)).all(), part
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
@@ -316,7 +269,7 @@ def test_parts_and_weights_are_sound_where_the_context_hardly_varies(spread):
 # Ties
 
 
-@pytest.mark.parametrize("dim, batch_size", [(48, 512), (48, 1), (384, 512), (384, 3)])
+@pytest.mark.parametrize("dim, batch_size", [(48, 1), (384, 512)])
 def test_duplicate_chunks_share_their_mean_rank(dim, batch_size):
     """Chunks 10 and 2, 9 and 28, 8 and 11 of an article are the same vector."""
     random, articles = np.random.default_rng(4), {}
@@ -332,25 +285,6 @@ def test_duplicate_chunks_share_their_mean_rank(dim, batch_size):
     np.testing.assert_array_equal(ranks["novel"], wanted["novel rank"])
 
 
-# Ablations of known predictors
-
-
-def test_a_constant_predictor_is_moved_by_no_ablation():
-    found = measure(constant(16), small_windows("val", 2))
-    for name in (*ABLATIONS, *ORIGINAL_ABLATIONS):
-        np.testing.assert_allclose(found.cosine_change[name], 0, rtol=0, atol=1e-7, err_msg=name)
-    assert all((found.mrr_change[name] == 0).all() for name in ABLATIONS)
-
-
-def test_the_mean_is_unmoved_by_order_and_moved_by_content():
-    found = measure(mean_predictor(16), small_windows("val", 2))
-    for name, change in found.cosine_change.items():
-        if name in ("shuffled", "reversed"):
-            assert np.abs(change).max() < TOLERANCE and (found.mrr_change[name] == 0).all(), name
-        else:
-            assert (np.abs(change) > TOLERANCE).all(), name
-
-
 # Random draws
 
 
@@ -359,30 +293,27 @@ def own_rows(w, i):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("count", [1, 7, 99])
+@pytest.mark.parametrize("count", [7, 99])
 def test_negatives_are_of_other_articles_of_the_split_without_repeats(direction, count):
     w = small_windows("val", 1, direction)
     orders, rows = negatives(w, np.arange(len(w)), 0, count)
-    assert orders.shape == (len(w), T) and rows.shape == (len(w), count)
+    assert (np.sort(orders) == np.arange(T)).all() and rows.shape == (len(w), count)
     pool = set(np.flatnonzero(w.store.articles.loc[w.store.article, "split"] == "val"))
     for i in range(len(w)):
-        assert sorted(orders[i]) == list(range(T))
-        drawn = rows[i][rows[i] >= 0]
-        assert (rows[i][len(drawn) :] == -1).all() and len(set(drawn)) == len(drawn)
-        others = pool - own_rows(w, i)
-        assert set(drawn) <= others and len(drawn) == min(count, len(others))
+        drawn, others = rows[i][rows[i] >= 0], pool - own_rows(w, i)
+        assert (rows[i][len(drawn) :] == -1).all() and len(drawn) == len(set(drawn)) == min(count, len(others))
+        assert set(drawn) <= others
 
 
 def test_draws_depend_on_the_seed_and_the_target_alone():
     w = small_windows("val", 1)
     orders, rows = negatives(w, np.arange(len(w)), 4, 9)
-    for index in ([5, 2], [11], list(range(len(w)))[::-1]):  # any batch
-        again = negatives(w, np.array(index), 4, 9)
-        np.testing.assert_array_equal(again[0], orders[index])
-        np.testing.assert_array_equal(again[1], rows[index])
-    few = w.at_most(6)  # any selection
+    few = w.at_most(6)
     places = [int(np.flatnonzero(w.start == s)[0]) for s in few.start]
-    np.testing.assert_array_equal(negatives(few, np.arange(6), 4, 9)[1], rows[places])
+    for cut, index, same in ((w, [5, 2], [5, 2]), (w, [11], [11]), (few, range(6), places)):  # any batch or selection
+        again = negatives(cut, np.array(index), 4, 9)
+        np.testing.assert_array_equal(again[0], orders[same])
+        np.testing.assert_array_equal(again[1], rows[same])
     other = negatives(w, np.arange(len(w)), 5, 9)
     assert (other[0] != orders).any(axis=1).mean() > 0.9 and (other[1] != rows).any(axis=1).all()
     assert len({tuple(r) for r in rows}) == len(w)  # not one draw for all windows
@@ -400,7 +331,7 @@ def test_draws_are_those_of_all_reports_so_far():
 def test_draws_are_uniform():
     """Chi-square over many seeds: every order of the context, and every chunk of the other articles, alike."""
     w = small_windows("val", 1)
-    drawn = [negatives(w, np.arange(len(w)), s, 3) for s in range(400)]
+    drawn = [negatives(w, np.arange(len(w)), s, 3) for s in range(200)]
     orders = np.concatenate([o for o, _ in drawn])
     counts = pd.Series(map(tuple, orders)).value_counts().reindex(itertools.permutations(range(T)), fill_value=0)
     assert stats.chisquare(counts).pvalue > 1e-3

@@ -1,10 +1,7 @@
 """The checklist check by check, the verdict's conditions on each side of their thresholds, and every decision."""
 
-import dataclasses
-import functools
 import json
 import math
-import re
 
 import numpy as np
 import pandas as pd
@@ -17,13 +14,10 @@ from lvmlib.data import worlds
 from lvmlib.data.open import dataset
 from lvmlib.judge import tricks
 from lvmlib.judge.fivecat import Report
-from lvmlib.judge.health import leading_components
-from lvmlib.judge.rating import CHECKS, LABELS, OPTIONS
+from lvmlib.judge.rating import LABELS, OPTIONS
 
 EPOCHS, ROWS = 12, 4  # logged steps an epoch
 V22_TARGETS = np.repeat([0.15, 0.25, 0.35], [2 * ROWS, 2 * ROWS, 8 * ROWS])  # handbook §3
-
-RHO, SKIP, SIGNS, GAP, LAMBDA, MARGIN, RECALL, COSINE, SPIKES, FLIP = (check for _, check, *_ in CHECKS)
 
 
 def healthy(epochs=EPOCHS):
@@ -36,6 +30,11 @@ def healthy(epochs=EPOCHS):
     return history, steps.assign(**dict.fromkeys(("rho", "rho_gradient", "rho_target"), V22_TARGETS[: epochs * ROWS]))
 
 
+RHO, SKIP, SIGNS, GAP, LAMBDA, MARGIN, RECALL, COSINE, SPIKES, FLIP = (
+    c.check for c in checklist(version("v22"), *healthy())
+)
+
+
 def lines(history, steps, name="v22", **top):
     checks = checklist(version(name, **top), history, steps)
     assert len({c.check for c in checks}) == len(checks) == 10
@@ -43,7 +42,7 @@ def lines(history, steps, name="v22", **top):
 
 
 def good(history, steps, name="v22"):
-    return {name: c.held for name, c in lines(history, steps, name).items()}
+    return {name: c.passed for name, c in lines(history, steps, name).items()}
 
 
 # The checklist: handbook §3, "What is watched"
@@ -51,9 +50,8 @@ def good(history, steps, name="v22"):
 
 def test_a_healthy_run_passes_every_check():
     checks = lines(*healthy())
-    assert {c.check for c in checks.values() if c.every == "step"} == {RHO, SKIP, SIGNS, GAP, LAMBDA}
-    assert {c.check for c in checks.values() if c.every == "epoch"} == {MARGIN, RECALL, COSINE, SPIKES, FLIP}
-    assert all(c.held is True and c.broke == "" for c in checks.values()), checks
+    assert [c.every for c in checks.values()] == ["step"] * 5 + ["epoch"] * 5
+    assert all(c.passed is True and c.broke == "" for c in checks.values()), checks
 
 
 def step(column, rows, value, add=False):
@@ -75,43 +73,40 @@ def spike(factor):
     return lambda history, steps: epoch("val_loss", [9], factor * history["val_loss"][:8].min())(history, steps)
 
 
-CASES = [  # what is done to a healthy run, the check that breaks, the first break
-    pytest.param(step("rho", [21, 30], 0.051, add=True), RHO, "step 2101, epoch 6", id="rho above"),
-    pytest.param(step("rho", [3, 40], -0.051, add=True), RHO, "step 301, epoch 1", id="rho below"),
-    pytest.param(step("rho", [9], math.nan), RHO, "step 901, epoch 3", id="rho unknown"),
-    pytest.param(epoch("skips", [4, 7], 3), SKIP, "epoch 4", id="skips"),
-    pytest.param(step("pos", [13], -0.01), SIGNS, "step 1301, epoch 4", id="pos negative"),
-    pytest.param(step("neg", [14, 15], 0.0), SIGNS, "step 1401, epoch 4", id="neg zero"),
-    pytest.param(lambda history, steps: steps.update({"gap": -steps["gap"]}), GAP, "", id="gap falls"),
-    pytest.param(step("gap", slice(None), 0.1), GAP, "", id="gap constant"),
-    pytest.param(step("lambda_eff", slice(None), 0.02), LAMBDA, "", id="lambda constant"),
-    pytest.param(slope(0.003), MARGIN, "epoch 4", id="margin climbs too slowly"),
-    pytest.param(epoch("margin", range(8, 13), -0.06, add=True), MARGIN, "epoch 8", id="margin falls back"),
-    pytest.param(epoch("recall_at_5", [5, 11], 0.699), RECALL, "epoch 5", id="recall"),
-    pytest.param(epoch("val_cos", [12], 0.479), COSINE, "epoch 12", id="cosine"),
-    pytest.param(epoch("val_cos", [3], math.nan), COSINE, "epoch 3", id="cosine unknown"),
-    pytest.param(spike(1.51), SPIKES, "epoch 9", id="spike"),
-    pytest.param(slope(0.02, -0.021, 6), FLIP, "epoch 6", id="behind at epoch 6"),
-    pytest.param(step("rho", slice(None), 0.0499, add=True), None, "", id="rho just above"),
-    pytest.param(step("rho", slice(None), -0.0499, add=True), None, "", id="rho just below"),
-    pytest.param(step("neg", slice(None), 1e-6), None, "", id="neg just positive"),
-    pytest.param(step("gap", slice(17, 30), -0.9), None, "", id="gap dips between the thirds"),
-    pytest.param(slope(0.004), None, "", id="margin climbs 0.012 in three epochs"),
-    pytest.param(epoch("recall_at_5", [5], 0.70), None, "", id="recall on its threshold"),
-    pytest.param(epoch("val_cos", [5], 0.48), None, "", id="cosine on its threshold"),
-    pytest.param(spike(1.49), None, "", id="a small spike"),
-    pytest.param(slope(0.02, -0.02, 6), None, "", id="epoch 6 on its threshold"),
-]
+CASES = {  # what is done to a healthy run, the check that breaks, the first break
+    "rho above": (step("rho", [21, 30], 0.051, add=True), RHO, "step 2101, epoch 6"),
+    "rho below": (step("rho", [3, 40], -0.051, add=True), RHO, "step 301, epoch 1"),
+    "rho unknown": (step("rho", [9], math.nan), RHO, "step 901, epoch 3"),
+    "skips": (epoch("skips", [4, 7], 3), SKIP, "epoch 4"),
+    "pos negative": (step("pos", [13], -0.01), SIGNS, "step 1301, epoch 4"),
+    "neg zero": (step("neg", [14, 15], 0.0), SIGNS, "step 1401, epoch 4"),
+    "gap falls": (lambda history, steps: steps.update({"gap": -steps["gap"]}), GAP, ""),
+    "gap constant": (step("gap", slice(None), 0.1), GAP, ""),
+    "lambda constant": (step("lambda_eff", slice(None), 0.02), LAMBDA, ""),
+    "margin climbs too slowly": (slope(0.003), MARGIN, "epoch 4"),
+    "margin falls back": (epoch("margin", range(8, 13), -0.06, add=True), MARGIN, "epoch 8"),
+    "recall": (epoch("recall_at_5", [5, 11], 0.699), RECALL, "epoch 5"),
+    "cosine": (epoch("val_cos", [12], 0.479), COSINE, "epoch 12"),
+    "cosine unknown": (epoch("val_cos", [3], math.nan), COSINE, "epoch 3"),
+    "spike": (spike(1.51), SPIKES, "epoch 9"),
+    "behind at epoch 6": (slope(0.02, -0.021, 6), FLIP, "epoch 6"),
+    "rho just within": (step("rho", [1, 30], [0.0499, -0.0499], add=True), None, ""),
+    "neg just positive": (step("neg", slice(None), 1e-6), None, ""),
+    "gap dips between the thirds": (step("gap", slice(17, 30), -0.9), None, ""),
+    "margin climbs 0.012 in three epochs": (slope(0.004), None, ""),
+    "recall on its threshold": (epoch("recall_at_5", [5], 0.70), None, ""),
+    "cosine on its threshold": (epoch("val_cos", [5], 0.48), None, ""),
+    "a small spike": (spike(1.49), None, ""),
+    "epoch 6 on its threshold": (slope(0.02, -0.02, 6), None, ""),
+}
 
 
-@pytest.mark.parametrize("change, line, broke", CASES)
+@pytest.mark.parametrize("change, line, broke", CASES.values(), ids=CASES)
 def test_each_check_breaks_alone_and_names_the_first_break(change, line, broke):
     history, steps = healthy()
     change(history, steps)
-    checks = lines(history, steps)
-    assert [(c.check, c.held, c.broke) for c in checks.values() if c.held is not True] == (
-        [(line, False, broke)] if line else []
-    )
+    found = [(c.check, c.passed, c.broke) for c in lines(history, steps).values() if c.passed is not True]
+    assert found == ([(line, False, broke)] if line else [])
 
 
 def test_a_spike_is_measured_against_the_best_so_far():
@@ -121,22 +116,6 @@ def test_a_spike_is_measured_against_the_best_so_far():
     assert check.broke == "epoch 6" and "1.52" in check.measured
 
 
-def test_each_check_names_what_was_measured():
-    history, steps = healthy()
-    for change in (
-        step("rho", [21], 0.08, add=True),
-        step("pos", [3], -0.125),
-        epoch("skips", [4, 7], 3),
-        epoch("recall_at_5", [2], 0.613),
-        epoch("val_cos", [2], 0.321),
-    ):
-        change(history, steps)
-    checks = lines(history, steps)
-    wanted = {RHO: "0.080", SIGNS: "-0.125", SKIP: "6", RECALL: "61.3%", COSINE: "0.321", MARGIN: "+0.088"}
-    assert all(figure in checks[name].measured for name, figure in wanted.items())
-    assert "83%" in checks[RECALL].wanted  # chance, §4.1 point 3
-
-
 def test_a_skipped_step_breaks_the_skip_check_alone():
     history, steps = healthy()
     steps.loc[9, ["skip", "rho", "lambda_eff"]] = [1, 0.0, 0.0]
@@ -144,52 +123,37 @@ def test_a_skipped_step_breaks_the_skip_check_alone():
     assert [name for name, ok in good(history, steps).items() if not ok] == [SKIP]
 
 
-def test_checks_of_a_directional_loss_do_not_apply_to_p6():
+@pytest.mark.parametrize("name", known_versions())
+def test_every_version_has_a_checklist_of_what_applies_to_it(name):
     history, steps = healthy()
-    steps[["rho", "lambda_eff"]], steps["rho_target"] = 0.0, math.nan
-    checks = good(history, steps, "p6")
-    assert {name for name, ok in checks.items() if ok is None} == {RHO, SKIP, LAMBDA}
-    assert all(ok for ok in checks.values() if ok is not None)
+    rule, none = version(name).control.rule, {"none": {RHO, SKIP, LAMBDA}, "fixed": {RHO, LAMBDA}}
+    if rule in none:
+        steps = steps.assign(rho=0.0, lambda_eff=0.03, rho_target=math.nan)
+    checks = good(history, steps, name)
+    assert {check for check, ok in checks.items() if ok is None} == none.get(rule, set())
+    assert False not in checks.values()
 
 
-@pytest.mark.parametrize("name", ["v1", "v2", "v21"])
-def test_the_older_rules_aim_at_their_fraction(name):
-    """Their ρ_target column holds the fraction that λ aims at."""
+@pytest.mark.parametrize("name", ["v1", "v2", "v21", "v22", "share", "pi"])
+def test_rho_is_compared_with_the_target_of_its_rule(name):
+    """The older rules' target is the fraction that λ aims at; a share of the gradient has its own column."""
     history, steps = healthy()
+    own, other = ("rho_gradient", "rho") if name in ("share", "pi") else ("rho", "rho_gradient")
+    step(other, [0], 0.3, add=True)(history, steps)
     assert good(history, steps, name)[RHO] is True
-    step("rho", [0], 0.06, add=True)(history, steps)
+    step(own, [0], 0.06, add=True)(history, steps)
     assert good(history, steps, name)[RHO] is False
-
-
-def test_a_share_of_the_gradient_has_its_own_column():
-    history, steps = healthy()
-    steps["rho"] += 0.3
-    assert [good(history, steps, name)[RHO] for name in ("share", "pi", "v22")] == [True, True, False]
-    steps.loc[5, "rho_gradient"] += 0.06
-    assert good(history, steps, "share")[RHO] is False
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_short_run_is_not_judged_by_epochs_to_come(count):
     checks = good(*healthy(count))
-    assert {name for name, ok in checks.items() if ok is None} == {MARGIN, FLIP} and sum(
-        map(bool, checks.values())
-    ) == 8
+    assert {name for name, ok in checks.items() if ok is None} == {MARGIN, FLIP} and False not in checks.values()
 
 
-@pytest.mark.parametrize("name", known_versions())
-def test_every_version_has_a_checklist(name):
+def test_a_run_that_always_skipped_is_not_judged_by_rho():
     history, steps = healthy()
-    assert len(lines(history, steps, name)) == 10
-    if name == "v23_unguarded":  # a fixed λ
-        checks = good(history, steps.assign(lambda_eff=0.03, rho_target=math.nan), name)
-        assert checks[RHO] is None and checks[LAMBDA] is None
-
-
-def test_a_run_that_always_skipped_had_a_target():
-    history, steps = healthy()
-    check = lines(history, steps.assign(skip=1, rho=0.0, lambda_eff=0.0))[RHO]
-    assert check.held is None and check.measured != lines(history, steps, "p6")[RHO].measured
+    assert good(history, steps.assign(skip=1, rho=0.0, lambda_eff=0.0))[RHO] is None
 
 
 # The verdict
@@ -222,8 +186,8 @@ def made_report(gates="ABC", margin=0.03, val_cos=0.50, ood_gates="ABCDE", of_si
     return Report("original", table.astype({"passed": "boolean"}), {})
 
 
-def judge(report=None, run=None, name="v22"):
-    return verdict(version(name), (run or healthy())[0], report or made_report())
+def judge(report=None, history=None, name="v22"):
+    return verdict(version(name), healthy()[0] if history is None else history, report or made_report())
 
 
 def met(v):
@@ -239,10 +203,10 @@ def test_success_needs_all_four_conditions():
     assert met(v) == dict.fromkeys(CONDITIONS, True)
     assert [c["threshold"] for c in v.conditions] == [0.0, 3, 0.70, 0.48]
     assert [c["value"] for c in v.conditions] == pytest.approx([0.03, 3, 0.712, 0.50])
+    assert json.loads(json.dumps(v.to_dict()))["success"] is True
     assert [c["chance"] for c in v.conditions] == pytest.approx([-0.3, math.nan, 5 / 6, 0.2], nan_ok=True)
-    history, _ = healthy()
-    history["margin"] = -0.1  # whatever the history
-    assert judge(run=(history, None)).decision == judge(run=(history, None), name="p6").decision == "success"
+    history = healthy()[0].assign(margin=-0.1)  # whatever the history
+    assert judge(history=history).decision == judge(history=history, name="p6").decision == "success"
 
 
 @pytest.mark.parametrize(
@@ -258,10 +222,9 @@ def test_success_needs_all_four_conditions():
     ],
 )
 def test_each_condition_on_each_side(condition, good, bad):
-    v = judge(made_report(**good))
-    assert v.success and all(met(v).values())
+    assert judge(made_report(**good)).success
     v = judge(made_report(**bad))
-    assert not v.success and v.decision != "success" and f"not met: {condition}" in v.text
+    assert not v.success and v.decision != "success"
     assert [c for c, ok in met(v).items() if not ok] == [condition]
 
 
@@ -271,25 +234,14 @@ def test_conditions_carry_the_baselines():
     assert [c["baselines"] for c in v.conditions] == [{"mean": mean, "copy": copy} for mean, copy in values]
 
 
-def test_a_verdict_can_be_written_as_json(tmp_path):
-    report = made_report()
-    v = judge(report)
-    report.to_json(tmp_path / "fivecat.json", verdict=v.to_dict())
-    written = json.loads((tmp_path / "fivecat.json").read_text(encoding="utf-8"))["verdict"]
-    assert set(written) == {f.name for f in dataclasses.fields(v)}
-    assert written["success"] is True and written["conditions"][1]["chance"] is None
-    assert all(type(c["met"]) is bool for c in written["conditions"])
-
-
 # The decision
 
 
 def failed(rise=0.05, share=0.1, name="v22", **others):
     """A failed run: the margin's rise from first to last epoch, and mean λ as a share of its ceiling."""
-    history, _ = healthy()
-    history["margin"] = np.linspace(-0.08, -0.08 + rise, EPOCHS)
-    history["lambda_eff"] = share * version(name).control.lambda_max
-    return judge(made_report("A", margin=-0.03, **others), (history, None), name)
+    mean = share * version(name).control.lambda_max
+    history = healthy()[0].assign(margin=np.linspace(-0.08, -0.08 + rise, EPOCHS), lambda_eff=mean)
+    return judge(made_report("A", margin=-0.03, **others), history, name)
 
 
 @pytest.mark.parametrize(
@@ -298,21 +250,16 @@ def failed(rise=0.05, share=0.1, name="v22", **others):
 )
 def test_the_option_that_follows_on_failure(rise, share, decision):
     v = failed(rise, share)
-    assert not v.success and v.decision == decision and v.why in v.text
-    assert f"Option {decision} ({OPTIONS[decision]})" in v.why and OPTIONS[decision] in known_versions()
+    assert not v.success and v.decision == decision and OPTIONS[decision] in v.why and v.why in v.text
     own = failed(rise, share, OPTIONS[decision])  # which is not offered to itself
     if own.decision == decision:
         others = [name for name in OPTIONS.values() if name != OPTIONS[decision]]
         assert f"({OPTIONS[decision]})" not in own.why and all(f"({name})" in own.why for name in others)
 
 
-@pytest.mark.parametrize("rise", [0.0, 0.05])
-def test_no_option_follows_without_a_directional_loss(rise):
-    decisions = {
-        n: failed(rise, name=n) for n in ("p6", "rank", "energy", "two_heads", "committee", "margin", "bounded")
-    }
-    assert {v.decision for v in decisions.values()} == {"none"}
-    assert [n for n, v in decisions.items() if "compared with" in v.why] == ["p6"]  # the reference
+def test_no_option_follows_without_a_directional_loss():
+    versions = ("p6", "rank", "energy", "two_heads", "committee", "margin", "bounded")
+    assert {failed(rise, name=n).decision for n in versions for rise in (0.0, 0.05)} == {"none"}
 
 
 @pytest.mark.parametrize("name", ["p6", "v22"])
@@ -341,34 +288,27 @@ def test_comparison_has_this_run_the_published_ones_and_the_baselines():
         "mean, untrained": [-0.3, 0.30, 0.51, -0.2, 0.16],
     }.items():
         assert table.loc[run, measures].astype(float).tolist() == pytest.approx(values, nan_ok=True), run
-    note = table.loc["v1, original", "note"]
-    assert "epoch 3" in note and "0.476" in note and "0.049" in note
 
 
 # The calibrated reading, on predictors whose label is known
 
 
-@functools.cache
-def read(name):
-    """The reading of a predictor: of the embedded validation and OOD windows, or of a world with its optimum."""
+def report_of(name):
+    """Of a predictor on the embedded validation and OOD windows, or of a world's optimum on the world."""
     if name in ("optimum", "optimum's ranker"):
-        optimum = worlds.law("rotation", dim=48).optimal(2)
-        data = dataset(worlds.world("rotation", dim=48, articles=60, length=30))
-        if name == "optimum":
-            return reading(fivecat(optimum, data))
-        flees = tricks.tricks(48, 5, 0.4, torch.eye(48)[:8])["mean − a·context[-2]"]
-        flees.heads = lambda x: (*flees(x), optimum.heads(x)[2])
-        return reading(fivecat(flees, data))
+        optimum = model = worlds.law("rotation", dim=48).optimal(2)
+        if name == "optimum's ranker":
+            model = tricks.tricks(48, 5, 0.4, torch.eye(48)[:8])["mean − a·context[-2]"]
+            model.heads = lambda x: (*model(x), optimum.heads(x)[2])
+        return fivecat(model, dataset(worlds.world("rotation", dim=48, articles=60, length=30)))
     data = dataset("wikipedia")
-    data = {s: getattr(data, s).at_most(200) for s in ("val", "ood")}
-    store = data["val"].store
-    components = leading_components(store, torch.from_numpy(store.vectors), 8)
+    dim = data.store.dim
     simple = {
-        "trick": tricks.tricks(store.dim, 5, 0.4, components)["mean − a·context[-2]"],
-        "mean": untrained(store.dim, 5)["mean"],
-        "constant": Constant(store.dim, 5, torch.ones(store.dim)),
+        "trick": tricks.tricks(dim, 5, 0.4, torch.eye(dim)[:8])["mean − a·context[-2]"],
+        "mean": untrained(dim, 5)["mean"],
+        "constant": Constant(dim, 5, torch.ones(dim)),
     }
-    return reading(fivecat(simple[name], data))
+    return fivecat(simple[name], {s: getattr(data, s).at_most(200) for s in ("val", "ood")})
 
 
 @pytest.mark.parametrize(
@@ -382,11 +322,12 @@ def read(name):
     ],
 )
 def test_the_reading_has_the_known_label_and_its_figures(name, label):
-    result = read(name)
+    report = report_of(name)
+    result = reading(report)
     assert result.label == label and LABELS[label] in result.headline
-    if name == "trick":
-        assert re.search(r"On val \(\d+ articles, 200 windows\) the novel MRR is 0\.\d+ \[", result.text)
-        assert "On ood (" in result.text and "Subtracted context vectors" in result.text and "copy last" in result.text
+    for split in report.splits:
+        assert f"On {split} (" in result.text and f"{report.value('novel MRR', split):.3f} [" in result.text
+    assert ("leading components" in result.text or "Subtracted" in result.text) == ("escape" in label)
 
 
 def test_the_reading_includes_the_arrow():
@@ -397,4 +338,4 @@ def test_the_reading_includes_the_arrow():
     report = fivecat(law.optimal(2), {"val": ways[0]})
     plain, with_arrow = reading(report), reading(report, result)
     assert result.declared == "forward" and with_arrow.sentences[:-1] == plain.sentences
-    assert "a forward direction" in with_arrow.sentences[-1] and result.caution in with_arrow.sentences[-1]
+    assert "forward" in with_arrow.sentences[-1] and result.caution in with_arrow.sentences[-1]

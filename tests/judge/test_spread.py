@@ -9,25 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from judge.plain import store_of
+from scipy import stats
 
 from lvmlib import models
 from lvmlib.baselines import Weighted, fit_weights
 from lvmlib.config import version
-from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
 from lvmlib.judge import controls
-from lvmlib.judge.spread import (
-    Ensemble,
-    FromContext,
-    histogram,
-    kolmogorov,
-    measure,
-    place,
-    reading,
-    references,
-    spread,
-    summarise,
-)
+from lvmlib.judge.spread import histogram, kolmogorov, measure, place, reading, references, spread, summarise
 from lvmlib.report import plots
 from lvmlib.windows import windows
 
@@ -55,10 +45,8 @@ def world(width=0.5, uneven=0.0, seed=0):
     """Windows whose every chunk is a draw of Normal(width, uneven), made a unit vector, whatever came before."""
     g = torch.Generator().manual_seed(seed)
     drawn = Normal(width, uneven).samples(torch.zeros(ARTICLES * LENGTH, T, D), 1, g)[0]
-    vectors = torch.nn.functional.normalize(drawn, dim=-1).numpy()
-    article, position = np.repeat(np.arange(ARTICLES), LENGTH), np.tile(np.arange(LENGTH), ARTICLES)
-    frame = pd.DataFrame({"title": "", "split": ["train"] * 10 + ["val"] * 20}, index=range(ARTICLES))
-    store = make_store("draws", vectors, article, position, frame)
+    articles = drawn.view(ARTICLES, LENGTH, D).numpy()
+    store = store_of({a: ("train" if a < 10 else "val", range(LENGTH), x) for a, x in enumerate(articles)})
     return {split: windows(store, split, 1, T) for split in ("train", "val")}
 
 
@@ -101,8 +89,6 @@ def test_place_shares_what_is_equal():
 
 
 def test_kolmogorov_by_hand():
-    from scipy import stats
-
     random = np.random.default_rng(1)
     for u in (random.random(200), random.random(200) ** 2, np.sqrt(random.random(200))):
         value, low, high = kolmogorov(u, np.arange(200) // 10)
@@ -112,18 +98,18 @@ def test_kolmogorov_by_hand():
 
 def test_the_interval_of_the_ratio_holds_the_ratio():
     """Nominal 95 % over 200 simulated splits of 20 unlike articles; the ratio is 0.8."""
-    random, held = np.random.default_rng(0), 0
+    random, covered = np.random.default_rng(0), 0
     for _ in range(200):
         article = np.repeat(np.arange(20), 10)
         hard = random.gamma(8, 1 / 8, 20)[article]
         off = hard * (1 + 0.1 * random.standard_normal(200))
         apart = 0.8 * hard * (1 + 0.1 * random.standard_normal(20)[article])
-        frame = pd.DataFrame({"article": article, "off": off, "apart": apart, "energy": off - apart / 2,
-                              "distance": random.random(200), "direction": random.random(200)})  # fmt: skip
+        frame = pd.DataFrame({"article": article, "off": off, "apart": apart, "energy": off - apart / 2})
+        frame = frame.assign(distance=random.random(200), direction=random.random(200))
         row = next(r for r in summarise(frame) if r["measure"] == "spread ratio")
         assert row["value"] == pytest.approx(apart.sum() / off.sum())
-        held += row["low"] <= 0.8 <= row["high"]
-    assert 180 <= held <= 199
+        covered += row["low"] <= 0.8 <= row["high"]
+    assert 180 <= covered <= 199
 
 
 # Where the truth is known
@@ -180,7 +166,7 @@ def test_truths_of_uneven_distance_are_seen_though_the_spread_is_right():
 
 def test_references_are_what_their_names_say(draws):
     refs = references(draws["train"])
-    context, target = draws["train"].batch(np.arange(50))
+    context, _ = draws["train"].batch(np.arange(50))
     _, everything = draws["train"].batch(np.arange(len(draws["train"])))
     g = torch.Generator().manual_seed(0)
     drawn = {name: r.samples(context, 30, g) for name, r in refs.items()}
@@ -192,17 +178,15 @@ def test_references_are_what_their_names_say(draws):
     same = (drawn["context vectors"][:, :, None] == context).all(-1)  # (S, B, T)
     assert same.any(2).all() and same.float().mean((0, 1)) == pytest.approx([0.5, 0.5], abs=0.06)
     torch.testing.assert_close(drawn["weighted mean, dressed"].norm(dim=-1), torch.ones(30, 50))
-    residual = Ensemble(Weighted(D, torch.zeros(T)), target[:1])
-    torch.testing.assert_close(residual.raw(context), target[:1].expand(50, -1))
-    torch.testing.assert_close(FromContext(D, T).raw(context), context.mean(1))
+    torch.testing.assert_close(refs["climatology"].raw(context), everything.mean(0).expand(50, -1))
+    torch.testing.assert_close(refs["context vectors"].raw(context), context.mean(1))
 
 
 def test_a_model_without_samples_is_refused(draws):
     with pytest.raises(LVMError, match="Weighted"):
         measure(Weighted(D, torch.ones(T)), draws["val"])
-    found = spread(OnSphere(0.5), {"val": draws["val"].at_most(50)}, {})
     with pytest.raises(LVMError, match="depth"):
-        found.row("depth")
+        spread(OnSphere(0.5), {"val": draws["val"].at_most(50)}, {}).row("depth")
 
 
 def test_figure_and_table_have_the_figures(draws):
@@ -232,8 +216,7 @@ def test_the_energy_score_teaches_the_spread_whatever_the_start(monkeypatch, sig
             self.sigma.data.fill_(sigma / math.sqrt(dim))
 
     monkeypatch.setitem(models.ARCHITECTURES, "sampler", Start)
-    parts = world(0.4)
-    begun = Start(D, T)
-    learned = controls.brief(version("energy"), parts["train"], steps=300, seed=0, learning_rate=0.01)
-    before, after = (spread(m, {"val": parts["val"]}, {}).row("spread ratio")["value"] for m in (begun, learned))
+    parts, own = world(0.4), version("energy", context_length=T)
+    learned = controls.brief(own, parts["train"], steps=300, seed=0, learning_rate=0.01)
+    before, after = (spread(m, {"val": parts["val"]}, {}).row("spread ratio")["value"] for m in (Start(D, T), learned))
     assert abs(before - 1) > 0.1 and abs(after - 1) < 0.05

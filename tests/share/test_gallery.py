@@ -142,7 +142,7 @@ def test_cards_show_what_the_files_hold(outputs, site):
     (copy,) = (r["value"] for r in report["calibrated"]["table"]
                if (r["split"], r["predictor"], r["measure"]) == ("val", "copy last", "novel MRR"))  # fmt: skip
     assert f"copy last <span>{copy:.3f}</span>" in card
-    broken = [c for c in lvm.checklist(version(epochs=2), history, steps) if c.held is False]
+    broken = [c for c in lvm.checklist(version(epochs=2), history, steps) if c.passed is False]
     assert broken and all(f"<b>{c.check}</b>: {c.measured}" in card for c in broken)
     assert "2026-01-02" in card and "Training</a>" in card and "Diagnostics</a>" in card
     assert "unfinished" in found["interrupted"] and "1 of 2 epochs" in found["interrupted"]
