@@ -6,11 +6,12 @@ Axes: N pairs, D vector dimension, k components, F features. Unlike Δ and the m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
 from ..errors import LVMError
@@ -148,29 +149,19 @@ def _correct(store: Store, classifier: Classifier, rows: np.ndarray, lag: int) -
     return 0.5 + 0.5 * np.sign(classifier.score(store.vectors[rows], store.vectors[rows + lag]))
 
 
-def _logistic(table: np.ndarray, penalties) -> dict[float, np.ndarray]:
-    """For each penalty the w (F,) that minimises −Σ_n log σ(f_n·w) + penalty/2 · ‖w‖², by Newton steps.
+def _logistic(table: np.ndarray, penalties: Sequence[float]) -> dict[float, np.ndarray]:
+    """For each penalty the w (F,) that minimises −Σ_n log σ(f_n·w) + penalty/2 · ‖w‖². The minimum is unique.
 
-    Every pair is in its true order; the swapped pair, with features −f and the other label, adds the same term. The
-    minimum is unique. A step that raises the loss is halved.
+    Every pair is in its true order; the swapped pair, with features −f and the other label, adds the same term.
     """
 
-    def loss(w, penalty):
-        return -log_expit(table @ w).sum() + penalty / 2 * w @ w
+    def loss(w: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
+        """Return the loss and its gradient."""
+        score = table @ w
+        return -log_expit(score).sum() + penalty / 2 * w @ w, penalty * w - table.T @ expit(-score)
 
     fits, w = {}, np.zeros(table.shape[1])
+    options = {"gtol": 1e-6 * len(table), "ftol": 1e-15, "maxiter": 10_000, "maxfun": 20_000}
     for penalty in penalties:
-        for _ in range(50):
-            probability = expit(table @ w)
-            gradient = penalty * w - table.T @ (1 - probability)
-            if np.abs(gradient).max() < 1e-6 * len(table):
-                break
-            curvature = np.sqrt(probability * (1 - probability))[:, None] * table
-            hessian = curvature.T @ curvature
-            hessian[np.diag_indices_from(hessian)] += penalty
-            step, size, before = np.linalg.solve(hessian, gradient), 1.0, loss(w, penalty)
-            while loss(w - size * step, penalty) > before and size > 1e-6:
-                size /= 2
-            w = w - size * step
-        fits[penalty] = w
+        w = fits[penalty] = minimize(loss, w, (penalty,), jac=True, method="L-BFGS-B", options=options).x
     return fits
