@@ -39,27 +39,20 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """All results that the conclusions rest on; what was not measured is empty or None.
+    """All results that the conclusions rest on; what was not measured is empty or None."""
 
-    `data`: the whole dataset. `scored`: `scores` of the baselines, and of a small model called TRAINED if there is one.
-    `order`: lag → `crossed_order_probe`. `arrows`: `crossed_arrows`. `leaks`, `nearest`, `facts`, `strangers`: from
-    `leaks`, `nearest_training`, `vector_facts`, `strangers`. `copied`: split → share of windows whose target nearly
-    equals a context chunk. `peeked`: of validation. `trained_arrow`: the small model's `arrow`. `drawn`: the dataset of
-    order and arrows, if not `data`.
-    """
-
-    data: Dataset
-    scored: Mapping[tuple[str, str], pd.DataFrame]
-    order: Mapping[int, OrderProbe]
-    arrows: Mapping[str, Arrow]
+    data: Dataset  # the whole one
+    scored: Mapping[tuple[str, str], pd.DataFrame]  # `scores` of the baselines, and of the small model TRAINED, if any
+    order: Mapping[int, OrderProbe]  # lag → `crossed_order_probe`
+    arrows: Mapping[str, Arrow]  # `crossed_arrows`
     leaks: Sequence[Leak]
-    nearest: pd.DataFrame
-    facts: Mapping[str, float]
+    nearest: pd.DataFrame  # `nearest_training`
+    facts: Mapping[str, float]  # `vector_facts`
     strangers: float
-    copied: Mapping[str, float]
-    peeked: pd.DataFrame | None = None
-    trained_arrow: Arrow | None = None
-    drawn: Dataset | None = None
+    copied: Mapping[str, float]  # split → share of windows whose target nearly equals a context chunk
+    peeked: pd.DataFrame | None = None  # of validation
+    trained_arrow: Arrow | None = None  # of the small model
+    drawn: Dataset | None = None  # the dataset of order and arrows, if not `data`
 
     @property
     def articles(self) -> dict[str, int]:

@@ -23,19 +23,15 @@ ROWS = 8192  # rows of a store that are float32 at one time
 
 @dataclass(frozen=True, eq=False)
 class Leak:
-    """Chunks of `split` that are also in split `other`.
-
-    `rows` (n,): the chunks compared, of `chunks` in all; `cosine`, `match` (n,): of the nearest chunk of the other
-    split, where that is NEAR or more (else NaN, −1); `nearest` (k,): cosine of the nearest chunk, for some rows.
-    """
+    """Chunks of `split` that are also in split `other`."""
 
     split: str
     other: str
-    chunks: int
-    rows: np.ndarray
-    cosine: np.ndarray
-    match: np.ndarray
-    nearest: np.ndarray
+    chunks: int  # of the split, in all
+    rows: np.ndarray  # (n,) the chunks compared
+    cosine: np.ndarray  # (n,) of the nearest chunk of the other split, where that is NEAR or more, else NaN
+    match: np.ndarray  # (n,) row of that chunk, else −1
+    nearest: np.ndarray  # (k,) cosine of the nearest chunk, for some rows
 
     @property
     def same(self) -> int:

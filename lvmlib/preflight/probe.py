@@ -23,14 +23,11 @@ PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0)  # strong first: each fit st
 
 @dataclass(frozen=True, eq=False)
 class OrderProbe:
-    """The result of an order probe on N test pairs.
+    """The result of an order probe on N test pairs; chance is ½."""
 
-    `correct` (N,): 1, 0, or ½ where the score is 0; chance is ½. `article` (N,). `classifiers`: one, or one a fold.
-    """
-
-    correct: np.ndarray
-    article: np.ndarray
-    classifiers: tuple[Classifier, ...]
+    correct: np.ndarray  # (N,) 1, 0, or ½ where the score is 0
+    article: np.ndarray  # (N,)
+    classifiers: tuple[Classifier, ...]  # one, or one a fold
 
     @property
     def accuracy(self) -> float:
