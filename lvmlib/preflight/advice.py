@@ -236,7 +236,7 @@ def _leaks(results: Results, g: dict) -> Rule:
         articles = leak.articles(store)
         if leak.share >= LEAK or articles:
             what = f"{leak.share:.1%} of the {leak.split} chunks are also in train"
-            what += f" (of {articles} articles more than half)" * bool(articles)
+            what += f" (in {articles} article{'s' * (articles > 1)} more than half)" * bool(articles)
             why = (
                 f"{leak.near:,} of {len(leak.rows):,} have a training chunk at cosine {NEAR} or more. The {leak.split} "
             )
