@@ -70,8 +70,8 @@ class Results:
         return paired(one["novel MRR"], two["novel MRR"], one["article"])
 
 
-def _draw_note(subject: str, part: Windows | pd.DataFrame, whole: Windows, noun: str) -> str:
-    some, every = (pd.Series(w.article).value_counts() for w in (part, whole))
+def _draw_note(subject: str, part: Windows | pd.DataFrame, total: Windows, noun: str) -> str:
+    some, every = (pd.Series(w.article).value_counts() for w in (part, total))
     if some.sum() == every.sum():
         return ""
     cut = " Long articles were cut; whole ones have more candidates, and so a lower MRR."

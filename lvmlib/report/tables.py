@@ -31,8 +31,8 @@ def table(
         frame = frame.assign(**{c: frame[c].map(letters) for c in words})
 
     numbers = frame.select_dtypes("number")
-    whole = (numbers.isna() | (numbers % 1 == 0)).all()
-    formats = {c: "{:,.0f}" if whole[c] else f"{{:,.{digits}f}}" for c in numbers} | (formats or {})
+    integer = (numbers.isna() | (numbers % 1 == 0)).all()
+    formats = {c: "{:,.0f}" if integer[c] else f"{{:,.{digits}f}}" for c in numbers} | (formats or {})
     styles = [
         ("caption", "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap"),
         ("th", "text-align: left"),
