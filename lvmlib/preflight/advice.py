@@ -1,7 +1,4 @@
-"""Conclusions of the pre-flight: the results of `facts`, `probe`, `arrows` and `leaks` as sentences, by fixed rules.
-
-Axes: N windows, A articles.
-"""
+"""Conclusions of the pre-flight: the results of `facts`, `probe`, `arrows` and `leaks` as sentences, by fixed rules."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..judge.arrow import Arrow
-from ..statistics import effective_articles, few, over_articles
+from ..statistics import effective_articles, few, over_articles, paired
 from ..windows import SPLITS, Dataset, Windows
 from .arrows import above_chance, beyond, declared, ridge_and_mean
 from .facts import TRAINED, WEIGHTING, best_trivial, joined, unused
@@ -42,27 +39,20 @@ class Finding:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """All results that the conclusions rest on; what was not measured is empty or None.
+    """All results that the conclusions rest on; what was not measured is empty or None."""
 
-    `data`: the whole dataset. `scored`: `scores` of the baselines, and of a small model called TRAINED if there is one.
-    `order`: lag → `crossed_order_probe`. `arrows`: `crossed_arrows`. `leaks`, `nearest`, `facts`, `strangers`: from
-    `leaks`, `nearest_training`, `vector_facts`, `strangers`. `copied`: split → share of windows whose target nearly
-    equals a context chunk. `peeked`: of validation. `trained_arrow`: the small model's `arrow`. `drawn`: the dataset of
-    order and arrows, if not `data`.
-    """
-
-    data: Dataset
-    scored: Mapping[tuple[str, str], pd.DataFrame]
-    order: Mapping[int, OrderProbe]
-    arrows: Mapping[str, Arrow]
+    data: Dataset  # the whole one
+    scored: Mapping[tuple[str, str], pd.DataFrame]  # `scores` of the baselines, and of the small model TRAINED, if any
+    order: Mapping[int, OrderProbe]  # lag → `crossed_order_probe`
+    arrows: Mapping[str, Arrow]  # `crossed_arrows`
     leaks: Sequence[Leak]
-    nearest: pd.DataFrame
-    facts: Mapping[str, float]
+    nearest: pd.DataFrame  # `nearest_training`
+    facts: Mapping[str, float]  # `vector_facts`
     strangers: float
-    copied: Mapping[str, float]
-    peeked: pd.DataFrame | None = None
-    trained_arrow: Arrow | None = None
-    drawn: Dataset | None = None
+    copied: Mapping[str, float]  # split → share of windows whose target nearly equals a context chunk
+    peeked: pd.DataFrame | None = None  # of validation
+    trained_arrow: Arrow | None = None  # of the small model
+    drawn: Dataset | None = None  # the dataset of order and arrows, if not `data`
 
     @property
     def articles(self) -> dict[str, int]:
@@ -74,21 +64,18 @@ class Results:
         """A sentence if the validation figures are of a random part of the articles, else an empty string."""
         return _draw_note("These figures use", self.scored["val", "mean"], self.data.val, "validation articles")
 
-    def difference(self, name: str, other: str, split: str = "val") -> tuple[float, float, float]:
-        """Novel MRR of one predictor minus that of another, and its interval."""
-        one, two = self.scored[split, name], self.scored[split, other]
-        return over_articles(one["novel MRR"] - two["novel MRR"], one["article"])
+    def difference(self, name: str, other: str) -> tuple[float, float, float]:
+        """Novel MRR of one predictor minus that of another on validation, and its interval."""
+        one, two = self.scored["val", name], self.scored["val", other]
+        return paired(one["novel MRR"], two["novel MRR"], one["article"])
 
 
-def _draw_note(subject: str, part: Windows | pd.DataFrame, whole: Windows, noun: str = "articles") -> str:
-    some, every = (pd.Series(w.article).value_counts() for w in (part, whole))
+def _draw_note(subject: str, part: Windows | pd.DataFrame, total: Windows, noun: str) -> str:
+    some, every = (pd.Series(w.article).value_counts() for w in (part, total))
     if some.sum() == every.sum():
         return ""
     cut = " Long articles were cut; whole ones have more candidates, and so a lower MRR."
     return f" {subject} a draw of {len(some):,} of {len(every):,} {noun}.{cut * bool((some < every[some.index]).any())}"
-
-
-# Direction
 
 
 def direction(results: Results) -> str:
@@ -117,27 +104,22 @@ def gain(results: Results) -> dict:
 
     best (its name), value, low, high; chance; plain (the best baseline that only weighs its context); other (the small
     model, else ridge, or plain where ridge is best); smallest (the difference other − best that is found with 80 %),
-    needed 0.02, needed 0.01 (articles); range (of `smallest` over all predictors); both sides, beside (`peeked`: the
-    target's neighbours, and best on the same candidates). NaN if not measured.
+    needed 0.02, needed 0.01 (articles); range (of `smallest` over all predictors).
     """
+    scored = {name: frame for (split, name), frame in results.scored.items() if split == "val"}
     best = best_trivial(results.scored)
-    frame, total = results.scored["val", best], results.articles["val"]
+    frame, total = scored[best], results.articles["val"]
     value, low, high = over_articles(frame["novel MRR"], frame["article"], share=True)
-    plain = max(WEIGHTING, key=lambda n: results.scored["val", n]["novel MRR"].mean())
-    names = [n for s, n in results.scored if s == "val" and n not in (best, "constant")]
-    other = TRAINED if TRAINED in names else plain if best == "ridge" else "ridge"
-    less = {n: results.scored["val", n]["novel MRR"] - frame["novel MRR"] for n in names}
+    plain = max(WEIGHTING, key=lambda n: scored[n]["novel MRR"].mean())
+    other = plain if best == "ridge" else "ridge"
+    if TRAINED in scored:
+        other = TRAINED
+    less = {n: f["novel MRR"] - frame["novel MRR"] for n, f in scored.items() if n not in (best, "constant")}
     smallest = {n: smallest_difference(v, frame["article"], articles=total) for n, v in less.items()}
     gained = {"best": best, "value": value, "low": low, "high": high, "plain": plain, "other": other}
-    gained |= {"chance": float(frame["chance"].mean()), "both sides": float("nan"), "beside": float("nan")}
-    gained |= {"smallest": smallest[other], "range": f"{min(smallest.values()):.3f} to {max(smallest.values()):.3f}"}
-    gained |= {f"needed {w:g}": articles_needed(less[other], frame["article"], w) for w in (0.02, 0.01)}
-    if results.peeked is not None:
-        gained |= {
-            "both sides": float(results.peeked["both sides"].mean()),
-            "beside": float(results.peeked[best].mean()),
-        }
-    return gained
+    gained |= {"chance": float(frame["chance"].mean()), "smallest": smallest[other]}
+    gained |= {"range": f"{min(smallest.values()):.3f} to {max(smallest.values()):.3f}"}
+    return gained | {f"needed {w:g}": articles_needed(less[other], frame["article"], w) for w in (0.02, 0.01)}
 
 
 # The answers
@@ -145,10 +127,7 @@ def gain(results: Results) -> dict:
 SIGNAL = {
     "forward": ("Yes, forwards.", "The text is easier to continue forwards than backwards."),
     "backward": ("Yes, backwards.", "The text is easier to continue backwards than forwards."),
-    "order": (
-        "Order, but no arrow.",
-        "The order of chunks can be detected, but predicting forwards is no easier than predicting backwards.",
-    ),
+    "order": ("Order, but no arrow.", "The order of chunks can be detected, but no direction is easier to predict."),
     "order alone": ("Order; the arrow was not measured.", "The order of chunks can be detected."),
     "none": ("None detected.", "These vectors show no order, so a directional loss has nothing to learn."),
     "not measured": ("Not measured.", "There are too few articles to measure a direction."),
@@ -167,25 +146,26 @@ def answers(results: Results) -> tuple[str, str]:
 
 def _answer_direction(results: Results) -> str:
     headline, sentence = _signal(results)
-    parts, table = [f"**{headline}** {sentence}"], probed(results.order)
+    text, table = f"**{headline}** {sentence}", probed(results.order)
     if len(table):
-        row = table[table["order"]].iloc[0] if table["order"].any() else table.iloc[0]
-        parts.append(
-            f"For two chunks {row['lag']} apart, a small classifier finds which comes first in "
+        row = table.loc[table["order"].idxmax()]  # the first lag with order, or the first lag
+        text += (
+            f" For two chunks {row['lag']} apart, a small classifier finds which comes first in "
             f"{_range(row, 'accuracy', '.1%')} of pairs, over {row['articles']} articles; chance is 50 %."
         )
     if results.arrows:
-        parts.append(f"Forward − backward, ridge has {both_ways(results.arrows['ridge'])}.")
-        parts.append(f"It has {signed(beyond(results.arrows))} beyond the weighted mean.")
-        parts.append("An arrow is declared if all three are on one side of 0, and ridge is above chance that way.")
+        text += (
+            f" Forward − backward, ridge has {both_ways(results.arrows['ridge'])}. It has "
+            f"{signed(beyond(results.arrows))} beyond the weighted mean. An arrow is declared if all three are on one "
+            "side of 0, and ridge is above chance that way."
+        )
         if declared(results.arrows) == "none" and (smallest := smallest_arrow(results)[0]) == smallest:
-            parts.append(f"An arrow of {smallest:.3f} would be found with 80 % probability.")
+            text += f" An arrow of {smallest:.3f} would be found with 80 % probability."
     if results.drawn is not None:
-        note = _draw_note("Order and ridge's arrow use", joined(results.drawn), joined(results.data))
-        parts += [note.strip()] if note else []
+        text += _draw_note("Order and ridge's arrow use", joined(results.drawn), joined(results.data), "articles")
     if results.trained_arrow is not None:
-        parts.append(trained_both_ways(results.trained_arrow))
-    return " ".join(parts)
+        text += f" {trained_both_ways(results.trained_arrow)}"
+    return text
 
 
 def _answer_gain(results: Results) -> str:
@@ -194,12 +174,10 @@ def _answer_gain(results: Results) -> str:
     for name in (g["plain"] if g["best"] == "ridge" else "ridge", TRAINED):
         if ("val", name) in results.scored:
             text += f" {name} − {g['best']}: {signed(results.difference(name, g['best']))}."
-    if g["both sides"] == g["both sides"]:
-        text += (
-            " The best possible predictor is not known, but it does not reach 1.0. For reference: the mean of both "
-            f"neighbours of the target, one of which no predictor may see, has {g['both sides']:.3f}; {g['best']} has "
-            f"{g['beside']:.3f} on the same candidates."
-        )
+    if results.peeked is not None:
+        both, beside = (results.peeked[name].mean() for name in ("both sides", g["best"]))
+        text += f" For reference: the mean of both neighbours of the target has {both:.3f}, and {g['best']} has "
+        text += f"{beside:.3f} on the same candidates. No predictor may see the later neighbour."
         text += " Chunks overlap here, so the reference is too high." * bool(_overlap(results)[1])
     return f"{text}{results.draw_note} {_visible(results, g)}"
 
@@ -239,7 +217,10 @@ def trained_both_ways(a: Arrow) -> str:
     return f"The {TRAINED}, trained both ways, has {both_ways(a)}.{caution} It does not count for the conclusion."
 
 
-# The rules
+# The rules: each yields the fields of its Findings
+
+SPOILERS = ("leak", "titles", "copies", "overlap")  # kinds that would invalidate every figure
+Rule = Iterator[tuple[str, str, str, str]]
 
 
 def verdict(results: Results) -> list[Finding]:
@@ -249,23 +230,18 @@ def verdict(results: Results) -> list[Finding]:
     return [Finding(*finding) for rule in rules for finding in rule(results, g)]
 
 
-SPOILERS = ("leak", "titles", "copies", "overlap")  # kinds that would invalidate every figure
-Rule = Iterator[tuple[str, str, str, str]]  # the fields of a Finding
-
-
 def _leaks(results: Results, g: dict) -> Rule:
     store = results.data.store
     for leak in (leak for leak in results.leaks if leak.other == "train"):
         articles = leak.articles(store)
         if leak.share >= LEAK or articles:
-            many = f" ({articles} article{'s' if articles > 1 else ''} for more than half)" if articles else ""
-            yield (
-                "leak",
-                f"{leak.share:.1%} of the {leak.split} chunks are also in train{many}",
+            what = f"{leak.share:.1%} of the {leak.split} chunks are also in train"
+            what += f" (in {articles} article{'s' * (articles > 1)} more than half)" * bool(articles)
+            why = (
                 f"{leak.near:,} of {len(leak.rows):,} have a training chunk at cosine {NEAR} or more. The {leak.split} "
-                "figures may be too high by about that share: a model can remember what followed there.",
-                "Drop near-duplicates when encoding, or put articles that share chunks into one split.",
             )
+            why += "figures may be too high by about that share: a model can remember what followed there."
+            yield "leak", what, why, "Drop near-duplicates when encoding, or put such articles into one split."
     for titles in shared_titles(store)[:1]:
         why, advice = f"For example {' and '.join(titles[:3])}.", "If they are one article, put them into one split."
         yield "titles", "Nearly equal titles are in two splits", why, advice
@@ -279,50 +255,40 @@ def _overlap(results: Results) -> tuple[int, int]:
 
 def _copies(results: Results, g: dict) -> Rule:
     split = max(results.copied, key=results.copied.get)
-    if results.copied[split] >= COPIES:
-        yield (
-            "copies",
-            "Targets repeat their context, so copying wins",
-            f"In {results.copied[split]:.0%} of the {split} windows a chunk of the context nearly equals the target.",
-            "Drop near-duplicate chunks within an article, or use larger chunks.",
-        )
+    if (share := results.copied[split]) >= COPIES:
+        why = f"In {share:.0%} of the {split} windows a chunk of the context nearly equals the target."
+        advice = "Drop near-duplicate chunks within an article, or use larger chunks."
+        yield "copies", "Targets repeat their context, so copying wins", why, advice
     tokens, overlap = _overlap(results)
     shared = tokens - results.data.val.horizon * (tokens - overlap)  # chunks begin tokens − overlap apart
     if shared > 0:
         free = -(-tokens // (tokens - overlap))
-        yield (
-            "overlap",
-            "Chunks overlap: the target contains words of its context",
-            f"It shares {shared} of {tokens} tokens ({shared / tokens:.0%}) with the last chunk. This favours copying.",
-            f"Encode with overlap 0, or take horizon {free} {_horizon(free)}, which shares nothing.",
+        why = (
+            f"It shares {shared} of {tokens} tokens ({shared / tokens:.0%}) with the last chunk. This favours copying."
         )
+        advice = f"Encode with overlap 0, or take horizon {free} {_horizon(free)}, which shares nothing."
+        yield "overlap", "Chunks overlap: the target contains words of its context", why, advice
 
 
 def _direction(results: Results, g: dict) -> Rule:
     way, (smallest, needed), total = direction(results), smallest_arrow(results), sum(results.articles.values())
-    why = f"{_why_no_arrow(results)} Arrows below {smallest:.3f} in novel MRR may be missed." if results.arrows else ""
+    why = "No arrow was measured."
+    if results.arrows:
+        why = f"{_why_no_arrow(results)} Arrows below {smallest:.3f} in novel MRR may be missed."
     more = "Take more articles" + (f" ({_count(needed)} would show an arrow half as large)" if needed == needed else "")
     if way in ("forward", "backward"):
-        yield (
-            "arrow",
-            f"An arrow of time: the text is easier to continue {way}s",
-            "Ridge differs significantly, with and without copying's own difference, and beyond the weighted mean.",
-            "Train a version both ways (`-p direction backward`) with several seeds; see gate F in `compare.ipynb`.",
+        why = "Ridge differs significantly, with and without copying's own difference, and beyond the weighted mean."
+        advice = (
+            "Train a version both ways (`-p direction backward`) with several seeds; see gate F in `compare.ipynb`."
         )
+        yield "arrow", f"An arrow of time: the text is easier to continue {way}s", why, advice
     elif way == "order":
-        yield (
-            "order",
-            "The order of chunks can be detected" + (", but no arrow in prediction" if results.arrows else ""),
-            f"The order probe is significantly above chance. {why or 'No arrow was measured.'}",
-            f"See whether a trained model uses the order (gate C, shuffled), and look at the probe by lag. {more}.",
-        )
+        what = "The order of chunks can be detected" + ", but no arrow in prediction" * bool(results.arrows)
+        advice = f"See whether a trained model uses the order (gate C, shuffled), and look at the probe by lag. {more}."
+        yield "order", what, f"The order probe is significantly above chance. {why}", advice
     elif way == "none":
-        yield (
-            "no order",
-            f"No order detected in {total} articles",
-            f"{'The order probe is at chance. ' * bool(results.order)}{why or 'No arrow was measured.'}",
-            f"{more}; use other chunks or another encoder.",
-        )
+        why = "The order probe is at chance. " * bool(results.order) + why
+        yield "no order", f"No order detected in {total} articles", why, f"{more}; use other chunks or another encoder."
     else:
         why = f"{total} articles with windows are too few to fit on some and test on others."
         yield "not measured", "Order and arrow could not be measured", why, "Take more articles, at least several tens."
@@ -337,38 +303,39 @@ def _why_no_arrow(results: Results) -> str:
             return f"Ridge does better {way}s, but is not above chance that way."
         return "Ridge differs forwards and backwards, but no more than the weighted mean, which has no direction."
     row = ridge.table.set_index("measure").loc["novel MRR"]
-    if any(row[low] > 0 or row[high] < 0 for low, high in (("low", "high"), ("raw low", "raw high"))):
+    if row["low"] > 0 or row["high"] < 0 or row["raw low"] > 0 or row["raw high"] < 0:
         return "Ridge differs forwards and backwards because the beginnings and ends of the articles differ."
     return "Ridge fitted forwards and backwards shows no significant difference."
 
 
 def _gain(results: Results, g: dict) -> Rule:
     best, plain = g["best"], g["plain"]
-    linear = results.difference("ridge", plain)
-    small = results.difference(TRAINED, best) if g["other"] == TRAINED else (float("nan"),) * 3
+    linear, small = results.difference("ridge", plain), (float("nan"),) * 3
     why = f"Ridge − {plain}: {signed(linear)} in novel MRR on validation"
-    why += f"; {TRAINED} − {best}: {signed(small)}." if g["other"] == TRAINED else "."
+    if g["other"] == TRAINED:
+        small = results.difference(TRAINED, best)
+        why += f"; {TRAINED} − {best}: {signed(small)}"
     if linear[1] > 0:
         advice = "Train `p6` first, and compare every model with ridge, not with copying."
-        yield "linear gain", "A linear map predicts more than nearness and topic do", why, advice
+        yield "linear gain", "A linear map predicts more than nearness and topic do", f"{why}.", advice
     elif small[1] > 0:
         advice = "Train `p6` in full, and compare versions with a directional loss with it."
-        yield "small model gain", f"A small AMN beats {best} within a few steps", why, advice
+        yield "small model gain", f"A small AMN beats {best} within a few steps", f"{why}.", advice
     elif g["low"] <= g["chance"]:
         why = f"The best baseline, {best}, has a novel MRR of {_range(g, 'value')}; chance is {g['chance']:.3f}."
         advice = f"Try horizon 1 {_horizon(1)} if it is not; check the order of positions; use other chunks."
         yield "no signal", "The context hardly predicts the target", why, advice
     elif linear[1] == linear[1]:
         advice = f"Judge every model by its novel MRR minus that of {plain}, paired. Gains take more than a linear map."
-        yield "no gain", f"No fitted predictor beats {plain}", why, advice
+        yield "no gain", f"No fitted predictor beats {plain}", f"{why}.", advice
 
 
 def _nearness(results: Results, g: dict) -> Rule:
     value, low, high = results.difference("copy last", "mean")
     if low > 0:
-        other = 1 if results.data.val.horizon > 1 else 2
-        reason = "to see the most that nearness gives" if other == 1 else "to see what is left without it"
-        advice = f"Try horizon {other} {_horizon(other)} {reason}."
+        advice = f"Try horizon 1 {_horizon(1)} to see the most that nearness gives."
+        if results.data.val.horizon == 1:
+            advice = f"Try horizon 2 {_horizon(2)} to see what is left without it."
         why = f"By {signed((value, low, high))} in novel MRR."
         yield "nearness", "Nearness predicts: copying the last chunk beats the mean of the context", why, advice
     elif high < 0:
@@ -382,13 +349,9 @@ def _power(results: Results, g: dict) -> Rule:
         advice = "Have some tens of articles in each split."
         yield "few articles", "Too few articles to judge", f"Validation has {caution}.", advice
     elif caution or g["smallest"] > VISIBLE:
-        yield (
-            "few articles",
-            f"Few articles: differences below {g['smallest']:.3f} in novel MRR may be missed",
-            f"Estimated from {g['other']} − {g['best']} on {articles['val']} validation articles; {g['range']} over "
-            f"all comparisons{'; ' * bool(caution)}{caution}.",
-            f"Have {_count(g['needed 0.02'])} validation articles for 0.02, {_count(g['needed 0.01'])} for 0.01.",
-        )
+        what = f"Few articles: differences below {g['smallest']:.3f} in novel MRR may be missed"
+        why = _visible(results, g) + f" Validation has {caution}." * bool(caution)
+        yield "few articles", what, why, "Take more validation articles."
     for split in ("val", "ood"):
         article = getattr(results.data, split).article
         share = np.unique(article, return_counts=True)[1].max() / len(article)
@@ -437,13 +400,15 @@ def _horizon(value: int) -> str:
 
 
 def _range(row: Mapping, value: str, form: str = ".3f") -> str:
-    interval = f" [{row['low']:{form}}, {row['high']:{form}}]" if row["low"] == row["low"] else " (no interval)"
-    return f"{row[value]:{form}}{interval}"
+    return signed((row[value], row["low"], row["high"]), form)
 
 
 def signed(figure: tuple[float, float, float], form: str = "+.3f") -> str:
     """Format a figure and its interval (value, low, high): "+0.012 [-0.003, +0.027]"."""
-    return "–" if figure[0] != figure[0] else _range(dict(zip(("x", "low", "high"), figure, strict=True)), "x", form)
+    value, low, high = figure
+    if value != value:
+        return "–"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]" if low == low else f"{value:{form}} (no interval)"
 
 
 def _count(number: float) -> str:

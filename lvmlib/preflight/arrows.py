@@ -5,7 +5,7 @@ Axes: A articles, N windows, D vector dimension, T context length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,9 +14,9 @@ from ..baselines import STRENGTHS, Linear, Sums, Weighted, least_squares, untrai
 from ..errors import LVMError
 from ..judge.arrow import MEASURES, Arrow, compared, figures, shared
 from ..models import Predictor
-from ..statistics import chance_reciprocal_rank, over_articles
-from ..windows import Dataset, Windows
-from .facts import candidates, joined
+from ..statistics import over_articles, paired
+from ..windows import DIRECTIONS, Dataset, Windows
+from .facts import chance_mrr, joined
 
 
 def crossed_arrows(forward: Dataset, backward: Dataset, folds: int = 5) -> dict[str, Arrow]:
@@ -27,35 +27,35 @@ def crossed_arrows(forward: Dataset, backward: Dataset, folds: int = 5) -> dict[
     above chance` and `backward above chance`: the lower end (95 %) of novel MRR less its chance level. Raises LVMError
     for too few articles.
     """
-    whole = joined(forward), joined(backward)
-    ways = shared(*whole)
-    used = np.unique(ways[0].article)
+    every = joined(forward), joined(backward)
+    tests = shared(*every)
+    article, used = tests[0].article, np.unique(tests[0].article)
     if len(used) < 2 * folds:
         raise LVMError(
             f"{forward.store.name}: {len(used)} articles have a target in both directions, {2 * folds} are needed; "
             "add articles, or take longer ones"
         )
-    fits = [_fit_folds(windows, used, folds) for windows in whole]
+    fold = np.searchsorted(used, article) % folds  # (N,)
+    fits = [_fit_folds(windows, used, folds) for windows in every]
     copy_last = untrained(forward.store.dim, forward.train.context_length)["copy last"]
-    parts = {name: ([], []) for name in ("copy last", *fits[0][0])}  # forward and backward figures, a dict for a fold
-    articles, counts = [], []
-    for fold in range(folds):
-        inside = np.isin(ways[0].article, used[fold::folds])
-        for way in (0, 1):
-            test = replace(ways[way], start=ways[way].start[inside])
-            for name, predictor in {"copy last": copy_last, **fits[way][fold]}.items():
-                parts[name][way].append(figures(predictor, test))
-        articles.append(ways[0].article[inside])
-        counts.append(candidates(replace(ways[0], start=ways[0].start[inside])))
-    article, chance = np.concatenate(articles), chance_reciprocal_rank(np.concatenate(counts))
-    by_name = {n: [{m: np.concatenate([f[m] for f in way]) for m in MEASURES} for way in p] for n, p in parts.items()}
-    arrows = {}
+    copied, chance, arrows = [figures(copy_last, test) for test in tests], chance_mrr(tests[0]), {}
     for name in fits[0][0]:
-        arrow = compared([by_name[name]], by_name["copy last"], article)
-        above = [over_articles(way["novel MRR"] - chance, article)[1] for way in by_name[name]]
-        columns = {"forward above chance": above[0], "backward above chance": above[1]}
+        judged = [_judge([f[name] for f in fit], test, fold) for fit, test in zip(fits, tests, strict=True)]
+        above = [over_articles(way["novel MRR"] - chance, article)[1] for way in judged]
+        columns = {f"{way} above chance": low for way, low in zip(DIRECTIONS, above, strict=True)}
+        arrow = compared([judged], copied, article)
         arrows[name] = replace(arrow, table=arrow.table.assign(**columns))
     return arrows
+
+
+def _judge(predictors: Sequence[Predictor], windows: Windows, fold: np.ndarray) -> dict[str, np.ndarray]:
+    """`figures` of each window by the predictor of its fold (N,)."""
+    found = {measure: np.empty(len(windows)) for measure in MEASURES}
+    for number, predictor in enumerate(predictors):
+        part = figures(predictor, replace(windows, start=windows.start[fold == number]))
+        for measure in MEASURES:
+            found[measure][fold == number] = part[measure]
+    return found
 
 
 def _fit_folds(windows: Windows, used: np.ndarray, folds: int) -> list[dict[str, Predictor]]:
@@ -90,18 +90,17 @@ def beyond(arrows: Mapping[str, Arrow]) -> tuple[float, float, float]:
     The weighted mean knows no direction, but gains one way where chunks grow noisier along every article. With many
     articles ridge learns to average, too.
     """
-    ridge, averaging = ridge_and_mean(arrows)
-    return over_articles(ridge - averaging, arrows["ridge"].article)
+    return paired(*ridge_and_mean(arrows), arrows["ridge"].article)
 
 
 def declared(arrows: Mapping[str, Arrow]) -> str:
     """The arrow that `crossed_arrows` show, "forward", "backward" or "none": ridge's, if ridge is also beyond the
     weighted mean on the same side, and above chance that way."""
     way = arrows["ridge"].declared if arrows else "none"
-    if way == "none":
-        return way
+    if way == "none" or not above_chance(arrows, way):
+        return "none"
     _, low, high = beyond(arrows)
-    return way if (low > 0 if way == "forward" else high < 0) and above_chance(arrows, way) else "none"
+    return way if (low > 0 if way == "forward" else high < 0) else "none"
 
 
 def above_chance(arrows: Mapping[str, Arrow], way: str) -> bool:

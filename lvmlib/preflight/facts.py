@@ -2,8 +2,7 @@
 
 Axes: M chunks, A articles, N windows, D vector dimension, T context length.
 
-Cheap facts are of every chunk, read a block of rows at a time. The others may be of whole articles drawn at random
-(`drawn`). `arrows`, `probe` and `leaks` find more, and `advice` turns all of it into words.
+Cheap facts are of every chunk. The others may be of whole articles drawn at random (`drawn`).
 """
 
 from __future__ import annotations
@@ -18,14 +17,13 @@ import torch
 from ..data.store import make_store
 from ..errors import LVMError
 from ..judge.arrow import Arrow
-from ..judge.fivecat import Report, fivecat, score
+from ..judge.fivecat import Report, judge, score
 from ..models import Predictor
 from ..ranking import Articles
 from ..statistics import chance_reciprocal_rank, over_articles
-from ..windows import SPLITS, Dataset, GivenWindows, Store, Windows, article_spans
+from ..windows import SPLITS, Dataset, GivenWindows, Store, Windows, article_spans, blocks, ranges
 from .power import articles_needed, smallest_difference
 
-ROWS = 8192  # rows of a store that are float32 at one time
 WEIGHTING = ("copy last", "mean", "weighted mean")  # baselines with one weight for each context position
 TRIVIAL = ("constant", *WEIGHTING, "ridge")
 TRAINED = "small AMN"  # the name of a small model, trained for a few steps, among the baselines
@@ -58,10 +56,8 @@ def drawn(data: Dataset, most: Mapping[str, int], seed: int = 0, fewest: int = 2
             longest = max(most[split] // min(len(order), fewest), 2 * (own[split].context_length + own[split].horizon))
             inside = np.cumsum(np.minimum(sizes[order], longest)) <= most[split]
             order = order[: max(int(inside.sum()), 2)]
-        for run in order:
-            size = min(sizes[run], longest)
-            first = begins[run] + random.integers(0, sizes[run] - size + 1)
-            chosen.append(np.arange(first, first + size))
+        size = np.minimum(sizes[order], longest)
+        chosen.append(ranges(begins[order] + random.integers(0, sizes[order] - size + 1), size))
     return _part(data, np.sort(np.concatenate(chosen)))
 
 
@@ -72,8 +68,7 @@ def _part(data: Dataset, rows: np.ndarray) -> Dataset:
     part = make_store(f"{store.name}, a draw", store.vectors[rows], store.article[rows], store.position[rows], articles)
     for split in SPLITS:
         windows = getattr(data, split)
-        ends = np.stack([windows.start, windows.target])
-        inside = np.isin(ends, rows).all(0)
+        inside = np.isin(windows.start, rows) & np.isin(windows.target, rows)
         cut[split] = replace(windows, store=part, start=np.searchsorted(rows, windows.start[inside]))
     if store.given is not None:  # backward windows are cut from the store, not given
         split = np.repeat(np.arange(len(SPLITS)), [len(w) for w in cut.values()])
@@ -90,29 +85,18 @@ def joined(data: Dataset) -> Windows:
 
 
 def sums(store: Store) -> np.ndarray:
-    """(A, D) float64, the sum of each article's vectors, in the order of `runs`; a block of rows at a time."""
-    _, begins, _ = runs(store)
-    total = np.zeros((len(begins), store.dim))
-    for first in range(0, len(store.vectors), ROWS):
-        block = np.asarray(store.vectors[first : first + ROWS], np.float32)
-        inside = np.searchsorted(begins, [first, first + len(block)])
-        starts = np.concatenate([[0], begins[inside[0] : inside[1]] - first])
-        run = np.concatenate([[inside[0] - 1], np.arange(*inside)])
-        keep = np.diff(starts, append=len(block)) > 0  # the block may begin with an article
-        total[run[keep]] += np.add.reduceat(block, starts[keep], axis=0)
-    return total
+    """(A, D) float64, the sum of each article's vectors, in the order of `runs`."""
+    spans = zip(*article_spans(store.article), strict=True)
+    return np.stack([store.vectors[begin:end].sum(0, dtype=np.float64) for begin, end in spans])
 
 
 def unused(data: Dataset) -> float:
     """The share of the chunks of all splits that are in no window, because of short articles or gaps."""
-    store = data.store
-    used = np.zeros(len(store.article) + 1, int)
-    for w in (getattr(data, split) for split in SPLITS):
-        ends = np.sort(np.stack([w.start, w.target]), axis=0)
-        np.add.at(used, ends[0], 1)
-        np.add.at(used, ends[1] + 1, -1)
-    inside = np.concatenate([store.rows(split) for split in SPLITS])
-    return float((np.cumsum(used)[inside] == 0).mean())
+    used = np.zeros(len(data.store.article), bool)
+    for windows in (data.train, data.val, data.ood):
+        length = np.full(len(windows), windows.context_length + windows.horizon)
+        used[ranges(np.minimum(windows.start, windows.target), length)] = True
+    return float(1 - used[np.concatenate([data.store.rows(split) for split in SPLITS])].mean())
 
 
 # Vectors
@@ -121,39 +105,35 @@ def unused(data: Dataset) -> float:
 def vector_facts(store: Store) -> dict[str, float]:
     """Count the chunks, and their vectors that are not finite, zero, not unit (norm off by more than 0.01), or equal to
     an earlier one bit by bit. Also: least norm, greatest norm, still (number of constant dimensions)."""
-    facts = {"chunks": len(store.vectors), "not finite": 0, "zero": 0, "not unit": 0}
-    least, greatest, hashes = np.inf, 0.0, []
+    norms, hashes = [], []
     low, high = np.full(store.dim, np.inf), np.full(store.dim, -np.inf)
-    for first in range(0, len(store.vectors), ROWS):
-        raw = np.ascontiguousarray(store.vectors[first : first + ROWS])
-        block = raw.astype(np.float32)
-        norm = np.linalg.norm(block, axis=1)
-        finite = np.isfinite(norm)
-        facts["not finite"] += int((~finite).sum())
-        facts["zero"] += int((norm == 0).sum())
-        facts["not unit"] += int((finite & (np.abs(norm - 1) > 0.01)).sum())
-        least, greatest = min(least, norm[finite].min(initial=np.inf)), max(greatest, norm[finite].max(initial=0.0))
+    for _, block in blocks(store.vectors):
+        hashes.append(np.fromiter((hash(row.tobytes()) for row in block), np.int64, len(block)))
+        block = block.astype(np.float32)
+        norms.append(np.linalg.norm(block, axis=1))
         low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
-        hashes.append(np.fromiter((hash(row.tobytes()) for row in raw), np.int64, len(raw)))
-    seen = np.concatenate(hashes)
-    return facts | {
-        "least norm": float(least),
-        "greatest norm": float(greatest),
-        "equal": len(seen) - len(np.unique(seen)),
+    norm = np.concatenate(norms)
+    finite = norm[np.isfinite(norm)]
+    return {
+        "chunks": len(norm),
+        "not finite": len(norm) - len(finite),
+        "zero": int((finite == 0).sum()),
+        "not unit": int((np.abs(finite - 1) > 0.01).sum()),
+        "least norm": float(finite.min()),
+        "greatest norm": float(finite.max()),
+        "equal": len(norm) - len(np.unique(np.concatenate(hashes))),
         "still": int((high - low <= 1e-6).sum()),
     }
 
 
 def products(store: Store, reach: int) -> np.ndarray:
     """(reach, M) float32: row k − 1 holds x_t · x_{t+k} for rows t; NaN where row t + k is of another article."""
-    count = len(store.vectors)
-    out = np.full((reach, count), np.nan, np.float32)
-    for first in range(0, count, ROWS):
-        block = np.asarray(store.vectors[first : first + ROWS + reach], np.float32)
+    out = np.full((reach, len(store.vectors)), np.nan, np.float32)
+    for first, block in blocks(store.vectors):
+        x = np.asarray(store.vectors[first : first + len(block) + reach], np.float32)
         for k in range(1, reach + 1):
-            n = min(ROWS, len(block) - k)
-            if n > 0:
-                out[k - 1, first : first + n] = np.einsum("nd,nd->n", block[:n], block[k : k + n])
+            pairs = max(min(len(block), len(x) - k), 0)
+            out[k - 1, first : first + pairs] = np.einsum("nd,nd->n", x[:pairs], x[k : k + pairs])
     for k in range(1, reach + 1):
         out[k - 1, :-k][store.article[:-k] != store.article[k:]] = np.nan
     return out
@@ -166,20 +146,18 @@ def lag_cosines(store: Store, product: np.ndarray) -> pd.DataFrame:
     `product`: from `products`. The far pairs come from the sum of an article's vectors, without its cosine matrix.
     """
     numbers, _, sizes = runs(store)
-    reach, run = len(product), np.repeat(np.arange(len(numbers)), sizes)
-    total, count = np.zeros(len(numbers) * (reach + 1)), np.zeros(len(numbers) * (reach + 1))
-    for k in range(1, reach + 1):
-        t = np.flatnonzero(~np.isnan(product[k - 1]))
+    shape, run = (len(numbers), len(product) + 1), np.repeat(np.arange(len(numbers)), sizes)
+    total, count = np.zeros(shape), np.zeros(shape)  # column 0: the far pairs
+    for k, cosine in enumerate(product, 1):
+        t = np.flatnonzero(~np.isnan(cosine))
         distance = store.position[t + k] - store.position[t]
-        t, distance = t[distance <= reach], distance[distance <= reach]
-        place = run[t] * (reach + 1) + distance
-        total += np.bincount(place, product[k - 1, t], len(total))
-        count += np.bincount(place, minlength=len(count))
-    total, count = total.reshape(-1, reach + 1), count.reshape(-1, reach + 1)
-    whole = ((sums(store) ** 2).sum(1) - sizes) / 2  # of unit vectors
-    total[:, 0], count[:, 0] = whole - total[:, 1:].sum(1), sizes * (sizes - 1) / 2 - count[:, 1:].sum(1)
-    mean = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-    return pd.DataFrame(np.roll(mean, -1, axis=1), index=numbers, columns=[*range(1, reach + 1), "far"])
+        t, distance = t[distance < shape[1]], distance[distance < shape[1]]
+        np.add.at(total, (run[t], distance), cosine[t])
+        np.add.at(count, (run[t], distance), 1)
+    total[:, 0] = ((sums(store) ** 2).sum(1) - sizes) / 2 - total.sum(1)  # of unit vectors
+    count[:, 0] = sizes * (sizes - 1) / 2 - count.sum(1)
+    mean = np.divide(total, count, out=np.full(shape, np.nan), where=count > 0)
+    return pd.DataFrame(np.roll(mean, -1, axis=1), index=numbers, columns=[*range(1, shape[1]), "far"])
 
 
 def strangers(store: Store) -> float:
@@ -192,12 +170,10 @@ def strangers(store: Store) -> float:
 def delta(store: Store, product: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The original's Δ = cos(x_t, x_{t+horizon}) − cos(x_t, x_{t−1}) at every chunk with `horizon` neighbours on each
     side: of the text forwards, of the text backwards, and the article, (N,) each."""
-    t = np.arange(horizon, len(store.article) - horizon)
-    ends = t - horizon, t + horizon
-    whole = (store.article[ends[0]] == store.article[ends[1]]) & (
-        store.position[ends[1]] - store.position[ends[0]] == 2 * horizon
-    )
-    t = t[whole]
+    first = np.arange(len(store.article) - 2 * horizon)
+    last = first + 2 * horizon
+    gapless = store.position[last] - store.position[first] == 2 * horizon
+    t = first[gapless & (store.article[first] == store.article[last])] + horizon
     ahead, behind = product[horizon - 1, t], product[horizon - 1, t - horizon]
     return ahead - product[0, t - 1], behind - product[0, t], store.article[t]
 
@@ -215,12 +191,11 @@ def nearest_training(store: Store, most: int = 20_000, seed: int = 0) -> pd.Data
         numbers, centre = numbers[keep], centre[keep]
     split = store.articles["split"].loc[numbers].to_numpy()
     train = np.flatnonzero(split == "train")
-    best = np.full(len(numbers), np.nan)
+    best = np.full(len(numbers), -np.inf)
     for first in range(0, len(numbers), 1024):
         cosine = centre[first : first + 1024] @ centre[train].T
         cosine[np.arange(first, first + len(cosine))[:, None] == train] = -np.inf  # not with itself
-        if len(train):
-            best[first : first + 1024] = cosine.max(1)
+        best[first : first + 1024] = cosine.max(1, initial=-np.inf)
     return pd.DataFrame({"split": split, "cosine": np.where(np.isinf(best), np.nan, best)}, index=numbers)
 
 
@@ -229,21 +204,17 @@ def nearest_training(store: Store, most: int = 20_000, seed: int = 0) -> pd.Data
 
 def trivial_report(data: Dataset, predictors: Mapping[str, Predictor]) -> Report:
     """Return the `fivecat` of predictors alone, on validation and OOD, without one called the model."""
-    first, *others = predictors
-    report = fivecat(predictors[first], data, {n: predictors[n] for n in others})
-
-    def named(by_name: Mapping) -> dict:
-        return {(s, p): by_name[s, "model" if p == first else p] for p in predictors for s in report.splits}
-
-    table = report.table.assign(predictor=report.table["predictor"].replace("model", first))
-    return replace(report, table=table, frames=named(report.frames), facts=named(report.facts))
+    cut = {"val": data.val, "ood": data.ood}
+    judged = {(split, name): judge(p, w) for name, p in predictors.items() for split, w in cut.items()}
+    frames, facts = ({key: both[i] for key, both in judged.items()} for i in range(2))
+    return Report.of("calibrated", frames, facts, horizon=data.val.horizon, context_length=data.val.context_length)
 
 
 class _WithNeighbours(Windows):
     """Windows whose context rows include the target's two neighbours: they are then no candidates."""
 
     def context_rows(self, index) -> np.ndarray:
-        target = self.target[np.asarray(index)][:, None]
+        target = self.target_rows(index)[:, None]
         return np.column_stack([super().context_rows(index), target - 1, target + 1])
 
 
@@ -256,7 +227,7 @@ def peeked(windows: Windows, predictors: Mapping[str, Predictor]) -> pd.DataFram
     Raises LVMError where there is none.
     """
     store, target = windows.store, windows.target
-    near = np.clip(np.stack([target - 1, target + 1]), 0, len(store.article) - 1)
+    near = np.clip([target - 1, target + 1], 0, len(store.article) - 1)
     inside = (store.article[near] == store.article[target]).all(0)
     inside &= store.position[near[1]] - store.position[near[0]] == 2
     if not inside.any():
@@ -272,11 +243,11 @@ def peeked(windows: Windows, predictors: Mapping[str, Predictor]) -> pd.DataFram
         beside = torch.from_numpy(bracketed.context_rows(index)[:, -2:])
         sides = torch.nn.functional.normalize(vectors[beside].float().mean(1), dim=-1)
         units = torch.stack([sides, *(p(context)[1] for p in predictors.values())])
-        inverse = dict(zip(["both sides", *predictors], 1 / articles.ranks(units, index)[1].numpy(), strict=True))
-        beyond = int(windows.horizon > 1)  # at horizon 1 the chunk before the target is in the context already
-        chance = chance_reciprocal_rank(articles.novel_candidates[index] - 1 - beyond)
-        parts.append(pd.DataFrame({"article": windows.article[index], "chance": chance, **inverse}))
-    return pd.concat(parts, ignore_index=True)
+        parts.append(1 / articles.ranks(units, index)[1].T)
+    beyond = int(windows.horizon > 1)  # at horizon 1 the chunk before the target is in the context already
+    chance = chance_reciprocal_rank(articles.novel_candidates - 1 - beyond)
+    found = pd.DataFrame(torch.cat(parts).numpy(), columns=["both sides", *predictors])
+    return found.assign(article=windows.article, chance=chance)
 
 
 # Power
@@ -286,19 +257,16 @@ def scores(data: Dataset, predictors: Mapping[str, Predictor]) -> dict[tuple[str
     """`fivecat.score` of each predictor on validation and OOD, by (split, predictor), with novel MRR and its chance."""
     scored = {}
     for split in ("val", "ood"):
-        windows = getattr(data, split)
-        chance = chance_reciprocal_rank(candidates(windows))
+        chance = chance_mrr(getattr(data, split))
         for name, predictor in predictors.items():
-            frame = score(predictor, windows)
+            frame = score(predictor, getattr(data, split))
             scored[split, name] = frame.assign(**{"novel MRR": 1 / frame["novel rank"], "chance": chance})
     return scored
 
 
-def candidates(windows: Windows) -> np.ndarray:
-    """(N,) the number of chunks of each window's article outside its context."""
-    numbers, _, sizes = runs(windows.store)
-    order = np.argsort(numbers)
-    return sizes[order][np.searchsorted(numbers[order], windows.article)] - windows.context_length
+def chance_mrr(windows: Windows) -> np.ndarray:
+    """(N,) the chance level of each window's novel MRR."""
+    return chance_reciprocal_rank(Articles(windows, torch.from_numpy(windows.store.vectors)).novel_candidates)
 
 
 def best_trivial(scored: Mapping[tuple[str, str], pd.DataFrame], split: str = "val") -> str:
@@ -308,32 +276,28 @@ def best_trivial(scored: Mapping[tuple[str, str], pd.DataFrame], split: str = "v
 
 
 def power_table(
-    scored: Mapping[tuple[str, str], pd.DataFrame],
-    arrows: Mapping[str, Arrow],
-    articles: Mapping[str, int] | None = None,
-    wanted=(0.02, 0.01),
+    scored: Mapping[tuple[str, str], pd.DataFrame], arrows: Mapping[str, Arrow], articles: Mapping[str, int]
 ) -> pd.DataFrame:
     """The smallest differences in novel MRR that these articles can show.
 
     A row for each predictor that reads its context against the best baseline, on each split, and for each arrow.
     `scored`: from `scores`; `articles`: the articles of the whole splits, where `scored` is of a draw. Columns
-    comparison, split, articles, difference, low, high, smallest 80 %, smallest 95 %, needed {wanted}: how many articles
-    show that difference with 80 % probability.
+    comparison, split, articles, difference, low, high, smallest 80 %, smallest 95 %, needed 0.02, needed 0.01: how many
+    articles show that difference with 80 % probability.
     """
     pairs = []
-    for split in dict.fromkeys(s for s, _ in scored):
+    for (split, name), frame in scored.items():
         best = best_trivial(scored, split)
-        for (own, name), frame in scored.items():
-            if own == split and name not in (best, "constant"):
-                values = frame["novel MRR"].to_numpy() - scored[split, best]["novel MRR"].to_numpy()
-                pairs.append((f"{name} − {best}", split, values, frame["article"].to_numpy(), articles))
+        if name not in (best, "constant"):
+            less = frame["novel MRR"] - scored[split, best]["novel MRR"]
+            pairs.append((f"{name} − {best}", split, less, frame["article"], articles[split]))
     for name, a in arrows.items():
-        pairs.append((f"forward − backward, {name}", "both ways", a.differences["novel MRR"].mean(0), a.article, None))
+        less, number = a.differences["novel MRR"].mean(0), len(np.unique(a.article))
+        pairs.append((f"forward − backward, {name}", "both ways", less, a.article, number))
     rows = []
-    for name, split, values, article, whole in pairs:
-        number = len(np.unique(article)) if whole is None else whole[split]
-        value, low, high = over_articles(values, article)
+    for name, split, less, article, number in pairs:
+        value, low, high = over_articles(less, article)
         row = {"comparison": name, "split": split, "articles": number, "difference": value, "low": low, "high": high}
-        row |= {f"smallest {p:.0%}": smallest_difference(values, article, p, articles=number) for p in (0.8, 0.95)}
-        rows.append(row | {f"needed {w:g}": articles_needed(values, article, w) for w in wanted})
+        row |= {f"smallest {p:.0%}": smallest_difference(less, article, p, articles=number) for p in (0.8, 0.95)}
+        rows.append(row | {f"needed {w:g}": articles_needed(less, article, w) for w in (0.02, 0.01)})
     return pd.DataFrame(rows)

@@ -23,19 +23,15 @@ ROWS = 8192  # rows of a store that are float32 at one time
 
 @dataclass(frozen=True, eq=False)
 class Leak:
-    """Chunks of `split` that are also in split `other`.
-
-    `rows` (n,): the chunks compared, of `chunks` in all; `cosine`, `match` (n,): of the nearest chunk of the other
-    split, where that is NEAR or more (else NaN, −1); `nearest` (k,): cosine of the nearest chunk, for some rows.
-    """
+    """Chunks of `split` that are also in split `other`."""
 
     split: str
     other: str
-    chunks: int
-    rows: np.ndarray
-    cosine: np.ndarray
-    match: np.ndarray
-    nearest: np.ndarray
+    chunks: int  # of the split, in all
+    rows: np.ndarray  # (n,) the chunks compared
+    cosine: np.ndarray  # (n,) of the nearest chunk of the other split, where that is NEAR or more, else NaN
+    match: np.ndarray  # (n,) row of that chunk, else −1
+    nearest: np.ndarray  # (k,) cosine of the nearest chunk, for some rows
 
     @property
     def same(self) -> int:
@@ -70,7 +66,9 @@ def leaks(store: Store, compared: int = COMPARED, sampled: int = 500, seed: int 
     the others have their exact cosine taken. Memory holds a block of each split.
     """
     rows = {split: store.rows(split) for split in SPLITS}
-    components = _leading(store, FILTER)
+    x = torch.from_numpy(store.vectors[:: -(-len(store.vectors) // 16_384)].astype(np.float32))  # an even sample
+    x = x - x.mean(0)
+    components = torch.linalg.eigh((x.T @ x).double())[1].flip(1)[:, :FILTER].float()  # (D, K)
     found, random = [], np.random.default_rng(seed)
     for split, other in (("val", "train"), ("ood", "train"), ("ood", "val")):
         own = rows[split]
@@ -84,14 +82,6 @@ def leaks(store: Store, compared: int = COMPARED, sampled: int = 500, seed: int 
         nearest = _nearest(store, own[sample], rows[other])
         found.append(Leak(split, other, len(rows[split]), own, cosine, match, nearest))
     return found
-
-
-def _leading(store: Store, count: int, most: int = 16_384) -> torch.Tensor:
-    """(D, K) the leading directions of the store's spread, from an even sample of rows."""
-    rows = np.unique(np.linspace(0, len(store.vectors) - 1, min(most, len(store.vectors))).round().astype(np.int64))
-    x = torch.from_numpy(np.asarray(store.vectors[rows], np.float32))
-    x = x - x.mean(0)
-    return torch.linalg.eigh((x.T @ x).double())[1].flip(1)[:, :count].float()
 
 
 def _read(store: Store, rows: np.ndarray) -> torch.Tensor:
@@ -140,11 +130,7 @@ def shared_titles(store: Store) -> list[list[str]]:
 
     A store with one title in two splits does not open.
     """
-    named = store.articles[(store.articles["title"] != "") & store.articles["split"].isin(SPLITS)]
+    named = store.articles[store.articles["split"].isin(SPLITS)]
     plain = named["title"].map(lambda t: re.sub(r"[\W_]+", " ", t.casefold()).strip())
-    plain = plain[plain != ""]
-    return [
-        [f"{t} ({s})" for t, s in zip(group["title"], group["split"], strict=True)]
-        for _, group in named.loc[plain.index].groupby(plain)
-        if group["split"].nunique() > 1
-    ]
+    groups = [group for title, group in named.groupby(plain) if title and group["split"].nunique() > 1]
+    return [[f"{t} ({s})" for t, s in zip(group["title"], group["split"], strict=True)] for group in groups]

@@ -8,8 +8,8 @@ from scipy import optimize, special, stats
 from ..statistics import check_values, jackknife
 
 
-def smallest_difference(values, article, power=0.8, level=0.95, articles: float | None = None) -> float:
-    """Return the least mean difference that an interval over articles separates from 0 with probability `power`.
+def smallest_difference(values, article, power: float = 0.8, articles: float | None = None) -> float:
+    """Return the least mean difference that a 95 % interval over articles separates from 0 with probability `power`.
 
     `values` (N,): paired differences of windows, such as 1/rank of one predictor less that of another; only their
     spread over `article` (N,) counts. `articles`: as if there were so many, as unequal as these. NaN for fewer than
@@ -22,45 +22,36 @@ def smallest_difference(values, article, power=0.8, level=0.95, articles: float 
     """
     values, article = check_values(values, article, 1)
     _, (variance,), df = jackknife(values, article)
-    own = len(np.unique(article))
-    scale = 1.0 if articles is None else articles / max(own, 1)
-    if np.isnan(variance) or own * scale < 2:
+    number = len(np.unique(article))
+    scale = 1.0 if articles is None else articles / max(number, 1)
+    if np.isnan(variance) or number * scale < 2:
         return float("nan")
     spread = np.sqrt(stats.chi2.ppf((np.arange(64) + 0.5) / 64, df) / df)  # s, at even steps of its distribution
-    return float(_noncentrality(max((df + 1) * scale - 1, 1.0), power, level, spread) * np.sqrt(variance / scale))
+    df = max((df + 1) * scale - 1, 1.0)
+    critical = stats.t.ppf(0.975, df)  # t_c
 
+    def excess(x: float) -> float:
+        found = stats.norm.sf(critical - x * spread) if df > 1e4 else 1 - special.nctdtr(df, x * spread, critical)
+        return found.mean() - power
 
-def _noncentrality(df: float, power: float, level: float, spread: np.ndarray) -> float:
-    """λ at which the mean of P(T_df(λs) > t_c) over `spread` s is `power`."""
-    beyond = stats.t.ppf((1 + level) / 2, df)
-
-    def short(x: float) -> float:
-        seen = stats.norm.sf(beyond - x * spread) if df > 1e4 else 1 - special.nctdtr(df, x * spread, beyond)
-        return seen.mean() - power
-
-    most = beyond + 3.0
-    while short(most) < 0:
+    most = critical + 3.0
+    while excess(most) < 0:
         most *= 2
-    return float(optimize.brentq(short, 0, most))
+    return float(optimize.brentq(excess, 0, most) * np.sqrt(variance / scale))
 
 
-def articles_needed(values, article, difference: float, power: float = 0.8, level: float = 0.95) -> float:
+def articles_needed(values, article, difference: float) -> float:
     """Return the least number of articles, as unequal as these, whose `smallest_difference` is at most `difference`.
 
-    NaN for fewer than two articles, infinite beyond 10⁹.
+    NaN for fewer than two articles, infinite beyond 2³⁰.
     """
-    if np.isnan(smallest_difference(values, article, power, level)):
+    if np.isnan(smallest_difference(values, article)):
         return float("nan")
-
-    def enough(n: int) -> bool:
-        return smallest_difference(values, article, power, level, n) <= difference
-
-    low, high = 1, 2
-    while not enough(high):
-        low, high = high, 2 * high
-        if high > 10**9:
-            return float("inf")
+    low, high = 1, 2**30
+    if smallest_difference(values, article, articles=high) > difference:
+        return float("inf")
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
+        enough = smallest_difference(values, article, articles=middle) <= difference
+        low, high = (low, middle) if enough else (middle, high)
     return float(high)

@@ -6,11 +6,12 @@ Axes: N pairs, D vector dimension, k components, F features. Unlike Δ and the m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
 from ..errors import LVMError
@@ -22,37 +23,36 @@ PENALTIES = (10000.0, 3000.0, 1000.0, 300.0, 100.0)  # strong first: each fit st
 
 @dataclass(frozen=True, eq=False)
 class OrderProbe:
-    """The result of an order probe on N test pairs.
+    """The result of an order probe on N test pairs; chance is ½."""
 
-    `correct` (N,): 1, 0, or ½ where the score is 0; chance is ½. `article` (N,). `classifiers`: one, or one a fold.
-    """
-
-    correct: np.ndarray
-    article: np.ndarray
-    classifiers: tuple[Classifier, ...]
+    correct: np.ndarray  # (N,) 1, 0, or ½ where the score is 0
+    article: np.ndarray  # (N,)
+    classifiers: tuple[Classifier, ...]  # one, or one a fold
 
     @property
     def accuracy(self) -> float:
         return float(self.correct.mean())
 
-    @property
-    def articles(self) -> int:
-        return len(np.unique(self.article))
-
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """A fitted probe; `penalty`: the strength chosen; `pairs`, `articles`: how many it was fitted to."""
+    """A fitted probe. Its features are all of one size, because one penalty is for all."""
 
-    features: Features
-    weights: np.ndarray
-    penalty: float
-    pairs: int
-    articles: int
+    mean: np.ndarray  # (D,)
+    whiten: np.ndarray  # (D, k)
+    scale: float  # of the coordinates of y − x
+    weights: np.ndarray  # (F,), F = D + k(k−1)/2
 
     def score(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """(N,) log-odds that x (N, D) comes before y (N, D); score(y, x) = −score(x, y)."""
         return self.features(x, y) @ self.weights
+
+    def features(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """(N, F): y − x, and x̃_i ỹ_j − x̃_j ỹ_i for i < j."""
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        i, j = np.triu_indices(self.whiten.shape[1], 1)
+        a, b = (x - self.mean) @ self.whiten, (y - self.mean) @ self.whiten
+        return np.hstack([(y - x) / self.scale, a[:, i] * b[:, j] - a[:, j] * b[:, i]])
 
 
 def order_probe(
@@ -68,8 +68,8 @@ def order_probe(
     does not detect order relative to an article's own topic (`converging` is at chance), nor at other lags. Above ½ the
     vectors carry their order, which may not help to predict the next chunk; at ½ a larger model may still find it.
 
-    Pairs never cross articles or gaps in position. Raises LVMError for an unknown split, the same split twice, more
-    components than dimensions, fewer than 5 training articles with pairs, 50 training pairs, or 2 test articles.
+    Pairs never cross articles or gaps in position. Raises LVMError for the same split twice, fewer than 5 training
+    articles with pairs, 50 training pairs, or 2 test articles.
     """
     if train == test:
         raise LVMError(f"order_probe: train and test are both {train!r}; articles must be disjoint")
@@ -86,7 +86,7 @@ def crossed_order_probe(store: Store, lag: int = 1, folds: int = 5, components: 
     """
     rows = np.sort(np.concatenate([pairs(store, split, lag) for split in splits]))
     chunks = np.sort(np.concatenate([store.rows(split) for split in splits]))
-    _check(store, f"in {', '.join(splits)}", rows, 2 * max(folds, 2), max(folds, 2))
+    _check(store, f"in {', '.join(splits)}", rows, 2 * folds, folds)
     used = np.unique(store.article[rows])
     classifiers, correct = [], np.empty(len(rows))
     for fold in range(folds):
@@ -104,9 +104,17 @@ def probed(order: Mapping[int, OrderProbe]) -> pd.DataFrame:
     for lag, o in order.items():
         value, low, high = over_articles(o.correct, o.article, share=True)
         strict = over_articles(o.correct, o.article, level=1 - 0.05 / len(order), share=True)[1]
-        rows.append((lag, value, low, high, len(o.correct), o.articles, bool(strict > 0.5)))
+        rows.append((lag, value, low, high, len(o.correct), len(np.unique(o.article)), bool(strict > 0.5)))
     columns = ["lag", "accuracy", "low", "high", "pairs", "articles", "order"]
     return pd.DataFrame(rows, columns=columns).astype({"order": bool})
+
+
+def pairs(store: Store, split: str, lag: int) -> np.ndarray:
+    """(N,) rows t of a split such that rows t and t + lag are `lag` apart in one article without a gap."""
+    row = store.rows(split)
+    row = row[row + lag < len(store.article)]
+    gapless = store.position[row + lag] - store.position[row] == lag
+    return row[gapless & (store.article[row] == store.article[row + lag])]
 
 
 def _check(store: Store, where: str, rows: np.ndarray, least_pairs: int, least_articles: int) -> None:
@@ -120,86 +128,37 @@ def _check(store: Store, where: str, rows: np.ndarray, least_pairs: int, least_a
 
 def _fit(store: Store, chunks: np.ndarray, rows: np.ndarray, lag: int, components: int) -> Classifier:
     """A probe fitted to the pairs (rows, rows + lag); its components to all `chunks` (row numbers)."""
-    if not 0 <= components <= store.dim:
-        raise LVMError(f"{store.name}: {components} components; choose 0 (drift alone) to {store.dim}")
     _check(store, "to fit", rows, 50, 5)
-    features = Features.fit(np.asarray(store.vectors[chunks], np.float64), components)
-    table = features(store.vectors[rows], store.vectors[rows + lag])
-    names, number = np.unique(store.article[rows], return_inverse=True)
-    penalty = _choose(table, number % 5 == 4)
+    x = np.asarray(store.vectors[chunks], np.float64)
+    variance, axes = np.linalg.eigh(np.atleast_2d(np.cov(x.T)))
+    # Not below a millionth of the greatest: with few chunks the trailing components hold nothing.
+    leading = np.maximum(variance[::-1][:components], variance[-1] * 1e-6 + 1e-12)
+    whiten, scale = axes[:, ::-1][:, :components] / np.sqrt(leading), float(np.sqrt(max(variance.mean(), 1e-12)))
+    table = Classifier(x.mean(0), whiten, scale, np.zeros(0)).features(store.vectors[rows], store.vectors[rows + lag])
+    left_out = np.unique(store.article[rows], return_inverse=True)[1] % 5 == 4
+    fits = _logistic(table[~left_out], PENALTIES)
+    penalty = min(PENALTIES, key=lambda p: -log_expit(table[left_out] @ fits[p]).sum())  # the strongest of equals
     weights = _logistic(table, [p for p in PENALTIES if p >= penalty])[penalty]
-    return Classifier(features, weights, penalty, len(rows), len(names))
+    return Classifier(x.mean(0), whiten, scale, weights)
 
 
 def _correct(store: Store, classifier: Classifier, rows: np.ndarray, lag: int) -> np.ndarray:
     return 0.5 + 0.5 * np.sign(classifier.score(store.vectors[rows], store.vectors[rows + lag]))
 
 
-def pairs(store: Store, split: str, lag: int = 1) -> np.ndarray:
-    """(N,) rows t of a split such that rows t and t + lag are `lag` apart in one article without a gap."""
-    if lag < 1:
-        raise LVMError(f"lag {lag}: must be at least 1")
-    if split not in SPLITS:
-        raise LVMError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    row = store.rows(split)
-    row = row[row + lag < len(store.article)]
-    whole = (store.article[row] == store.article[row + lag]) & (store.position[row + lag] - store.position[row] == lag)
-    return row[whole]
+def _logistic(table: np.ndarray, penalties: Sequence[float]) -> dict[float, np.ndarray]:
+    """For each penalty the w (F,) that minimises −Σ_n log σ(f_n·w) + penalty/2 · ‖w‖². The minimum is unique.
 
-
-@dataclass(frozen=True, eq=False)
-class Features:
-    """Antisymmetric features of a pair, all of one size, because one penalty is for all."""
-
-    mean: np.ndarray  # (D,)
-    whiten: np.ndarray  # (D, k)
-    scale: float  # of the coordinates of y − x
-
-    @classmethod
-    def fit(cls, x: np.ndarray, components: int) -> Features:
-        mean = x.mean(0)
-        variance, axes = np.linalg.eigh(np.cov(x.T).reshape(x.shape[1], -1))
-        # Not below a millionth of the greatest: with few chunks the trailing components hold nothing.
-        leading = np.maximum(variance[::-1][:components], variance[-1] * 1e-6 + 1e-12)
-        return cls(mean, axes[:, ::-1][:, :components] / np.sqrt(leading), float(np.sqrt(max(variance.mean(), 1e-12))))
-
-    def __call__(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """(N, D + k(k−1)/2): y − x, and x̃_i ỹ_j − x̃_j ỹ_i for i < j."""
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        i, j = np.triu_indices(self.whiten.shape[1], 1)
-        a, b = (x - self.mean) @ self.whiten, (y - self.mean) @ self.whiten
-        return np.hstack([(y - x) / self.scale, a[:, i] * b[:, j] - a[:, j] * b[:, i]])
-
-
-def _choose(table: np.ndarray, left_out: np.ndarray) -> float:
-    """The penalty with the least log-loss on the pairs `left_out` (N,); the strongest of equals."""
-    fits = _logistic(table[~left_out], PENALTIES)
-    return min(PENALTIES, key=lambda p: -log_expit(table[left_out] @ fits[p]).sum())
-
-
-def _logistic(table: np.ndarray, penalties) -> dict[float, np.ndarray]:
-    """For each penalty the w (F,) that minimises −Σ_n log σ(f_n·w) + penalty/2 · ‖w‖², by Newton steps.
-
-    Every pair is in its true order; the swapped pair, with features −f and the other label, adds the same term. The
-    minimum is unique. A step that raises the loss is halved.
+    Every pair is in its true order; the swapped pair, with features −f and the other label, adds the same term.
     """
 
-    def loss(w, penalty):
-        return -log_expit(table @ w).sum() + penalty / 2 * w @ w
+    def loss(w: np.ndarray, penalty: float) -> tuple[float, np.ndarray]:
+        """Return the loss and its gradient."""
+        score = table @ w
+        return -log_expit(score).sum() + penalty / 2 * w @ w, penalty * w - table.T @ expit(-score)
 
     fits, w = {}, np.zeros(table.shape[1])
+    options = {"gtol": 1e-6 * len(table), "ftol": 1e-15, "maxiter": 10_000, "maxfun": 20_000}
     for penalty in penalties:
-        for _ in range(50):
-            probability = expit(table @ w)
-            gradient = penalty * w - table.T @ (1 - probability)
-            if np.abs(gradient).max() < 1e-6 * len(table):
-                break
-            curvature = np.sqrt(probability * (1 - probability))[:, None] * table
-            hessian = curvature.T @ curvature
-            hessian[np.diag_indices_from(hessian)] += penalty
-            step, size, before = np.linalg.solve(hessian, gradient), 1.0, loss(w, penalty)
-            while loss(w - size * step, penalty) > before and size > 1e-6:
-                size /= 2
-            w = w - size * step
-        fits[penalty] = w
+        w = fits[penalty] = minimize(loss, w, (penalty,), jac=True, method="L-BFGS-B", options=options).x
     return fits

@@ -51,44 +51,45 @@ def trade_off(
         for i, (name, curve) in enumerate(curves.groupby("trick", sort=False)):
             line = {"color": "0.35", "lw": 1.2, "ls": ("-", "--", ":", "-.")[i % 4]}
             axis.plot(curve[x], curve[column], **line, label=f"{name}, untrained")
-        for i, (name, group) in enumerate(runs[runs["version"] != ""].groupby("version", sort=False)):
-            axis.plot(group[x], group[column], MARKERS[i % 9], ms=7, alpha=0.9, color=look(i)["color"], label=name)
-        for row in runs[runs["version"] == ""].to_dict("records"):
-            place = row[x], row[column]
-            axis.plot(*place, "x", color="black", ms=7, mew=1.8)
-            axis.annotate(row["predictor"], place, xytext=(4, 4), textcoords="offset points", fontsize="xx-small")
+        _scatter(axis, runs, x, column)
         if column in chance:
             axis.axhline(chance[column], color=GREY, lw=1)
-        axis.set(xlabel="validation cosine", ylabel=label, title=label)
+        axis.set(ylabel=label, title=label)
     for axis in axes.flat[len(measures) :]:
         axis.axis("off")
     spare = len(measures) < 3 * rows
-    axes.flat[len(measures) if spare else 0].legend(
-        *axes.flat[0].get_legend_handles_labels(), fontsize="small", loc="center" if spare else "best"
-    )
+    place = {"loc": "center"} if spare else {}
+    shown = axes.flat[len(measures) if spare else 0]
+    shown.legend(*axes.flat[0].get_legend_handles_labels(), fontsize="small", **place)
     return figure
 
 
 def versions(runs: pd.DataFrame) -> Figure:
-    """Return validation cosine against the margin: a point a run (transformer), a grey cross a baseline."""
+    """Return validation cosine against the margin and the novel MRR of the transformers, and the baselines."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    trained = runs[(runs["version"] != "") & (runs["predictor"] == "transformer")]
-    trained = trained.drop_duplicates(["version", "seed"])  # not a seed's second run in another precision
+    runs = runs[(runs["version"] == "") | (runs["predictor"] == "transformer")]
+    runs = runs.drop_duplicates(["version", "predictor", "seed"])  # not a seed's second run in another precision
     labels = {"margin": "margin, gate A", "novel_mrr": "MRR, context left out of the candidates"}
     for axis, (column, label) in zip(axes, labels.items(), strict=True):
-        for i, (name, group) in enumerate(trained.groupby("version", sort=False)):
-            axis.plot(group["val_cos"], group[column], MARKERS[i % 9], ms=7, label=name, alpha=0.9)
-        for row in runs[runs["version"] == ""].to_dict("records"):
-            place = row["val_cos"], row[column]
-            axis.plot(*place, "x", color=GREY, ms=8, mew=2)
-            text = {"textcoords": "offset points", "fontsize": "x-small", "color": "0.3", "ha": "right"}
-            axis.annotate(row["predictor"], place, xytext=(-5, 6), **text)
-        axis.set(xlabel="validation cosine", ylabel=label)
+        _scatter(axis, runs, "val_cos", column)
+        axis.set_ylabel(label)
     axes[0].axhline(0, color=GREY, lw=1)
     axes[0].set_title("What the margin costs in cosine")
-    axes[1].set_title("Telling the target from the article's other chunks")
+    axes[1].set_title("Ranking the target among the article's other chunks")
     axes[0].legend(title="version, a point a seed", fontsize="x-small")
     return figure
+
+
+def _scatter(axis, runs: pd.DataFrame, x: str, y: str) -> None:
+    """Draw a point a run, by version, and a named cross a baseline, whose version is empty."""
+    trained = runs["version"] != ""
+    for i, (name, group) in enumerate(runs[trained].groupby("version", sort=False)):
+        axis.plot(group[x], group[y], MARKERS[i % 9], ms=7, alpha=0.9, color=look(i)["color"], label=name)
+    for row in runs[~trained].to_dict("records"):
+        axis.plot(row[x], row[y], "x", color="black", ms=7, mew=1.8)
+        text = {"xytext": (-5, 5), "textcoords": "offset points", "fontsize": "x-small", "ha": "right"}
+        axis.annotate(row["predictor"], (row[x], row[y]), **text)
+    axis.set_xlabel("validation cosine")
 
 
 def latencies(times: pd.DataFrame) -> Figure:

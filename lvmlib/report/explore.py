@@ -113,18 +113,14 @@ def replay(
     the other way about). A row a logged step: epoch, step, lambda_eff, rho, skip, aim, cap, and for rule rho_controller
     asked (ρ lay below 0.8·aim, so its raising branch was entered) and raised (λ with that branch less λ without it).
 
-    The version's own rule gives the recorded λ: to the last bit if it reads loss values, to rounding if it reads
-    gradients (logged as multiples of λ). A rule with memory sees the logged steps only (`is_exact`). λ is NaN where a
-    rule needs a gradient that was not logged because the guard skipped the step. After a rewind the rule has the lower
+    The version's own rule gives the recorded λ exactly, or to rounding if it reads gradients (logged as multiples of
+    λ). λ is NaN where the guard skipped the step and so no gradient was logged. After a rewind the rule has the lower
     ceiling and the state of the best epoch, as in training. Raises LVMError for a constrained rule on a run of another
     rule, and the other way about.
     """
     control = control or version.control
-    if "constrained" in {control.rule, version.control.rule} and control.rule != version.control.rule:
-        raise LVMError(
-            f"rule {control.rule} on a run of {version.name}: constrained runs log a shortfall in place of the "
-            f"directional loss; replay it by rule {version.control.rule}"
-        )
+    if control.rule != version.control.rule and "constrained" in (control.rule, version.control.rule):
+        raise LVMError(f"rule {control.rule} reads other losses than {version.name} logs; try {version.control.rule}")
     state = good = controller.START
     rewinds, peak, rows = 0, -math.inf, []
     for validated in epochs.to_dict("records"):
@@ -163,8 +159,6 @@ def _decide(c: Control, now: controller.Phase, row: Mapping, state: controller.S
 
 # A window in texts
 
-CHUNK = 'style="text-align: left; vertical-align: top; white-space: nowrap"'
-
 
 def window_table(neighbours: Mapping[str, pd.DataFrame], windows: Windows, width: int = 160) -> str:
     """Return one window as HTML: its context, the target, and the texts nearest to each predictor's prediction.
@@ -175,35 +169,25 @@ def window_table(neighbours: Mapping[str, pd.DataFrame], windows: Windows, width
     first = next(iter(neighbours.values()))
     first = first[first["role"].isin(["context", "truth"])]
     store, target = windows.store, first.iloc[-1]
-    cell = {name: frame.set_index(["role", "row"])["cosine"] for name, frame in neighbours.items()}
-    title = readout.escape(readout.shorten(str(store.articles.at[target["article"], "title"]), 80))
-    head = "".join(f"<th {readout.RIGHT}>{readout.escape(name)}</th>" for name in neighbours)
-    body = [f"<tr><th {readout.LEFT}>chunk</th>{head}<th {readout.LEFT}>cosine with each prediction; text</th></tr>"]
+    cosine = {name: frame.set_index(["role", "row"])["cosine"] for name, frame in neighbours.items()}
 
-    def add(chunk: str, cosines: Sequence[str], text: str) -> None:
-        cells = "".join(f"<td {readout.RIGHT}>{cosine}</td>" for cosine in cosines)
-        text = readout.escape(readout.shorten(text, width))
-        body.append(f"<tr><td {CHUNK}>{chunk}</td>{cells}<td {readout.TEXT}>{text}</td></tr>")
+    def line(row: Mapping, mark: str, names: Sequence[str]) -> str:
+        numbers = [f"{cosine[n][row['role'], row['row']]:.2f}" if n in names else "" for n in neighbours]
+        return readout.html_row(
+            f"{row['position']}{mark}", numbers, readout.escape(readout.shorten(row["text"], width))
+        )
 
-    for row in first.to_dict("records"):
-        mark = "read" if row["role"] == "context" else "<b>true</b>"
-        cosines = [f"{cell[name][row['role'], row['row']]:.2f}" for name in neighbours]
-        add(f"{row['position']}, {mark}", cosines, row["text"])
+    marks = {"context": ", read", "truth": ", <b>true</b>"}
+    parts = [("context and target", [line(row, marks[row["role"]], [*neighbours]) for row in first.to_dict("records")])]
     for name, frame in neighbours.items():
         true = frame[frame["role"] == "truth"].iloc[0]
-        body.append(
-            f'<tr><th colspan="{len(neighbours) + 2}" {readout.LEFT}>{readout.escape(name)}: the true one has rank '
-            f"{true['rank']:g} of {true['candidates']} chunks not read (by chance {(true['candidates'] + 1) / 2:g}); "
-            "nearest are</th></tr>"
-        )
-        for row in frame[frame["role"] == "nearest in article"].to_dict("records"):
-            cosines = [f"{row['cosine']:.2f}" if n == name else "" for n in neighbours]
-            add(f"{row['position']}" + ", <b>true</b>" * bool(row["true"]), cosines, row["text"])
-    credit = readout.credit(store) if any(first["text"] != "") else ""
-    return (
-        f"<table><caption {readout.LEFT}><b>{title}</b>: prediction of chunk {target['position']}</caption>"
-        f"<tbody>{''.join(body)}</tbody></table>{credit}"
-    )
+        heading = f"{readout.escape(name)}: the true one has rank {true['rank']:g} of {true['candidates']} chunks not "
+        heading += f"read (by chance {(true['candidates'] + 1) / 2:g}); nearest are"
+        rows = frame[frame["role"] == "nearest in article"].to_dict("records")
+        parts.append((heading, [line(row, marks["truth"] * row["true"], [name]) for row in rows]))
+    caption = f"<b>{readout.title(store, target['article'])}</b>: prediction of chunk {target['position']}"
+    columns = ["chunk", *map(readout.escape, neighbours), "cosine with each prediction; text"]
+    return readout.html_table(caption, columns, parts) + (readout.credit(store) if any(first["text"] != "") else "")
 
 
 # Sliders

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from ..judge.fivecat import Report
@@ -13,6 +14,9 @@ from ..judge.spread import Spread, histogram
 from ..judge.table import COHERENCE, ORIGINAL_OFFSETS
 from ..statistics import chance_recall, over_articles
 from .style import GREY, HATCHES, INK, MARKERS, look, marked, reach, title
+
+BAR = {"ecolor": "0.15", "capsize": 2, "lw": 1}
+BESIDE = {"fontsize": "x-small", "loc": "center left", "bbox_to_anchor": (1.0, 0.5)}  # a legend right of the axes
 
 
 def offset_sweep(report: Report, split: str) -> Figure:
@@ -38,14 +42,10 @@ def offset_sweep(report: Report, split: str) -> Figure:
         skipped = {"facecolor": "white", "edgecolor": "0.75", "hatch": "///", "lw": 0, "zorder": 0}
         axis.axvspan(last + 0.5, -0.5, **skipped, label="skipped")
     axis.axvline(0, color=GREY, lw=0.8, ls=":")
-    axis.set(
-        xlim=(min(offsets) - 0.3, max(offsets) + 0.3),
-        xticks=list(offsets),
-        title=f"Gate A, {split}: which chunk is the prediction nearest to?",
-        xlabel="offset from the target (0), in chunks, in reading direction",
-        ylabel="mean cosine",
-    )
-    axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.set(title=f"Gate A, {split}: which chunk is the prediction nearest to?", ylabel="mean cosine")
+    axis.set(xlabel="offset from the target (0), in chunks, in reading direction", xticks=list(offsets))
+    axis.set_xlim(min(offsets) - 0.3, max(offsets) + 0.3)
+    axis.legend(**BESIDE)
     return figure
 
 
@@ -99,14 +99,12 @@ def rollouts(report: Report, split: str) -> Figure:
     for i, name in enumerate(report.predictors):
         measured = report.frames[split, name]
         complete = ~np.isnan(measured.rollout).any(1)
-        whole = measured.rollout[complete]  # (N, H)
-        cosine.plot(steps, whole.mean(0), **marked(i), label=name)
-        similar = measured.similarity[complete].mean(0)
-        alike.plot(steps[1:], similar, **marked(i), label=name)
+        rolled = measured.rollout[complete]  # (N, H)
+        cosine.plot(steps, rolled.mean(0), **marked(i), label=name)
+        alike.plot(steps[1:], measured.similarity[complete].mean(0), **marked(i), label=name)
         if name == "model":
-            for h, step in zip(steps, whole.T, strict=True):
-                _, low, high = over_articles(step, measured.article[complete])
-                cosine.plot([h, h], [low, high], color=INK, lw=1)
+            ends = [over_articles(step, measured.article[complete])[1:] for step in rolled.T]
+            cosine.vlines(steps, *zip(*ends, strict=True), color=INK, lw=1)
             chance = measured.rollout_chance[complete].mean(0)
             cosine.plot(steps, chance, color=GREY, label="model, any chunk of the article")
     cosine.set(title=f"Gate D, {split}: its own predictions as context", ylabel="mean cosine with the chunk")
@@ -123,21 +121,16 @@ def generalisation(report: Report) -> Figure:
     figure, (level, gap) = plt.subplots(1, 2, figsize=(12, 3.8), layout="constrained")
     for i, (split, marker) in enumerate((("val", "o-"), ("ood", "^--"))):
         measured = report.frames[split, "model"]
-        edges = np.quantile(measured.coherence, np.linspace(0, 1, 7))
-        place = np.clip(np.searchsorted(edges, measured.coherence, side="right") - 1, 0, 5)
-        sixths = [place == b for b in range(6)]
-        points = [
-            (measured.coherence[b].mean(), *over_articles(measured.cosine[b], measured.article[b])) for b in sixths
-        ]
+        frame = pd.DataFrame({c: getattr(measured, c) for c in ("coherence", "cosine", "article")})
+        edges = np.quantile(frame["coherence"], np.linspace(0, 1, 7))
+        sixth = np.clip(np.searchsorted(edges, frame["coherence"], side="right") - 1, 0, 5)
+        points = [(b["coherence"].mean(), *over_articles(b["cosine"], b["article"])) for _, b in frame.groupby(sixth)]
         x, mean, low, high = np.array(points).T
         error = reach({"value": mean, "low": low, "high": high})
         level.errorbar(x, mean, error, fmt=marker, capsize=3, color=look(i)["color"], label=split)
     level.axvspan(*COHERENCE["normal"], color="0.92", lw=0, zorder=0, label="normal coherence")
-    level.set(
-        title="Gate E: cosine by coherence of the context",
-        xlabel="mean adjacent cosine in the context",
-        ylabel="cos(p, y), sixths of the windows",
-    )
+    level.set(title="Gate E: cosine by coherence of the context", ylabel="cos(p, y), sixths of the windows")
+    level.set_xlabel("mean adjacent cosine in the context")
     level.legend(fontsize="x-small")
     rows = report.table[(report.table["split"] == "both") & report.table["measure"].str.startswith("difference, ")]
     bins = list(dict.fromkeys(rows["measure"]))
@@ -152,7 +145,7 @@ def generalisation(report: Report) -> Figure:
     gap.invert_yaxis()
     name = f"Validation − OOD (shaded: ± {GENERALISES})"
     gap.set(title=name, xlabel="difference of cosines, 95 % over articles of both")
-    gap.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    gap.legend(**BESIDE)
     return figure
 
 
@@ -167,12 +160,8 @@ def make_up(report: Report, split: str) -> Figure:
         if name == "model":
             weight.fill_between(places, own["low"].astype(float), own["high"].astype(float), color=INK, alpha=0.2, lw=0)
     weight.axhline(0, color=GREY)
-    weight.set(
-        title=f"Gate G, {split}: weight of each context vector",
-        xlabel="position in the context",
-        ylabel="least-squares weight",
-        xticks=places,
-    )
+    weight.set(title=f"Gate G, {split}: weight of each context vector", ylabel="least-squares weight")
+    weight.set(xlabel="position in the context", xticks=places)
     weight.legend(fontsize="x-small")
     left = np.zeros(len(report.predictors))
     parts = {"along the mean": "0.35", "along differences": "0.62", "outside the context": "0.85"}
@@ -190,19 +179,15 @@ def make_up(report: Report, split: str) -> Figure:
 def ranks(spread: Spread, split: str) -> Figure:
     """Return the truth's rank among the samples, by distance and by direction, and how wide the samples are."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained", width_ratios=(1, 1, 0.8))
-    frame = spread.frames[split, "model"]
-    kinds = {
-        "distance": ("Rank by distance", "place of the truth: 0 the most central, 1 the farthest"),
-        "direction": ("Rank along a random direction", "place of the truth"),
-    }
-    for axis, (kind, (name, xlabel)) in zip(axes, kinds.items(), strict=False):
-        bins = histogram(frame, kind)
-        error = np.abs(bins[["low", "high"]].to_numpy().T - bins["share"].to_numpy())
-        axis.bar(bins["middle"], 100 * bins["share"], 0.92 / len(bins), color=INK, alpha=0.75)
-        axis.errorbar(bins["middle"], 100 * bins["share"], 100 * error, fmt="none", ecolor="0.15", capsize=2, lw=1)
+    for axis, kind in zip(axes, ("distance", "direction"), strict=False):
+        bins = histogram(spread.frames[split, "model"], kind)
+        error = {"yerr": 100 * reach(bins.rename(columns={"share": "value"})), "error_kw": BAR}
+        axis.bar(bins["middle"], 100 * bins["share"], 0.92 / len(bins), color=INK, alpha=0.75, **error)
         axis.axhline(100 / len(bins), color=GREY, ls="--", label="the truth is one more sample")
-        axis.set(title=name, xlabel=xlabel, ylabel="windows, %", xlim=(0, 1))
+        axis.set(ylabel="windows, %", xlim=(0, 1))
         axis.legend(fontsize="x-small")
+    axes[0].set(title="Rank by distance", xlabel="place of the truth: 0 the most central, 1 the farthest")
+    axes[1].set(title="Rank along a random direction", xlabel="place of the truth")
     rows = [spread.row("spread ratio", split, name) for name in reversed(spread.forecasts)]
     for y, row in enumerate(rows):
         colour = INK if row["forecast"] == "model" else GREY

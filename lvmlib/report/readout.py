@@ -1,10 +1,5 @@
 """Predictions in words: the texts nearest to a prediction, and to each step of a rollout.
 
-    texts = readout.texts(data.store)                         # the text of every row, where it is at hand
-    picked = choose(measure(model, data.val))                 # best, quartiles and worst by novel rank
-    show(nearest(model, data.val, picked["window"], texts), data.val, picked)
-    show(rollout(model, data.val, picked["window"], texts), data.val, picked)
-
 A prediction is a vector; its text is the nearest one in the store, with the cosine.
 Axes: B windows, D vector dimension, R rows.
 """
@@ -22,6 +17,7 @@ from IPython.display import HTML
 from torch import Tensor
 
 from ..errors import LVMError
+from ..judge.health import evaluating
 from ..models import Predictor, device_of
 from ..ranking import TIE
 from ..text import slice as wikipedia
@@ -48,19 +44,16 @@ def choose(frame: pd.DataFrame, count: int = 5) -> pd.DataFrame:
     """Return windows at even quantiles of the novel rank, best to worst: window, novel rank, `choice` in words.
 
     `frame`: what `fivecat.measure` gave, a row a window. Of windows with the same rank it takes the middle one in
-    reading order, from another article if there is one. Raises LVMError for an empty frame or a count below 1.
+    reading order, from another article if there is one. One window alone is the median.
     """
-    if count < 1 or not len(frame):
-        raise LVMError(f"{count} of {len(frame)} windows cannot be chosen; take at least one of at least one")
     rank, article = np.asarray(frame["novel rank"]), np.asarray(frame["article"])
-    quantiles = np.linspace(0, 1, min(count, len(frame))) if min(count, len(frame)) > 1 else np.array([0.5])
-    chosen: list[int] = []
-    choice = []
-    for q in quantiles:
+    count = min(count, len(rank))
+    chosen, choice = [], []
+    for q in np.linspace(0, 1, count) if count > 1 else [0.5]:
         wanted = np.sort(rank)[int(np.rint(q * (len(rank) - 1)))]
         equal = np.flatnonzero(rank == wanted)
         left = np.setdiff1d(equal, chosen)
-        other = left[~np.isin(article[left], article[chosen])]
+        other = left[~np.isin(article[left], article[chosen])] if chosen else left
         pool = other if len(other) else left
         chosen.append(int(pool[(len(pool) - 1) // 2]))
         among = "the only such" if len(equal) == 1 else f"one of {len(equal)} such"
@@ -82,23 +75,23 @@ def nearest(model: Predictor, windows: Windows, index, texts: Sequence[str], k: 
         true            whether this is the target
         text            whole and not escaped
 
-    Raises LVMError for windows that do not exist, texts of another number than the rows, and a model that gives NaN.
+    Raises LVMError for a model that gives NaN.
     """
-    index = _check(windows, index, texts, k)
-    store, everywhere = windows.store, windows.store.rows(windows.split)
-    cosines = _cosines(_predict(model, windows.batch(index)[0], windows)[1], everywhere, store)  # (B, R)
-    rows = []
-    contexts, targets = windows.context_rows(index), windows.target[index]
+    index = np.atleast_1d(index)
+    store, rows = windows.store, []
+    split = store.rows(windows.split)
+    cosines = _cosines(_predict(model, windows.batch(index)[0], windows)[1], split, store)  # (B, R)
+    contexts, targets = windows.context_rows(index), windows.target_rows(index)
     for window, context, target, values in zip(index, contexts, targets, cosines, strict=True):
-        cosine = pd.Series(values, everywhere)
+        cosine = pd.Series(values, split)
         novel = cosine.drop(context)
         inside = novel[store.article[novel.index] == store.article[target]]
         near, far = _best(inside, k), _best(novel, k)
         roles = {"context": context, "truth": [target], "nearest in article": near, "nearest in split": far}
         for role, row in ((role, row) for role, members in roles.items() for row in members):
-            of_split = {"rank in split": _rank(novel, row), "candidates in split": len(novel)}
-            found = _ranked(inside, row) | {"cosine": float(cosine[row])} | of_split
-            rows.append(_place(windows, window, role, row) | found | {"true": row == target, "text": texts[row]})
+            found = _row(windows, window, role, row, inside) | {"true": row == target, "text": texts[row]}
+            found |= {"rank in split": _rank(novel, row), "candidates in split": len(novel)}
+            rows.append(found | {"cosine": float(cosine[row])})
     return pd.DataFrame(rows).astype({"offset": "Int64"})
 
 
@@ -109,48 +102,28 @@ def rollout(model: Predictor, windows: Windows, index, texts: Sequence[str], ste
     target. Columns as in `nearest`, without those of the split, and `step`, from 1. Roles: `nearest in article`
     (outside the first context) and `truth`, which has no row after the article's end or in a gap. Errors as there.
     """
-    index = _check(windows, index, texts, steps)
-    store = windows.store
-    context = windows.batch(index)[0]
-    rows: list[list[dict]] = [[] for _ in index]
+    index = np.atleast_1d(index)
+    store, rows, context = windows.store, [[] for _ in index], windows.batch(index)[0]
+    contexts, targets = windows.context_rows(index), windows.target_rows(index)
     for step in range(1, steps + 1):
         unit = _predict(model, context, windows)[0]
         context = torch.cat([context[:, 1:], unit[:, None]], 1)
-        read_rows, targets = windows.context_rows(index), windows.target[index]
-        for i, (window, read, target) in enumerate(zip(index, read_rows, targets, strict=True)):
+        for i, (window, read, target) in enumerate(zip(index, contexts, targets, strict=True)):
             candidates = np.setdiff1d(np.flatnonzero(store.article == store.article[target]), read)
             inside = pd.Series(_cosines(unit[i : i + 1], candidates, store)[0], candidates)
             true = target + windows.step * (step - 1) * windows.horizon
             exists = true in inside.index and store.position[true] - store.position[target] == true - target
             for role, row in [("nearest in article", _best(inside, 1)[0]), *([("truth", true)] if exists else [])]:
-                found = _place(windows, window, role, row) | {"step": step} | _ranked(inside, row)
-                rows[i].append(found | {"true": bool(exists and row == true), "text": texts[row]})
+                found = _row(windows, window, role, row, inside) | {"step": step, "text": texts[row]}
+                rows[i].append(found | {"true": bool(exists and row == true)})
     return pd.DataFrame([row for part in rows for row in part]).astype({"offset": "Int64"})
-
-
-def _check(windows: Windows, index, texts: Sequence[str], count: int) -> np.ndarray:
-    """Return `index` as (B,) integers. Raises LVMError on arguments that the functions above cannot use."""
-    index = np.atleast_1d(np.asarray(index))
-    if index.ndim != 1 or not len(index) or not np.issubdtype(index.dtype, np.integer):
-        raise LVMError(f"windows are named by whole numbers, at least one; got {index.tolist()!r}")
-    if index.min() < 0 or index.max() >= len(windows):
-        raise LVMError(f"split {windows.split} has windows 0 to {len(windows) - 1}; got {index.tolist()}")
-    if len(texts) != len(windows.store.vectors):
-        raise LVMError(
-            f"{windows.store.name} has {len(windows.store.vectors)} rows, but {len(texts)} texts were given; "
-            "take them from readout.texts(store)"
-        )
-    if count < 1:
-        raise LVMError(f"at least one text or step is needed, not {count}")
-    return index
 
 
 @torch.no_grad()
 def _predict(model: Predictor, context: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     """Return unit and ranking predictions (B, D) on the CPU. Raises LVMError if they are not finite."""
-    training = model.training
-    unit, ranker = (head.cpu() for head in model.eval().heads(context.to(device_of(model)))[1:])
-    model.train(training)
+    with evaluating(model):
+        unit, ranker = (head.cpu() for head in model.heads(context.to(device_of(model)))[1:])
     if not bool(unit.isfinite().all() and ranker.isfinite().all()):
         raise LVMError(f"the model predicts NaN or infinite values on split {windows.split}; look at its weights")
     return unit, ranker
@@ -166,28 +139,25 @@ def _cosines(unit: Tensor, rows: np.ndarray, store: Store) -> np.ndarray:
 
 def _best(cosine: pd.Series, k: int) -> list[int]:
     """Return the `k` rows of the highest cosine; of equal ones the first in reading order."""
-    return cosine.sort_values(ascending=False, kind="stable").index[:k].tolist()
+    return cosine.nlargest(k, keep="first").index.tolist()
 
 
 def _rank(cosine: pd.Series, row: int) -> float:
     """Return the rank of `row` among the candidates, equal cosines sharing their mean rank; NaN if it is none."""
     if row not in cosine.index:
         return float("nan")
-    own = cosine[row]
-    return float(1 + (cosine > own + TIE).sum() + (((cosine - own).abs() <= TIE).sum() - 1) / 2)
+    gap = cosine - cosine[row]
+    return float(((gap > TIE).sum() + (gap >= -TIE).sum() + 1) / 2)
 
 
-def _ranked(inside: pd.Series, row: int) -> dict:
-    return {"cosine": float(inside.get(row, np.nan)), "rank": _rank(inside, row), "candidates": len(inside)}
-
-
-def _place(windows: Windows, window: int, role: str, row: int) -> dict:
-    """Return the place of a row, seen from a window."""
-    store, target = windows.store, int(windows.target[window])
+def _row(windows: Windows, window: int, role: str, row: int, inside: pd.Series) -> dict:
+    """Return the place of a row as seen from a window, and its rank among the cosines `inside` its article."""
+    store, target = windows.store, int(windows.target_rows([window])[0])
     article, position = int(store.article[row]), int(store.position[row])
     offset = windows.step * (position - int(store.position[target])) if article == store.article[target] else None
     place = {"row": int(row), "article": article, "position": position, "offset": offset}
-    return {"window": int(window), "role": role} | place
+    ranked = {"cosine": float(inside.get(row, np.nan)), "rank": _rank(inside, row), "candidates": len(inside)}
+    return {"window": int(window), "role": role} | place | ranked
 
 
 # Pages
@@ -225,41 +195,57 @@ def show(found: pd.DataFrame, windows: Windows, choice: pd.DataFrame | None = No
     """
     choices = {} if choice is None else dict(zip(choice["window"], choice["choice"], strict=True))
     tables = [_table(part, windows, choices.get(w, ""), width) for w, part in found.groupby("window", sort=False)]
-    return HTML("".join(tables) + credit(windows.store))  # no line breaks: an empty line would end HTML in Markdown
+    return HTML("".join(tables) + credit(windows.store))
 
 
-LEFT = 'style="text-align: left; vertical-align: top"'
-RIGHT = 'style="text-align: right; vertical-align: top"'
+LEFT, RIGHT = (f'style="text-align: {side}; vertical-align: top"' for side in ("left", "right"))
+CHUNK = 'style="text-align: left; vertical-align: top; white-space: nowrap"'
 TEXT = 'dir="auto" style="text-align: left; vertical-align: top; overflow-wrap: anywhere"'
+
+
+def html_row(chunk: str, numbers: Sequence[str], text: str) -> str:
+    """Return a table's row: a chunk, numbers about it, and its text, all as HTML."""
+    cells = "".join(f"<td {RIGHT}>{number}</td>" for number in numbers)
+    return f"<tr><td {CHUNK}>{chunk}</td>{cells}<td {TEXT}>{text}</td></tr>"
+
+
+def html_table(caption: str, columns: Sequence[str], parts: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """Return a table of (heading, rows), without line breaks: an empty line would end HTML in Markdown."""
+    first, *numbers, last = columns
+    head = "".join(f"<th {RIGHT}>{name}</th>" for name in numbers)
+    body = "".join(
+        f'<tr><th colspan="{len(columns)}" {LEFT}>{heading}</th></tr>{"".join(rows)}' for heading, rows in parts
+    )
+    return (
+        f"<table><caption {LEFT}>{caption}</caption><thead><tr><th {LEFT}>{first}</th>{head}<th {LEFT}>{last}</th>"
+        f"</tr></thead><tbody>{body}</tbody></table>"
+    )
 
 
 def _table(found: pd.DataFrame, windows: Windows, choice: str, width: int) -> str:
     """Return one window's table with a heading for each role, or each step. No text is shown twice."""
-    store, window = windows.store, int(found["window"].iloc[0])
+    store, window, rolled = windows.store, int(found["window"].iloc[0]), "step" in found
     read, target = windows.context_rows([window])[0], windows.target[window]
     chunks = f"chunks {store.position[read[0]]} to {store.position[read[-1]]} read"
-    caption = f"<b>{_title(store, store.article[target])}</b>: {chunks}, chunk {store.position[target]} predicted"
+    caption = f"<b>{title(store, store.article[target])}</b>: {chunks}, chunk {store.position[target]} predicted"
     caption += f"; {escape(choice)}" * bool(choice)
-    rolled = "step" in found
-    body, shown = [], {}  # row: the step that showed its text
+    parts, shown = [], {}  # row: the step that showed its text
     for _, part in found.groupby("step" if rolled else "role", sort=False):
         others = found["row"][found["role"] == "nearest in article"].tolist()
         same = part["role"].iloc[0] == "nearest in split" and part["row"].tolist() == others
-        body.append(f'<tr><th colspan="4" {LEFT}>{_heading(part, windows)}{": the same" * same}</th></tr>')
+        rows = []
         for row in [] if same else part.to_dict("records"):
             if rolled and row["role"] == "truth" and part["true"].iloc[0]:
                 continue  # it is the nearest one
             text, rank = escape(shorten(row["text"], width)), row["rank"]
             if row["role"] == "nearest in split":
-                text, rank = f"<i>{_title(store, row['article'])}</i>: {text}", row["rank in split"]
+                text, rank = f"<i>{title(store, row['article'])}</i>: {text}", row["rank in split"]
             elif rolled and shown.setdefault(row["row"], row["step"]) != row["step"]:
                 text = f"(as at step {shown[row['row']]})"
-            body.append(
-                f"<tr><td {LEFT}>{_chunk(row, windows, rolled)}</td><td {RIGHT}>{row['cosine']:.2f}</td>"
-                f"<td {RIGHT}>{'' if np.isnan(rank) else f'{rank:g}'}</td><td {TEXT}>{text}</td></tr>"
-            )
-    head = f"<tr><th {LEFT}>chunk</th><th {RIGHT}>cosine</th><th {RIGHT}>rank</th><th {LEFT}>text</th></tr>"
-    return f"<table><caption {LEFT}>{caption}</caption><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
+            numbers = f"{row['cosine']:.2f}", "" if np.isnan(rank) else f"{rank:g}"
+            rows.append(html_row(_chunk(row, windows, rolled), numbers, text))
+        parts.append((_heading(part, windows) + ": the same" * same, rows))
+    return html_table(caption, ("chunk", "cosine", "rank", "text"), parts)
 
 
 def _chunk(row: dict, windows: Windows, rolled: bool) -> str:
@@ -274,25 +260,22 @@ def _chunk(row: dict, windows: Windows, rolled: bool) -> str:
 
 def _heading(part: pd.DataFrame, windows: Windows) -> str:
     """Return what the rows of one role, or of one step, are; ranks beside chance."""
-    row = part.iloc[0]
+    row, split = part.iloc[0], f"all of {windows.split}"
     if "step" in part:
         over = "" if (part["role"] == "truth").any() else "; no true chunk: the article has ended or has a gap"
         return f"step {row['step']}, of {row['candidates']} chunks{over}"
-    article, split = "the article", f"all of {windows.split}"
+    if row["role"] == "context":
+        return "read"
     if row["role"] == "truth":
-        ranks = (
-            f"{row[f'rank{key}']:g} of {row[f'candidates{key}']} in {place} "
-            f"(by chance {(row[f'candidates{key}'] + 1) / 2:g})"
-            for key, place in (("", article), (" in split", split))
-        )
-        return f"true, {windows.horizon} after the last one read: rank {', '.join(ranks)}"
-    return {
-        "context": "read",
-        "nearest in article": f"nearest in {article}, of {row['candidates']} chunks not read",
-        "nearest in split": f"nearest in {split}, of {row['candidates in split']} chunks not read",
-    }[row["role"]]
+        inside = f"{row['rank']:g} of {row['candidates']} in the article (by chance {(row['candidates'] + 1) / 2:g})"
+        number = row["candidates in split"]
+        anywhere = f"{row['rank in split']:g} of {number} in {split} (by chance {(number + 1) / 2:g})"
+        return f"true, {windows.horizon} after the last one read: rank {inside}, {anywhere}"
+    if row["role"] == "nearest in article":
+        return f"nearest in the article, of {row['candidates']} chunks not read"
+    return f"nearest in {split}, of {row['candidates in split']} chunks not read"
 
 
-def _title(store: Store, article: int) -> str:
+def title(store: Store, article: int) -> str:
     """Return an article's title, escaped, or its number if it has none."""
     return escape(shorten(str(store.articles.at[article, "title"]), 80)) or f"article {article}"

@@ -30,10 +30,11 @@ def training(history: pd.DataFrame, version: Version, baselines: pd.DataFrame | 
     names = ("validation, cos(p, y)", "training, cos(p, y): pos", "training, cos(p, prev): neg")
     lines(cosine, epoch, dict(zip(names, (h["val_cos"], h["pos"], h["neg"]), strict=True)))
     cosine.set(title="Cosines: is the target nearer than prev?", ylabel="cosine")
-    lines(share, epoch, {"ρ": h[_share(version)[0]]})
+    column, name, unit = _share(version)
+    lines(share, epoch, {"ρ": h[column]})
     share.step(epoch, h["rho_target"], where="mid", color=PULL, ls="--", label="target")
     share.step(epoch, h["rho_cap"], where="mid", color=WARN, ls=":", label="cap")
-    share.set(title=_share(version)[1], ylabel=_share(version)[2])
+    share.set(title=name, ylabel=unit)
     lines(margin, epoch, {"this run": h["margin"], "training gap, against prev": h["gap"]})
     margin.axhline(0, color=GREY)
     margin.set(title="Mini-5CAT margin against the last context vector", ylabel="cos(p, y) − cos(p, last)")
@@ -71,11 +72,11 @@ def step_health(steps: pd.DataFrame, version: Version) -> Figure:
     lines(gaps, x, {"gap": steps["gap"], "m_gap": steps["margin_target"], "ratio": steps["ratio"]})
     gaps.axhline(0, color=GREY)
     gaps.set(title="Gap and ratio, and the target gap m_gap", ylabel="difference of cosines; ratio")
-    band = steps["rho_target"] - 0.05, steps["rho_target"] + 0.05
-    share.fill_between(x, *band, color=BAND, alpha=0.3, lw=0, label="target ± 0.05")
+    target, (column, name, unit) = steps["rho_target"], _share(version)
+    share.fill_between(x, target - 0.05, target + 0.05, color=BAND, alpha=0.3, lw=0, label="target ± 0.05")
     share.plot(x, steps["rho_cap"], ":", color=WARN, label="cap")
-    lines(share, x, {"ρ": steps[_share(version)[0]]})
-    share.set(title=_share(version)[1], ylabel=_share(version)[2])
+    lines(share, x, {"ρ": steps[column]})
+    share.set(title=name, ylabel=unit)
     lines(pull, x, {"λ_eff": steps["lambda_eff"]})
     skipped = steps[steps["skip"] > 0]
     pull.plot(skipped["step"], skipped["lambda_eff"], "x", color=WARN, ms=9, label="skipped by the guard")
@@ -164,19 +165,19 @@ def _expected(axis, version: Version, column: str, scale: float) -> None:
     """Draw the expected timeline: the margin's as a band, ρ within its tolerance, the others as a line."""
     firsts = [row.from_epoch for row in version.expected] + [version.epochs + 1]
     for i, row in enumerate(version.expected):
-        value = getattr(row, column)
-        low, high = value if column == "margin" else (value - 0.05, value + 0.05) if column == "rho" else (value, value)
-        epochs = [firsts[i] - 0.5, firsts[i + 1] - 0.5]
-        ends = scale * low - 1e-3 * scale, scale * high + 1e-3 * scale
-        axis.fill_between(epochs, *ends, color=BAND, alpha=0.3, lw=0, **({} if i else {"label": "expected"}))
+        value, slack = getattr(row, column), 0.051 if column == "rho" else 0.001
+        low, high = value if column == "margin" else (value, value)
+        epochs, label = [firsts[i] - 0.5, firsts[i + 1] - 0.5], "" if i else "expected"
+        ends = scale * (low - slack), scale * (high + slack)
+        axis.fill_between(epochs, *ends, color=BAND, alpha=0.3, lw=0, label=label)
 
 
 def _baselines(axis, values: pd.Series) -> None:
     """Draw dashed lines with their names right of the axes, moved apart where they would cover each other."""
-    below = -1.0
     for value in values:
         axis.axhline(value, color=GREY, lw=0.8, ls=(0, (4, 3)))
     axis.autoscale_view()  # the limits as they will be drawn
+    below = -1.0
     for name, value in values.sort_values().items():
         height = axis.transAxes.inverted().transform(axis.transData.transform((1, value)))[1]
         below = max(height, below + 0.06)

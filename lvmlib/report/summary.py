@@ -50,8 +50,9 @@ def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
         record, _, _ = open_run(path.parent)
         parameters = record["parameters"]
         own = version(parameters["name"], fast=parameters["fast"])
-        if "finished" in record and ".old-" not in path.parent.name:
-            folders += [path.parent] if _settings(parameters) == _settings(own.to_dict()) else []
+        same = _settings(parameters) == _settings(own.to_dict())
+        if same and "finished" in record and ".old-" not in path.parent.name:
+            folders.append(path.parent)
     if not folders:
         raise LVMError(f"{root}: no finished run with its 5CAT; train one, as by: make train VERSION=v22")
     return judged(folders)
@@ -60,9 +61,15 @@ def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
 def is_judged(folder: str | Path) -> bool:
     """Return whether a run's folder holds a report of the present instrument."""
     try:
-        return untrusted.read_json(Path(folder) / "fivecat.json")["instrument"] == INSTRUMENT
-    except (OSError, ValueError, KeyError, TypeError):
+        _read_report(Path(folder) / "fivecat.json")
+    except LVMError:
         return False
+    return True
+
+
+def _settings(parameters: dict) -> dict:
+    free = (*NOT_COMPARED, "seed", "model", "direction")
+    return {k: v for k, v in flat(parameters).items() if not k.startswith(free)}
 
 
 def judged(folders: Sequence[Path]) -> pd.DataFrame:
@@ -77,16 +84,10 @@ def judged(folders: Sequence[Path]) -> pd.DataFrame:
         record, _, _ = open_run(folder)
         figures, own = _read_report(Path(folder) / "fivecat.json")
         parameters = record["parameters"]
-        rows.append(
-            {
-                "version": parameters["name"],
-                "predictor": parameters["model"],
-                **{k: parameters[k] for k in ("seed", "direction", "epochs")},
-                "precision": record["computed"]["precision"],
-                **own,
-                "seconds": record["finished"]["training_seconds"],
-            }
-        )
+        row = {"version": parameters["name"], "predictor": parameters["model"]}
+        row |= {k: parameters[k] for k in ("seed", "direction", "epochs")}
+        row |= {"precision": record["computed"]["precision"], **own}
+        rows.append(row | {"seconds": record["finished"]["training_seconds"]})
         if parameters["direction"] == "forward":  # baselines are shown as they read the text forwards
             baselines |= {name: {"version": "", "predictor": name, **values} for name, values in figures.items()}
     return pd.DataFrame([*rows, *baselines.values()])
@@ -114,38 +115,36 @@ def _read_report(path: Path) -> tuple[dict[str, dict], dict]:
     return figures, own
 
 
-def _settings(parameters: dict) -> dict:
-    free = (*NOT_COMPARED, "seed", "model", "direction")
-    return {k: v for k, v in flat(parameters).items() if not k.startswith(free)}
-
-
 def by_version(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `runs` averaged over seeds: each figure's mean, and half its range over the seeds (_half)."""
-    figures = list(MEASURES)
-    frame = frame[frame["direction"].isin(["forward", np.nan])]
-    groups = frame.fillna({"precision": "", "epochs": 0}).groupby(["version", "predictor", "epochs", "precision"])
-    mean, half = groups[figures].mean(), (groups[figures].max() - groups[figures].min()) / 2
-    out = mean.join(half.add_suffix("_half")).join(groups["seed"].count().rename("seeds"))
-    order = [*known_versions(), ""]
-    out["order"] = [order.index(v) if v in order else len(order) for v in out.index.get_level_values("version")]
-    return out.sort_values(["order", "predictor"]).drop(columns="order").reset_index()
+    frame = frame[frame["direction"].isin(["forward", np.nan])].fillna({"precision": "", "epochs": 0})
+    groups = frame.groupby(["version", "predictor", "epochs", "precision"])
+    figures = groups[list(MEASURES)]
+    half = ((figures.max() - figures.min()) / 2).add_suffix("_half")
+    out = figures.mean().join(half).join(groups["seed"].count().rename("seeds")).reset_index()
+    order = {name: i for i, name in enumerate([*known_versions(), ""])}
+    return out.sort_values(
+        ["version", "predictor"], key=lambda c: c.map(order) if c.name == "version" else c, ignore_index=True
+    )
+
+
+COLUMNS = {  # of `markdown`, heading: column, format, factor
+    "val cos": ("val_cos", ".3f", 1),
+    "OOD cos": ("ood_cos", ".3f", 1),
+    "margin": ("margin", "+.3f", 1),
+    "margin, late": ("margin_late", "+.3f", 1),
+    "R@5 of six, %": ("of_six", ".1f", 100),
+    "novel MRR": ("novel_mrr", ".3f", 1),
+}
 
 
 def markdown(summary: pd.DataFrame) -> str:
     """Return `by_version` as a Markdown table."""
-    columns = {  # heading: column, format, factor
-        "val cos": ("val_cos", ".3f", 1),
-        "OOD cos": ("ood_cos", ".3f", 1),
-        "margin": ("margin", "+.3f", 1),
-        "margin, late": ("margin_late", "+.3f", 1),
-        "R@5 of six, %": ("of_six", ".1f", 100),
-        "novel MRR": ("novel_mrr", ".3f", 1),
-    }
-    lines = [" | ".join(["| version | model | seeds", *columns]) + " |", "|---" * (3 + len(columns)) + "|"]
+    lines = [" | ".join(["| version | model | seeds", *COLUMNS]) + " |", "|---" * (3 + len(COLUMNS)) + "|"]
     for row in summary.to_dict("records"):
         name = f"`{row['version']}`" if row["version"] else "untrained"
         cells = [name, ", ".join(filter(None, (row["predictor"], row["precision"]))), str(row["seeds"] or "–")]
-        for column, form, factor in columns.values():
+        for column, form, factor in COLUMNS.values():
             spread = f" ± {factor * row[column + '_half']:{form.lstrip('+')}}" if row["seeds"] > 1 else ""
             cells.append("–" if np.isnan(row[column]) else f"{factor * row[column]:{form}}{spread}")
         lines.append("| " + " | ".join(cells) + " |")

@@ -31,30 +31,24 @@ def table(
         words = [c for c in frame if not pd.api.types.is_numeric_dtype(frame[c])]
         frame = frame.assign(**{c: frame[c].map(letters) for c in words})
 
-    def shown(values: pd.Series) -> str | None:
-        if not pd.api.types.is_numeric_dtype(values):
-            return None
-        return "{:,.0f}" if (values.dropna() % 1 == 0).all() else f"{{:,.{digits}f}}"
-
-    numbers = list(frame.select_dtypes("number"))
-    right = [{"selector": f"th.col{i}", "props": "text-align: right"} for i, c in enumerate(frame) if c in numbers]
-    above = "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap"
+    numbers = frame.select_dtypes("number")
+    integer = (numbers.isna() | (numbers % 1 == 0)).all()
+    formats = {c: "{:,.0f}" if integer[c] else f"{{:,.{digits}f}}" for c in numbers} | (formats or {})
+    styles = [
+        ("caption", "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap"),
+        ("th", "text-align: left"),
+        *((f"th.col{i}", "text-align: right") for i, c in enumerate(frame) if c in numbers),
+        ("td", "white-space: nowrap; font-size: 92%"),
+    ]
     return (
-        frame.style.format({c: shown(frame[c]) for c in frame} | (formats or {}), na_rep="–")
+        frame.style.format(formats, na_rep="–")
         .hide(axis="index")
         .set_caption(letters(caption))
         # Tables of one page must not share an id; this one depends on the content alone, so that reruns are alike.
         .set_uuid(hashlib.sha1(frame.to_csv().encode() + caption.encode()).hexdigest()[:10])
-        .set_properties(subset=numbers, **{"text-align": "right"})
+        .set_properties(subset=list(numbers), **{"text-align": "right"})
         .set_properties(subset=[c for c in frame if c not in numbers], **{"text-align": "left"})
-        .set_table_styles(
-            [
-                {"selector": "caption", "props": above},
-                {"selector": "th", "props": "text-align: left"},
-                *right,
-                {"selector": "td", "props": "white-space: nowrap; font-size: 92%"},
-            ]
-        )
+        .set_table_styles([{"selector": selector, "props": props} for selector, props in styles])
     )
 
 
@@ -89,20 +83,14 @@ def checklist_frame(checks: list[Check]) -> pd.DataFrame:
 def conditions_frame(verdict: Verdict) -> pd.DataFrame:
     """Return the success conditions for `table`, a column for each baseline."""
 
-    def shown(condition: dict, value: float) -> str:
-        return "–" if value != value else f"{value:.0f}" if "gates" in condition["condition"] else f"{value:.3f}"
-
-    rows = [
-        {
-            "condition": c["condition"],
-            "this run": shown(c, c["value"]),
-            "wanted": f"{'>' if c['threshold'] == 0 else '≥'} {c['threshold']:g}",
-            "": "met" if c["met"] else "NOT MET",
-            "chance": shown(c, c["chance"]),
-            **{name: shown(c, value) for name, value in c["baselines"].items()},
-        }
-        for c in verdict.conditions
-    ]
+    rows = []
+    for c in verdict.conditions:
+        form = "{:.0f}" if "gates" in c["condition"] else "{:.3f}"
+        numbers = {"this run": c["value"], "chance": c["chance"], **c["baselines"]}
+        shown = {name: "–" if value != value else form.format(value) for name, value in numbers.items()}
+        wanted = f"{'>' if c['threshold'] == 0 else '≥'} {c['threshold']:g}"
+        row = {"condition": c["condition"], "this run": shown.pop("this run"), "wanted": wanted}
+        rows.append(row | {"": "met" if c["met"] else "NOT MET"} | shown)
     return pd.DataFrame(rows).fillna("–")
 
 
@@ -112,51 +100,32 @@ def gate_table(report: Report, split: str, gates: str = "ABCDEG") -> Styler:
     Profile `original` adds the thresholds. Differences of validation and OOD (gate E) stand with either split.
     """
     rows = report.table[report.table["split"].isin([split, "both"]) & report.table["gate"].isin(list(gates))]
-    own = rows[rows["predictor"] == "model"].set_index(["gate", "measure"])
-    frame = pd.DataFrame(
-        {
-            "gate": [f"{g} {GATES[g]}" for g, _ in own.index],
-            "measure": [m for _, m in own.index],
-            "model": own["value"].to_numpy(),
-            "95 % over articles": _intervals(own),
-            "chance": own["chance"].to_numpy(),
-        }
-    )
-    if report.profile == "original":
-        words = {True: "passed", False: "FAILED"}
-        frame["wanted"] = [_threshold(g, m, t) for (g, m), t in zip(own.index, own["threshold"], strict=True)]
-        frame[""] = [words[p] if pd.notna(p) else "" for p in own["passed"]]
-    elif own["adjusted"].notna().any():
-        frame["adjusted"] = own["adjusted"].to_numpy()
-    for name in report.predictors[1:]:
-        other = rows[rows["predictor"] == name].set_index(["gate", "measure"])["value"]
-        frame[name] = other.reindex(own.index).to_numpy()
-    for name in ("articles", "windows"):
-        frame[name] = pd.to_numeric(own[name]).astype(float).to_numpy()
-    frame["gate"] = frame["gate"].where(~frame["gate"].duplicated(), "")
+    own = rows[rows["predictor"] == "model"].reset_index(drop=True)
+    columns = {"gate": _named(own["gate"]), "measure": own["measure"], "model": own["value"]}
+    columns |= {"95 % over articles": _intervals(own), "chance": own["chance"]}
     caption = f"5CAT, {report.profile}, {split}"
     if report.profile == "original":
+        columns["wanted"] = [_threshold(*row) for row in own[["gate", "measure", "threshold"]].to_numpy()]
+        columns[""] = own["passed"].map({True: "passed", False: "FAILED"}).fillna("")
         passed = [g for g, ok in report.gates(split).items() if ok]
         caption += f": {len(passed)} of 5 gates passed" + (f" ({', '.join(passed)})" if passed else "")
-    return table(frame, caption=caption)
+    elif own["adjusted"].notna().any():
+        columns["adjusted"] = own["adjusted"]
+    keys = pd.MultiIndex.from_frame(own[["gate", "measure"]])
+    for name in report.predictors[1:]:
+        other = rows[rows["predictor"] == name].set_index(["gate", "measure"])["value"]
+        columns[name] = other.reindex(keys).to_numpy()
+    columns |= {name: pd.to_numeric(own[name]).astype(float) for name in ("articles", "windows")}
+    return table(pd.DataFrame(columns), caption=caption)
 
 
 def judgement_table(report: Report, split: str) -> Styler:
     """Return what each gate of profile `calibrated` asks, and what the interval answers."""
     rows = report.judgements(split)
-    gates = rows["gate"].map(lambda g: f"{g} {GATES[g]}")
-    frame = pd.DataFrame(
-        {
-            "gate": gates.where(~gates.duplicated(), ""),
-            "": rows["outcome"].replace("failed", "FAILED"),
-            "question": rows["question"],
-            "value": rows["value"],
-            "95 % over articles": _intervals(rows),
-            "articles": rows["articles"].astype(float),
-            "wanted": rows["wanted"],
-        }
-    )
-    return table(frame, caption=f"5CAT, calibrated, {split}: what the gates ask")
+    columns = {"gate": _named(rows["gate"]), "": rows["outcome"].replace("failed", "FAILED")}
+    columns |= {"question": rows["question"], "value": rows["value"], "95 % over articles": _intervals(rows)}
+    columns |= {"articles": rows["articles"].astype(float), "wanted": rows["wanted"]}
+    return table(pd.DataFrame(columns), caption=f"5CAT, calibrated, {split}: what the gates ask")
 
 
 def spread_table(spread: Spread) -> Styler:
@@ -166,17 +135,21 @@ def spread_table(spread: Spread) -> Styler:
         row = spread.row(measure, split, name)
         return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
 
-    measures = ["spread ratio", *(m for m in dict.fromkeys(spread.table["measure"]) if m.startswith("covered"))]
-    measures.append("KS of ranks by distance")
-    rows = []
+    covered = [m for m in dict.fromkeys(spread.table["measure"]) if m.startswith("covered")]
+    measures, rows = ["spread ratio", *covered, "KS of ranks by distance"], []
     for split in spread.splits:
         for name in spread.forecasts:
             less = "" if name == "model" else text(f"energy score less {name}", split, "model", "+.4f")
-            rows.append({"split": split, "forecast": name, "energy score": text("energy score", split, name)})
-            rows[-1] |= {"model less it": less, **{m: text(m, split, name) for m in measures}}
+            row = {"split": split, "forecast": name, "energy score": text("energy score", split, name)}
+            rows.append(row | {"model less it": less, **{m: text(m, split, name) for m in measures}})
         chance = {m: f"{spread.row(m, split)['chance']:.3g}" for m in measures}
         rows.append({"split": split, "forecast": "if calibrated", "energy score": "", "model less it": "", **chance})
     return table(pd.DataFrame(rows), caption="Samples against the truth, 95 % over articles")
+
+
+def _named(gates: pd.Series) -> pd.Series:
+    """Return each gate with its name, in its first row only."""
+    return gates.map(lambda gate: f"{gate} {GATES[gate]}").where(~gates.duplicated(), "")
 
 
 def _intervals(rows: pd.DataFrame) -> list[str]:

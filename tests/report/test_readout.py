@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lvmlib import models
-from lvmlib.baselines import Constant, Linear, Weighted
+from lvmlib.baselines import Constant, Linear, untrained
 from lvmlib.data.open import EMBEDDED
 from lvmlib.data.store import make_store, open_store
 from lvmlib.errors import LVMError
@@ -31,10 +31,8 @@ def store():
     vectors = rng.standard_normal((len(article), 8)) + 0.5
     vectors[:12] += rng.standard_normal(8)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    articles = pd.DataFrame(
-        {"title": ["Alpha", "Beta", "", "Delta", "Epsilon"], "split": [s for s, _ in LENGTHS.values()]},
-        index=pd.Index(list(LENGTHS), name="article"),
-    )
+    titles, splits = ["Alpha", "Beta", "", "Delta", "Epsilon"], [s for s, _ in LENGTHS.values()]
+    articles = pd.DataFrame({"title": titles, "split": splits}, index=pd.Index(list(LENGTHS), name="article"))
     return make_store("small", vectors.astype(np.float32), article, position, articles)
 
 
@@ -66,11 +64,12 @@ def ranked(vector, rows, store):
     return sorted(((float(vector @ x[r]) / np.linalg.norm(x[r]), r) for r in rows), reverse=True)
 
 
-# --- neighbours ------------------------------------------------------------------------------------------------------
+# Neighbours
 
 
-def test_nearest_texts_are_those_of_a_plain_loop(store, val, texts, model):
-    found = R.nearest(model, val, np.arange(len(val)), texts, k=4)
+@pytest.mark.parametrize("k", [4, 99])  # 99: all candidates
+def test_nearest_texts_are_those_of_a_plain_loop(store, val, texts, model, k):
+    found = R.nearest(model, val, np.arange(len(val)), texts, k)
     assert found["window"].unique().tolist() == list(range(len(val)))
     for window, part in found.groupby("window"):
         start = int(val.start[window])
@@ -79,49 +78,34 @@ def test_nearest_texts_are_those_of_a_plain_loop(store, val, texts, model):
         vector = predicted(model, [store.vectors[r] for r in context])
         split = [r for r in range(len(store.article)) if LENGTHS[store.article[r]][0] == "val" and r not in context]
         article = [r for r in split if store.article[r] == store.article[target]]
-        expected = {
-            "context": context,
-            "truth": [target],
-            "nearest in article": [r for _, r in ranked(vector, article, store)[:4]],
-            "nearest in split": [r for _, r in ranked(vector, split, store)[:4]],
-        }
+        near, far = ([r for _, r in ranked(vector, rows, store)[:k]] for rows in (article, split))
+        expected = {"context": context, "truth": [target], "nearest in article": near, "nearest in split": far}
         assert {role: rows["row"].tolist() for role, rows in part.groupby("role", sort=False)} == expected
         for row in part.to_dict("records"):
             r = row["row"]
             assert row["cosine"] == pytest.approx(ranked(vector, [r], store)[0][0], abs=1e-5)
             assert row["text"] == texts[r] and row["true"] == (r == target)
             assert (row["article"], row["position"]) == (store.article[r], store.position[r])
-            same = store.article[r] == store.article[target]
-            assert row["offset"] == val.step * (row["position"] - store.position[target]) if same else True
-            assert pd.isna(row["offset"]) != same
+            if store.article[r] == store.article[target]:
+                assert row["offset"] == val.step * (row["position"] - store.position[target])
+            else:
+                assert pd.isna(row["offset"])
             for suffix, rows in (("", article), (" in split", split)):
                 order = [q for _, q in ranked(vector, rows, store)]
+                rank = 1 + order.index(r) if r in order else np.nan
                 assert row["candidates" + suffix] == len(rows)
-                assert row["rank" + suffix] == (
-                    1 + order.index(r) if r in order else pytest.approx(np.nan, nan_ok=True)
-                )
+                assert row["rank" + suffix] == pytest.approx(rank, nan_ok=True)
 
 
-def test_the_context_is_left_out_though_it_lies_nearest(store, val, texts):
-    copy = Weighted(store.dim, torch.eye(T)[-1])
-    found = R.nearest(copy, val, range(len(val)), texts, k=99)
-    for _, part in found.groupby("window"):
-        roles = {role: set(rows["row"]) for role, rows in part.groupby("role")}
-        assert part["cosine"][part["role"] == "context"].iloc[-1] == pytest.approx(1, abs=1e-6)
-        assert not roles["context"] & (roles["nearest in article"] | roles["nearest in split"])
-        # k beyond the candidates gives them all
-        article = store.article[part["row"].iloc[0]]
-        assert roles["nearest in article"] | roles["context"] == set(np.flatnonzero(store.article == article))
-        assert len(roles["nearest in split"]) == 12 + 15 + 7 - T
-
-
-def test_ranks_are_those_of_5cat(store, texts, model):
+def test_ranks_and_rollouts_are_those_of_5cat(store, texts, model):
     val = windows(store, "val")
-    truth = R.nearest(model, val, range(len(val)), texts).query("role == 'truth'")
-    frame = measure(model, val)
+    frame, every = measure(model, val), range(len(val))
+    truth = R.nearest(model, val, every, texts).query("role == 'truth'")
     assert truth["rank"].tolist() == frame["novel rank"].tolist()
     assert truth["candidates"].tolist() == frame.candidates["novel"].tolist()
     assert np.allclose(truth["cosine"], frame["cosine"], atol=1e-6)
+    steps = R.rollout(model, val, every, texts).query("role == 'truth'").pivot(columns="step", index="window")
+    assert np.allclose(steps["cosine"][[1, 2]], frame.rollout[:, :2], atol=1e-6, equal_nan=True)
 
 
 def test_equal_cosines_share_their_rank(store, texts):
@@ -133,7 +117,7 @@ def test_equal_cosines_share_their_rank(store, texts):
     assert found["row"][found["role"] == "nearest in article"].tolist() == [6, 7]  # the first in reading order
 
 
-# --- rollouts --------------------------------------------------------------------------------------------------------
+# Rollouts
 
 
 def test_rollout_is_that_of_a_plain_loop(store, val, texts, model):
@@ -151,12 +135,8 @@ def test_rollout_is_that_of_a_plain_loop(store, val, texts, model):
             rows = part[part["step"] == step].set_index("role")
             assert rows.at["nearest in article", "row"] == order[0][1]
             assert rows.at["nearest in article", "cosine"] == pytest.approx(order[0][0], abs=1e-5)
-            wanted = store.position[target] + val.step * (step - 1) * val.horizon
-            true = [
-                r
-                for r in own
-                if store.position[r] == wanted and abs(r - target) == abs(wanted - store.position[target])
-            ]
+            gone = val.step * (step - 1) * val.horizon
+            true = [r for r in own if r - target == gone == store.position[r] - store.position[target]]
             assert ("truth" in rows.index) == bool(true)
             over += not true
             if true:
@@ -167,36 +147,28 @@ def test_rollout_is_that_of_a_plain_loop(store, val, texts, model):
     assert over  # the loop has met ends of articles
 
 
-def test_rollout_cosines_are_those_of_5cat(store, texts, model):
-    val = windows(store, "val")
-    found = R.rollout(model, val, range(len(val)), texts)
-    table = found[found["role"] == "truth"].pivot(index="window", columns="step", values="cosine")
-    rolled = measure(model, val).rollout
-    assert np.allclose(table[1], rolled[:, 0], atol=1e-6)
-    assert np.allclose(table[2], rolled[:, 1], atol=1e-6, equal_nan=True)
-
-
 def test_models_are_left_as_they_were(store, texts):
     lstm = models.build("lstm", store.dim).train()
-    val = windows(store, "val")
-    first, second = (R.rollout(lstm, val, 0, texts) for _ in range(2))
+    first, second = (R.rollout(lstm, windows(store, "val"), 0, texts) for _ in range(2))
     pd.testing.assert_frame_equal(first, second)  # no dropout
     assert lstm.training and not any(p.grad is not None for p in lstm.parameters())
 
 
-# --- which windows ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("call", [R.nearest, R.rollout])
+def test_a_model_that_predicts_nan(store, texts, call):
+    with pytest.raises(LVMError, match="NaN or infinite"):
+        call(Constant(8, T, torch.full((8,), torch.nan)), windows(store, "val"), [0], texts)
+
+
+# Which windows
 
 
 def test_choice_is_spread_over_the_ranks():
     rank = np.r_[np.ones(4), np.arange(2, 99), 200.0]
     frame = pd.DataFrame({"novel rank": rank[::-1], "article": 0})
     chosen = R.choose(frame)
-    assert chosen["novel rank"].tolist() == [
-        1,
-        *np.sort(rank)[np.rint(np.array([0.25, 0.5, 0.75]) * 101).astype(int)],
-        200,
-    ]
-    assert frame["novel rank"][chosen["window"]].tolist() == chosen["novel rank"].tolist()
+    quartiles = np.sort(rank)[np.rint(np.array([0.25, 0.5, 0.75]) * 101).astype(int)]
+    assert chosen["novel rank"].tolist() == [1, *quartiles, 200] == frame["novel rank"][chosen["window"]].tolist()
     assert chosen["window"].iloc[0] == 99  # of windows 98 to 101, which share rank 1, the middle one
     assert chosen["choice"].iloc[0] == "best of 102 windows by novel rank (1, one of 4 such)"
     assert chosen["choice"].iloc[4] == "worst of 102 windows by novel rank (200, the only such)"
@@ -209,13 +181,7 @@ def test_choice_takes_other_articles_and_no_window_twice():
     assert sorted(R.choose(frame, 99)["window"]) == list(range(6))
 
 
-@pytest.mark.parametrize("rows, count", [(0, 5), (3, 0)])
-def test_nothing_to_choose(rows, count):
-    with pytest.raises(LVMError, match="cannot be chosen"):
-        R.choose(pd.DataFrame({"novel rank": [1.0] * rows, "article": [0] * rows}), count)
-
-
-# --- the page --------------------------------------------------------------------------------------------------------
+# The page
 
 HOSTILE = (
     "<script>alert(1)</script> <img src=x onerror='alert(2)'> </td></table> &lt;b&gt; &#60; \"q\" $x^2$ and $5, "
@@ -240,27 +206,29 @@ class Page(HTMLParser):
         self.pieces.append(data)
 
 
-def test_hostile_text_is_shown_and_does_nothing(store, model):
-    val = windows(store, "val")
-    titled = replace(val, store=replace(store, articles=store.articles.assign(title="<i onclick=x>$t$</i> **a**")))
-    for page in (
-        R.show(R.nearest(model, titled, [0, 9], [HOSTILE] * len(store.vectors)), titled, width=999).data,
-        R.show(R.rollout(model, titled, [0], [HOSTILE] * len(store.vectors)), titled, width=999).data,
-    ):
-        read = Page(page)
-        assert set(read.tags) <= {"table", "caption", "b", "i", "thead", "tbody", "tr", "th", "td", "span"}
-        assert read.attributes <= {"style", "colspan", "dir"}
-        assert read.tags.count("table") == page.count("</table>") and "\n" not in page
-        assert " ".join(HOSTILE.split()) in "".join(read.pieces)
-        # alone in its element, neither opens a formula
-        assert all(piece in "$\\" for piece in read.pieces if set(piece) & set("$\\"))
-        bare = "".join(page.replace(">", "<").split("<")[::2])  # what stands between the tags
-        assert not set(bare) & set("*_`[]|~$\\")
+def words(found, *rest):
+    return "".join(Page(R.show(found, *rest).data).pieces)
 
 
-def test_escaping_round_trips():
-    for text in (HOSTILE, "", "plain – text", "&amp;", "'\"<>"):
-        assert "".join(Page(R.escape(text)).pieces) == text
+@pytest.mark.parametrize("call", [R.nearest, R.rollout])
+def test_hostile_text_is_shown_and_does_nothing(store, model, call):
+    articles = store.articles.assign(title="<i onclick=x>$t$</i> **a**")
+    titled = replace(windows(store, "val"), store=replace(store, articles=articles))
+    page = R.show(call(model, titled, [0, 9], [HOSTILE] * len(store.vectors)), titled, width=999).data
+    read = Page(page)
+    assert set(read.tags) <= {"table", "caption", "b", "i", "thead", "tbody", "tr", "th", "td", "span"}
+    assert read.attributes <= {"style", "colspan", "dir"}
+    assert read.tags.count("table") == page.count("</table>") and "\n" not in page
+    assert " ".join(HOSTILE.split()) in "".join(read.pieces)
+    # alone in its element, neither opens a formula
+    assert all(piece in "$\\" for piece in read.pieces if set(piece) & set("$\\"))
+    bare = "".join(page.replace(">", "<").split("<")[::2])  # what stands between the tags
+    assert not set(bare) & set("*_`[]|~$\\")
+
+
+@pytest.mark.parametrize("text", [HOSTILE, "", "plain – text", "&amp;", "'\"<>"])
+def test_escaping_round_trips(text):
+    assert "".join(Page(R.escape(text)).pieces) == text
 
 
 @pytest.mark.parametrize(
@@ -286,70 +254,32 @@ def test_the_page_says_what_is_what(store, texts, model):
     val = windows(store, "val")
     last = int(np.flatnonzero(val.article == 0)[-1])
     found = R.nearest(model, val, [last], texts)
-    chosen = pd.DataFrame({"window": [last], "novel rank": [1.0], "choice": ["worst of *all*"]})
-    page = "".join(Page(R.show(found, val, chosen).data).pieces)
+    page = words(found, val, pd.DataFrame({"window": [last], "novel rank": [1.0], "choice": ["worst of *all*"]}))
     assert page.startswith("Alpha: chunks 5 to 9 read, chunk 11 predicted; worst of *all*")
     truth = found[found["role"] == "truth"].iloc[0]
     assert f"true, 2 after the last one read: rank {truth['rank']:g} of 7 in the article (by chance 4)" in page
     assert f"{truth['rank in split']:g} of 29 in all of val (by chance 15)" in page
     assert "CC BY-SA" not in page  # the texts of a store of one's own are one's own
-    over = "".join(Page(R.show(R.rollout(model, val, [last], texts, 2), val).data).pieces)
+    over = words(R.rollout(model, val, [last], texts, 2), val)
     assert "step 1, of 7 chunks" in over and "step 2, of 7 chunks; no true chunk" in over
 
 
-def test_the_page_tells_nothing_twice(store, texts):
+def test_the_page_tells_nothing_twice_and_names_the_skipped_chunk(store, texts):
     val = windows(store, "val")
-    constant = Constant(8, T, torch.tensor(store.vectors[val.target[0]]))
-    page = "".join(Page(R.show(R.rollout(constant, val, 0, texts, 3), val).data).pieces)
+    constant, skipped = (Constant(8, T, torch.tensor(store.vectors[val.target[0] - i])) for i in (0, 1))
+    page = words(R.rollout(constant, val, 0, texts, 3), val)
     assert page.count(texts[val.target[0]]) == 1 and page.count("(as at step 1)") == 2 and "6, nearest, true" in page
-    page = "".join(Page(R.show(R.nearest(constant, val, 0, texts, 1), val).data).pieces)
-    assert "nearest in all of val, of 29 chunks not read: the same" in page
-
-
-def test_the_skipped_chunk_is_named(store, texts):
-    val = windows(store, "val")
-    constant = Constant(8, T, torch.tensor(store.vectors[val.target[0] - 1]))
-    assert "5, skipped" in R.show(R.nearest(constant, val, 0, texts), val).data
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("call", [R.nearest, R.rollout])
-@pytest.mark.parametrize(
-    "index, change, message",
-    [
-        ([], {}, "at least one"),
-        ([0.5], {}, "whole numbers"),
-        ([True], {}, "whole numbers"),
-        ([[0]], {}, "whole numbers"),
-        ([-1], {}, "has windows 0 to"),
-        ([10**6], {}, "has windows 0 to"),
-        ([0], {"texts": ["a"]}, "54 rows, but 1 texts"),
-        ([0], {"count": 0}, "at least one text or step"),
-    ],
-)
-def test_bad_calls(store, texts, model, call, index, change, message):
-    with pytest.raises(LVMError, match=message):
-        call(model, windows(store, "val"), index, change.get("texts", texts), change.get("count", 2))
-
-
-@pytest.mark.parametrize("call", [R.nearest, R.rollout])
-def test_a_model_that_predicts_nan(store, texts, call):
-    with pytest.raises(LVMError, match="NaN or infinite"):
-        call(Constant(8, T, torch.full((8,), torch.nan)), windows(store, "val"), [0], texts)
-
-
-# --- the embedded data -----------------------------------------------------------------------------------------------
+    assert "nearest in all of val, of 29 chunks not read: the same" in words(R.nearest(constant, val, 0, texts, 1), val)
+    assert "5, skipped" in words(R.nearest(skipped, val, 0, texts), val)
 
 
 def test_embedded_data_is_credited():
     pytest.importorskip("gensim", reason='needs the extra "encode": pip install -e ".[encode]"')
     store = open_store(EMBEDDED / "wikipedia")
-    texts, val = R.texts(store), windows(store, "val")
-    mean = Weighted(store.dim, torch.full((T,), 1 / T))
+    texts, val = R.texts(store), windows(store, "val").at_most(100)
+    mean = untrained(store.dim, T)["mean"]
     chosen = R.choose(measure(mean, val))
-    page = "".join(Page(R.show(R.nearest(mean, val, chosen["window"], texts), val, chosen).data).pieces)
+    page = words(R.nearest(mean, val, chosen["window"], texts), val, chosen)
     assert page.count("text: authors of English Wikipedia, CC BY-SA") == 1
-    assert all(said in page for said in chosen["choice"])
+    assert all(choice in page for choice in chosen["choice"])
     assert R.shorten(texts[val.target[chosen["window"].iloc[0]]]) in page
