@@ -65,13 +65,13 @@ def config(**changed):
     return Config(**known | {"lvmlib": "0"} | changed)
 
 
-def write_untrained(name, folder, dim=DIM):
+def write_untrained(name, folder, dim=DIM, length=5):
     """An exported folder of an untrained architecture."""
     torch.manual_seed(0)
-    model = models.build(name, dim).eval()
+    model = models.build(name, dim, length).eval()
     folder.mkdir()
     safetensors.torch.save_file({k: t.contiguous() for k, t in model.state_dict().items()}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(config(model=name, dim=dim).model_dump_json())
+    (folder / CONFIG).write_text(config(model=name, dim=dim, context_length=length).model_dump_json())
     return model
 
 
