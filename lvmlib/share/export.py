@@ -34,8 +34,6 @@ from ..errors import LVMError, format_error, require
 from ..io.limits import read_bytes, read_json
 from ..judge.fivecat import INSTRUMENT, Report
 from ..judge.rating import reading, verdict
-from ..runs.checkpoint import check_best
-from ..runs.folder import open_run
 from ..runs.run import Run
 from ..windows import DIRECTIONS
 from .card import card, one_line
@@ -83,36 +81,30 @@ class Config(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     lvmlib: Text  # the version that exported it
 
 
-def export(run: Run | str | os.PathLike, folder: str | os.PathLike, report: Report | None = None) -> Path:
+def export(run: Run, folder: str | os.PathLike, report: Report | None = None) -> Path:
     """Write the best checkpoint of a finished run as a folder, whole or not at all. Returns its path.
 
-    `run`: a run, or its folder (the card then cannot name the encoder). `report`: the calibrated 5CAT of this model
-    for the card; default: the run's fivecat.json, if there is one. Raises LVMError if `folder` exists, and if the run
-    or the report is unfinished, damaged, or of another model.
+    `report`: the calibrated 5CAT of this model for the card; default: the run's fivecat.json, if there is one. Raises
+    LVMError if `folder` exists, and if the run or the report is unfinished, damaged, or of another model.
     """
-    source = run.folder if isinstance(run, Run) else Path(run)
-    record, epochs, _ = open_run(source)
-    if "finished" not in record:
-        raise LVMError(f"{source}: this run is not finished; finish its training, then export it")
-    check_best(source, record, epochs)
-    with _naming(source / "run.yaml", "restore the file"):
-        parameters, dataset = record["parameters"], record["dataset"]
-        name = "".join("-" if c in NOT_IN_NAMES else c for c in one_line(dataset["name"])).lstrip(".")
-        config = Config(
-            dim=_find_dim(source / "best.safetensors", parameters["model"], parameters["context_length"]),
-            dataset=name or "dataset",
-            fingerprint=dataset["fingerprint"],
-            encoder=one_line(run.data.store.datasheet.get("encoder", "")) if isinstance(run, Run) else "",
-            version=parameters["name"],
-            precision=record["computed"]["precision"],
-            lvmlib=metadata.version("lvmlib"),
-            **{key: parameters[key] for key in ("model", "context_length", "horizon", "direction", "seed")},
-        )
-    weights = _read_weights(source / "best.safetensors", config)
-    with _naming(source / "fivecat.json", "run train.ipynb again, or give `report`"):
-        content = _read_report(source / "fivecat.json") if report is None else _check_report(report, run, config)
-        text = card(config, dataset["windows"], content, parameters["fast"])
+    if not run.finished:
+        raise LVMError(f"{run.folder}: this run is not finished; finish its training, then export it")
+    model, store, version = run.best, run.data.store, run.version
+    name = "".join("-" if c in NOT_IN_NAMES else c for c in one_line(store.name)).lstrip(".")
+    config = Config(
+        dim=model.dim,
+        dataset=name or "dataset",
+        fingerprint=store.fingerprint,
+        encoder=one_line(store.datasheet.get("encoder", "")),
+        version=version.name,
+        precision=run.record["computed"]["precision"],
+        lvmlib=metadata.version("lvmlib"),
+        **{key: getattr(version, key) for key in ("model", "context_length", "horizon", "direction", "seed")},
+    )
+    with _naming(run.folder / "fivecat.json", "run train.ipynb again, or give `report`"):
+        text = card(config, run.record["dataset"]["windows"], _report_content(run, report), version.fast)
     with writing(folder) as partial:
+        weights = {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
         safetensors.torch.save_file(weights, partial / WEIGHTS)
         (partial / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner only
         (partial / CONFIG).write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -231,25 +223,11 @@ def _read_config(path: Path) -> Config:
             raise LVMError(f"{path}: {key}: {one_line(error['msg'])[:300]}; {ADVICE}") from e
 
 
-def _shapes(name: str, dim: int, length: int) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of an architecture's weights, without memory for them."""
-    with torch.device("meta"):
-        return {k: tuple(t.shape) for k, t in models.build(name, dim, length).state_dict().items()}
-
-
-def _find_dim(path: Path, name: str, length: int) -> int:
-    """Return D of a run's weights: its folder does not hold D, but only one D gives their shapes."""
-    with safetensors.safe_open(path, "pt") as file:
-        shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118
-    for dim in sorted({size for shape in shapes.values() for size in shape if size <= LARGEST_DIM}):
-        if _shapes(name, dim, length) == shapes:
-            return dim
-    raise LVMError(f"{path}: not the weights of model {name!r}; restore it, or train anew")
-
-
 def _read_weights(path: Path, config: Config) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file: float32, finite, of the names and shapes that the config implies."""
-    wanted = _shapes(config.model, config.dim, config.context_length)
+    with torch.device("meta"):  # without memory for them
+        model = models.build(config.model, config.dim, config.context_length)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     with _naming(path), safetensors.safe_open(path, "pt", device="cpu") as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
@@ -266,26 +244,28 @@ def _read_weights(path: Path, config: Config) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_report(report: Report, run: Run | str | os.PathLike, config: Config) -> dict:
-    """Return what the card shows of a report, as in fivecat.json. Raises LVMError if it is of another model."""
+def _report_content(run: Run, report: Report | None) -> dict | None:
+    """Return what the card shows of a report, as in the run's fivecat.json; without either None.
+
+    Raises LVMError if the report is of another model.
+    """
+    if report is None:
+        path = run.folder / "fivecat.json"
+        return read_report(path) if path.exists() else None
     known = (report.profile, report.horizon, report.context_length)
-    wanted = ("calibrated", config.horizon, config.context_length)
+    wanted = ("calibrated", run.version.horizon, run.version.context_length)
     if known != wanted:
-        raise LVMError(
-            f"report: profile, horizon and context_length are {known}, needed are {wanted}; measure this model"
-        )
+        raise LVMError(f"report: profile, horizon, context_length are {known}, not {wanted}; measure this model")
     words = {"reading": {"text": reading(report).text}}
-    if isinstance(run, Run) and {"val", "ood"} <= set(report.splits):
+    if {"val", "ood"} <= set(report.splits):
         words["verdict"] = {"text": verdict(run.version, run.history, report).text}
     rows = report.table.astype(object).where(report.table.notna(), None).to_dict("records")
     return words | {"calibrated": {"table": rows, "gates": {split: report.gates(split) for split in report.splits}}}
 
 
-def _read_report(path: Path) -> dict | None:
-    """Return the content of a run's fivecat.json, or None if there is none."""
-    if not path.exists():
-        return None
+def read_report(path: Path) -> dict:
+    """Return the content of a run's fivecat.json. Raises ValueError, KeyError or TypeError for another content."""
     content = read_json(path)
     if content["instrument"] != INSTRUMENT:
-        raise ValueError(f"written by instrument {content['instrument']}, this is {INSTRUMENT}")
+        raise ValueError(f"written by 5CAT instrument {content['instrument']}, this is {INSTRUMENT}")
     return content
