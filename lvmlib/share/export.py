@@ -74,7 +74,7 @@ class Config(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     direction: Literal[*DIRECTIONS]
     dataset: Name
     fingerprint: Text  # of the dataset's store
-    encoder: Text  # of the vectors; empty if only the run's folder was at hand
+    encoder: Text  # of the vectors; empty if the datasheet names none
     version: Name
     seed: Annotated[int, Field(ge=0, le=2**63)]
     precision: Literal["float32", "bfloat16"]  # of the training; the weights are float32
