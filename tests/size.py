@@ -48,7 +48,7 @@ if __name__ == "__main__":
     for name, sizes in (("file", lines(ALL)), ("class", longest(ast.ClassDef)), ("function", longest(FUNCTION))):
         top = sorted(sizes.items(), key=lambda item: -item[1])[:3]
         print(f"longest {name:<8} {'; '.join(f'{size} {place}' for place, size in top)}")
-    graph = grimp.build_graph("lvmlib", cache_dir=None, exclude_type_checking_imports=True)
+    graph = grimp.build_graph("lvmlib", cache_dir=None)
     depth, cycles = floors(graph)
     print(f"imports   {graph.count_imports()} between {len(graph.modules)} modules on {depth} floors; "
           f"in cycles: {', '.join(cycles) or 'none'}")  # fmt: skip

@@ -34,27 +34,27 @@ def card(config, windows: Mapping[str, int], report: Mapping | None, fast: bool)
 
     `report`: the content of fivecat.json. Raises KeyError if it lacks a figure of METRICS.
     """
-    splits = []
-    for split, gates in (report["calibrated"]["gates"] if report else {}).items():
-        table = [row for row in report["calibrated"]["table"] if row["split"] == split]
-        rows = {(row["predictor"], row["gate"], row["measure"]): row for row in table}
-        values = {key: rows["model", *key]["value"] for key in METRICS}
-        metrics = [{"type": METRICS[k], "name": k[1], "value": round(x, 4)} for k, x in values.items() if x is not None]
-        lines = [
-            (
-                *key,
-                *(_figure(rows.get((p, *key))) for p in PREDICTORS),
-                _figure({"value": rows["model", *key]["chance"]}),
-            )
-            for key in SHOWN
-            if ("model", *key) in rows
-        ]
-        gates = ", ".join(f"{gate} {outcome}" for gate, outcome in gates.items())
-        counts = {key: int(rows["model", "A", "cosine at the target"][key]) for key in ("articles", "windows")}
-        splits.append({"name": split, "gates": gates, "metrics": metrics, "lines": lines} | counts)
-    words = {name: report.get(name, {}).get("text", "") for name in ("reading", "verdict")} if report else {}
+    report = report or {"calibrated": {"gates": {}, "table": []}}
+    gates, table = report["calibrated"]["gates"], report["calibrated"]["table"]
+    splits = [_split(name, gates[name], [row for row in table if row["split"] == name]) for name in gates]
+    words = {name: report.get(name, {}).get("text", "") for name in ("reading", "verdict")}
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
-    return template.render(c=config, windows=windows, splits=splits, fast=fast, one_line=one_line, **words) + "\n"
+    return template.render(c=config, windows=windows, splits=splits, fast=fast, **words) + "\n"
+
+
+def _split(name: str, gates: Mapping[str, str], table: list[Mapping]) -> dict[str, Any]:
+    """Return what the card shows of a split: its size, the outcome of each gate, the hub's metrics, a table's lines."""
+    rows = {(row["predictor"], row["gate"], row["measure"]): row for row in table}
+    values = {key: rows["model", *key]["value"] for key in METRICS}
+    metrics = [{"type": METRICS[k], "name": k[1], "value": round(x, 4)} for k, x in values.items() if x is not None]
+    lines = []
+    for key in SHOWN:
+        if own := rows.get(("model", *key)):
+            cells = [rows.get((predictor, *key)) for predictor in PREDICTORS] + [{"value": own["chance"]}]
+            lines.append((*key, *map(_figure, cells)))
+    gates = ", ".join(f"{gate} {outcome}" for gate, outcome in gates.items())
+    counts = {key: int(rows["model", "A", "cosine at the target"][key]) for key in ("articles", "windows")}
+    return {"name": name, "gates": gates, "metrics": metrics, "lines": lines} | counts
 
 
 def _figure(row: Mapping | None) -> str:

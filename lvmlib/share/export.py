@@ -10,14 +10,15 @@ have the names, type and shapes that config.json implies before any memory is al
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import safetensors
@@ -33,8 +34,6 @@ from ..errors import LVMError, format_error, require
 from ..io.limits import read_bytes, read_json
 from ..judge.fivecat import INSTRUMENT, Report
 from ..judge.rating import reading, verdict
-from ..runs.checkpoint import check_best
-from ..runs.folder import open_run
 from ..runs.run import Run
 from ..windows import DIRECTIONS
 from .card import card, one_line
@@ -45,6 +44,7 @@ LARGEST_DIM = 65_536
 CONFIG_BYTES = 65_536
 NOT_IN_NAMES = set('/\\*?"<>|`[]$')
 ADVICE = "export the model again, or restore the file"
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError)  # what it raises
 
 
 def _check_text(text: str) -> str:
@@ -74,54 +74,40 @@ class Config(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
     direction: Literal[*DIRECTIONS]
     dataset: Name
     fingerprint: Text  # of the dataset's store
-    encoder: Text  # of the vectors; empty if only the run's folder was at hand
+    encoder: Text  # of the vectors; empty if the datasheet names none
     version: Name
     seed: Annotated[int, Field(ge=0, le=2**63)]
     precision: Literal["float32", "bfloat16"]  # of the training; the weights are float32
     lvmlib: Text  # the version that exported it
 
 
-def export(run: Run | str | os.PathLike, folder: str | os.PathLike, report: Report | None = None) -> Path:
+def export(run: Run, folder: str | os.PathLike, report: Report | None = None) -> Path:
     """Write the best checkpoint of a finished run as a folder, whole or not at all. Returns its path.
 
-    `run`: a run, or its folder (the card then cannot name the encoder). `report`: the calibrated 5CAT of this model
-    for the card; default: the run's fivecat.json, if there is one. Raises LVMError if `folder` exists, and if the run
-    or the report is unfinished, damaged, or of another model.
+    `report`: the calibrated 5CAT of this model for the card; default: the run's fivecat.json, if there is one. Raises
+    LVMError if `folder` exists, and if the run or the report is unfinished, damaged, or of another model.
     """
-    source = run.folder if isinstance(run, Run) else Path(run)
-    record, epochs, _ = open_run(source)
-    if "finished" not in record:
-        raise LVMError(f"{source}: this run is not finished; finish its training, then export it")
-    weights = _read_weights(source / "best.safetensors")
-    try:
-        parameters, dataset = record["parameters"], record["dataset"]
-        name = "".join("-" if c in NOT_IN_NAMES else c for c in one_line(dataset["name"])).lstrip(".")
-        config = Config(
-            dim=_find_dim(parameters["model"], parameters["context_length"], weights, source),
-            dataset=name or "dataset",
-            fingerprint=dataset["fingerprint"],
-            encoder=one_line(run.data.store.datasheet.get("encoder", "")) if isinstance(run, Run) else "",
-            version=parameters["name"],
-            precision=record["computed"]["precision"],
-            lvmlib=metadata.version("lvmlib"),
-            **{key: parameters[key] for key in ("model", "context_length", "horizon", "direction", "seed")},
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise (
-            e if isinstance(e, LVMError) else LVMError(f"{source / 'run.yaml'}: {format_error(e)}; restore the file")
-        ) from e
-    check_best(source, record, epochs)  # after _read_weights, whose errors say more
-    content = _read_report(source / "fivecat.json") if report is None else _check_report(report, run, config)
+    if not run.finished:
+        raise LVMError(f"{run.folder}: this run is not finished; finish its training, then export it")
+    model, store, version = run.best, run.data.store, run.version
+    name = "".join("-" if c in NOT_IN_NAMES else c for c in one_line(store.name)).lstrip(".")
+    config = Config(
+        dim=model.dim,
+        dataset=name or "dataset",
+        fingerprint=store.fingerprint,
+        encoder=one_line(store.datasheet.get("encoder", "")),
+        version=version.name,
+        precision=run.record["computed"]["precision"],
+        lvmlib=metadata.version("lvmlib"),
+        **{key: getattr(version, key) for key in ("model", "context_length", "horizon", "direction", "seed")},
+    )
+    with _naming(run.folder / "fivecat.json", "run train.ipynb again, or give `report`"):
+        text = card(config, run.record["dataset"]["windows"], _report_content(run, report), version.fast)
     with writing(folder) as partial:
+        weights = {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
         safetensors.torch.save_file(weights, partial / WEIGHTS)
         (partial / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner only
         (partial / CONFIG).write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        try:
-            text = card(config, dataset["windows"], content, parameters["fast"])
-        except (KeyError, TypeError, AttributeError) as e:
-            raise LVMError(
-                f"{source / 'fivecat.json'}: lacks {format_error(e)}; run train.ipynb again, or give `report`"
-            ) from e
         (partial / CARD).write_text(text, encoding="utf-8")
         _open(partial)  # finds now what would be wrong for whoever opens it
     return Path(folder)
@@ -150,16 +136,11 @@ def push(folder: str | os.PathLike, name: str, private: bool = True) -> str:
     Sign in with `hf auth login` before. Only the folder's three files are sent, after all checks of `load`. Raises
     LVMError for a folder that cannot be opened, and with the hub's words if it refuses or cannot be reached.
     """
-    hub_model, name = _hub_model(), _check_repository(name)
-    model = hub_model(Path(folder))
-    config = model.predictor.config
+    model = _hub_model()(Path(folder))
+    config, name = model.predictor.config, _check_repository(name)
     message = f"{config.version}, {config.model}, seed {config.seed}"
-    try:
+    with _naming(f"{HUB}{name}", "sign in, or check the network", Exception):
         commit = model.push_to_hub(name, private=private, commit_message=message, allow_patterns=list(FILES))
-    except Exception as e:  # the client has an exception for each of: no network, no rights, name taken
-        raise LVMError(
-            f"{HUB}{name}: the hub did not take {folder} ({format_error(e)}); sign in, or check the network"
-        ) from e
     return str(getattr(commit, "commit_url", commit))
 
 
@@ -182,13 +163,8 @@ def _hub_model() -> type:
         @classmethod
         def from_pretrained(cls, name: str, *, revision: str | None = None) -> HubModel:
             """In place of the mixin's own, which reads config.json of any size and falls back on a pickle."""
-            name = _check_repository(name)
-            try:
+            with _naming(f"{HUB}{_check_repository(name)}", "check name and network", Exception):
                 snapshot = Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
-            except Exception as e:  # as in `push`
-                raise LVMError(
-                    f"{HUB}{name}: not loaded from the hub ({format_error(e)}); check name and network"
-                ) from e
             # CACHE/models--OWNER--NAME/snapshots/COMMIT/ has links to files elsewhere in the cache, and no farther
             return cls(snapshot, inside=snapshot.parents[2])
 
@@ -203,12 +179,23 @@ def _check_repository(name: str) -> str:
     return name
 
 
+@contextlib.contextmanager
+def _naming(where: Any, advice: str = ADVICE, errors: Any = DAMAGE) -> Iterator[None]:
+    """Turn these errors into an LVMError that names the file; an LVMError passes."""
+    try:
+        yield
+    except LVMError:
+        raise
+    except errors as e:
+        why = str(e) if type(e) is ValueError else format_error(e)
+        raise LVMError(f"{where}: {why}; {advice}") from e
+
+
 def _open(folder: Path, inside: Path | None = None) -> models.Predictor:
     """Return the model of a folder. Its files, links followed, must be in `inside` (default: the folder itself)."""
     config = _read_config(_regular(folder / CONFIG, inside or folder))
-    sizes = config.model, config.dim, config.context_length
-    weights = _read_weights(_regular(folder / WEIGHTS, inside or folder), _shapes(*sizes))  # before any allocation
-    model = models.build(*sizes)
+    weights = _read_weights(_regular(folder / WEIGHTS, inside or folder), config)  # checked before any allocation
+    model = models.build(config.model, config.dim, config.context_length)
     model.load_state_dict(weights)
     model.config = config
     return model.eval()
@@ -216,10 +203,8 @@ def _open(folder: Path, inside: Path | None = None) -> models.Predictor:
 
 def _regular(path: Path, inside: Path) -> Path:
     """Return the file, links followed. Raises LVMError if it is missing, outside of `inside`, or no regular file."""
-    try:
+    with _naming(path, "export the model again, or fetch the whole folder", (OSError, RuntimeError)):  # a loop of links
         real = path.resolve(strict=True)
-    except (OSError, RuntimeError) as e:  # RuntimeError: a loop of links
-        raise LVMError(f"{path}: is missing; export the model again, or fetch the whole folder") from e
     if not real.is_relative_to(inside.resolve()):
         raise LVMError(f"{path}: is a link out of the folder; replace it by the file itself")
     if not stat.S_ISREG(real.stat().st_mode):  # a pipe would block
@@ -229,79 +214,58 @@ def _regular(path: Path, inside: Path) -> Path:
 
 def _read_config(path: Path) -> Config:
     """Return config.json, checked. Raises LVMError for anything else than a Config."""
-    try:
-        return Config.model_validate_json(read_bytes(path, CONFIG_BYTES))
-    except pydantic.ValidationError as e:
-        error = e.errors(include_url=False, include_input=False)[0]
-        key = one_line(error["loc"][0])[:80] if error["loc"] else "not a configuration"
-        raise LVMError(f"{path}: {key}: {one_line(error['msg'])[:300]}; {ADVICE}") from e
-    except (OSError, ValueError) as e:
-        raise LVMError(f"{path}: cannot be read ({format_error(e)}); {ADVICE}") from e
+    with _naming(path):
+        try:
+            return Config.model_validate_json(read_bytes(path, CONFIG_BYTES))
+        except pydantic.ValidationError as e:
+            error = e.errors(include_url=False, include_input=False)[0]
+            key = one_line(error["loc"][0])[:80] if error["loc"] else "not a configuration"
+            raise LVMError(f"{path}: {key}: {one_line(error['msg'])[:300]}; {ADVICE}") from e
 
 
-def _shapes(name: str, dim: int, length: int) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of an architecture's weights, without memory for them."""
-    with torch.device("meta"):
-        return {k: tuple(t.shape) for k, t in models.build(name, dim, length).state_dict().items()}
-
-
-def _find_dim(name: str, length: int, weights: Mapping[str, Tensor], source: Path) -> int:
-    """Return D of a run's weights: its folder does not hold D, but only one D gives these shapes."""
-    shapes = {k: tuple(t.shape) for k, t in weights.items()}
-    sizes = sorted({size for shape in shapes.values() for size in shape if size <= LARGEST_DIM})
-    dim = next((d for d in sizes if _shapes(name, d, length) == shapes), None)
-    if dim is None:
-        raise LVMError(f"{source / 'best.safetensors'}: not the weights of model {name!r}; restore it, or train anew")
-    return dim
-
-
-def _read_weights(path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file: float32, finite, and of these names and shapes if given."""
-    try:
-        with safetensors.safe_open(path, "pt", device="cpu") as file:
-            names = list(file.keys())
-            if shapes is not None and (wrong := sorted(set(names) ^ set(shapes))):
-                why = "is missing" if wrong[0] in shapes else "is unknown"
-                raise LVMError(f"{path}: {one_line(wrong[0])[:80]} {why}, by config.json; {ADVICE}")
-            for name in names:
-                part = file.get_slice(name)
-                shape = tuple(part.get_shape())
-                if shapes is not None and shape != shapes[name]:
-                    raise LVMError(f"{path}: {name} has shape {shape}, config.json implies {shapes[name]}; {ADVICE}")
-                if part.get_dtype() != "F32":
-                    raise LVMError(f"{path}: {one_line(name)[:80]} is {part.get_dtype()}, not F32; {ADVICE}")
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, safetensors.SafetensorError) as e:
-        raise LVMError(f"{path}: not a whole safetensors file ({format_error(e)}); {ADVICE}") from e
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise LVMError(f"{path}: {one_line(name)[:80]} holds NaN or infinite values; {ADVICE}")
+def _read_weights(path: Path, config: Config) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file: float32, finite, of the names and shapes that the config implies."""
+    with torch.device("meta"):  # without memory for them
+        model = models.build(config.model, config.dim, config.context_length)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with _naming(path), safetensors.safe_open(path, "pt", device="cpu") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+        for name in sorted(shapes.keys() | wanted.keys()):
+            if shapes.get(name) != wanted.get(name):
+                found, implied = (shape.get(name, "nothing") for shape in (shapes, wanted))
+                raise ValueError(f"{one_line(name)[:80]} is {found}, config.json implies {implied}")
+            if parts[name].get_dtype() != "F32":
+                raise ValueError(f"{name} is {parts[name].get_dtype()}, not F32")
+        tensors = {name: file.get_tensor(name) for name in wanted}
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} holds NaN or infinite values")
     return tensors
 
 
-def _check_report(report: Report, run: Run | str | os.PathLike, config: Config) -> dict:
-    """Return what the card shows of a report, as in fivecat.json. Raises LVMError if it is of another model."""
+def _report_content(run: Run, report: Report | None) -> dict | None:
+    """Return what the card shows of a report, as in the run's fivecat.json; without either None.
+
+    Raises LVMError if the report is of another model.
+    """
+    if report is None:
+        path = run.folder / "fivecat.json"
+        return read_report(path) if path.exists() else None
     known = (report.profile, report.horizon, report.context_length)
-    wanted = ("calibrated", config.horizon, config.context_length)
+    wanted = ("calibrated", run.version.horizon, run.version.context_length)
     if known != wanted:
-        raise LVMError(
-            f"report: profile, horizon and context_length are {known}, needed are {wanted}; measure this model"
-        )
+        raise LVMError(f"report: profile, horizon, context_length are {known}, not {wanted}; measure this model")
     words = {"reading": {"text": reading(report).text}}
-    if isinstance(run, Run) and {"val", "ood"} <= set(report.splits):
+    if {"val", "ood"} <= set(report.splits):
         words["verdict"] = {"text": verdict(run.version, run.history, report).text}
     rows = report.table.astype(object).where(report.table.notna(), None).to_dict("records")
     return words | {"calibrated": {"table": rows, "gates": {split: report.gates(split) for split in report.splits}}}
 
 
-def _read_report(path: Path) -> dict | None:
-    """Return the content of a run's fivecat.json, or None if there is none."""
-    if not path.exists():
-        return None
-    try:
-        content = read_json(path)
-        if content["instrument"] != INSTRUMENT:
-            raise ValueError(f"written by instrument {content['instrument']}, this is {INSTRUMENT}")
-        return content
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise LVMError(f"{path}: not a 5CAT report ({format_error(e)}); run train.ipynb again, or give `report`") from e
+def read_report(path: Path) -> dict:
+    """Return the content of a run's fivecat.json. Raises ValueError, KeyError or TypeError for another content."""
+    content = read_json(path)
+    if content["instrument"] != INSTRUMENT:
+        raise ValueError(f"written by 5CAT instrument {content['instrument']}, this is {INSTRUMENT}")
+    return content

@@ -5,21 +5,18 @@
         pages/NAME.html         the notebooks, by `page`
         gallery.json            marks the folder as a gallery, and lists its pages
 
-The gallery is built beside the last one and then moved over it, file by file. Other files in the folder stay (.git,
-CNAME). A folder that has files and no gallery.json is refused. Each page works alone, from disk or from any host, and
-makes no request. An unfinished or damaged run gets a card that says so. HTML is cleaned (see `page`), but do not
-publish notebooks of others without reading them.
+Other files in the folder stay (.git, CNAME). Each page works alone, from disk or from any host, and makes no request.
+HTML is cleaned (see `page`), but do not publish notebooks of others without reading them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
+import itertools
 import json
 import math
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,12 +24,13 @@ from urllib.parse import quote
 from ..config import data_name, resolved
 from ..errors import LVMError, format_error
 from ..io import stamp
-from ..io.disk import explain_os_errors, lock, sync, write_atomic
+from ..io.disk import explain_os_errors, lock, write_atomic
 from ..io.limits import read_json
 from ..io.paths import ROOT, outputs
-from ..judge.fivecat import GATES, INSTRUMENT
+from ..judge.fivecat import GATES
 from ..judge.rating import checklist
 from ..runs.folder import open_run
+from .export import read_report
 from .page import date, page, read, render, title
 
 MARK = "gallery.json"
@@ -52,32 +50,23 @@ def build(
     """
     root = Path(root or outputs())
     out = Path(out or root / "gallery")
-    new = out.with_name(f".{out.name}.new")
-    with explain_os_errors(out), contextlib.ExitStack() as stack:
-        _check_gallery(out)
+    with explain_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        place = out.with_name(f".{out.name}.gallery.lock")
-        stack.enter_context(lock(place, lambda by: f"{out}: {by} is building it; wait for it"))
-        _check_gallery(new)
-        if new.exists():  # a killed build left it
-            shutil.rmtree(new)
-        new.mkdir()
-        stack.callback(shutil.rmtree, new, ignore_errors=True)
-        (new / MARK).write_text("{}", encoding="utf-8")
-        (new / "pages").mkdir()
-        cards = _collect(root, showcase, fast)
-        if not cards:
-            raise LVMError(
-                f"{root}: no run and no executed notebook. Train one (make train VERSION=v22), or show the committed "
-                'notebooks (make gallery ARGS="--showcase")'
-            )
-        names: set[str] = set()
-        for card in cards:
-            card["links"] = [link for path in card["notebooks"] if (link := _write_page(path, new, names, card, root))]
-        (new / "index.html").write_text(_index(cards), encoding="utf-8")
-        runs = sum(not card["title"] for card in cards)
-        counts = {"runs": runs, "notebooks": len(cards) - runs, "pages": len(names)}
-        _move(new, out, counts)
+        with lock(out.with_name(f".{out.name}.gallery.lock"), lambda by: f"{out}: {by} is building it; wait for it"):
+            earlier = _own_pages(out)
+            cards = _collect(root, showcase, fast)
+            if not cards:
+                raise LVMError(
+                    f"{root}: no run and no executed notebook. Train one (make train VERSION=v22), or show the "
+                    'committed notebooks (make gallery ARGS="--showcase")'
+                )
+            pages: dict[str, bytes] = {}
+            for card in cards:
+                links = [_add_page(path, pages, card, root) for path in card["notebooks"]]
+                card["links"] = [link for link in links if link]
+            runs = sum(not card["title"] for card in cards)
+            counts = {"runs": runs, "notebooks": len(cards) - runs, "pages": len(pages)}
+            _write(out, _index(cards), pages, earlier, counts)
     return out / "index.html", counts
 
 
@@ -87,72 +76,61 @@ def _index(cards: list[dict]) -> str:
     return render("index.html.j2", cards=cards, built=datetime.datetime.now(datetime.UTC).date(), **about)
 
 
-def _check_gallery(folder: Path) -> None:
-    """Raise LVMError if the folder has files and is no gallery, or is no folder."""
-    is_folder = folder.is_dir() and not folder.is_symlink()
-    if (folder.exists() or folder.is_symlink()) and not (
-        is_folder and ((folder / MARK).is_file() or not any(folder.iterdir()))
-    ):
-        raise LVMError(f"{folder}: is there and is no gallery (it has no {MARK}); name another folder, or move it away")
-
-
 def _own_pages(out: Path) -> set[str]:
-    """Return the names of the files in pages/ that a gallery wrote. Raises LVMError if gallery.json does not say."""
-    _check_gallery(out)
-    pages = out / "pages"
-    if pages.is_symlink() or (pages.exists() and not pages.is_dir()):
-        raise LVMError(f"{pages}: is there and is no folder of a gallery; move it away")
-    existing = {p.name for p in pages.iterdir()} if pages.is_dir() else set()
+    """Return the names of the files in pages/ that a gallery wrote. Raises LVMError if `out` is another's folder."""
+    for folder in (out, out / "pages"):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise LVMError(f"{folder}: is no folder of a gallery; name another folder, or move it away")
+    if not out.exists() or not any(out.iterdir()):
+        return set()
     try:
-        return existing & set(read_json(out / MARK)["files"]) if existing else existing
-    except Exception as e:
-        raise LVMError(f"{out / MARK}: cannot be read ({format_error(e)}); restore it, or move {out} away") from e
+        return {path.name for path in (out / "pages").glob("*")} & set(read_json(out / MARK)["files"])
+    except Exception as e:  # whatever a foreign or damaged file makes of it
+        why = f"{out / MARK}: {format_error(e)}"
+        raise LVMError(f"{out}: has files and is no gallery ({why}); name another folder, or move it away") from e
 
 
-def _move(new: Path, out: Path, record: dict) -> None:
-    """Move the gallery built in `new` over the one in `out`; other files there stay.
+def _write(out: Path, index: str, pages: Mapping[str, bytes], earlier: set[str], counts: Mapping) -> None:
+    """Write a gallery over the one in `out`, whose pages are `earlier`; other files there stay.
 
-    The index is moved after its pages, and old pages are deleted last: if this stops anywhere, each file is whole, each
-    link works, and the next build finishes the job.
+    The index is written after its pages, and old pages are deleted last: if this stops anywhere, each file is whole,
+    each link works, and the next build finishes the job.
     """
-    for folder in (new / "pages", new):  # flushed before the renames: after a power cut a file is the old or the new
-        sync(folder)
-    made, own = {p.name for p in (new / "pages").iterdir()}, _own_pages(out)
-    if foreign := sorted(n for n in made - own if (out / "pages" / n).exists()):
-        raise LVMError(
-            f"{out / 'pages' / foreign[0]}: was not written by a gallery, but a page needs this name; move it away"
-        )
-    (out / "pages").mkdir(parents=True, exist_ok=True)
-    _write_mark(out, record, made | own)
-    for name in sorted(made):
-        (new / "pages" / name).replace(out / "pages" / name)
-    sync(out / "pages", files=False)
-    (new / "index.html").replace(out / "index.html")
-    sync(out, files=False)
-    for name in own - made:
+    if foreign := sorted(name for name in pages.keys() - earlier if (out / "pages" / name).exists()):
+        path = out / "pages" / foreign[0]
+        raise LVMError(f"{path}: was not written by a gallery, but a page needs this name; move it away")
+
+    def write_file(name: str, content: bytes) -> None:
+        write_atomic(out / name, lambda partial: partial.write_bytes(content))
+
+    def write_mark(names: Collection[str]) -> None:
+        write_file(MARK, json.dumps({**counts, "files": sorted(names)}).encode() + b"\n")
+
+    out.mkdir(exist_ok=True)
+    write_mark(pages.keys() | earlier)
+    (out / "pages").mkdir(exist_ok=True)
+    for name, content in pages.items():
+        write_file(f"pages/{name}", content)
+    write_file("index.html", index.encode())
+    for name in earlier - pages.keys():
         (out / "pages" / name).unlink()
-    _write_mark(out, record, made)
-
-
-def _write_mark(out: Path, record: dict, pages: set[str]) -> None:
-    text = json.dumps(record | {"files": sorted(pages)}) + "\n"
-    write_atomic(out / MARK, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_mark(pages)
 
 
 def _collect(root: Path, showcase: bool, fast: bool) -> list[dict]:
     """Return the cards of runs and of other notebooks, each with `notebooks`, the paths that it links to."""
     cards = []
-    for top, is_fast in ((root, False), *(((root / "fast", True),) if fast else ())):
+    for top in (root, root / "fast") if fast else (root,):
         folders = sorted(p.parent for p in top.glob("*/*/*/run.yaml") if _shown(p, top))
         for folder in folders:
+            data, version, name = folder.parts[-3:]
+            fallback = {"data": data, "version": version, "title": "", "name": f"{data} / {version} / {name}"}
             paths = [folder / f"{name}{part}.ipynb" for name in RUN_NOTEBOOKS for part in ("", ".partial")]
-            fallback = dict(zip(("data", "version"), folder.parts[-3:], strict=False)) | {"title": ""}
-            fallback |= {"name": " / ".join(folder.parts[-3:])}
-            cards.append(_card(facts, folder, fallback, root, is_fast, [p for p in paths if p.is_file()]))
+            cards.append(_card(facts, folder, fallback, root, top != root, [p for p in paths if p.is_file()]))
         for path in sorted((*top.glob("*.ipynb"), *top.glob("*/*.ipynb"), *top.glob("*/*/*/*.ipynb"))):
             elsewhere = path.parent in folders or path.relative_to(top).parts[0] in APART
             if _shown(path, top) and not elsewhere and not path.name.endswith(".partial.ipynb"):
-                cards.append(_card(notebook_facts, path, _names(path), root, is_fast, [path]))
+                cards.append(_card(notebook_facts, path, _names(path), root, top != root, [path]))
     for path in sorted(SHOWCASE.glob("*.ipynb")) if showcase else ():
         cards.append(_card(showcase_facts, path, _names(path) | {"data": "showcase"}, root, False, [path]))
     return sorted(cards, key=_order)
@@ -192,24 +170,23 @@ def _shown(path: Path, top: Path) -> bool:
     return not any(p.startswith(".") or ".old-" in p for p in path.relative_to(top).parts)
 
 
-def _write_page(path: Path, site: Path, names: set[str], card: dict, root: Path) -> dict | None:
-    """Write a notebook's page into the site. Returns its link, or None, with a warning, if it cannot be read."""
+def _add_page(path: Path, pages: dict[str, bytes], card: dict, root: Path) -> dict | None:
+    """Add a notebook's page to `pages`. Returns its link, or None, with a warning, if it cannot be read."""
     start = root if path.is_relative_to(root) else path.parent.parent
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(path.relative_to(start).with_suffix("").parts)).strip("-.")
     plain = plain[:200] or "notebook"  # file names have at most 255 bytes
-    name = next(n for i in range(10**6) if (n := plain + (f"-{i}" if i else "")) not in names)
+    names = (f"{plain}-{i}.html" if i else f"{plain}.html" for i in itertools.count())
+    name = next(n for n in names if n not in pages)
     try:
         notebook = read(path)
-        content = page(notebook, home="../index.html").encode("utf-8")
+        pages[name] = page(notebook, home="../index.html").encode("utf-8")
     except Exception as e:  # one damaged notebook must not stop the gallery
         card["warnings"].append({"what": f"{path.name} cannot be shown", "detail": _short(format_error(e), root)})
         return None
-    (site / "pages" / f"{name}.html").write_bytes(content)  # not in the try: a full disk is no damaged notebook
-    names.add(name)
     card.setdefault("date", date(notebook))
     text = RUN_NOTEBOOKS.get(path.stem.removesuffix(".partial").split("-")[0], "Open")
     text += ", as far as it came" if path.stem.endswith(".partial") else ""
-    return {"href": f"pages/{quote(name)}.html", "text": text}
+    return {"href": f"pages/{quote(name)}", "text": text}
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -219,7 +196,13 @@ def facts(folder: Path) -> dict[str, Any]:
     """
     record, history, steps = open_run(folder)
     version, finished = resolved(record["parameters"], str(folder)), "finished" in record
-    warnings = [_alarm(alarm) for alarm in record.get("alarms") or []]
+    warnings = [
+        {
+            "what": f"{alarm['kind']} (epoch {alarm['epoch']}, step {alarm['step']})",
+            "detail": f"{alarm['what'].rstrip('.')}. {alarm['do'].rstrip('.')}",
+        }
+        for alarm in record.get("alarms") or []
+    ]
     if record.get("stopped"):
         warnings.append({"what": "stopped early", "detail": record["stopped"]})
     result = {key: getattr(version, key) for key in ("about", "horizon", "model", "seed", "direction")}
@@ -235,46 +218,44 @@ def facts(folder: Path) -> dict[str, Any]:
         "epoch": [int(e) for e in history["epoch"]],
         "margin": _finite(history["margin"]),
         "novel_mrr": _finite(history["novel_mrr"]),
+        "warnings": warnings,
     }
     try:
-        result |= _report_facts(read_json(folder / "fivecat.json"))
+        result |= _report_facts(read_report(folder / "fivecat.json"))
     except OSError:
         if finished:
             warnings.append({"what": "not judged", "detail": "there is no fivecat.json; run train.ipynb again"})
     except Exception as e:  # a damaged report
         warnings.append({"what": "fivecat.json cannot be read", "detail": format_error(e)})
-    broken = [c for c in checklist(version, history, steps) if c.passed is False] if len(history) else []
     result["checks"] = [
         {"what": c.check, "detail": f"{c.measured}, wanted {c.wanted}" + (f"; first at {c.broke}" if c.broke else "")}
-        for c in broken
+        for c in (checklist(version, history, steps) if len(history) else [])
+        if c.passed is False
     ]
-    return result | {"warnings": warnings}
+    return result
 
 
 def _report_facts(report: dict) -> dict[str, Any]:
     """Return what a card shows of fivecat.json: verdict, reading, gates, validation figures of model and copying."""
-    if report["instrument"] != INSTRUMENT:
-        raise ValueError(f"written by 5CAT instrument {report['instrument']}, this is {INSTRUMENT}")
     words = {True: "passed", False: "failed"}
     gates = {
         f"{profile}, {'OOD' if split == 'ood' else split}": {g: words.get(w, str(w)) for g, w in outcomes.items()}
         for profile in ("calibrated", "original")
         for split, outcomes in report[profile]["gates"].items()
     }
-    measures = {"margin": "margin against the last", "novel_mrr": "novel MRR"}
-    table = [row for row in report["calibrated"]["table"] if row["split"] == "val"]
-    values = {(row["predictor"], row["measure"]): row["value"] for row in table}
-    copy, best = (
-        {key: float(x) for key, name in measures.items() if (x := values.get((predictor, name))) is not None}
-        for predictor in ("copy last", "model")
-    )
+    keys = {"margin against the last": "margin", "novel MRR": "novel_mrr"}
+    figures: dict[str, dict[str, float]] = {"model": {}, "copy last": {}}
+    for row in report["calibrated"]["table"]:
+        wanted = row["split"] == "val" and row["predictor"] in figures and row["measure"] in keys
+        if wanted and row["value"] is not None:
+            figures[row["predictor"]][keys[row["measure"]]] = float(row["value"])
     return {
         "verdict": str(report["verdict"]["text"]),
         "success": bool(report["verdict"]["success"]),
         "reading": {key: str(report["reading"][key]) for key in ("label", "text")},
         "gates": gates,
-        "copy_last": copy,
-        "best": best,
+        "copy_last": figures["copy last"],
+        "best": figures["model"],
     }
 
 
@@ -302,12 +283,6 @@ def _conclusion(content: Mapping) -> str:
     return " ".join(d["text/markdown"] for d in data if "text/markdown" in d).replace("*", "")
 
 
-def _alarm(alarm: Mapping) -> dict[str, str]:
-    """Return a warning for an entry of run.yaml's `alarms`."""
-    what = f"{alarm['kind']} (epoch {alarm['epoch']}, step {alarm['step']})"
-    return {"what": what, "detail": f"{alarm['what'].rstrip('.')}. {alarm['do'].rstrip('.')}"}
-
-
 def _finite(values) -> list[float | None]:
     return [round(float(x), 6) if math.isfinite(x) else None for x in values]
 
@@ -320,8 +295,8 @@ def spark(values: list[float | None], copying: float | None) -> dict | None:
     known = [x for x in values if x is not None]
     if len(known) < 2:
         return None
-    every = [*known, 0.0, *([] if copying is None else [copying])]
-    low, span = min(every), max(max(every) - min(every), 1e-9)
+    scale = [*known, 0.0, copying or 0.0]
+    low, span = min(scale), max(max(scale) - min(scale), 1e-9)
 
     def y(x: float) -> float:
         return round(31 - 30 * (x - low) / span, 2)

@@ -5,7 +5,6 @@ Axes: B batch, T context length, D vector dimension.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import os
@@ -56,9 +55,8 @@ def to_onnx(model: models.Predictor | str | os.PathLike, path: str | os.PathLike
     Raises LVMError, and leaves no file, if it is above ONNX_TOLERANCE, if the model cannot be converted, and if `path`
     exists.
     """
-    for module in ("onnx", "onnxscript"):  # torch's exporter imports them late
+    for module in ("onnx", "onnxscript", "onnxruntime"):  # torch's exporter imports them late
         require(module, "export")
-    runtime = require("onnxruntime", "export")
     path = Path(path)
     if path.exists():
         raise LVMError(f"{path}: is there already; name a new file, or move the old one aside")
@@ -66,52 +64,40 @@ def to_onnx(model: models.Predictor | str | os.PathLike, path: str | os.PathLike
     heads, noise = _Heads(model).eval(), torch.Generator().manual_seed(0)
     shape = model.context_length, model.dim
     contexts = [F.normalize(torch.randn(size, *shape, generator=noise), dim=-1) for size in (1, 3, 64)]
-    differences = []
-
-    def convert(partial: Path) -> None:
-        with _quiet(), torch.no_grad(), _AddHeadsAxis():
-            torch.onnx.export(
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"), torch.no_grad(), _AddHeadsAxis():
+            program = torch.onnx.export(
                 heads,
                 (contexts[1],),
-                partial,
                 input_names=["context"],
                 output_names=["point", "ranker"],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 dynamo=True,
-                external_data=False,  # one file
                 verbose=False,
             )
-        session = runtime.InferenceSession(partial, providers=["CPUExecutionProvider"])
-        for context in contexts:
-            with torch.no_grad():
-                wanted = [t.numpy() for t in heads(context)]
-            for got, want in zip(session.run(None, {"context": context.numpy()}), wanted, strict=True):
-                differences.append(float(np.abs(got - want).max() / np.abs(want).max()))
-        if not np.max(differences) <= ONNX_TOLERANCE:  # or NaN
-            raise LVMError(
-                f"{path}: differs from torch by {np.max(differences):.1e} of the largest value, allowed is "
-                f"{ONNX_TOLERANCE:g}; use the model with torch"
-            )
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write_atomic(path, convert)
-    except LVMError:
-        raise
+        content = program.model_proto.SerializeToString()
+        difference = _largest_difference(content, heads, contexts)
     except Exception as e:  # the converter and the runtime raise many kinds
+        name = type(model).__name__
+        raise LVMError(f"{path}: this {name} cannot be converted ({format_error(e)}); use it with torch") from e
+    if not difference <= ONNX_TOLERANCE:  # or NaN
         raise LVMError(
-            f"{path}: this {type(model).__name__} cannot be converted ({format_error(e)}); use it with torch"
-        ) from e
-    return max(differences)
+            f"{path}: differs from torch by {difference:.1e} of the largest value, allowed is {ONNX_TOLERANCE:g}; "
+            "use the model with torch"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda partial: partial.write_bytes(content))
+    return difference
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Inside, only errors are logged, and warnings are dropped: the converter logs its every step."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+def _largest_difference(content: bytes, heads: nn.Module, contexts: list[Tensor]) -> float:
+    """Return the largest difference of ONNX Runtime from torch, relative to each output's largest magnitude."""
+    session = require("onnxruntime", "export").InferenceSession(content, providers=["CPUExecutionProvider"])
+    differences = []
+    for context in contexts:
+        with torch.no_grad():
+            wanted = [t.numpy() for t in heads(context)]
+        outputs = session.run(None, {"context": context.numpy()})
+        differences += [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(outputs, wanted, strict=True)]
+    return float(np.max(differences))  # NaN if one is

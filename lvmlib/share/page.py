@@ -1,9 +1,8 @@
 """An executed notebook as one HTML file that needs nothing else: no font, no request, no script but ours.
 
-Code is folded, figures are inside the file, tables scroll in their own box. Displayed HTML is untrusted (titles,
-passages): nh3 keeps only what tables and text need, SVG becomes an image, in which no script runs, and the page's
-Content-Security-Policy allows the one script of ours and no request. Formulas between $ signs stay as typed. A widget,
-which needs a kernel, becomes a one-line note.
+Displayed HTML is untrusted (titles, passages): nh3 keeps only what tables and text need, SVG becomes an image, in which
+no script runs, and the page's Content-Security-Policy allows the one script of ours and no request. Formulas between
+$ signs stay as typed. A widget, which needs a kernel, becomes a one-line note.
 """
 
 from __future__ import annotations
@@ -36,8 +35,10 @@ TEXT = "p br hr h1 h2 h3 h4 h5 h6 a b strong i em u s del sub sup small code pre
 BOXES = "div span details summary table caption thead tbody tfoot tr th td colgroup col img"
 NAMES = "id class style colspan rowspan scope dir lang alt title open"
 LINKS = {"href": re.compile(r"#|https?:|mailto:"), "src": re.compile(r"data:image/(png|jpeg|gif);base64,")}
-STYLES = ("text-align", "vertical-align", "white-space", "font-size", "font-weight", "font-style", "caption-side",
-          "overflow-wrap", "color", "background-color", "width", "max-width")  # fmt: skip
+STYLE = re.compile(  # a harmless CSS declaration: a plain value, without functions and quotes
+    r"\s*(text-align|vertical-align|white-space|font-size|font-weight|font-style|caption-side|overflow-wrap|"
+    r"color|background-color|width|max-width)\s*:[\w\s#%.,-]*"
+)
 TABLE_STYLE = re.compile(r"<style[^<>]*>([^<]*)</style>", re.IGNORECASE)  # the rules that a pandas table brings
 LONGEST = 1 << 20  # characters of these rules; a table with one colour a cell has some hundred thousand
 
@@ -45,22 +46,22 @@ LONGEST = 1 << 20  # characters of these rules; a table with one colour a cell h
 def page(notebook: Mapping, home: str = "") -> str:
     """Return the HTML page of a notebook (as JSON). `home`: the relative link back to the gallery."""
     notebook, _ = CoalesceStreamsPreprocessor().preprocess(nbformat.from_dict(notebook), {})  # from_dict copies
-    papermill = notebook["metadata"].get("papermill", {})
+    given = notebook["metadata"].get("papermill", {}).get("parameters") or {}
     facts = {"executed": date(notebook)} if date(notebook) else {}
-    facts |= {name: str(value) for name, value in (papermill.get("parameters") or {}).items()}
+    facts |= {name: str(value) for name, value in given.items()}
     return render("page.html.j2", title=title(notebook), cells=notebook["cells"], home=home, facts=facts, kinds=KINDS)
 
 
 def write(notebook: Path, target: Path) -> None:
     """Write the page of the notebook at a path, whole or not at all. Raises LVMError if it cannot be read."""
     text = page(read(notebook))
-    write_atomic(target, lambda partial: Path(partial).write_text(text, encoding="utf-8"))
+    write_atomic(target, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def read(path: Path) -> dict:
     """Return a notebook's JSON, of format 4. Raises LVMError if the file is no notebook."""
     try:
-        return nbformat.reads(read_bytes(Path(path), NOTEBOOK).decode("utf-8"), as_version=4)
+        return nbformat.reads(read_bytes(path, NOTEBOOK).decode("utf-8"), as_version=4)
     except Exception as e:  # nbformat raises anything for a damaged file
         raise LVMError(f"{path}: not a notebook that can be read ({type(e).__name__}); execute it again") from e
 
@@ -77,18 +78,18 @@ def date(notebook: Mapping) -> str:
 
 
 def render(template: str, **values) -> str:
-    """Fill a template of share/site. HTML templates escape all values, and get the one style and the one script."""
-    script = (SITE / "site.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    style = Markup((SITE / "site.css").read_text(encoding="utf-8"))
-    return _templates().get_template(template).render(style=style, script=Markup(script), digest=digest, **values)
+    """Fill a template of share/site; all values are escaped."""
+    return _templates().get_template(template).render(**values)
 
 
 @functools.cache
 def _templates() -> jinja2.Environment:
-    escape = jinja2.select_autoescape(["html.j2"], default=False)
-    loader = jinja2.FileSystemLoader(SITE)
-    templates = jinja2.Environment(loader=loader, autoescape=escape, trim_blocks=True, lstrip_blocks=True)
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(SITE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    style, script = (Markup((SITE / name).read_text(encoding="utf-8")) for name in ("site.css", "site.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    templates.globals |= {"style": style, "script": script, "digest": digest}
     templates.filters |= {
         "clean": clean,
         "markdown": _markdown,
@@ -102,7 +103,7 @@ def _templates() -> jinja2.Environment:
 
 def clean(text: str) -> Markup:
     """Remove from HTML what could run, fetch, or cover the page. Keeps the style rules of pandas tables."""
-    styles = [rules for rules in TABLE_STYLE.findall(text) if _is_table_style(rules)]
+    styles = [f"<style>{rules}</style>" for rules in TABLE_STYLE.findall(text) if _is_table_style(rules)]
     cleaned = nh3.clean(
         TABLE_STYLE.sub("", text),
         tags=set(f"{TEXT} {BOXES}".split()),
@@ -110,20 +111,14 @@ def clean(text: str) -> Markup:
         attribute_filter=_filter_attribute,
         url_schemes={"http", "https", "mailto", "data"},
     )
-    return Markup("".join(f"<style>{rules}</style>" for rules in styles) + cleaned)
+    return Markup("".join(styles) + cleaned)
 
 
 def _filter_attribute(_tag: str, name: str, value: str) -> str | None:
     """Return the value to keep of an allowed attribute: links by scheme, images inside the page, harmless styles."""
     if name == "style":
-        return ";".join(d for d in value.split(";") if _is_harmless(d)) or None
+        return ";".join(filter(STYLE.fullmatch, value.split(";"))) or None
     return value if name not in LINKS or LINKS[name].match(value) else None
-
-
-def _is_harmless(declaration: str) -> bool:
-    """Whether a CSS declaration sets a property of STYLES to a plain value, without functions and quotes."""
-    name, colon, value = declaration.partition(":")
-    return bool(colon) and name.strip() in STYLES and bool(re.fullmatch(r"[\w\s#%.,-]*", value))
 
 
 def _is_table_style(rules: str) -> bool:
@@ -133,7 +128,7 @@ def _is_table_style(rules: str) -> bool:
         selectors, _, declarations = block.partition("{")
         if not all(re.fullmatch(r"#T_[\w #.-]+", selector.strip()) for selector in selectors.split(",")):
             return False
-        if not all(map(_is_harmless, filter(str.strip, declarations.split(";")))):
+        if not all(STYLE.fullmatch(d) for d in declarations.split(";") if d.strip()):
             return False
     return not rest.strip() and len(rules) <= LONGEST
 

@@ -8,28 +8,27 @@ folders is in tests/data/test_original.py (with fuzz_importers.py) and tests/sha
 import ast
 import base64
 import dataclasses
-import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
 import struct
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import lock
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from fuzz_importers import Runs
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from IPython.display import Markdown
+from papermill.translators import papermill_translators
+from stores import reseal
 from toys import Tags, make_data
 
 import lvmlib as lvm
@@ -38,7 +37,6 @@ from lvmlib.cli import execute, sweep
 from lvmlib.cli.parameters import check_injected
 from lvmlib.config import data_name
 from lvmlib.data import store as V
-from lvmlib.io import disk as files
 from lvmlib.io import limits as untrusted
 from lvmlib.io.paths import ROOT
 from lvmlib.judge.rating import LABELS
@@ -48,6 +46,7 @@ from lvmlib.runs.alarms import Alarm
 from lvmlib.share import page
 from lvmlib.text import build as encode
 
+TRANSLATOR = papermill_translators.find_translator("python3", "python")
 SETTINGS = {"model": "amn", "fast": True, "epochs": 2}
 
 
@@ -63,12 +62,9 @@ class Place:
 
     def listing(self) -> dict:
         """Everything outside outputs/, with its content."""
-        files = (p for p in self.around.rglob("*") if p.is_file() and not p.is_relative_to(self.outputs))
+        outside = (p for p in self.around.rglob("*") if p.is_file() and not p.is_relative_to(self.outputs))
         around = [*ROOT.iterdir(), *(ROOT / "params").iterdir(), *self.around.parent.iterdir()]
-        return {path: path.read_bytes() for path in files} | dict.fromkeys(around)
-
-    def payload(self) -> Runs:
-        return Runs(self.canary)
+        return {path: path.read_bytes() for path in outside} | dict.fromkeys(around)
 
     # What opens the files
 
@@ -90,10 +86,10 @@ class Place:
     # What is done to them
 
     def pickle_state(self):
-        (self.run / "last" / "state.pt").write_bytes(pickle.dumps(self.payload()))
+        (self.run / "last" / "state.pt").write_bytes(pickle.dumps(Runs(self.canary)))
 
     def torch_pickle_state(self):
-        torch.save({"model": self.payload()}, self.run / "last" / "state.pt")
+        torch.save({"model": Runs(self.canary)}, self.run / "last" / "state.pt")
 
     def pack_state(self):
         """A checkpoint of 1 MB that would take a gigabyte: torch unpacks packed parts."""
@@ -104,15 +100,14 @@ class Place:
         packed.rename(path)
 
     def pickle_weights(self):
-        (self.run / "best.safetensors").write_bytes(pickle.dumps(self.payload()))
+        (self.run / "best.safetensors").write_bytes(pickle.dumps(Runs(self.canary)))
 
     def endless_weights(self):
         head = json.dumps({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
         (self.run / "best.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
 
     def sparse_record(self):
-        with open(self.run / "run.yaml", "ab") as file:
-            file.truncate(1 << 40)
+        os.truncate(self.run / "run.yaml", 1 << 40)
 
     def pipe_record(self):
         (self.run / "run.yaml").unlink()
@@ -120,10 +115,8 @@ class Place:
 
     def object_vectors(self):
         """vectors.npy as an object array, which is a pickle; with its checksum in the datasheet."""
-        np.save(self.store / "vectors.npy", np.array([self.payload()], object), allow_pickle=True)
-        sheet = (self.store / "datasheet.yaml").read_text()
-        digest = hashlib.sha256((self.store / "vectors.npy").read_bytes()).hexdigest()
-        (self.store / "datasheet.yaml").write_text(re.sub("vectors.npy: .*", f"vectors.npy: {digest}", sheet))
+        np.save(self.store / "vectors.npy", np.array([Runs(self.canary)], object), allow_pickle=True)
+        reseal(self.store)
 
 
 def put(file, text, of="run"):
@@ -151,24 +144,15 @@ def injected(line):
     return lambda place: check_injected([*cells, "# Parameters\n" + line.replace("CANARY", str(place.canary))])
 
 
-def versioned(*name, **top):
-    return lambda place: lvm.run_folder(lvm.version(*(name or ["v22"]), **top))
+def calls(function):
+    return lambda *values, **named_values: lambda place: function(*values, **named_values)
 
 
-def named(name):
-    return lambda place: lvm.run_folder(lvm.version("v22"), name)
-
-
-def opened(data):
-    return lambda place: lvm.dataset(data)
-
-
-def encoded(out):
-    return lambda place: encode.store_folder("wikipedia", out=out)
-
-
-def planned(**config):
-    return lambda place: sweep.plan({"versions": ["p6"], "seeds": 1, **config})
+versioned = calls(lambda *name, **top: lvm.run_folder(lvm.version(*(name or ["v22"]), **top)))
+named = calls(lambda name: lvm.run_folder(lvm.version("v22"), name))
+opened = calls(lvm.dataset)
+encoded = calls(lambda out: encode.store_folder("wikipedia", out=out))
+planned = calls(lambda **config: sweep.plan({"versions": ["p6"], "seeds": 1, **config}))
 
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -259,20 +243,20 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A run that was interrupted after its first epoch."""
-    folder = tmp_path_factory.mktemp("begun") / "run"
-    part = iter(lvm.train(lvm.version("v22", **SETTINGS), lvm.dataset(fast=True), folder))
+    """Outputs with a store and a run that was interrupted after its first epoch."""
+    place = Place(tmp_path_factory.mktemp("begun"))
+    part = iter(lvm.train(lvm.version("v22", **SETTINGS), lvm.dataset(fast=True), place.run))
     next(part)
     part.close()
-    return folder
+    V.write_store(make_data().store, place.store)
+    return place.outputs
 
 
 @pytest.fixture
 def place(tmp_path, begun, monkeypatch):
     (tmp_path / "inner" / "around").mkdir(parents=True)
     place = Place(tmp_path / "inner" / "around")
-    shutil.copytree(begun, place.run)
-    V.write_store(make_data().store, place.store)
+    shutil.copytree(begun, place.outputs)
     monkeypatch.setenv("LVM_OUTPUTS", str(place.outputs))
     monkeypatch.setenv("HOME", str(place.around))
     monkeypatch.chdir(place.around)
@@ -293,80 +277,56 @@ def test_hostile_input_does_nothing_and_ends_in_one_error(row, place):
 
 def test_the_payloads_would_have_run(place):
     """Opened without care, the same payloads make the canary: the rows above can fail."""
-    pickle.loads(pickle.dumps(place.payload()))
+    pickle.loads(pickle.dumps(Runs(place.canary)))
     assert place.canary.exists()
     place.canary.unlink()
-    import papermill.translators
-
-    hostile = papermill.translators.papermill_translators.find_translator("python3", "python").codify(
-        {"version": base64.b64decode(BINARY).replace(b"{}", str(place.canary).encode())}
-    )
-    exec(hostile, {})
+    value = base64.b64decode(BINARY).replace(b"{}", str(place.canary).encode())
+    exec(TRANSLATOR.codify({"version": value}), {})
     assert place.canary.exists()
 
 
-# ---------------------------------------------------------------------------------------- what is opened, and harmless
+# What is opened, and harmless
 
 
-PARTIAL = ("epochs.csv.partial", "run.yaml.partial", "last/state.pt.partial")
-
-
-@pytest.mark.parametrize("name", [*PARTIAL, "../seed0-amn.lock", "a pipe"])
-def test_training_replaces_links_and_pipes(name, place):
-    if name == "a pipe":  # opened for writing, it would block
-        os.mkfifo(path := place.run / "run.yaml.partial")
-    else:
-        (path := place.run / name).symlink_to(place.precious)
+def test_training_replaces_links_and_pipes(place):
+    links = [place.run / name for name in ("epochs.csv.partial", "last/state.pt.partial", "../seed0-amn.lock")]
+    for path in links:
+        path.symlink_to(place.precious)
+    os.mkfifo(pipe := place.run / "run.yaml.partial")  # opened for writing, it would block
     before = place.listing()
     assert len(list(place.resume())) == 2
-    assert place.listing() == before and not path.exists()
+    assert place.listing() == before and not any(os.path.lexists(path) for path in (*links, pipe))
 
 
 def test_opening_a_store_writes_through_no_link(place):
     """checked.json is written beside a store, by a name that can be foreseen."""
     for path in place.store.iterdir():
         os.utime(path, (1e9, 1e9))
-    for name in ("checked.json", f"checked.json.{os.getpid()}"):
-        (place.store / name).symlink_to(place.precious)
+    checked = place.store / "checked.json"
+    for path in (checked, place.store / f"checked.json.{os.getpid()}"):
+        path.symlink_to(place.precious)
     place.open_store()
-    assert place.precious.read_text() == "mine"
-    assert not (place.store / "checked.json").is_symlink() and (place.store / "checked.json").is_file()
+    assert place.precious.read_text() == "mine" and checked.is_file() and not checked.is_symlink()
 
 
-def test_write_whole_replaces_a_link(place):
-    (place.outputs / "x").symlink_to(place.precious)
-    files.write_atomic(place.outputs / "x", lambda p: p.write_text("new"))
-    assert place.precious.read_text() == "mine" and (place.outputs / "x").read_text() == "new"
+def test_harmless_names_pass():
+    for data in ("a/b/texts", "~/texts", "My texts (1)", "Tom's", "world:converging", "données", "../x"):
+        assert not {"/", ".."} & set(data_name(data)) and data_name(data).strip()
 
 
-@pytest.mark.parametrize(
-    "data", ["a/b/texts", "~/texts", "My texts (1)", "Tom's", "world:converging", "données", "../x"]
-)
-def test_harmless_names_pass(data):
-    assert not {"/", ".."} & set(data_name(data)) and data_name(data).strip()
-
-
-@pytest.mark.parametrize(
-    "value", ["'; import os; '", '"; import os; "', "\\", '\\"; x="', "\n", "{0}", "${x}", "\u2028", "a\0b"]
-)
-def test_papermill_makes_literals_of_texts(value):
-    """Of texts, and of maps and lists of them; the names and other types are `check_given`'s matter."""
-    import papermill.translators
-
-    values = {"version": value, "overrides": {value: [value, {"a": value}]}}
-    code = papermill.translators.papermill_translators.find_translator("python3", "python").codify(values)
-    nodes = ast.parse(code).body
-    assert {n.targets[0].id: ast.literal_eval(n.value) for n in nodes} == values
+def test_papermill_makes_literals_of_texts():
+    """Of texts, and of maps and lists of them; the names and other types are `check_options`' matter."""
+    texts = ["'; import os; '", '"; import os; "', "\\", '\\"; x="', "\n", "{0}", "${x}", "\u2028", "a\0b"]
+    values = {"version": texts, "overrides": {text: [text, {"a": text}] for text in texts}}
+    assert {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(TRANSLATOR.codify(values)).body} == values
 
 
 def test_yaml_of_our_own_is_read_as_the_safe_loader_reads_it():
-    import yaml
-
     for path in [*(ROOT / "params").glob("*.yaml"), *(ROOT / "lvmlib" / "data").rglob("*.yaml")]:
         assert untrusted.read_yaml(path) == yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------------------------------------ rendered pages
+# Rendered pages
 
 MARKUP = (
     "<script>bad()</script><img src=x onerror=bad()>[x](javascript:bad) ![y](/etc/hostname) $\\href{javascript:bad}{z}$"
@@ -381,8 +341,6 @@ def rendered(*outputs) -> Tags:
 
 
 def test_a_page_shows_markup_from_data_as_text(tmp_path):
-    from IPython.display import Markdown
-
     store = make_data().store
     store.articles["title"] = [f"{MARKUP} {i}" for i in range(len(store.articles))]
     named = V.open_store(V.write_store(dataclasses.replace(store, name=MARKUP), tmp_path / "s"))
@@ -394,8 +352,9 @@ def test_a_page_shows_markup_from_data_as_text(tmp_path):
         plots.alarms_table([Alarm(1, 1, "broken", MARKUP, MARKUP)]),
     )
     assert len(hostile.all("script")) == 1  # ours
-    assert not hostile.all("img")
-    assert not [a for _, a in hostile.tags if "onerror" in a or a.get("href", "").startswith("javascript")]
+    assert not hostile.all("img") and not [
+        a for _, a in hostile.tags if "onerror" in a or a.get("href", "").startswith("javascript")
+    ]
     assert "<script>bad()</script>" in "".join(hostile.texts)  # shown as text
     # A formula opens and closes within neighbouring texts: here an element stands between them.
     assert not [text for text in hostile.texts if "javascript:bad" in text and "$" in text]
@@ -407,7 +366,7 @@ def test_labels_of_a_report_are_plain_names():
     assert all(V.plain_name(word) == word for word in (*readout.QUANTILES.values(), *LABELS))
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# Sources
 
 FORBIDDEN = {"eval", "exec", "compile", "__import__"}
 UNSAFE = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal", "jsonpickle", "cPickle"}
@@ -453,94 +412,19 @@ def test_no_source_opens_a_pickle_or_runs_text(name):
     assert faults(ast.parse(text)) == ALLOWED.get(name, [])
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["import pickle", "from joblib import load", "torch.load(p)", "torch.load(p, weights_only=False)", "eval(x)",
-     "np.load(p, allow_pickle=True)", "yaml.load(x, L)", "subprocess.run(x, shell=True)", "os.system(x)", "pd.read_pickle(p)"],
-)  # fmt: skip
-def test_the_rule_sees_what_it_forbids(line):
-    assert faults(ast.parse(line))
+def test_the_rule_sees_what_it_forbids():
+    for line in ("import pickle", "from joblib import load", "torch.load(p)", "torch.load(p, weights_only=False)",
+                 "eval(x)", "np.load(p, allow_pickle=True)", "yaml.load(x, L)", "subprocess.run(x, shell=True)",
+                 "os.system(x)", "pd.read_pickle(p)"):  # fmt: skip
+        assert faults(ast.parse(line)), line
 
 
 def test_the_loader_is_a_safe_one():
-    import yaml
-
-    assert issubclass(untrusted.Loader, yaml.SafeLoader)
-    unsafe = [tag for tag in untrusted.Loader.yaml_constructors if tag and "python" in tag]
-    assert unsafe == [] and not untrusted.Loader.yaml_multi_constructors
+    assert issubclass(untrusted.Loader, yaml.SafeLoader) and not untrusted.Loader.yaml_multi_constructors
+    assert not [tag for tag in untrusted.Loader.yaml_constructors if tag and "python" in tag]
 
 
-# ---------------------------------------------------------------------------------------------------- lock and audit
-
-
-def locked() -> dict[str, str]:
-    lines = [line.partition(";")[0].strip() for line in lock.LOCK.read_text().splitlines() if not line.startswith("#")]
-    return dict(line.split("==") for line in lines)
-
-
-def test_the_lock_holds_all_that_pyproject_reaches_within_its_ranges():
-    found, missing = lock.reached()
-    names = (set(found) | missing) - set(lock.FREE)
-    assert names <= set(locked())
-    for requirement in lock.asked():
-        name = canonicalize_name(requirement.name)
-        if name not in lock.FREE:
-            assert requirement.specifier.contains(locked()[name]), requirement
-
-
-def test_the_lock_names_no_host_no_path_and_not_torch():
-    lines = [line for line in lock.LOCK.read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; python_version [\w.<>=\" ]+)?", line) for line in lines)
-    assert lines == sorted(lines, key=lambda line: line.split("==")[0]) and not set(locked()) & set(lock.FREE)
-
-
-def test_what_is_installed_is_what_is_locked():
-    found, _ = lock.reached()
-    other = {n: d.version for n, d in found.items() if n not in lock.FREE and d.version != locked().get(n)}
-    assert not (other and os.environ.get("LVM_LOCKED")), other  # as `make test` says where it installed by the lock
-    if other:
-        pytest.skip(f"this environment was not made by make, or before the lock: {other}")
-
-
-def test_every_install_of_the_makefile_uses_the_lock():
-    text = (ROOT / "Makefile").read_text()
-    assert "LVM_LOCKED=$(if $(LOCK),1)" in text
-    assert text.count("pip install") == 1 and "LOCK ?= --constraint constraints.txt" in text
-    assert "pip install --quiet $(LOCK) --editable" in text and text.count("$(INSTALL)") >= 5
-
-
-@pytest.mark.parametrize(
-    "answer, code, words",
-    [
-        ('{"dependencies": [{"name": "a", "version": "1", "vulns": []}]}', 0, "audited: 1 packages, 0 advisories"),
-        ('{"dependencies": [{"name": "a", "version": "1", "vulns": [{"id": "X-1", "fix_versions": ["2"]}]}]}', 1, "a 1: X-1, mended in 2"),
-        ('{"dependencies": [{"name": "a", "skip_reason": "not found"}]}', 0, "NOT AUDITED: .*not found"),
-        ("", 0, "NOT AUDITED: .*no network"),
-        (None, 0, "NOT AUDITED: .*no answer"),
-    ],
-)  # fmt: skip
-def test_the_audit_fails_on_advisories_and_says_where_it_was_not_made(answer, code, words, monkeypatch, capsys):
-    def run(command, **options):
-        if answer is None:
-            raise lock.subprocess.TimeoutExpired(command, 1)
-        assert "torch==" in Path(command[-1]).read_text()
-        return lock.subprocess.CompletedProcess(command, 0, answer, "no network")
-
-    monkeypatch.setattr(lock.subprocess, "run", run)
-    assert lock.audit() == code
-    said = capsys.readouterr()
-    assert re.search(words, said.out + said.err)
-
-
-def test_a_version_that_not_every_python_takes_gets_a_marker():
-    class Distribution:
-        version, metadata = "2", {"Requires-Python": ">=3.12"}
-
-    marked = Requirement(lock.line("a", Distribution))
-    assert marked.marker.evaluate({"python_version": "3.13"}) and not marked.marker.evaluate({"python_version": "3.11"})
-
-
-# ----------------------------------------------------------------------------------------------------------- the table
+# The table
 
 
 HAPPENS = {
@@ -564,4 +448,3 @@ def test_the_docs_have_the_table():
 
 if __name__ == "__main__":
     print(markdown())
-    sys.exit()
