@@ -49,6 +49,9 @@ if __name__ == "__main__":
         top = sorted(sizes.items(), key=lambda item: -item[1])[:3]
         print(f"longest {name:<8} {'; '.join(f'{size} {place}' for place, size in top)}")
     graph = grimp.build_graph("lvmlib", cache_dir=None)
-    depth, cycles = floors(graph)
-    print(f"imports   {graph.count_imports()} between {len(graph.modules)} modules on {depth} floors; "
-          f"in cycles: {', '.join(cycles) or 'none'}")  # fmt: skip
+    for kind in ("modules", "core files and packages"):
+        depth, cycles = floors(graph)
+        print(f"imports   {graph.count_imports()} between {len(graph.modules)} {kind} on {depth} floors; "
+              f"in cycles: {', '.join(cycles) or 'none'}")  # fmt: skip
+        for package in graph.find_children("lvmlib"):
+            graph.squash_module(package)
