@@ -4,9 +4,10 @@
     python tests/same_results.py record after.json     # in the checkout after it, on the same machine
     python tests/same_results.py compare before.json after.json
 
-`record` trains in a temporary folder, on one thread, and notes for each run the sha256 of best.safetensors, one of the
-epochs' table without its times, and every figure of fivecat.json. RESUMED runs are interrupted after one epoch and
-resumed. `--quick` leaves out the runs of full length; `--only NAME …` records these alone.
+`record` trains in a temporary folder, on one thread, and notes for each run the sha256 of best.safetensors and of its
+tensors, the table of epochs without its times, and every figure of fivecat.json. RESUMED runs are
+interrupted after one epoch and resumed. `--quick` leaves out the runs of full length; `--only NAME …` records these
+alone.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def record(settings: dict, out: Path, resume: bool) -> dict:
     lvm.fivecat(run.best, data, lvm.baselines(data.train)).to_json(out / "fivecat.json")
     history = run.history.drop(columns="seconds").dropna(axis=1, how="all").sort_index(axis=1)
     return {
+        "file": digest((out / "run" / "best.safetensors").read_bytes()),
         "tensors": tensors(out / "run" / "best.safetensors"),
         "epochs": json.loads(history.to_json(double_precision=15)),
         "fivecat": json.loads((out / "fivecat.json").read_text(encoding="utf-8")),
@@ -61,7 +63,7 @@ def record(settings: dict, out: Path, resume: bool) -> dict:
 
 
 def tensors(path: Path) -> str:
-    """One sha256 over the names and values of all tensors: the file's header names the run, and may change."""
+    """One sha256 over the names and values of all tensors: the file's header also names the run, and may change."""
     import safetensors.torch
 
     found = safetensors.torch.load_file(path)
