@@ -59,11 +59,11 @@ def test_readme_maps_every_file_of_the_core_package_and_notebook():
 
 
 def test_readme_snippet_runs(tmp_path, monkeypatch):
-    """The README's own Python, in fast mode."""
+    """The README's own Python, in fast mode and with a small model."""
     monkeypatch.setenv("LVM_OUTPUTS", str(tmp_path))
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
-    exec(compile(snippet.replace('"v22"', '"v22", fast=True'), "README.md", "exec"), names)
+    exec(compile(snippet.replace('"v22"', '"v22", fast=True, model="amn"'), "README.md", "exec"), names)
     assert len(names["run"].history) == 2 and "model" in set(names["report"].table["predictor"])
 
 
