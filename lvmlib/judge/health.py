@@ -51,11 +51,12 @@ def health(model: Predictor, windows: Windows, batch_size: int = 512) -> dict:
     One pass of the model. `measure.judge` gives the same facts from the pass that measures.
     """
     vectors = on_device(windows.store, device_of(model))
-    with evaluating(model), Gathering(windows, vectors, batch_size) as gathering:
+    gathering = Gathering(windows, vectors, batch_size)
+    with evaluating(model):
         for context, target in windows.batches(batch_size, vectors):
             raw, unit = model(context)
             gathering.add(raw, unit, Products.of(context, unit, target))
-        return gathering.facts()
+    return gathering.facts()
 
 
 def index_batches(windows: Windows, size: int) -> Iterator[np.ndarray]:
@@ -104,26 +105,20 @@ def context_weights(products: Tensor) -> Tensor:
 
 
 class Gathering:
-    """The facts of `health`, batch by batch: `add` for every window in order, then `facts`.
+    """The facts of `health`: `add` all windows in order, then ask for `facts`, once.
 
-    A context manager: the unit predictions, which the escape rule reads again, are in a temporary file if there are
-    many. Facts of the targets alone are cached.
+    The escape rule reads the unit predictions again, from a temporary file if there are many. Facts of the targets
+    alone are cached.
     """
 
     def __init__(self, windows: Windows, vectors: Tensor, batch_size: int):
         self.windows, self.vectors, self.batch_size = windows, vectors, batch_size
         self.pool = torch.from_numpy(windows.store.rows(windows.split)).to(vectors.device)
-        self.leading = _leading(windows.store, vectors, min(max(BANDS), windows.store.dim // 2))  # (K, D)
+        self.leading = leading_components(windows.store, vectors, min(max(BANDS), windows.store.dim // 2))
         self.bands = [k for k in BANDS if k <= len(self.leading)]
         self.moments = _Moments(vectors, self.pool)
         self.norms, self.copied, self.weights = [], [], []
-        self.units = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (closed by __exit__)
-
-    def __enter__(self) -> Gathering:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.units.close()
+        self.units = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (closed by `facts`)
 
     def add(self, raw: Tensor, unit: Tensor, products: Products) -> None:
         """The next windows' raw and unit predictions (B, D)."""
@@ -149,7 +144,8 @@ class Gathering:
         facts |= {"norm": float(norm.mean()), "norm spread": float(norm.std(correction=0))}
         facts["copying ratio"] = float(own.mean()) / copied
         facts["weights"] = weight[:, 0].mean(0).tolist()
-        return facts | self._escape(weight.numpy())
+        with self.units:
+            return facts | self._escape(weight.numpy())
 
     def _of_targets(self) -> tuple[dict[str, float], float]:
         """The facts of `_Moments` of the targets, and their mean best cosine to the context."""
@@ -159,14 +155,6 @@ class Gathering:
             moments.add(truth)
             copied.append((F.normalize(context, dim=-1) @ truth[..., None])[..., 0].amax(1))
         return moments.facts(), float(torch.cat(copied).cpu().double().mean())
-
-    def _predictions(self) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Index (B,) and unit predictions (B, D), as they were added."""
-        dim = self.windows.store.dim
-        self.units.seek(0)
-        for index in index_batches(self.windows, self.batch_size):
-            read = bytearray(self.units.read(4 * dim * len(index)))
-            yield index, torch.frombuffer(read, dtype=torch.float32).view(-1, dim).to(self.vectors.device)
 
     def _escape(self, weight: np.ndarray) -> dict:
         """The rule of the module's docstring; `weight` (N, K, T)."""
@@ -197,8 +185,11 @@ class Gathering:
         windows, articles, device = self.windows, Articles(self.windows, self.vectors), self.vectors.device
         components, weights = (x.float().to(device) for x in (self.leading, torch.from_numpy(negative)))
         effect = np.zeros((len(bands), 3, len(windows)))
-        for index, unit in self._predictions():
+        self.units.seek(0)
+        for index in index_batches(windows, self.batch_size):
             context, target = windows.batch(index, self.vectors)
+            read = bytearray(self.units.read(4 * target.numel()))
+            unit = torch.frombuffer(read, dtype=torch.float32).view_as(target).to(device)
             mended = [unit]
             for band, w in zip(bands, weights, strict=True):
                 rest = context - (context @ components[:band].T) @ components[:band]
@@ -245,13 +236,8 @@ class _Moments(Moments):
 def leading_components(store: Store, vectors: Tensor, count: int) -> Tensor:
     """(count, D) orthonormal leading directions of the store's second moment (not centred: the mean is among them).
 
-    Of all splits, since they reveal no target; from an even sample of at most SAMPLE rows.
+    In float64 on the CPU. Of all splits, since they reveal no target; from an even sample of at most SAMPLE rows.
     """
-    return _leading(store, vectors, count).float().to(vectors.device)
-
-
-def _leading(store: Store, vectors: Tensor, count: int) -> Tensor:
-    """`leading_components` in float64, on the CPU."""
 
     def compute() -> Tensor:
         total = len(store.vectors)

@@ -94,8 +94,8 @@ def judge(
     known, precision = predictor_key(model), check_precision(precision)
 
     def compute() -> tuple[Measurements, dict]:
-        with Gathering(windows, on_device(windows.store, device_of(model)), _batch_size(model)) as gathering:
-            return measure(model, windows, None, precision, gathering, progress), gathering.facts()
+        gathering = Gathering(windows, on_device(windows.store, device_of(model)), _batch_size(model))
+        return measure(model, windows, None, precision, gathering, progress), gathering.facts()
 
     if known is None:
         return compute()

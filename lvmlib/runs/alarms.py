@@ -9,7 +9,7 @@
 | control | the control of the directional loss decides nothing: λ at one end of its range, or 0, all through an epoch |
 
 A resumed run has the same rows, and so the same alarms. Only a broken step leaves no row: run.yaml keeps its alarm.
-Each other kind has one alarm, for the first epoch that it is true of; its text names the others.
+Each other kind has one alarm, for the first epoch that it is true of; its text counts the others.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def alarms(version: Version, history: Rows, steps: Rows, batches: int, broken: S
     out = list(broken)
     for kind, found in _findings(version, history, steps).items():
         if found:
-            epochs = [int(epoch) for epoch, _, _ in found]
-            _, what, do = found[0]
-            others = f"; so in {_spans(epochs)}" if len(epochs) > 1 else ""
-            out.append(Alarm(epochs[0], epochs[0] * batches, kind, what + others, do))
+            (epoch, what, do), *others = ((int(epoch), *words) for epoch, *words in found)
+            if others:
+                what += f"; so in {len(found)} epochs, the last is {others[-1][0]}"
+            out.append(Alarm(epoch, epoch * batches, kind, what, do))
     return sorted(out, key=lambda a: (a.step, a.kind))
 
 
@@ -102,18 +102,6 @@ def short(found: Iterable[Alarm]) -> str:
     """All alarms in a few words: kinds and where each began; empty if there is none."""
     words = {True: "broken at epoch {0}, step {1}", False: "{2} from epoch {0}, step {1} on"}
     return "; ".join(words[a.kind == "broken"].format(*a) for a in found)
-
-
-def _spans(epochs: Sequence[int]) -> str:
-    """[3, 4, 5, 9] → 'epochs 3 to 5 and 9'."""
-    spans: list[list[int]] = []
-    for epoch in epochs:
-        if spans and spans[-1][-1] == epoch - 1:
-            spans[-1] = [spans[-1][0], epoch]
-        else:
-            spans.append([epoch])
-    *most, last = (" to ".join(map(str, s)) for s in spans)
-    return f"epochs {', '.join(most)} and {last}" if most else f"epochs {last}"
 
 
 # The rules
