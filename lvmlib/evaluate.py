@@ -69,9 +69,10 @@ def energy_score(
 
 
 class Moments:
-    """Running first and second moment of unit vectors (N, D)."""
+    """Running first and second moment of unit vectors (N, D), in float64."""
 
     def __init__(self, dim: int, device: torch.device):
+        device = torch.device("cpu") if device.type == "mps" else device  # Apple's devices have no float64
         self.count = 0
         self.first, self.second = (torch.zeros(n, dtype=torch.float64, device=device) for n in (dim, (dim, dim)))
 

@@ -219,10 +219,9 @@ class _Moments(Moments):
     """Moments of unit vectors, predictions or targets, and how often each chunk is a neighbour of one."""
 
     def __init__(self, vectors: Tensor, pool: Tensor):
-        device = vectors.device
-        super().__init__(vectors.shape[1], torch.device("cpu") if device.type == "mps" else device)
+        super().__init__(vectors.shape[1], vectors.device)
         self.vectors, self.pool = vectors, pool
-        self.counts = torch.zeros(len(pool), dtype=torch.long, device=device)
+        self.counts = torch.zeros(len(pool), dtype=torch.long, device=vectors.device)
 
     def add(self, unit: Tensor) -> None:
         super().add(unit)

@@ -71,7 +71,9 @@ class Measurements:
     def __getitem__(self, name: str) -> np.ndarray:
         """(N,) by the names of the columns that `score` gives."""
         columns = {key: getattr(self, key) for key in ("article", "target", "loss", "cosine")}
-        return (columns | {f"{kind} rank": self.ranks[kind] for kind in ("novel", "possible")})[name]
+        for kind in ("novel", "possible"):
+            columns |= {f"{kind} rank": self.ranks[kind], f"{kind} MRR": 1 / self.ranks[kind]}
+        return columns[name]
 
     def at(self, offsets) -> np.ndarray:
         """(N, K) cosines at some of OFFSETS."""
@@ -104,7 +106,7 @@ def judge(
 
 @torch.no_grad()
 def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataFrame:
-    """The figures that need one pass of the model: article, target, loss, cosine, novel rank, possible rank."""
+    """The figures that need one pass of the model: article, target, loss, cosine; rank and MRR, novel and possible."""
     articles, parts = Articles(windows, on_device(windows.store, device_of(model))), []
     with evaluating(model):
         for index in index_batches(windows, batch_size):
@@ -113,7 +115,9 @@ def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataF
             _, (novel,), (possible,) = articles.ranks(ranker[None], index)
             figures = {"loss": (raw - target).square().mean(1), "cosine": F.cosine_similarity(unit, target, dim=-1)}
             parts.append(figures | {"novel rank": novel, "possible rank": possible})
-    return pd.DataFrame(_joined(parts)).astype(float).assign(article=windows.article, target=windows.target)
+    frame = pd.DataFrame(_joined(parts)).astype(float)
+    inverse = {f"{kind} MRR": 1 / frame[f"{kind} rank"] for kind in ("novel", "possible")}
+    return frame.assign(article=windows.article, target=windows.target, **inverse)
 
 
 def check_precision(name: str | None) -> str:

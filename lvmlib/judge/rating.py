@@ -18,6 +18,7 @@ from ..statistics import few
 from .arrow import Arrow
 from .fivecat import Report
 from .gates import UNTRAINED
+from .table import row_text, side
 
 # What the original called healthy and successful.
 RHO_TOLERANCE = 0.05
@@ -255,21 +256,12 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
     return Reading(label, f"{label.capitalize()}: {LABELS[label]}.", sentences)
 
 
-def _side(row: Mapping, above: str, below: str, neither: str) -> str:
-    """The word for the side of 0 on which the interval of `row` lies."""
-    return above if row["low"] > 0 else below if row["high"] < 0 else neither
-
-
-def _figure(row: Mapping, key: str = "value", form: str = "+.3f") -> str:
-    return f"{row[key]:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
-
-
 def _ranks(report: Report, split: str) -> tuple[str, str]:
     """The outcome on a split, "above", "openings", "below" or "open", and the sentence about it."""
     best, rival = (report.best_trivial(column, split) for column in ("novel MRR", "possible MRR"))
     against = report.paired("novel MRR", split, "model", best)
     possible = report.paired("possible MRR", split, "model", rival)
-    outcome = _side(against, "above", "below", "open")
+    outcome = side(against, "above", "below", "open")
     if outcome == "above" and not possible["low"] > 0:
         outcome = "openings"
     openings = "; it may only recognise openings, which are never a target" if outcome == "openings" else ""
@@ -277,20 +269,20 @@ def _ranks(report: Report, split: str) -> tuple[str, str]:
     caution = few(report.frames[split, "model"]["article"])
     return outcome, (
         f"On {split} ({mrr['articles']} articles, {mrr['windows']} windows{'; ' + caution if caution else ''}) the "
-        f"novel MRR is {_figure(mrr, form='.3f')}, chance {mrr['chance']:.3f}, {_figure(against)} against {best} "
-        f"(among possible targets alone {_figure(possible)} against {rival}{openings}); "
-        f"the novel margin is {_figure(margin)}."
+        f"novel MRR is {row_text(mrr, form='.3f')}, chance {mrr['chance']:.3f}, {row_text(against)} against {best} "
+        f"(among possible targets alone {row_text(possible)} against {rival}{openings}); "
+        f"the novel margin is {row_text(margin)}."
     )
 
 
 def _order(report: Report, split: str) -> str:
     order = report.row("shuffled, novel MRR", split)
-    used = _side(order, "raises", "lowers", "does not significantly change")
+    used = side(order, "raises", "lowers", "does not significantly change")
     simple = report.best_trivial("mean rollout", split, UNTRAINED)
     rolled = report.paired("mean rollout", split, "model", simple)
     return (
         f"Shuffling the context {used} novel MRR ({order['value']:+.3f}). The rollout is "
-        f"{_side(rolled, 'above', 'below', 'not significantly different from')} the better of copying and averaging "
+        f"{side(rolled, 'above', 'below', 'not significantly different from')} the better of copying and averaging "
         f"({rolled['value']:+.3f} in mean cosine); the mean cosine of two steps is "
         f"{report.value('similarity of steps', split):.2f}."
     )
@@ -311,7 +303,7 @@ def _arrow(arrow: Arrow) -> str:
     words = {"none": "no direction", "forward": "a forward direction", "backward": "a backward direction"}
     return (
         f"Arrow of time, over {row['seeds']} seeds and {row['articles']} articles: {words[arrow.declared]}; forward "
-        f"− backward in novel MRR, less copying's own, is {_figure(row, 'difference')}"
+        f"− backward in novel MRR, less copying's own, is {row_text(row, 'difference')}"
         + (f" ({arrow.caution})." if arrow.caution else ".")
     )
 

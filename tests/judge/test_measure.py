@@ -85,7 +85,16 @@ def test_every_figure_on_real_vectors(name, horizon, direction):
 def test_score_is_a_few_figures_of_measure():
     cut = small_windows("val", 2, "backward")
     frame, wanted = score(Scan(cut.store.dim), cut, batch_size=7), measure(Scan(cut.store.dim), cut)
-    assert set(frame) == {"article", "target", "loss", "cosine", "novel rank", "possible rank"}
+    assert set(frame) == {
+        "article",
+        "target",
+        "loss",
+        "cosine",
+        "novel rank",
+        "possible rank",
+        "novel MRR",
+        "possible MRR",
+    }
     for column in frame:
         np.testing.assert_allclose(frame[column], wanted[column], rtol=0, atol=1e-6, err_msg=column)
 
