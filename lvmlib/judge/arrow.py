@@ -3,9 +3,8 @@
 Axes: S seeds, N targets that both directions share.
 
 One version is trained on the articles as they are and reversed (`direction: backward`); both predict the same chunks.
-Forward − backward also contains how an article's beginning differs from its end. Copying the last vector
-knows no direction, so its own difference is subtracted. A small rest remains: where chunks grow noisier along every
-article, averaging gains more from a clean context than copying does.
+Forward − backward also contains how an article's beginning differs from its end. Copying the last vector knows no
+direction, so its own difference is subtracted.
 """
 
 from __future__ import annotations

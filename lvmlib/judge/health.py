@@ -4,11 +4,10 @@ Axes: N windows, B batch, T context length, D vector dimension, K bands, L bands
 
 **Escape.** A predictor gains margin against context vectors by subtracting them (handbook §4.1 point 6). The rule:
 write the predictions as weighted sums of their context vectors (least squares), in the whole space and without the
-leading principal components of the store (a flip outside them is escape, too). Where a context vector's mean weight is
-negative beyond doubt, remove that part from every prediction and measure again. It is escape if the margin against
-those vectors was higher with the negative weights, and neither the cosine to the target nor the novel reciprocal rank
-was. A negative weight that raises one of the two (as an extrapolation does) is knowledge. The rule does not detect a
-predictor that subtracts another position in every window, since then no mean weight is negative.
+leading principal components of the store. Where a context vector's mean weight is significantly negative, remove that
+part from every prediction and measure again. It is escape if the negative weights raised the margin against those
+vectors, and neither the cosine to the target nor the novel reciprocal rank. The rule misses a predictor that subtracts
+another position in every window.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ IN_MEMORY = 1 << 26  # bytes of unit predictions; more of them lie in a temporar
 
 @torch.no_grad()
 def health(model: Predictor, windows: Windows, batch_size: int = 512) -> dict:
-    """Return facts of a predictor on a split, plain numbers:
+    """Return facts of a predictor on a split, plain numbers (`measure.judge` gives the same, with measurements):
 
     effective rank (exp of the entropy of the covariance's eigenvalues) and variance (1 − ‖mean‖²) of the unit
     predictions, and of the targets (`… of targets`); norm and norm spread of the raw predictions; hubness: skewness of
@@ -47,8 +46,6 @@ def health(model: Predictor, windows: Windows, batch_size: int = 512) -> dict:
     the targets'; copying ratio: mean best cosine to the context of the predictions over that of the targets; weights:
     mean weight of each context vector, oldest first; escape (bool) and its reasons: escape band (how many components
     were left out), margin bought, cosine paid, novel MRR paid with their intervals.
-
-    One pass of the model. `measure.judge` gives the same facts from the pass that measures.
     """
     vectors = on_device(windows.store, device_of(model))
     gathering = Gathering(windows, vectors, batch_size)

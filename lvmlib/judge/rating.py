@@ -141,12 +141,10 @@ CONDITIONS = (  # name, gate and measure, threshold; the value must be above the
 def verdict(version: Version, history: pd.DataFrame, report: Report) -> Verdict:
     """Return the original's success conditions, and the decision that follows.
 
-    Margin and cosine are of validation; a gate counts where it passes on validation and on OOD. The margin is gate A's
-    with the target at offset 0, not the one read late.
-
-    The rule for A, B and C is ours, since the original left it to judgement. On failure: none of them where the cosine
-    is not above a constant's; else **A** (a slower ramp) where the per-epoch margin rose by 0.01 or more; else **B** (a
-    fixed λ) where the control kept λ below half of its ceiling on average; else **C** (data with a known forward bias).
+    Margin (gate A's, not the late one) and cosine are of validation; a gate counts where it passes on validation and
+    OOD. The rule for the options is ours. On failure: none where the cosine is not above a constant's; else **A** (a
+    slower ramp) where the margin rose by 0.01 or more over the epochs; else **B** (a fixed λ) where λ was below half of
+    its ceiling on average; else **C** (data with a known forward bias).
     """
     report, conditions = report.original, []
     predictors = report.table["predictor"].unique()
@@ -230,11 +228,10 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
     """Return the conclusion of the calibrated report, from all its splits but train (if it has others).
 
     By novel MRR minus that of the best baseline, on the same windows. *knowledge*: its interval is above 0 on every
-    split, also among possible targets alone (a model may only know openings, which are no targets). *knowledge, and
-    escape*: so, but on a split `health` finds that the margin of its point comes from leaving the context. Else
-    *collapsed*: the variance of predictions is below a tenth of that of targets on every split. Else *escape*: named so
-    on a split (`Report.escapes`), and above the baselines on none. Else *below arithmetic* where the interval is below
-    0 on a split, otherwise *not told apart*.
+    split, also among possible targets alone (a model may only know openings). *knowledge, and escape*: so, but `health`
+    finds escape on a split. Else *collapsed*: the predictions' variance is below a tenth of the targets' on every
+    split. Else *escape*: `Report.escapes` on a split, and above the baselines on none. Else *below arithmetic* where
+    the interval is below 0 on a split, otherwise *not told apart*.
     """
     splits = [s for s in report.splits if s != "train"] or report.splits
     facts = {split: report.facts[split, "model"] for split in splits}

@@ -2,15 +2,11 @@
 
 Axes: N windows, B batch, S samples, T context length, D vector dimension.
 
-**Energy score** (`losses.energy`), strictly proper: spread and place in one figure, fair to independent draws only.
-
+**Energy score** (`losses.energy`): strictly proper, fair to independent draws only.
 **Spread ratio**, E‖x − x'‖ / E‖x − y‖: 1 where the truth y is one more draw, less where samples are too narrow or in
 the wrong place, more where they are too wide.
-
-**Ranks** of the truth among the samples, flat where it is one more of them (Gneiting et al., TEST 17, 2008). By
-*distance*: the number of members with a smaller mean distance from all others; high ranks prevail where samples are too
-narrow or in the wrong place, low ranks where they are too wide. By *direction*: the place along a random direction of
-each window; a U where they are too narrow, a hill where they are too wide. A rank r of 1 … S+1 becomes
+**Ranks** of the truth among the samples (Gneiting et al., TEST 17, 2008), by *distance* (the mean distance from all
+others) or *direction* (the place along a random direction of each window). A rank r of 1 … S+1 becomes
 u = (r − V) / (S + 1) with V uniform in [0, 1): u is uniform where truth and samples are exchangeable.
 """
 
@@ -166,9 +162,9 @@ def spread(model: Predictor, splits: Mapping[str, Windows], compare: Mapping[str
 def summarise(frame: pd.DataFrame) -> list[dict]:
     """Rows of one `measure` frame: measure, value, low, high over articles, chance, windows, articles.
 
-    The spread ratio θ = a / b is of means; its interval is that of θ + (aᵢ − θ bᵢ) / b (delta method). Coverage: the
-    share of truths in the inner part of the samples, by distance. KS: as `kolmogorov`; its `chance` √(π/2) · ln 2 / √n,
-    is the mean of Kolmogorov's distribution for n effective articles, about the most that calibrated ranks have.
+    The interval of the spread ratio θ = a / b of means is that of θ + (aᵢ − θ bᵢ) / b (delta method). Coverage: the
+    share of truths in the inner part of the samples, by distance. The `chance` of KS (`kolmogorov`) is the mean of
+    Kolmogorov's distribution for n effective articles, √(π/2) · ln 2 / √n.
     """
     article = frame["article"].to_numpy()
     off, apart = frame["off"].to_numpy(), frame["apart"].to_numpy()
@@ -225,8 +221,7 @@ def reading(result: Spread, split: str) -> str:
 class OneSample(Predictor):
     """One sample of a model that has `samples`, as a predictor, for 5CAT.
 
-    The noise follows from `seed` and the set of the context's vectors, not from their order nor the batch. It changes
-    with the last bits of a vector.
+    The noise follows from `seed` and the set of the context's vectors, not from their order nor the batch.
     """
 
     def __init__(self, model: Predictor, seed: int = 0):

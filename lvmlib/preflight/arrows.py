@@ -86,8 +86,7 @@ def ridge_and_mean(arrows: Mapping[str, Arrow]) -> list[np.ndarray]:
 def beyond(arrows: Mapping[str, Arrow]) -> tuple[float, float, float]:
     """Ridge's forward − backward minus the weighted mean's, window by window, in novel MRR: value, low, high.
 
-    The weighted mean knows no direction, but gains one way where chunks grow noisier along every article. With many
-    articles ridge learns to average, too.
+    The weighted mean knows no direction, but gains one way where chunks grow noisier along every article.
     """
     return paired(*ridge_and_mean(arrows), arrows["ridge"].article)
 

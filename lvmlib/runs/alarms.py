@@ -217,29 +217,26 @@ def explain(version: Version, broke: StepBroke) -> Alarm:
     step, result = broke.step, broke.result
     if broke.before is not None and not math.isfinite(broke.before.gradient_norm):
         step, result = step - 1, broke.before
-    loss, norm, terms = result.values["loss"], float(result.gradient_norm), names(version.losses)
     figures = {"learning rate": result.learning_rate, **result.values, **result.shares}
-    shown = ("learning rate", *terms, "lambda_eff", "pos", "neg", "escape")
-    where = f"at epoch {broke.epoch}, step {step} ({', '.join(f'{k} {figures[k]:.4g}' for k in shown)})"
-    if not math.isfinite(loss):
-        wrong = next((name for name in (*terms, "lambda_eff") if not math.isfinite(figures[name])), "their sum")
-        what = f"the loss is {loss} {where}; not finite is first {wrong}"
-    elif not math.isfinite(norm):
-        what = f"the gradient's norm is {norm} {where}; the loss was still {loss:.4g}"
-    else:
-        what = f"the weights are not finite {where}; the loss was still {loss:.4g}"
+    figures["gradient norm"] = float(result.gradient_norm)
+    checked = (*names(version.losses), "lambda_eff", "loss", "gradient norm")
+    wrong = next((f"{k} is {figures[k]}" for k in checked if not math.isfinite(figures[k])), "a weight is not finite")
+    shown = {k: figures[k] for k in ("learning rate", *checked, "pos", "neg", "escape")}
+    alarm = _broken(broke.epoch, step, wrong, shown)
     if broke.weights:
-        what += f"; {len(broke.weights)} tensors of the weights are not finite, the first {broke.weights[0]}"
-    return Alarm(broke.epoch, step, "broken", what, DO_BROKEN)
+        more = f"; {len(broke.weights)} tensors of the weights are not finite, the first {broke.weights[0]}"
+        alarm = alarm._replace(what=alarm.what + more)
+    return alarm
 
 
 def check_validation(epoch: int, step: int, means: Mapping[str, float], validated: Mapping[str, float]) -> Alarm | None:
     """The alarm for a validation figure that is not finite (`val_energy` of a version that has none is NaN)."""
-    checked = {k: x for k, x in validated.items() if k not in SPREAD}
-    wrong = next((k for k, x in checked.items() if not math.isfinite(x) and k != "val_energy"), None)
-    if wrong is None:
-        return None
-    checked = {"learning rate": means["learning_rate"], "train_loss": means["train_loss"], **checked}
-    values = ", ".join(f"{k} {x:.4g}" for k, x in checked.items())
-    what = f"{wrong} is {checked[wrong]} after epoch {epoch}, step {step} ({values})"
-    return Alarm(epoch, step, "broken", what, DO_BROKEN)
+    figures = {k: x for k, x in validated.items() if k not in SPREAD}
+    wrong = [f"{k} is {x}" for k, x in figures.items() if not math.isfinite(x) and k != "val_energy"]
+    shown = {"learning rate": means["learning_rate"], "train_loss": means["train_loss"], **figures}
+    return _broken(epoch, step, wrong[0], shown) if wrong else None
+
+
+def _broken(epoch: int, step: int, wrong: str, shown: Mapping[str, float]) -> Alarm:
+    values = ", ".join(f"{k} {x:.4g}" for k, x in shown.items())
+    return Alarm(epoch, step, "broken", f"{wrong} at epoch {epoch}, step {step} ({values})", DO_BROKEN)

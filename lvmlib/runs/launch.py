@@ -1,8 +1,8 @@
 """Training a run by several processes: which are asked for, and starting them on this machine.
 
-A notebook's kernel cannot be forked safely once CUDA or OpenMP has started. So it writes the run's folder, starts
-`torchrun … -m lvmlib parallel FOLDER`, and reads each epoch's row from the folder as it appears. torchrun ends all
-processes when one fails; they also end with the kernel that started them, when their standard input closes.
+A notebook's kernel writes the run's folder, starts `torchrun … -m lvmlib parallel FOLDER`, and reads each epoch's row
+from the folder as it appears. torchrun ends all processes when one fails; they also end with the kernel that started
+them, when their standard input closes.
 
 On several hosts the user starts the same command on every host, or once under srun. FOLDER must have the same path on
 all hosts; only the first process writes to it.

@@ -196,7 +196,7 @@ def test_a_learning_rate_of_a_million_breaks_at_a_step_that_is_named(data, tmp_p
         list(lvm.train(on("p6", lr=1e6, batch_size=8), data, tmp_path / "run"))
     (alarm,) = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["alarms"]
     assert alarm["kind"] == "broken" and alarm["what"] in str(e.value) and alarm["epoch"] == 1
-    assert "not finite is first mse" in alarm["what"]
+    assert alarm["what"].startswith("mse is ")
 
 
 def test_a_learning_rate_of_ten_diverges(data, tmp_path):
@@ -242,7 +242,7 @@ def breaking(monkeypatch, part, at, broken):
 def test_a_gradient_that_is_not_finite_is_named_with_its_own_step(data, tmp_path, monkeypatch):
     """The loss is finite and its gradient is not, as that of the square root is at 0."""
     breaking(monkeypatch, "norm", 2, lambda raw, x: x + 0 * (raw - raw.detach()).square().sum().sqrt())
-    with pytest.raises(LVMError, match=r"the gradient's norm is nan at epoch 1, step 2 .*the loss was still \d"):
+    with pytest.raises(LVMError, match=r"gradient norm is nan at epoch 1, step 2 .*loss 0\.\d"):
         list(lvm.train(on(), data, tmp_path / "run"))
 
 
@@ -263,8 +263,8 @@ def test_what_broke_is_named_with_its_step():
     step, what = words(9, result(math.nan), result(norm=math.inf))
     assert step == 8 and "norm is inf" in what and "0.5" in what  # the gradient of the step before
     step, what = words(9, result(math.nan, floor=math.nan), result())
-    assert step == 9 and "not finite is first floor" in what
-    assert "their sum" in words(9, result(math.inf))[1]
+    assert step == 9 and what.startswith("floor is nan")
+    assert words(9, result(math.inf))[1].startswith("loss is inf")
     assert "norm is nan" in words(9, result(norm=math.nan))[1]
     with torch.no_grad():
         model.bias[0] = math.inf
@@ -275,7 +275,7 @@ def test_what_broke_is_named_with_its_step():
 def test_validation_and_the_last_step_are_looked_at(data, tmp_path, monkeypatch):
     real = evaluate.validate
     monkeypatch.setattr(evaluate, "validate", lambda *a: real(*a) | {"val_loss": math.inf})
-    with pytest.raises(LVMError, match="val_loss is inf after epoch 1, step 3"):
+    with pytest.raises(LVMError, match="val_loss is inf at epoch 1, step 3"):
         list(lvm.train(on(), data, tmp_path / "run"))
     monkeypatch.undo()
     clip, factors = loop.clip, iter([1, 1, math.nan])
@@ -300,7 +300,7 @@ def test_a_broken_step_stops_at_the_last_good_checkpoint(data, tmp_path, monkeyp
     breaking(monkeypatch, "mse", 5, lambda raw, x: x * value)
     own = on("p6", trouble="stop")
     run = finish(lvm.train(own, data, tmp_path / "run"))
-    assert len(run) == 1 and run.record["stopped"].startswith(f"the loss is {value} at epoch 2, step 5")
+    assert len(run) == 1 and run.record["stopped"].startswith(f"mse is {value} at epoch 2, step 5")
     (alarm,) = run.alarms
     assert (alarm.kind, alarm.epoch, alarm.step) == ("broken", 2, 5)
     again = lvm.train(own, data, tmp_path / "run")
@@ -310,7 +310,7 @@ def test_a_broken_step_stops_at_the_last_good_checkpoint(data, tmp_path, monkeyp
 
 def test_with_no_epoch_to_end_with_a_broken_step_is_an_error(data, tmp_path, monkeypatch):
     breaking(monkeypatch, "mse", 1, lambda raw, x: x * math.nan)
-    with pytest.raises(LVMError, match="the loss is nan at epoch 1, step 1"):
+    with pytest.raises(LVMError, match="mse is nan at epoch 1, step 1"):
         list(lvm.train(on(trouble="stop"), data, tmp_path / "run"))
     record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert len(record["alarms"]) == 1 and "finished" not in record
