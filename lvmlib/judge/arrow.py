@@ -78,7 +78,7 @@ def compared(runs: Sequence[Sequence[pd.DataFrame]], copied: Sequence[pd.DataFra
     predictor that is subtracted. All are of the same targets, with articles `article` (N,)."""
     rows, differences = [], {}
     for name in MEASURES:
-        own = copied[0][name] - copied[1][name]  # (N,)
+        own = (copied[0][name] - copied[1][name]).to_numpy()  # (N,)
         differences[name] = difference = np.stack([f[name] - b[name] - own for f, b in runs])  # (S, N)
         value, low, high = over_seeds(difference, article)
         _, raw_low, raw_high = over_seeds(difference + own, article)

@@ -87,13 +87,13 @@ def ablations(length: int) -> tuple[str, ...]:
 
 
 def judge(
-    model: Predictor, windows: Windows, precision: str | None = None, progress: Progress | None = None
+    model: Predictor, windows: Windows, precision: str = "float32", progress: Progress | None = None
 ) -> tuple[Measurements, dict]:
     """`measure` and `health` from the same passes of the model. `progress` gets the number of windows of each batch.
 
     Results of a baseline (`cache.predictor_key`) are cached for the next model on these windows.
     """
-    known, precision = predictor_key(model), check_precision(precision)
+    known = predictor_key(model)
 
     def compute() -> tuple[Measurements, dict]:
         gathering = Gathering(windows, on_device(windows.store, device_of(model)), _batch_size(model))
@@ -120,13 +120,6 @@ def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataF
     return frame.assign(article=windows.article, target=windows.target, **inverse)
 
 
-def check_precision(name: str | None) -> str:
-    """`name`, float32 for None. Raises LVMError for an unknown one."""
-    if name not in (None, *PRECISIONS):
-        raise LVMError(f"precision {name!r}: unknown; known: {', '.join(PRECISIONS)}, or none for float32")
-    return name or "float32"
-
-
 class _Predictions(NamedTuple):
     raw: Tensor  # (B, D)
     unit: Tensor  # (B, D)
@@ -142,16 +135,18 @@ def measure(
     model: Predictor,
     windows: Windows,
     batch_size: int | None = None,
-    precision: str | None = None,
+    precision: str = "float32",
     gathering: Gathering | None = None,
     progress: Progress | None = None,
 ) -> Measurements:
     """Measure every figure of every window, and feed `gathering` with every batch.
 
-    `precision`: bfloat16 runs the model's passes under autocast; all else, and the default, is float32. `batch_size`
-    depends on the device by default. Raises LVMError where the model predicts NaN.
+    `precision`: bfloat16 runs the model's passes under autocast; all else is float32. `batch_size`
+    depends on the device by default. Raises LVMError for another precision, and where the model predicts NaN.
     """
-    device, cut, rough = device_of(model), windows_key(windows), check_precision(precision) == "bfloat16"
+    if precision not in PRECISIONS:
+        raise LVMError(f"precision {precision!r}: unknown; known: {', '.join(PRECISIONS)}")
+    device, cut, rough = device_of(model), windows_key(windows), precision == "bfloat16"
     vectors = on_device(windows.store, device) if gathering is None else gathering.vectors
     articles, parts, variants = Articles(windows, vectors), [], {}
     with evaluating(model):

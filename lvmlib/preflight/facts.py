@@ -203,7 +203,7 @@ def trivial_report(data: Dataset, predictors: Mapping[str, Predictor]) -> Report
     cut = {"val": data.val, "ood": data.ood}
     judged = {(split, name): judge(p, w) for name, p in predictors.items() for split, w in cut.items()}
     frames, facts = ({key: both[i] for key, both in judged.items()} for i in range(2))
-    return Report.of("calibrated", frames, facts, horizon=data.val.horizon, context_length=data.val.context_length)
+    return Report("calibrated", frames, facts, data.val.horizon, data.val.context_length)
 
 
 class _WithNeighbours(Windows):

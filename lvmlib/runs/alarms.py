@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..config import Version
-from ..errors import LVMError
 from ..evaluate import COLLAPSED
 from ..loop import StepBroke
 from ..losses import names
@@ -73,17 +72,6 @@ def alarms(version: Version, history: Rows, steps: Rows, batches: int, broken: S
                 what += f"; so in {len(found)} epochs, the last is {others[-1][0]}"
             out.append(Alarm(epoch, epoch * batches, kind, what, do))
     return sorted(out, key=lambda a: (a.step, a.kind))
-
-
-def read_broken(record: Mapping, where: str) -> list[Alarm]:
-    """The alarms of kind `broken` in run.yaml's record. Raises LVMError if the entry does not hold alarms."""
-    try:
-        listed = [Alarm(**a) for a in record.get("alarms") or []]
-        if not all(list(map(type, a)) == [int, int, str, str, str] for a in listed):
-            raise TypeError("epoch and step are whole numbers, kind, what and do texts")
-    except (TypeError, AttributeError) as e:
-        raise LVMError(f"{where}: `alarms` cannot be read ({e}); restore the file, or remove the key") from e
-    return [a for a in listed if a.kind == "broken"]
 
 
 def due(version: Version, history: Rows, steps: Rows) -> str:

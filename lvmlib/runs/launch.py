@@ -81,13 +81,11 @@ def check_devices(asked: Group, device: str) -> None:
         raise LVMError(f"devices is {asked.devices}; this machine has {gpus} that CUDA sees. Ask for as many, or cpu")
 
 
-def launch(folder: Path, asked: Group, device: str) -> Iterator[None]:
+def launch(folder: Path, asked: Group) -> Iterator[None]:
     """Train the run prepared in `folder` by processes on this machine; yields when an epoch's row is there.
 
-    Closing the iterator ends them. Raises LVMError with the message of the first that fails, or if the machine lacks
-    the devices.
+    Closing the iterator ends them. Raises LVMError with the message of the first that fails.
     """
-    check_devices(asked, device)
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     threads = str(max(1, (os.cpu_count() or 1) // asked.devices))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": path}

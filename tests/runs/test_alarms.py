@@ -329,9 +329,11 @@ def test_with_no_epoch_to_end_with_a_broken_step_is_an_error(data, tmp_path, mon
         [{"epoch": 1, "step": 2, "kind": "broken", "what": ["x"], "do": ""}],
     ],
 )
-def test_damaged_alarms_are_named(content):
-    with pytest.raises(LVMError, match=r"run\.yaml: `alarms` cannot be read"):
-        alarms.read_broken({"alarms": content}, "run.yaml")
+def test_damaged_alarms_are_named(tmp_path, content):
+    record = {key: {} for key in ("parameters", "dataset", "computed", "software")} | {"alarms": content}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(record))
+    with pytest.raises(LVMError, match=r"cannot be read as a run \(.*[Aa]larm"):
+        runs.open_run(tmp_path)
 
 
 def test_words_for_none_and_several():
