@@ -12,9 +12,7 @@ another position in every window.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..evaluate import Moments
+from ..evaluate import Moments, evaluating
 from ..models import Predictor, device_of
 from ..ranking import Articles
 from ..statistics import over_articles
@@ -54,23 +52,6 @@ def health(model: Predictor, windows: Windows, batch_size: int = 512) -> dict:
             raw, unit = model(context)
             gathering.add(raw, unit, Products.of(context, unit, target))
     return gathering.facts()
-
-
-def index_batches(windows: Windows, size: int) -> Iterator[np.ndarray]:
-    """The numbers of the windows, `size` at a time."""
-    for first in range(0, len(windows), size):
-        yield np.arange(first, min(first + size, len(windows)))
-
-
-@contextlib.contextmanager
-def evaluating(model: Predictor):
-    """The model in eval mode, and then in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 class Products(NamedTuple):
@@ -183,7 +164,7 @@ class Gathering:
         components, weights = (x.float().to(device) for x in (self.leading, torch.from_numpy(negative)))
         effect = np.zeros((len(bands), 3, len(windows)))
         self.units.seek(0)
-        for index in index_batches(windows, self.batch_size):
+        for index in windows.indices(self.batch_size):
             context, target = windows.batch(index, self.vectors)
             read = bytearray(self.units.read(4 * target.numel()))
             unit = torch.frombuffer(read, dtype=torch.float32).view_as(target).to(device)

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LVMError
+from ..evaluate import evaluating
 from ..models import Predictor, device_of
 from ..ranking import NUMBERS, TIE, Articles, among_context
 from ..windows import Windows, on_device
 from .cache import cached, predictor_key, windows_key
-from .health import Gathering, Products, context_weights, evaluating, index_batches
+from .health import Gathering, Products, context_weights
 
 PRECISIONS = ("float32", "bfloat16")
 OFFSETS = tuple(range(-8, 6))  # of the sweep, in chunks around the target, in reading direction
@@ -109,7 +110,7 @@ def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataF
     """The figures that need one pass of the model: article, target, loss, cosine; rank and MRR, novel and possible."""
     articles, parts = Articles(windows, on_device(windows.store, device_of(model))), []
     with evaluating(model):
-        for index in index_batches(windows, batch_size):
+        for index in windows.indices(batch_size):
             context, target = windows.batch(index, articles.vectors)
             raw, unit, ranker = _finite_heads(model, context, windows, index)
             _, (novel,), (possible,) = articles.ranks(ranker[None], index)
@@ -150,7 +151,7 @@ def measure(
     vectors = on_device(windows.store, device) if gathering is None else gathering.vectors
     articles, parts, variants = Articles(windows, vectors), [], {}
     with evaluating(model):
-        for index in index_batches(windows, batch_size or _batch_size(model)):
+        for index in windows.indices(batch_size or _batch_size(model)):
             context, target = windows.batch(index, vectors)
             key = "negatives", *cut, int(index[0]), len(index)
             order, others = cached(key, lambda i=index: negatives(windows, i, SEED, NEGATIVES))

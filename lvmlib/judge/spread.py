@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ..baselines import Weighted, fit_weights
 from ..errors import LVMError
+from ..evaluate import evaluating
 from ..losses import distances
 from ..models import Predictor, device_of
 from ..statistics import effective_articles, over_articles
 from ..windows import Windows, on_device
-from .health import evaluating
 from .table import row_text, side, with_interval
 
 SAMPLES = 39  # with the truth 40 places in the order

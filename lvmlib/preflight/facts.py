@@ -233,8 +233,7 @@ def peeked(windows: Windows, predictors: Mapping[str, Predictor]) -> pd.DataFram
     windows = replace(windows, start=windows.start[inside])
     bracketed, vectors, parts = _WithNeighbours(**vars(windows)), torch.from_numpy(store.vectors), []
     articles = Articles(bracketed, vectors)
-    for first in range(0, len(windows), 512):
-        index = np.arange(first, min(first + 512, len(windows)))
+    for index in windows.indices(512):
         context, _ = windows.batch(index, vectors)
         beside = torch.from_numpy(bracketed.context_rows(index)[:, -2:])
         sides = torch.nn.functional.normalize(vectors[beside].float().mean(1), dim=-1)
