@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -12,6 +13,17 @@ from .windows import Windows, on_device
 
 EVALUATION_BATCH = 512
 COLLAPSED = 0.1  # our bound: the predictions have collapsed if their variance is below this share of the targets'
+
+
+@contextlib.contextmanager
+def evaluating(model: models.Predictor):
+    """The model in eval mode, and then in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -27,27 +39,24 @@ def validate(
     margin = mean [cos(p, y) − cos(p, context[-1])]; recall_at_5 = share of windows whose target is among the five best
     of {context vectors, target}, by the ranking head (chance 5/6 at T = 5). Adds the unit predictions to `moments`.
     """
-    training = model.training
-    model.eval()
     vectors = on_device(windows.store, models.device_of(model)) if vectors is None else vectors
     articles = Articles(windows, vectors) if articles is None else articles
     sums = torch.zeros(5, dtype=torch.float64)
-    for first in range(0, len(windows), EVALUATION_BATCH):
-        index = np.arange(first, min(first + EVALUATION_BATCH, len(windows)))
-        context, y = windows.batch(index, vectors)
-        raw, unit, ranker = model.heads(context)
-        if moments is not None:
-            moments.add(unit)
-        to_target = losses.cosine(unit, y)
-        figures = (
-            (raw - y).square().mean(-1),
-            to_target,
-            to_target - losses.cosine(unit, context[:, -1]),
-            among_context(ranker, context, y) <= 5,
-            1 / articles.ranks(ranker[None], index)[1][0],
-        )
-        sums += torch.stack([figure.sum() for figure in figures]).cpu().double()
-    model.train(training)
+    with evaluating(model):
+        for index in windows.indices(EVALUATION_BATCH):
+            context, y = windows.batch(index, vectors)
+            raw, unit, ranker = model.heads(context)
+            if moments is not None:
+                moments.add(unit)
+            to_target = losses.cosine(unit, y)
+            figures = (
+                (raw - y).square().mean(-1),
+                to_target,
+                to_target - losses.cosine(unit, context[:, -1]),
+                among_context(ranker, context, y) <= 5,
+                1 / articles.ranks(ranker[None], index)[1][0],
+            )
+            sums += torch.stack([figure.sum() for figure in figures]).cpu().double()
     names = ("val_loss", "val_cos", "margin", "recall_at_5", "novel_mrr")
     return dict(zip(names, (sums / len(windows)).tolist(), strict=True))
 
@@ -57,21 +66,20 @@ def energy_score(
     model: models.Predictor, windows: Windows, vectors: torch.Tensor | None = None, samples: int = 16
 ) -> float:
     """Mean energy score over the windows of `samples` samples each, by the same noise at every call."""
-    training = model.training
-    model.eval()
     device = models.device_of(model)
     vectors = on_device(windows.store, device) if vectors is None else vectors
     noise, total = torch.Generator(device).manual_seed(0), 0.0
-    for context, y in windows.batches(EVALUATION_BATCH, vectors):
-        total += float(losses.energy(model.samples(context, samples, noise), y).sum())
-    model.train(training)
+    with evaluating(model):
+        for context, y in windows.batches(EVALUATION_BATCH, vectors):
+            total += float(losses.energy(model.samples(context, samples, noise), y).sum())
     return total / len(windows)
 
 
 class Moments:
-    """Running first and second moment of unit vectors (N, D)."""
+    """Running first and second moment of unit vectors (N, D), in float64."""
 
     def __init__(self, dim: int, device: torch.device):
+        device = torch.device("cpu") if device.type == "mps" else device  # Apple's devices have no float64
         self.count = 0
         self.first, self.second = (torch.zeros(n, dtype=torch.float64, device=device) for n in (dim, (dim, dim)))
 

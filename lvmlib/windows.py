@@ -151,8 +151,13 @@ class Windows:
 
     def batches(self, size: int, vectors: torch.Tensor | None = None):
         """All windows in order, `size` at a time, as `batch` gives them."""
+        for index in self.indices(size):
+            yield self.batch(index, vectors)
+
+    def indices(self, size: int) -> Iterator[np.ndarray]:
+        """The numbers of all windows in order, `size` at a time."""
         for first in range(0, len(self), size):
-            yield self.batch(np.arange(first, min(first + size, len(self))), vectors)
+            yield np.arange(first, min(first + size, len(self)))
 
     def at_most(self, count: int) -> Windows:
         """Evenly spaced `count` of the windows (all, if there are no more): for quick runs."""

@@ -3,14 +3,13 @@
 Axes: S seeds, N targets that both directions share.
 
 One version is trained on the articles as they are and reversed (`direction: backward`); both predict the same chunks.
-Forward − backward also contains how an article's beginning differs from its end. Copying the last vector
-knows no direction, so its own difference is subtracted. A small rest remains: where chunks grow noisier along every
-article, averaging gains more from a clean context than copying does.
+Forward − backward also contains how an article's beginning differs from its end. Copying the last vector knows no
+direction, so its own difference is subtracted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,16 +69,16 @@ def arrow(forward: Sequence[Predictor], backward: Sequence[Predictor], windows: 
         raise LVMError("windows: give those of a split cut forward, then backward")
     ahead, back = shared(*windows)
     copying = untrained(ahead.store.dim, ahead.context_length)["copy last"]
-    runs = [(figures(f, ahead), figures(b, back)) for f, b in zip(forward, backward, strict=True)]
-    return compared(runs, (figures(copying, ahead), figures(copying, back)), ahead.article)
+    runs = [(score(f, ahead), score(b, back)) for f, b in zip(forward, backward, strict=True)]
+    return compared(runs, (score(copying, ahead), score(copying, back)), ahead.article)
 
 
-def compared(runs: Sequence[Sequence[Mapping]], copied: Sequence[Mapping], article: np.ndarray) -> Arrow:
-    """Return the `Arrow` of `figures` by window: `runs` has (forwards, backwards) for each seed, `copied` the same of
-    the predictor that is subtracted. All are of the same targets, with articles `article` (N,)."""
+def compared(runs: Sequence[Sequence[pd.DataFrame]], copied: Sequence[pd.DataFrame], article: np.ndarray) -> Arrow:
+    """Return the `Arrow` of `score` frames: `runs` has (forwards, backwards) for each seed, `copied` the same of the
+    predictor that is subtracted. All are of the same targets, with articles `article` (N,)."""
     rows, differences = [], {}
     for name in MEASURES:
-        own = copied[0][name] - copied[1][name]  # (N,)
+        own = (copied[0][name] - copied[1][name]).to_numpy()  # (N,)
         differences[name] = difference = np.stack([f[name] - b[name] - own for f, b in runs])  # (S, N)
         value, low, high = over_seeds(difference, article)
         _, raw_low, raw_high = over_seeds(difference + own, article)
@@ -89,12 +88,6 @@ def compared(runs: Sequence[Sequence[Mapping]], copied: Sequence[Mapping], artic
         row |= {"p": sign_flip(difference.mean(0), article), "seeds": len(runs)}
         rows.append(row | {"articles": len(np.unique(article)), "windows": len(article)})
     return Arrow(pd.DataFrame(rows), differences, article)
-
-
-def figures(model: Predictor, windows: Windows) -> Mapping[str, np.ndarray]:
-    """Each of MEASURES by window, (N,), of one predictor."""
-    frame = score(model, windows)
-    return {"novel MRR": 1 / frame["novel rank"].to_numpy(), **{m: frame[m].to_numpy() for m in ("cosine", "loss")}}
 
 
 def sign_flip(values, articles, permutations: int = 2000, seed: int = 0) -> float:

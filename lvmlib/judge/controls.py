@@ -21,10 +21,10 @@ from ..data.store import make_store
 from ..data.worlds import world
 from ..errors import LVMError
 from ..models import Predictor
-from ..statistics import over_articles, over_seeds, paired
+from ..statistics import over_articles, over_seeds
 from ..windows import DIRECTIONS, Store, Windows, windows
 from .measure import OFFSETS, measure
-from .table import best_other, bins_delta, figure, summarise
+from .table import best_other, bins_delta, figure, summarise, with_interval
 
 
 def sample(name: str, lengths: Mapping[str, Sequence[int]], copies: int = 1, seed: int = 0, **arguments) -> Store:
@@ -152,8 +152,8 @@ def main_figures(store: Store, model: Predictor, other: Predictor, horizon: int 
     theirs = measure(other, cut["val"])
     rows = summarise(val, "calibrated", horizon, cut["val"].context_length) + bins_delta(val, ood)
     for name in ("cosine", "novel MRR", "1 of 100", "mean rollout"):
-        pair = paired(figure(val, name), figure(theirs, name), val["article"])
-        rows.append({"gate": "paired", "measure": name, **dict(zip(("value", "low", "high"), pair, strict=True))})
+        less = with_interval(figure(val, name) - figure(theirs, name), val.article)
+        rows.append({"gate": "paired", "measure": name, **less})
     table = pd.DataFrame(rows).set_index(["gate", "measure"])[["value", "low", "high", "articles"]]
     return table[table["low"].notna()]
 

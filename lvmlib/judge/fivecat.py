@@ -16,7 +16,8 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from ..io.disk import write_atomic
 from ..models import Predictor, device_of
 from ..windows import Dataset, Windows
 from .gates import GATES, UNTRAINED, answers, threshold_of, worst
-from .measure import Measurements, check_precision, judge, measure, score
+from .measure import Measurements, judge, measure, score
 from .table import bins_delta, figure, health_rows, summarise, with_interval
 
 __all__ = ["GATES", "INSTRUMENT", "PROFILES", "Report", "figure", "fivecat", "judge", "measure", "score", "summarise"]
@@ -42,44 +43,39 @@ PROFILES = ("calibrated", "original")
 class Report:
     """The result of `fivecat`: the table of figures, and from it the gates and differences between predictors.
 
-    `table`: split (`both` for a difference of splits), predictor, and the columns of `table.Row`; in profile `original`
-    also threshold and passed (empty without a threshold). `frames`: what `measure` gave, by (split, predictor);
-    `facts`: what `health` gave. `precision`: of the model.
+    `frames`: what `measure` gave, by (split, predictor); `facts`: what `health` gave. `precision`: of the model.
     """
 
     profile: str
-    table: pd.DataFrame
     frames: dict[tuple[str, str], Measurements]
-    facts: dict[tuple[str, str], dict] = field(default_factory=dict)
+    facts: dict[tuple[str, str], dict]
     horizon: int = 2
     context_length: int = 5
     precision: str = "float32"
 
-    @classmethod
-    def of(cls, profile: str, frames: Mapping, facts: Mapping, *, horizon: int, context_length: int, **more) -> Report:
-        """The report of these measurements."""
-        rows = []
-        for name in dict.fromkeys(name for _, name in frames):
-            for split in dict.fromkeys(split for split, _ in frames):
-                own = summarise(frames[split, name], profile, horizon, context_length)
-                if profile == "calibrated":
-                    own += health_rows(facts[split, name])
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """split (`both` for a difference of splits), predictor, and the columns of `table.Row`; in profile `original`
+        also threshold and passed (empty without a threshold)."""
+        rows, frames = [], self.frames
+        for name in self.predictors:
+            for split in self.splits:
+                own = summarise(frames[split, name], self.profile, self.horizon, self.context_length)
+                if self.profile == "calibrated":
+                    own += health_rows(self.facts[split, name])
                 rows += [{"split": split, "predictor": name, **row} for row in own]
             if {("val", name), ("ood", name)} <= set(frames):
-                own = bins_delta(frames["val", name], frames["ood", name], profile)
+                own = bins_delta(frames["val", name], frames["ood", name], self.profile)
                 rows += [{"split": "both", "predictor": name, **row} for row in own]
         table = pd.DataFrame(rows)
-        if profile == "original":
+        if self.profile == "original":
             threshold, passed = zip(*map(threshold_of, table.to_dict("records")), strict=True)
             table["threshold"], table["passed"] = list(threshold), pd.array(list(passed), "boolean")
-        return cls(profile, table, dict(frames), dict(facts), horizon, context_length, **more)
+        return table
 
     def as_profile(self, profile: str) -> Report:
         """The same measurements, summarised by the definitions of `profile`."""
-        if self.profile == profile:
-            return self
-        cut = {"horizon": self.horizon, "context_length": self.context_length}
-        return Report.of(profile, self.frames, self.facts, **cut, precision=self.precision)
+        return self if self.profile == profile else replace(self, profile=profile)
 
     @property
     def original(self) -> Report:
@@ -175,7 +171,7 @@ def fivecat(
     data: Dataset | Mapping[str, Windows],
     compare: Mapping[str, Predictor] | None = None,
     profile: str = "calibrated",
-    precision: str | None = None,
+    precision: str = "float32",
 ) -> Report:
     """Run 5CAT on `model`, and on every predictor in `compare` on the same windows.
 
@@ -185,7 +181,6 @@ def fivecat(
     """
     if profile not in PROFILES:
         raise LVMError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
-    precision = check_precision(precision)
     if "model" in (compare or {}):
         raise LVMError("a predictor to compare with cannot be called 'model'; rename it")
     splits = {"val": data.val, "ood": data.ood} if isinstance(data, Dataset) else dict(data)
@@ -200,11 +195,10 @@ def fivecat(
     with tqdm(total=total, desc="5CAT", unit="window", delay=1, disable=not watched()) as bar:
         for name, p in predictors.items():
             for split, w in splits.items():
-                end, own = bar.n + len(w), precision if name == "model" else None
-                frames[split, name], facts[split, name] = judge(p, w, precision=own, progress=bar.update)
+                end, own = bar.n + len(w), precision if name == "model" else "float32"
+                frames[split, name], facts[split, name] = judge(p, w, own, bar.update)
                 bar.update(end - bar.n)  # cached results come at once
-    cut = {"horizon": some.horizon, "context_length": some.context_length}
-    return Report.of(profile, frames, facts, **cut, precision=precision)
+    return Report(profile, frames, facts, some.horizon, some.context_length, precision)
 
 
 def _check(splits: Mapping[str, Windows], some: Windows) -> None:

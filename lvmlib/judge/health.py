@@ -4,18 +4,15 @@ Axes: N windows, B batch, T context length, D vector dimension, K bands, L bands
 
 **Escape.** A predictor gains margin against context vectors by subtracting them (handbook §4.1 point 6). The rule:
 write the predictions as weighted sums of their context vectors (least squares), in the whole space and without the
-leading principal components of the store (a flip outside them is escape, too). Where a context vector's mean weight is
-negative beyond doubt, remove that part from every prediction and measure again. It is escape if the margin against
-those vectors was higher with the negative weights, and neither the cosine to the target nor the novel reciprocal rank
-was. A negative weight that raises one of the two (as an extrapolation does) is knowledge. The rule does not detect a
-predictor that subtracts another position in every window, since then no mean weight is negative.
+leading principal components of the store. Where a context vector's mean weight is significantly negative, remove that
+part from every prediction and measure again. It is escape if the negative weights raised the margin against those
+vectors, and neither the cosine to the target nor the novel reciprocal rank. The rule misses a predictor that subtracts
+another position in every window.
 """
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..evaluate import Moments
+from ..evaluate import Moments, evaluating
 from ..models import Predictor, device_of
 from ..ranking import Articles
 from ..statistics import over_articles
@@ -39,7 +36,7 @@ IN_MEMORY = 1 << 26  # bytes of unit predictions; more of them lie in a temporar
 
 @torch.no_grad()
 def health(model: Predictor, windows: Windows, batch_size: int = 512) -> dict:
-    """Return facts of a predictor on a split, plain numbers:
+    """Return facts of a predictor on a split, plain numbers (`measure.judge` gives the same, with measurements):
 
     effective rank (exp of the entropy of the covariance's eigenvalues) and variance (1 − ‖mean‖²) of the unit
     predictions, and of the targets (`… of targets`); norm and norm spread of the raw predictions; hubness: skewness of
@@ -47,32 +44,14 @@ def health(model: Predictor, windows: Windows, batch_size: int = 512) -> dict:
     the targets'; copying ratio: mean best cosine to the context of the predictions over that of the targets; weights:
     mean weight of each context vector, oldest first; escape (bool) and its reasons: escape band (how many components
     were left out), margin bought, cosine paid, novel MRR paid with their intervals.
-
-    One pass of the model. `measure.judge` gives the same facts from the pass that measures.
     """
     vectors = on_device(windows.store, device_of(model))
-    with evaluating(model), Gathering(windows, vectors, batch_size) as gathering:
+    gathering = Gathering(windows, vectors, batch_size)
+    with evaluating(model):
         for context, target in windows.batches(batch_size, vectors):
             raw, unit = model(context)
             gathering.add(raw, unit, Products.of(context, unit, target))
-        return gathering.facts()
-
-
-def index_batches(windows: Windows, size: int) -> Iterator[np.ndarray]:
-    """The numbers of the windows, `size` at a time."""
-    for first in range(0, len(windows), size):
-        yield np.arange(first, min(first + size, len(windows)))
-
-
-@contextlib.contextmanager
-def evaluating(model: Predictor):
-    """The model in eval mode, and then in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    return gathering.facts()
 
 
 class Products(NamedTuple):
@@ -104,26 +83,20 @@ def context_weights(products: Tensor) -> Tensor:
 
 
 class Gathering:
-    """The facts of `health`, batch by batch: `add` for every window in order, then `facts`.
+    """The facts of `health`: `add` all windows in order, then ask for `facts`, once.
 
-    A context manager: the unit predictions, which the escape rule reads again, are in a temporary file if there are
-    many. Facts of the targets alone are cached.
+    The escape rule reads the unit predictions again, from a temporary file if there are many. Facts of the targets
+    alone are cached.
     """
 
     def __init__(self, windows: Windows, vectors: Tensor, batch_size: int):
         self.windows, self.vectors, self.batch_size = windows, vectors, batch_size
         self.pool = torch.from_numpy(windows.store.rows(windows.split)).to(vectors.device)
-        self.leading = _leading(windows.store, vectors, min(max(BANDS), windows.store.dim // 2))  # (K, D)
+        self.leading = leading_components(windows.store, vectors, min(max(BANDS), windows.store.dim // 2))
         self.bands = [k for k in BANDS if k <= len(self.leading)]
         self.moments = _Moments(vectors, self.pool)
         self.norms, self.copied, self.weights = [], [], []
-        self.units = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (closed by __exit__)
-
-    def __enter__(self) -> Gathering:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.units.close()
+        self.units = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 (closed by `facts`)
 
     def add(self, raw: Tensor, unit: Tensor, products: Products) -> None:
         """The next windows' raw and unit predictions (B, D)."""
@@ -149,7 +122,8 @@ class Gathering:
         facts |= {"norm": float(norm.mean()), "norm spread": float(norm.std(correction=0))}
         facts["copying ratio"] = float(own.mean()) / copied
         facts["weights"] = weight[:, 0].mean(0).tolist()
-        return facts | self._escape(weight.numpy())
+        with self.units:
+            return facts | self._escape(weight.numpy())
 
     def _of_targets(self) -> tuple[dict[str, float], float]:
         """The facts of `_Moments` of the targets, and their mean best cosine to the context."""
@@ -159,14 +133,6 @@ class Gathering:
             moments.add(truth)
             copied.append((F.normalize(context, dim=-1) @ truth[..., None])[..., 0].amax(1))
         return moments.facts(), float(torch.cat(copied).cpu().double().mean())
-
-    def _predictions(self) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """Index (B,) and unit predictions (B, D), as they were added."""
-        dim = self.windows.store.dim
-        self.units.seek(0)
-        for index in index_batches(self.windows, self.batch_size):
-            read = bytearray(self.units.read(4 * dim * len(index)))
-            yield index, torch.frombuffer(read, dtype=torch.float32).view(-1, dim).to(self.vectors.device)
 
     def _escape(self, weight: np.ndarray) -> dict:
         """The rule of the module's docstring; `weight` (N, K, T)."""
@@ -197,8 +163,11 @@ class Gathering:
         windows, articles, device = self.windows, Articles(self.windows, self.vectors), self.vectors.device
         components, weights = (x.float().to(device) for x in (self.leading, torch.from_numpy(negative)))
         effect = np.zeros((len(bands), 3, len(windows)))
-        for index, unit in self._predictions():
+        self.units.seek(0)
+        for index in windows.indices(self.batch_size):
             context, target = windows.batch(index, self.vectors)
+            read = bytearray(self.units.read(4 * target.numel()))
+            unit = torch.frombuffer(read, dtype=torch.float32).view_as(target).to(device)
             mended = [unit]
             for band, w in zip(bands, weights, strict=True):
                 rest = context - (context @ components[:band].T) @ components[:band]
@@ -228,10 +197,9 @@ class _Moments(Moments):
     """Moments of unit vectors, predictions or targets, and how often each chunk is a neighbour of one."""
 
     def __init__(self, vectors: Tensor, pool: Tensor):
-        device = vectors.device
-        super().__init__(vectors.shape[1], torch.device("cpu") if device.type == "mps" else device)
+        super().__init__(vectors.shape[1], vectors.device)
         self.vectors, self.pool = vectors, pool
-        self.counts = torch.zeros(len(pool), dtype=torch.long, device=device)
+        self.counts = torch.zeros(len(pool), dtype=torch.long, device=vectors.device)
 
     def add(self, unit: Tensor) -> None:
         super().add(unit)
@@ -245,13 +213,8 @@ class _Moments(Moments):
 def leading_components(store: Store, vectors: Tensor, count: int) -> Tensor:
     """(count, D) orthonormal leading directions of the store's second moment (not centred: the mean is among them).
 
-    Of all splits, since they reveal no target; from an even sample of at most SAMPLE rows.
+    In float64 on the CPU. Of all splits, since they reveal no target; from an even sample of at most SAMPLE rows.
     """
-    return _leading(store, vectors, count).float().to(vectors.device)
-
-
-def _leading(store: Store, vectors: Tensor, count: int) -> Tensor:
-    """`leading_components` in float64, on the CPU."""
 
     def compute() -> Tensor:
         total = len(store.vectors)

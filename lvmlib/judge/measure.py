@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import LVMError
+from ..evaluate import evaluating
 from ..models import Predictor, device_of
 from ..ranking import NUMBERS, TIE, Articles, among_context
 from ..windows import Windows, on_device
 from .cache import cached, predictor_key, windows_key
-from .health import Gathering, Products, context_weights, evaluating, index_batches
+from .health import Gathering, Products, context_weights
 
 PRECISIONS = ("float32", "bfloat16")
 OFFSETS = tuple(range(-8, 6))  # of the sweep, in chunks around the target, in reading direction
@@ -71,7 +72,9 @@ class Measurements:
     def __getitem__(self, name: str) -> np.ndarray:
         """(N,) by the names of the columns that `score` gives."""
         columns = {key: getattr(self, key) for key in ("article", "target", "loss", "cosine")}
-        return (columns | {f"{kind} rank": self.ranks[kind] for kind in ("novel", "possible")})[name]
+        for kind in ("novel", "possible"):
+            columns |= {f"{kind} rank": self.ranks[kind], f"{kind} MRR": 1 / self.ranks[kind]}
+        return columns[name]
 
     def at(self, offsets) -> np.ndarray:
         """(N, K) cosines at some of OFFSETS."""
@@ -85,17 +88,17 @@ def ablations(length: int) -> tuple[str, ...]:
 
 
 def judge(
-    model: Predictor, windows: Windows, precision: str | None = None, progress: Progress | None = None
+    model: Predictor, windows: Windows, precision: str = "float32", progress: Progress | None = None
 ) -> tuple[Measurements, dict]:
     """`measure` and `health` from the same passes of the model. `progress` gets the number of windows of each batch.
 
     Results of a baseline (`cache.predictor_key`) are cached for the next model on these windows.
     """
-    known, precision = predictor_key(model), check_precision(precision)
+    known = predictor_key(model)
 
     def compute() -> tuple[Measurements, dict]:
-        with Gathering(windows, on_device(windows.store, device_of(model)), _batch_size(model)) as gathering:
-            return measure(model, windows, None, precision, gathering, progress), gathering.facts()
+        gathering = Gathering(windows, on_device(windows.store, device_of(model)), _batch_size(model))
+        return measure(model, windows, None, precision, gathering, progress), gathering.facts()
 
     if known is None:
         return compute()
@@ -104,23 +107,18 @@ def judge(
 
 @torch.no_grad()
 def score(model: Predictor, windows: Windows, batch_size: int = 512) -> pd.DataFrame:
-    """The figures that need one pass of the model: article, target, loss, cosine, novel rank, possible rank."""
+    """The figures that need one pass of the model: article, target, loss, cosine; rank and MRR, novel and possible."""
     articles, parts = Articles(windows, on_device(windows.store, device_of(model))), []
     with evaluating(model):
-        for index in index_batches(windows, batch_size):
+        for index in windows.indices(batch_size):
             context, target = windows.batch(index, articles.vectors)
             raw, unit, ranker = _finite_heads(model, context, windows, index)
             _, (novel,), (possible,) = articles.ranks(ranker[None], index)
             figures = {"loss": (raw - target).square().mean(1), "cosine": F.cosine_similarity(unit, target, dim=-1)}
             parts.append(figures | {"novel rank": novel, "possible rank": possible})
-    return pd.DataFrame(_joined(parts)).astype(float).assign(article=windows.article, target=windows.target)
-
-
-def check_precision(name: str | None) -> str:
-    """`name`, float32 for None. Raises LVMError for an unknown one."""
-    if name not in (None, *PRECISIONS):
-        raise LVMError(f"precision {name!r}: unknown; known: {', '.join(PRECISIONS)}, or none for float32")
-    return name or "float32"
+    frame = pd.DataFrame(_joined(parts)).astype(float)
+    inverse = {f"{kind} MRR": 1 / frame[f"{kind} rank"] for kind in ("novel", "possible")}
+    return frame.assign(article=windows.article, target=windows.target, **inverse)
 
 
 class _Predictions(NamedTuple):
@@ -138,20 +136,22 @@ def measure(
     model: Predictor,
     windows: Windows,
     batch_size: int | None = None,
-    precision: str | None = None,
+    precision: str = "float32",
     gathering: Gathering | None = None,
     progress: Progress | None = None,
 ) -> Measurements:
     """Measure every figure of every window, and feed `gathering` with every batch.
 
-    `precision`: bfloat16 runs the model's passes under autocast; all else, and the default, is float32. `batch_size`
-    depends on the device by default. Raises LVMError where the model predicts NaN.
+    `precision`: bfloat16 runs the model's passes under autocast; all else is float32. `batch_size`
+    depends on the device by default. Raises LVMError for another precision, and where the model predicts NaN.
     """
-    device, cut, rough = device_of(model), windows_key(windows), check_precision(precision) == "bfloat16"
+    if precision not in PRECISIONS:
+        raise LVMError(f"precision {precision!r}: unknown; known: {', '.join(PRECISIONS)}")
+    device, cut, rough = device_of(model), windows_key(windows), precision == "bfloat16"
     vectors = on_device(windows.store, device) if gathering is None else gathering.vectors
     articles, parts, variants = Articles(windows, vectors), [], {}
     with evaluating(model):
-        for index in index_batches(windows, batch_size or _batch_size(model)):
+        for index in windows.indices(batch_size or _batch_size(model)):
             context, target = windows.batch(index, vectors)
             key = "negatives", *cut, int(index[0]), len(index)
             order, others = cached(key, lambda i=index: negatives(windows, i, SEED, NEGATIVES))

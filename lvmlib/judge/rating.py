@@ -18,6 +18,7 @@ from ..statistics import few
 from .arrow import Arrow
 from .fivecat import Report
 from .gates import UNTRAINED
+from .table import row_text, side
 
 # What the original called healthy and successful.
 RHO_TOLERANCE = 0.05
@@ -140,12 +141,10 @@ CONDITIONS = (  # name, gate and measure, threshold; the value must be above the
 def verdict(version: Version, history: pd.DataFrame, report: Report) -> Verdict:
     """Return the original's success conditions, and the decision that follows.
 
-    Margin and cosine are of validation; a gate counts where it passes on validation and on OOD. The margin is gate A's
-    with the target at offset 0, not the one read late.
-
-    The rule for A, B and C is ours, since the original left it to judgement. On failure: none of them where the cosine
-    is not above a constant's; else **A** (a slower ramp) where the per-epoch margin rose by 0.01 or more; else **B** (a
-    fixed λ) where the control kept λ below half of its ceiling on average; else **C** (data with a known forward bias).
+    Margin (gate A's, not the late one) and cosine are of validation; a gate counts where it passes on validation and
+    OOD. The rule for the options is ours. On failure: none where the cosine is not above a constant's; else **A** (a
+    slower ramp) where the margin rose by 0.01 or more over the epochs; else **B** (a fixed λ) where λ was below half of
+    its ceiling on average; else **C** (data with a known forward bias).
     """
     report, conditions = report.original, []
     predictors = report.table["predictor"].unique()
@@ -229,11 +228,10 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
     """Return the conclusion of the calibrated report, from all its splits but train (if it has others).
 
     By novel MRR minus that of the best baseline, on the same windows. *knowledge*: its interval is above 0 on every
-    split, also among possible targets alone (a model may only know openings, which are no targets). *knowledge, and
-    escape*: so, but on a split `health` finds that the margin of its point comes from leaving the context. Else
-    *collapsed*: the variance of predictions is below a tenth of that of targets on every split. Else *escape*: named so
-    on a split (`Report.escapes`), and above the baselines on none. Else *below arithmetic* where the interval is below
-    0 on a split, otherwise *not told apart*.
+    split, also among possible targets alone (a model may only know openings). *knowledge, and escape*: so, but `health`
+    finds escape on a split. Else *collapsed*: the predictions' variance is below a tenth of the targets' on every
+    split. Else *escape*: `Report.escapes` on a split, and above the baselines on none. Else *below arithmetic* where
+    the interval is below 0 on a split, otherwise *not told apart*.
     """
     splits = [s for s in report.splits if s != "train"] or report.splits
     facts = {split: report.facts[split, "model"] for split in splits}
@@ -255,21 +253,12 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
     return Reading(label, f"{label.capitalize()}: {LABELS[label]}.", sentences)
 
 
-def _side(row: Mapping, above: str, below: str, neither: str) -> str:
-    """The word for the side of 0 on which the interval of `row` lies."""
-    return above if row["low"] > 0 else below if row["high"] < 0 else neither
-
-
-def _figure(row: Mapping, key: str = "value", form: str = "+.3f") -> str:
-    return f"{row[key]:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
-
-
 def _ranks(report: Report, split: str) -> tuple[str, str]:
     """The outcome on a split, "above", "openings", "below" or "open", and the sentence about it."""
     best, rival = (report.best_trivial(column, split) for column in ("novel MRR", "possible MRR"))
     against = report.paired("novel MRR", split, "model", best)
     possible = report.paired("possible MRR", split, "model", rival)
-    outcome = _side(against, "above", "below", "open")
+    outcome = side(against, "above", "below", "open")
     if outcome == "above" and not possible["low"] > 0:
         outcome = "openings"
     openings = "; it may only recognise openings, which are never a target" if outcome == "openings" else ""
@@ -277,20 +266,20 @@ def _ranks(report: Report, split: str) -> tuple[str, str]:
     caution = few(report.frames[split, "model"]["article"])
     return outcome, (
         f"On {split} ({mrr['articles']} articles, {mrr['windows']} windows{'; ' + caution if caution else ''}) the "
-        f"novel MRR is {_figure(mrr, form='.3f')}, chance {mrr['chance']:.3f}, {_figure(against)} against {best} "
-        f"(among possible targets alone {_figure(possible)} against {rival}{openings}); "
-        f"the novel margin is {_figure(margin)}."
+        f"novel MRR is {row_text(mrr, form='.3f')}, chance {mrr['chance']:.3f}, {row_text(against)} against {best} "
+        f"(among possible targets alone {row_text(possible)} against {rival}{openings}); "
+        f"the novel margin is {row_text(margin)}."
     )
 
 
 def _order(report: Report, split: str) -> str:
     order = report.row("shuffled, novel MRR", split)
-    used = _side(order, "raises", "lowers", "does not significantly change")
+    used = side(order, "raises", "lowers", "does not significantly change")
     simple = report.best_trivial("mean rollout", split, UNTRAINED)
     rolled = report.paired("mean rollout", split, "model", simple)
     return (
         f"Shuffling the context {used} novel MRR ({order['value']:+.3f}). The rollout is "
-        f"{_side(rolled, 'above', 'below', 'not significantly different from')} the better of copying and averaging "
+        f"{side(rolled, 'above', 'below', 'not significantly different from')} the better of copying and averaging "
         f"({rolled['value']:+.3f} in mean cosine); the mean cosine of two steps is "
         f"{report.value('similarity of steps', split):.2f}."
     )
@@ -311,7 +300,7 @@ def _arrow(arrow: Arrow) -> str:
     words = {"none": "no direction", "forward": "a forward direction", "backward": "a backward direction"}
     return (
         f"Arrow of time, over {row['seeds']} seeds and {row['articles']} articles: {words[arrow.declared]}; forward "
-        f"− backward in novel MRR, less copying's own, is {_figure(row, 'difference')}"
+        f"− backward in novel MRR, less copying's own, is {row_text(row, 'difference')}"
         + (f" ({arrow.caution})." if arrow.caution else ".")
     )
 

@@ -2,15 +2,11 @@
 
 Axes: N windows, B batch, S samples, T context length, D vector dimension.
 
-**Energy score** (`losses.energy`), strictly proper: spread and place in one figure, fair to independent draws only.
-
+**Energy score** (`losses.energy`): strictly proper, fair to independent draws only.
 **Spread ratio**, E‖x − x'‖ / E‖x − y‖: 1 where the truth y is one more draw, less where samples are too narrow or in
 the wrong place, more where they are too wide.
-
-**Ranks** of the truth among the samples, flat where it is one more of them (Gneiting et al., TEST 17, 2008). By
-*distance*: the number of members with a smaller mean distance from all others; high ranks prevail where samples are too
-narrow or in the wrong place, low ranks where they are too wide. By *direction*: the place along a random direction of
-each window; a U where they are too narrow, a hill where they are too wide. A rank r of 1 … S+1 becomes
+**Ranks** of the truth among the samples (Gneiting et al., TEST 17, 2008), by *distance* (the mean distance from all
+others) or *direction* (the place along a random direction of each window). A rank r of 1 … S+1 becomes
 u = (r − V) / (S + 1) with V uniform in [0, 1): u is uniform where truth and samples are exchangeable.
 """
 
@@ -28,11 +24,12 @@ from torch import Tensor
 
 from ..baselines import Weighted, fit_weights
 from ..errors import LVMError
+from ..evaluate import evaluating
 from ..losses import distances
 from ..models import Predictor, device_of
-from ..statistics import effective_articles, over_articles, paired
+from ..statistics import effective_articles, over_articles
 from ..windows import Windows, on_device
-from .health import evaluating
+from .table import row_text, side, with_interval
 
 SAMPLES = 39  # with the truth 40 places in the order
 TIE = 1e-6  # distances nearer than this are equal
@@ -128,8 +125,8 @@ def place(order: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """The result of `spread`. `table`: split, forecast, measure, value, low, high (95 % over articles), chance (of a
-    calibrated forecast), windows, articles. `frames`: from `measure`, by (split, forecast)."""
+    """The result of `spread`. `table`: split, forecast, measure, chance (of a calibrated forecast), value, low, high
+    (95 % over articles), windows, articles. `frames`: from `measure`, by (split, forecast)."""
 
     table: pd.DataFrame
     frames: dict[tuple[str, str], pd.DataFrame]
@@ -157,7 +154,7 @@ def spread(model: Predictor, splits: Mapping[str, Windows], compare: Mapping[str
     rows = [{"split": s, "forecast": n, **row} for (s, n), frame in frames.items() for row in summarise(frame)]
     for (split, name), frame in frames.items():
         if name != "model":
-            less = paired(frames[split, "model"]["energy"], frame["energy"], frame["article"])
+            less = frames[split, "model"]["energy"] - frame["energy"]
             rows.append({"split": split, "forecast": "model", **_row(f"energy score less {name}", less, frame, 0.0)})
     return Spread(pd.DataFrame(rows), frames)
 
@@ -165,38 +162,35 @@ def spread(model: Predictor, splits: Mapping[str, Windows], compare: Mapping[str
 def summarise(frame: pd.DataFrame) -> list[dict]:
     """Rows of one `measure` frame: measure, value, low, high over articles, chance, windows, articles.
 
-    The spread ratio θ = a / b is of means; its interval is that of θ + (aᵢ − θ bᵢ) / b (delta method). Coverage: the
-    share of truths in the inner part of the samples, by distance. KS: as `kolmogorov`; its `chance` √(π/2) · ln 2 / √n,
-    is the mean of Kolmogorov's distribution for n effective articles, about the most that calibrated ranks have.
+    The interval of the spread ratio θ = a / b of means is that of θ + (aᵢ − θ bᵢ) / b (delta method). Coverage: the
+    share of truths in the inner part of the samples, by distance. The `chance` of KS (`kolmogorov`) is the mean of
+    Kolmogorov's distribution for n effective articles, √(π/2) · ln 2 / √n.
     """
     article = frame["article"].to_numpy()
     off, apart = frame["off"].to_numpy(), frame["apart"].to_numpy()
     ratio = apart.mean() / off.mean()
     rows = [
-        _row("energy score", over_articles(frame["energy"], article), frame),
-        _row("spread ratio", over_articles(ratio + (apart - ratio * off) / off.mean(), article), frame, 1.0),
+        _row("energy score", frame["energy"], frame),
+        _row("spread ratio", ratio + (apart - ratio * off) / off.mean(), frame, 1.0),
+        *(_row(f"covered by the inner {p:.0%}", frame["distance"] <= p, frame, p, share=True) for p in COVERED),
     ]
-    for part in COVERED:
-        inside = over_articles(frame["distance"] <= part, article, share=True)
-        rows.append(_row(f"covered by the inner {part:.0%}", inside, frame, part))
     chance = np.sqrt(np.pi / 2) * np.log(2) / np.sqrt(max(effective_articles(article), 1.0))
     for name in ("distance", "direction"):
-        rows.append(_row(f"KS of ranks by {name}", kolmogorov(frame[name], article), frame, min(chance, 1.0)))
+        rows.append(_row(f"KS of ranks by {name}", kolmogorov(frame[name]), frame, min(chance, 1.0)))
     return rows
 
 
-def kolmogorov(u, article) -> tuple[float, float, float]:
-    """Largest gap |share at or below u − u| of ranks `u` (N,) in (0, 1), and the interval of the gap at that u."""
+def kolmogorov(u) -> np.ndarray:
+    """(N,) whose mean is the largest gap |share at or below u − u| of ranks `u` (N,) in (0, 1)."""
     u = np.asarray(u, float)
     at = np.sort(u)
     high, low = np.arange(1, len(at) + 1) / len(at) - at, at - np.arange(len(at)) / len(at)
     sign, where = (1, at[high.argmax()]) if high.max() >= low.max() else (-1, np.nextafter(at[low.argmax()], 0))
-    return over_articles(sign * ((u <= where) - where), article)
+    return sign * ((u <= where) - where)
 
 
-def _row(name: str, interval: tuple, frame: pd.DataFrame, chance: float = float("nan")) -> dict:
-    figures = dict(zip(("value", "low", "high"), interval, strict=True))
-    return {"measure": name, **figures, "chance": chance, "windows": len(frame), "articles": frame["article"].nunique()}
+def _row(name: str, values, frame: pd.DataFrame, chance: float = float("nan"), share: bool = False) -> dict:
+    return {"measure": name, "chance": chance, **with_interval(values, frame["article"], share)}
 
 
 def histogram(frame: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -209,31 +203,25 @@ def histogram(frame: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def reading(result: Spread, split: str) -> str:
     """Describe the figures of `model` on a split in words."""
-
-    def side(row: pd.Series, bound: float, low: str, high: str, neither: str) -> str:
-        return low if row["high"] < bound else high if row["low"] > bound else neither
-
     ratio, inner = result.row("spread ratio", split), result.row("covered by the inner 90%", split)
     others = [name for name in result.forecasts if name != "model"]
     best = min(others, key=lambda name: result.row("energy score", split, name)["value"])
     less = result.row(f"energy score less {best}", split)
-    width = side(ratio, 1.0, "narrower than", "wider than", "not significantly different from")
-    covered = side(inner, 0.9, "fewer than the", "more than the", "not significantly different from the")
-    better = side(less, 0.0, "lower (better) than", "higher (worse) than", "not significantly different from")
+    width = side(ratio, "wider than", "narrower than", "not significantly different from", 1.0)
+    covered = side(inner, "more than the", "fewer than the", "not significantly different from the", 0.9)
+    better = side(less, "higher (worse) than", "lower (better) than", "not significantly different from")
     score = result.row("energy score", split)["value"]
     return (
-        f"The samples' spread is {width} the truth's (ratio {ratio['value']:.3f} [{ratio['low']:.3f}, "
-        f"{ratio['high']:.3f}]). Their inner 90 % contain {inner['value']:.1%} [{inner['low']:.1%}, "
-        f"{inner['high']:.1%}] of the truths, {covered} expected 90 %. The energy score, {score:.4f}, is {better} that "
-        f"of the best reference, {best} ({less['value']:+.4f} [{less['low']:+.4f}, {less['high']:+.4f}])."
+        f"The samples' spread is {width} the truth's (ratio {row_text(ratio, form='.3f')}). Their inner 90 % contain "
+        f"{row_text(inner, form='.1%')} of the truths, {covered} expected 90 %. The energy score, {score:.4f}, is "
+        f"{better} that of the best reference, {best} ({row_text(less, form='+.4f')})."
     )
 
 
 class OneSample(Predictor):
     """One sample of a model that has `samples`, as a predictor, for 5CAT.
 
-    The noise follows from `seed` and the set of the context's vectors, not from their order nor the batch. It changes
-    with the last bits of a vector.
+    The noise follows from `seed` and the set of the context's vectors, not from their order nor the batch.
     """
 
     def __init__(self, model: Predictor, seed: int = 0):

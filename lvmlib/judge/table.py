@@ -65,6 +65,24 @@ def with_interval(values, articles, share: bool = False) -> dict:
     return {"value": mean, "low": low, "high": high, **counts}
 
 
+def side(row: Mapping, above: str, below: str, neither: str, null: float = 0.0) -> str:
+    """The word for the side of `null` on which the interval of `row` lies."""
+    return above if row["low"] > null else below if row["high"] < null else neither
+
+
+def signed(figure: tuple[float, float, float], form: str = "+.3f") -> str:
+    """Format a figure and its interval (value, low, high): "+0.012 [-0.003, +0.027]"."""
+    value, low, high = figure
+    if value != value:
+        return "–"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]" if low == low else f"{value:{form}} (no interval)"
+
+
+def row_text(row: Mapping, key: str = "value", form: str = "+.3f") -> str:
+    """`signed` of row[key] and the interval of `row`."""
+    return signed((row[key], row["low"], row["high"]), form)
+
+
 def _row(m: Measurements, gate: str, name: str, values, chance: float = NAN, share: bool = False) -> Row:
     """A row of the report; `share`: the values lie in [0, 1], and are adjusted for chance."""
     interval = with_interval(values, m.article, share)
@@ -78,10 +96,8 @@ def _mean(values, where=slice(None)) -> float:
 
 
 def figure(measured: Measurements | pd.DataFrame, name: str) -> np.ndarray:
-    """(N,) of what two predictors are compared in: novel MRR; possible MRR; 1 of 100 (or hundred); novel margin, ahead;
-    mean rollout; and the columns of `score`, which `measured` may be for the figures that follow from it."""
-    if name in ("novel MRR", "possible MRR"):
-        return 1 / np.asarray(measured[name.replace("MRR", "rank")])
+    """(N,) of what two predictors are compared in: 1 of 100 (or hundred); novel margin, ahead; mean rollout; and the
+    columns of `score`, which `measured` may be for these."""
     if name == "novel margin, ahead":
         return np.asarray(measured.cosine, float) - best_other(measured, [k for k in OFFSETS if k > 0])
     if name == "mean rollout":

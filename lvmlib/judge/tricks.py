@@ -14,7 +14,7 @@ class Flipped(Predictor):
 
     def __init__(self, dim: int, context_length: int, components: Tensor, strength: float):
         super().__init__(dim, context_length)
-        self.register_buffer("components", components)
+        self.register_buffer("components", components.float())
         self.strength = strength
 
     def raw(self, context: Tensor) -> Tensor:

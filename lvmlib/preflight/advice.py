@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..judge.arrow import Arrow
+from ..judge.table import row_text, signed
 from ..statistics import effective_articles, few, over_articles, paired
 from ..windows import SPLITS, Dataset, Windows
 from .arrows import above_chance, beyond, declared, ridge_and_mean
@@ -151,7 +152,7 @@ def _answer_direction(results: Results) -> str:
         row = table.loc[table["order"].idxmax()]  # the first lag with order, or the first lag
         text += (
             f" For two chunks {row['lag']} apart, a small classifier finds which comes first in "
-            f"{_range(row, 'accuracy', '.1%')} of pairs, over {row['articles']} articles; chance is 50 %."
+            f"{row_text(row, 'accuracy', '.1%')} of pairs, over {row['articles']} articles; chance is 50 %."
         )
     if results.arrows:
         text += (
@@ -170,7 +171,8 @@ def _answer_direction(results: Results) -> str:
 
 def _answer_gain(results: Results) -> str:
     g = gain(results)
-    text = f"The best baseline is **{g['best']}**: its novel MRR is {_range(g, 'value')}, chance is {g['chance']:.3f}."
+    mrr = row_text(g, form=".3f")
+    text = f"The best baseline is **{g['best']}**: its novel MRR is {mrr}, chance is {g['chance']:.3f}."
     for name in (g["plain"] if g["best"] == "ridge" else "ridge", TRAINED):
         if ("val", name) in results.scored:
             text += f" {name} − {g['best']}: {signed(results.difference(name, g['best']))}."
@@ -206,7 +208,7 @@ def both_ways(a: Arrow) -> str:
     row = a.table.set_index("measure").loc["novel MRR"]
     included = row["forward"] - row["backward"], row["raw low"], row["raw high"]
     return (
-        f"{_range(row, 'difference', '+.3f')} in novel MRR over {int(row['articles'])} articles with copying's own "
+        f"{row_text(row, 'difference')} in novel MRR over {int(row['articles'])} articles with copying's own "
         f"difference subtracted, {signed(included)} with it included"
     )
 
@@ -322,7 +324,7 @@ def _gain(results: Results, g: dict) -> Rule:
         advice = "Train `p6` in full, and compare versions with a directional loss with it."
         yield "small model gain", f"A small AMN beats {best} within a few steps", f"{why}.", advice
     elif g["low"] <= g["chance"]:
-        why = f"The best baseline, {best}, has a novel MRR of {_range(g, 'value')}; chance is {g['chance']:.3f}."
+        why = f"The best baseline, {best}, has a novel MRR of {row_text(g, form='.3f')}; chance is {g['chance']:.3f}."
         advice = f"Try horizon 1 {_horizon(1)} if it is not; check the order of positions; use other chunks."
         yield "no signal", "The context hardly predicts the target", why, advice
     elif linear[1] == linear[1]:
@@ -397,18 +399,6 @@ def _horizon(value: int) -> str:
     """How to set another horizon in the notebook and in training."""
     training = f"ARGS=\"-y 'overrides: {{horizon: {value}}}' -p run_name horizon{value}\""
     return f"(here `-p horizon {value}`; to train, `{training}`)"
-
-
-def _range(row: Mapping, value: str, form: str = ".3f") -> str:
-    return signed((row[value], row["low"], row["high"]), form)
-
-
-def signed(figure: tuple[float, float, float], form: str = "+.3f") -> str:
-    """Format a figure and its interval (value, low, high): "+0.012 [-0.003, +0.027]"."""
-    value, low, high = figure
-    if value != value:
-        return "–"
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]" if low == low else f"{value:{form}} (no interval)"
 
 
 def _count(number: float) -> str:

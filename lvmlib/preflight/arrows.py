@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 
 from ..baselines import STRENGTHS, Linear, Sums, Weighted, least_squares, untrained
 from ..errors import LVMError
-from ..judge.arrow import MEASURES, Arrow, compared, figures, shared
+from ..judge.arrow import Arrow, compared, shared
+from ..judge.measure import score
 from ..models import Predictor
 from ..statistics import over_articles, paired
 from ..windows import DIRECTIONS, Dataset, Windows
@@ -38,7 +40,7 @@ def crossed_arrows(forward: Dataset, backward: Dataset, folds: int = 5) -> dict[
     fold = np.searchsorted(used, article) % folds  # (N,)
     fits = [_fit_folds(windows, used, folds) for windows in every]
     copy_last = untrained(forward.store.dim, forward.train.context_length)["copy last"]
-    copied, chance, arrows = [figures(copy_last, test) for test in tests], chance_mrr(tests[0]), {}
+    copied, chance, arrows = [score(copy_last, test) for test in tests], chance_mrr(tests[0]), {}
     for name in fits[0][0]:
         judged = [_judge([f[name] for f in fit], test, fold) for fit, test in zip(fits, tests, strict=True)]
         above = [over_articles(way["novel MRR"] - chance, article)[1] for way in judged]
@@ -48,14 +50,11 @@ def crossed_arrows(forward: Dataset, backward: Dataset, folds: int = 5) -> dict[
     return arrows
 
 
-def _judge(predictors: Sequence[Predictor], windows: Windows, fold: np.ndarray) -> dict[str, np.ndarray]:
-    """`figures` of each window by the predictor of its fold (N,)."""
-    found = {measure: np.empty(len(windows)) for measure in MEASURES}
-    for number, predictor in enumerate(predictors):
-        part = figures(predictor, replace(windows, start=windows.start[fold == number]))
-        for measure in MEASURES:
-            found[measure][fold == number] = part[measure]
-    return found
+def _judge(predictors: Sequence[Predictor], windows: Windows, fold: np.ndarray) -> pd.DataFrame:
+    """The `score` of each window by the predictor of its fold (N,)."""
+    places = [np.flatnonzero(fold == number) for number in range(len(predictors))]
+    parts = [score(p, replace(windows, start=windows.start[at])) for p, at in zip(predictors, places, strict=True)]
+    return pd.concat(parts).set_axis(np.concatenate(places)).sort_index()
 
 
 def _fit_folds(windows: Windows, used: np.ndarray, folds: int) -> list[dict[str, Predictor]]:
@@ -87,8 +86,7 @@ def ridge_and_mean(arrows: Mapping[str, Arrow]) -> list[np.ndarray]:
 def beyond(arrows: Mapping[str, Arrow]) -> tuple[float, float, float]:
     """Ridge's forward − backward minus the weighted mean's, window by window, in novel MRR: value, low, high.
 
-    The weighted mean knows no direction, but gains one way where chunks grow noisier along every article. With many
-    articles ridge learns to average, too.
+    The weighted mean knows no direction, but gains one way where chunks grow noisier along every article.
     """
     return paired(*ridge_and_mean(arrows), arrows["ridge"].article)
 

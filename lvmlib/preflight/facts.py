@@ -103,8 +103,8 @@ def unused(data: Dataset) -> float:
 
 
 def vector_facts(store: Store) -> dict[str, float]:
-    """Count the chunks, and their vectors that are not finite, zero, not unit (norm off by more than 0.01), or equal to
-    an earlier one bit by bit. Also: least norm, greatest norm, still (number of constant dimensions)."""
+    """Count the chunks, the vectors that equal an earlier one bit by bit, and the constant dimensions (still); and the
+    least and the greatest norm."""
     norms, hashes = [], []
     low, high = np.full(store.dim, np.inf), np.full(store.dim, -np.inf)
     for _, block in blocks(store.vectors):
@@ -113,14 +113,10 @@ def vector_facts(store: Store) -> dict[str, float]:
         norms.append(np.linalg.norm(block, axis=1))
         low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
     norm = np.concatenate(norms)
-    finite = norm[np.isfinite(norm)]
     return {
         "chunks": len(norm),
-        "not finite": len(norm) - len(finite),
-        "zero": int((finite == 0).sum()),
-        "not unit": int((np.abs(finite - 1) > 0.01).sum()),
-        "least norm": float(finite.min()),
-        "greatest norm": float(finite.max()),
+        "least norm": float(norm.min()),
+        "greatest norm": float(norm.max()),
         "equal": len(norm) - len(np.unique(np.concatenate(hashes))),
         "still": int((high - low <= 1e-6).sum()),
     }
@@ -207,7 +203,7 @@ def trivial_report(data: Dataset, predictors: Mapping[str, Predictor]) -> Report
     cut = {"val": data.val, "ood": data.ood}
     judged = {(split, name): judge(p, w) for name, p in predictors.items() for split, w in cut.items()}
     frames, facts = ({key: both[i] for key, both in judged.items()} for i in range(2))
-    return Report.of("calibrated", frames, facts, horizon=data.val.horizon, context_length=data.val.context_length)
+    return Report("calibrated", frames, facts, data.val.horizon, data.val.context_length)
 
 
 class _WithNeighbours(Windows):
@@ -237,8 +233,7 @@ def peeked(windows: Windows, predictors: Mapping[str, Predictor]) -> pd.DataFram
     windows = replace(windows, start=windows.start[inside])
     bracketed, vectors, parts = _WithNeighbours(**vars(windows)), torch.from_numpy(store.vectors), []
     articles = Articles(bracketed, vectors)
-    for first in range(0, len(windows), 512):
-        index = np.arange(first, min(first + 512, len(windows)))
+    for index in windows.indices(512):
         context, _ = windows.batch(index, vectors)
         beside = torch.from_numpy(bracketed.context_rows(index)[:, -2:])
         sides = torch.nn.functional.normalize(vectors[beside].float().mean(1), dim=-1)
@@ -254,14 +249,11 @@ def peeked(windows: Windows, predictors: Mapping[str, Predictor]) -> pd.DataFram
 
 
 def scores(data: Dataset, predictors: Mapping[str, Predictor]) -> dict[tuple[str, str], pd.DataFrame]:
-    """`fivecat.score` of each predictor on validation and OOD, by (split, predictor), with novel MRR and its chance."""
-    scored = {}
-    for split in ("val", "ood"):
-        chance = chance_mrr(getattr(data, split))
-        for name, predictor in predictors.items():
-            frame = score(predictor, getattr(data, split))
-            scored[split, name] = frame.assign(**{"novel MRR": 1 / frame["novel rank"], "chance": chance})
-    return scored
+    """`fivecat.score` of each predictor on validation and OOD, by (split, predictor), with novel MRR's chance level."""
+    chance = {split: chance_mrr(getattr(data, split)) for split in ("val", "ood")}
+    return {
+        (s, n): score(p, getattr(data, s)).assign(chance=c) for s, c in chance.items() for n, p in predictors.items()
+    }
 
 
 def chance_mrr(windows: Windows) -> np.ndarray:

@@ -64,12 +64,9 @@ def order_probe(
     principal components of the training chunks. It is antisymmetric without intercept, so chance is exactly ½. u and B
     come from logistic regression with a ridge penalty, chosen by log-loss on every fifth training article, left out.
 
-    It detects a drift along the article (u), and a turning that is the same in all articles (B; k = 0: u alone). It
-    does not detect order relative to an article's own topic (`converging` is at chance), nor at other lags. Above ½ the
-    vectors carry their order, which may not help to predict the next chunk; at ½ a larger model may still find it.
-
-    Pairs never cross articles or gaps in position. Raises LVMError for the same split twice, fewer than 5 training
-    articles with pairs, 50 training pairs, or 2 test articles.
+    It detects a drift along the article (u), and a turning that is the same in all articles (B; k = 0: u alone), but
+    not order relative to an article's own topic, nor at other lags. Raises LVMError for the same split twice, fewer
+    than 5 training articles with pairs, 50 training pairs, or 2 test articles.
     """
     if train == test:
         raise LVMError(f"order_probe: train and test are both {train!r}; articles must be disjoint")

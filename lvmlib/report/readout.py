@@ -17,7 +17,7 @@ from IPython.display import HTML
 from torch import Tensor
 
 from ..errors import LVMError
-from ..judge.health import evaluating
+from ..evaluate import evaluating
 from ..models import Predictor, device_of
 from ..ranking import TIE
 from ..text import slice as wikipedia

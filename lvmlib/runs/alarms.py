@@ -9,7 +9,7 @@
 | control | the control of the directional loss decides nothing: λ at one end of its range, or 0, all through an epoch |
 
 A resumed run has the same rows, and so the same alarms. Only a broken step leaves no row: run.yaml keeps its alarm.
-Each other kind has one alarm, for the first epoch that it is true of; its text names the others.
+Each other kind has one alarm, for the first epoch that it is true of; its text counts the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..config import Version
-from ..errors import LVMError
 from ..evaluate import COLLAPSED
 from ..loop import StepBroke
 from ..losses import names
@@ -68,22 +67,11 @@ def alarms(version: Version, history: Rows, steps: Rows, batches: int, broken: S
     out = list(broken)
     for kind, found in _findings(version, history, steps).items():
         if found:
-            epochs = [int(epoch) for epoch, _, _ in found]
-            _, what, do = found[0]
-            others = f"; so in {_spans(epochs)}" if len(epochs) > 1 else ""
-            out.append(Alarm(epochs[0], epochs[0] * batches, kind, what + others, do))
+            (epoch, what, do), *others = ((int(epoch), *words) for epoch, *words in found)
+            if others:
+                what += f"; so in {len(found)} epochs, the last is {others[-1][0]}"
+            out.append(Alarm(epoch, epoch * batches, kind, what, do))
     return sorted(out, key=lambda a: (a.step, a.kind))
-
-
-def read_broken(record: Mapping, where: str) -> list[Alarm]:
-    """The alarms of kind `broken` in run.yaml's record. Raises LVMError if the entry does not hold alarms."""
-    try:
-        listed = [Alarm(**a) for a in record.get("alarms") or []]
-        if not all(list(map(type, a)) == [int, int, str, str, str] for a in listed):
-            raise TypeError("epoch and step are whole numbers, kind, what and do texts")
-    except (TypeError, AttributeError) as e:
-        raise LVMError(f"{where}: `alarms` cannot be read ({e}); restore the file, or remove the key") from e
-    return [a for a in listed if a.kind == "broken"]
 
 
 def due(version: Version, history: Rows, steps: Rows) -> str:
@@ -102,18 +90,6 @@ def short(found: Iterable[Alarm]) -> str:
     """All alarms in a few words: kinds and where each began; empty if there is none."""
     words = {True: "broken at epoch {0}, step {1}", False: "{2} from epoch {0}, step {1} on"}
     return "; ".join(words[a.kind == "broken"].format(*a) for a in found)
-
-
-def _spans(epochs: Sequence[int]) -> str:
-    """[3, 4, 5, 9] → 'epochs 3 to 5 and 9'."""
-    spans: list[list[int]] = []
-    for epoch in epochs:
-        if spans and spans[-1][-1] == epoch - 1:
-            spans[-1] = [spans[-1][0], epoch]
-        else:
-            spans.append([epoch])
-    *most, last = (" to ".join(map(str, s)) for s in spans)
-    return f"epochs {', '.join(most)} and {last}" if most else f"epochs {last}"
 
 
 # The rules
@@ -229,29 +205,26 @@ def explain(version: Version, broke: StepBroke) -> Alarm:
     step, result = broke.step, broke.result
     if broke.before is not None and not math.isfinite(broke.before.gradient_norm):
         step, result = step - 1, broke.before
-    loss, norm, terms = result.values["loss"], float(result.gradient_norm), names(version.losses)
     figures = {"learning rate": result.learning_rate, **result.values, **result.shares}
-    shown = ("learning rate", *terms, "lambda_eff", "pos", "neg", "escape")
-    where = f"at epoch {broke.epoch}, step {step} ({', '.join(f'{k} {figures[k]:.4g}' for k in shown)})"
-    if not math.isfinite(loss):
-        wrong = next((name for name in (*terms, "lambda_eff") if not math.isfinite(figures[name])), "their sum")
-        what = f"the loss is {loss} {where}; not finite is first {wrong}"
-    elif not math.isfinite(norm):
-        what = f"the gradient's norm is {norm} {where}; the loss was still {loss:.4g}"
-    else:
-        what = f"the weights are not finite {where}; the loss was still {loss:.4g}"
+    figures["gradient norm"] = float(result.gradient_norm)
+    checked = (*names(version.losses), "lambda_eff", "loss", "gradient norm")
+    wrong = next((f"{k} is {figures[k]}" for k in checked if not math.isfinite(figures[k])), "a weight is not finite")
+    shown = {k: figures[k] for k in ("learning rate", *checked, "pos", "neg", "escape")}
+    alarm = _broken(broke.epoch, step, wrong, shown)
     if broke.weights:
-        what += f"; {len(broke.weights)} tensors of the weights are not finite, the first {broke.weights[0]}"
-    return Alarm(broke.epoch, step, "broken", what, DO_BROKEN)
+        more = f"; {len(broke.weights)} tensors of the weights are not finite, the first {broke.weights[0]}"
+        alarm = alarm._replace(what=alarm.what + more)
+    return alarm
 
 
 def check_validation(epoch: int, step: int, means: Mapping[str, float], validated: Mapping[str, float]) -> Alarm | None:
     """The alarm for a validation figure that is not finite (`val_energy` of a version that has none is NaN)."""
-    checked = {k: x for k, x in validated.items() if k not in SPREAD}
-    wrong = next((k for k, x in checked.items() if not math.isfinite(x) and k != "val_energy"), None)
-    if wrong is None:
-        return None
-    checked = {"learning rate": means["learning_rate"], "train_loss": means["train_loss"], **checked}
-    values = ", ".join(f"{k} {x:.4g}" for k, x in checked.items())
-    what = f"{wrong} is {checked[wrong]} after epoch {epoch}, step {step} ({values})"
-    return Alarm(epoch, step, "broken", what, DO_BROKEN)
+    figures = {k: x for k, x in validated.items() if k not in SPREAD}
+    wrong = [f"{k} is {x}" for k, x in figures.items() if not math.isfinite(x) and k != "val_energy"]
+    shown = {"learning rate": means["learning_rate"], "train_loss": means["train_loss"], **figures}
+    return _broken(epoch, step, wrong[0], shown) if wrong else None
+
+
+def _broken(epoch: int, step: int, wrong: str, shown: Mapping[str, float]) -> Alarm:
+    values = ", ".join(f"{k} {x:.4g}" for k, x in shown.items())
+    return Alarm(epoch, step, "broken", f"{wrong} at epoch {epoch}, step {step} ({values})", DO_BROKEN)

@@ -43,11 +43,11 @@ def read(path: Path, identity: str, device: torch.device | str) -> dict:
     limits.check_state(path)
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        of_this_run = saved["identity"] == identity
     except Exception as e:  # whatever a damaged file makes of torch.load
         raise LVMError(f"{path}: cannot be read ({type(e).__name__}); {RESTORE}") from e
-    if not of_this_run:
-        raise LVMError(f"{path}: is a checkpoint of another run; {RESTORE}")
+    with fitting(path):
+        if saved["identity"] != identity:
+            raise ValueError("it is of another run")
     return saved
 
 
@@ -63,11 +63,12 @@ def load(path: Path, state: TrainState, saved: Mapping, everything: bool = True)
 
 @contextlib.contextmanager
 def fitting(path: Path) -> Iterator[None]:
-    """Turn any error of torch or pandas inside, for another shape or type, into an LVMError."""
+    """Turn any error inside, for another shape, type or run, into an LVMError."""
     try:
         yield
     except Exception as e:
-        raise LVMError(f"{path}: does not fit this run ({format_error(e)}); {RESTORE}") from e
+        why = f"{e}" if type(e) is ValueError else format_error(e)
+        raise LVMError(f"{path}: does not fit this run ({why}); {RESTORE}") from e
 
 
 class Saved(NamedTuple):
@@ -137,15 +138,17 @@ def save_best(place: Path, model: torch.nn.Module, identity: str, epoch: int) ->
 def load_best(place: Path, model: torch.nn.Module, record: Mapping, epochs: pd.DataFrame) -> None:
     """Load best.safetensors into `model`. Raises LVMError as `check_best`, or if it does not fit."""
     check_best(place, record, epochs)
-    with _weights_of_this_run(place) as path:
+    path = place / "best.safetensors"
+    with fitting(path):
         model.load_state_dict(safetensors.torch.load_file(path))
 
 
 def check_best(place: Path, record: Mapping, epochs: pd.DataFrame) -> None:
     """Raise LVMError unless best.safetensors is undamaged, of this run, and of its best epoch."""
-    with _weights_of_this_run(place) as path:
+    path = place / "best.safetensors"
+    with fitting(path):
         with safetensors.safe_open(path, "pt") as file:
-            origin = json.loads((file.metadata() or {}).get("lvmlib", "{}"))
+            origin = json.loads(file.metadata()["lvmlib"])
         if origin.get("identity") != record["identity"]:
             raise ValueError("it is of another run")
         wanted = best_epoch(record["parameters"], epochs)
@@ -153,14 +156,3 @@ def check_best(place: Path, record: Mapping, epochs: pd.DataFrame) -> None:
         ahead = "finished" not in record and origin["epoch"] > len(epochs)
         if origin["epoch"] != wanted and not ahead:
             raise ValueError(f"it is of epoch {origin['epoch']}; the best one by epochs.csv is {wanted}")
-
-
-@contextlib.contextmanager
-def _weights_of_this_run(place: Path) -> Iterator[Path]:
-    """Give the path of best.safetensors, and turn any error of reading it into an LVMError."""
-    path = place / "best.safetensors"
-    try:
-        yield path
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, safetensors.SafetensorError) as e:
-        why = f"{e}" if type(e) is ValueError else format_error(e)
-        raise LVMError(f"{path}: not the weights of this run ({why}); {RESTORE}") from e

@@ -29,6 +29,7 @@ from ..io.disk import lock, write_atomic
 from ..io.paths import LONGEST, outputs
 from ..io.stamp import commit
 from ..windows import Dataset
+from .alarms import Alarm
 from .validation import SPREAD
 
 INTACT = "the last checkpoint is intact"
@@ -103,6 +104,8 @@ def _check_record(record: Any) -> None:
         raise ValueError("computed.processes in run.yaml has a key that is not an epoch")
     if not isinstance(record.get("stopped", ""), str):
         raise ValueError("stopped in run.yaml is no text")
+    if any(list(map(type, Alarm(**a))) != [int, int, str, str, str] for a in record.get("alarms") or ()):
+        raise ValueError("alarms in run.yaml has an entry with a value of another type")
 
 
 def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:

@@ -1,8 +1,8 @@
 """Training a run by several processes: which are asked for, and starting them on this machine.
 
-A notebook's kernel cannot be forked safely once CUDA or OpenMP has started. So it writes the run's folder, starts
-`torchrun … -m lvmlib parallel FOLDER`, and reads each epoch's row from the folder as it appears. torchrun ends all
-processes when one fails; they also end with the kernel that started them, when their standard input closes.
+A notebook's kernel writes the run's folder, starts `torchrun … -m lvmlib parallel FOLDER`, and reads each epoch's row
+from the folder as it appears. torchrun ends all processes when one fails; they also end with the kernel that started
+them, when their standard input closes.
 
 On several hosts the user starts the same command on every host, or once under srun. FOLDER must have the same path on
 all hosts; only the first process writes to it.
@@ -81,13 +81,11 @@ def check_devices(asked: Group, device: str) -> None:
         raise LVMError(f"devices is {asked.devices}; this machine has {gpus} that CUDA sees. Ask for as many, or cpu")
 
 
-def launch(folder: Path, asked: Group, device: str) -> Iterator[None]:
+def launch(folder: Path, asked: Group) -> Iterator[None]:
     """Train the run prepared in `folder` by processes on this machine; yields when an epoch's row is there.
 
-    Closing the iterator ends them. Raises LVMError with the message of the first that fails, or if the machine lacks
-    the devices.
+    Closing the iterator ends them. Raises LVMError with the message of the first that fails.
     """
-    check_devices(asked, device)
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     threads = str(max(1, (os.cpu_count() or 1) // asked.devices))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": path}

@@ -174,7 +174,7 @@ class Run:
         """What went wrong so far."""
         rows, steps = self.history.to_dict("records"), self.steps.to_dict("records")
         batches = math.ceil(len(self.data.train) / self.version.batch_size)
-        broken = alarms.read_broken(self.record, str(self.folder / "run.yaml"))
+        broken = [alarms.Alarm(**a) for a in self.record.get("alarms") or () if a["kind"] == "broken"]
         return alarms.alarms(self.version, rows, steps, batches, broken)
 
     def _train(self) -> Iterator[dict]:
@@ -294,7 +294,7 @@ class Run:
                 f"{self.folder}: prepared, after {known} epochs, for {self.group.nodes} hosts. Start it "
                 f"{launch.commands(self.folder, self.group)}. Then do this again to get the finished run"
             )
-        for _ in launch.launch(self.folder, self.group, self.version.device):
+        for _ in launch.launch(self.folder, self.group):
             self.record, self.history, self.steps = folder.open_run(self.folder)
             yield from self.history.to_dict("records")[known:]
             known = len(self.history)

@@ -7,8 +7,7 @@ over processes is the gradient of one process. Without dropout the losses are th
 with it, each process has a random stream of its own.
 
 Lightning Fabric finds a process's place (torchrun, Slurm), its device and backend, and has the collectives. Its wrapper
-of a model is not used: it averages gradients of losses that are means over shares, knows `forward` alone and refuses a
-head that a version does not train. Nor is its precision: the loop's own autocast is the same one.
+of a model is not used: it averages gradients over shares, knows `forward` alone and refuses an untrained head.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Validation:
         self.articles = Articles(windows, vectors)
 
     def __call__(self, model: models.Predictor) -> dict[str, float]:
-        moments = self._moments()
+        moments = Moments(self.vectors.shape[1], self.vectors.device)
         figures = evaluate.validate(model, self.windows, self.vectors, self.articles, moments)
         figures["val_energy"] = evaluate.energy_score(model, self.windows, self.vectors) if self.energy else math.nan
         if not math.isfinite(figures["val_cos"]):
@@ -33,13 +33,9 @@ class Validation:
         variance = ours["variance"] / max(theirs["variance"], 1e-12)
         return figures | dict(zip(SPREAD, (ours["effective rank"], rank, variance), strict=True))
 
-    def _moments(self) -> Moments:
-        device = self.vectors.device  # Apple's devices have no float64
-        return Moments(self.vectors.shape[1], torch.device("cpu") if device.type == "mps" else device)
-
     @cached_property
     def _targets(self) -> dict[str, float]:
-        moments = self._moments()
+        moments = Moments(self.vectors.shape[1], self.vectors.device)
         for _, target in self.windows.batches(EVALUATION_BATCH, self.vectors):
             moments.add(torch.nn.functional.normalize(target, dim=-1))
         return moments.facts()

@@ -158,7 +158,7 @@ def test_any_windows_by_name_of_split_and_any_predictors_beside():
 def test_precision_is_of_the_model_alone_and_profiles_are_of_one_measurement():
     store, _ = rotation()
     data = dataset(store, 1)
-    plain, rough = (fivecat(Scan(store.dim), data, precision=p) for p in (None, "bfloat16"))
+    plain, rough = (fivecat(Scan(store.dim), data, precision=p) for p in ("float32", "bfloat16"))
     assert (plain.precision, rough.precision, rough.original.precision) == ("float32", "bfloat16", "bfloat16")
     pd.testing.assert_frame_equal(*(flat(r.frames["val", "mean"]) for r in (plain, rough)))
     assert not np.array_equal(*(r.frames["val", "model"].cosine for r in (plain, rough)))

@@ -39,7 +39,9 @@ def made_original(splits=("val", "ood"), **changed):
                 rows.append({"split": split, "predictor": "model", "gate": gate, "measure": name, "value": value})
     judged = [threshold_of(row) for row in rows]
     passed = pd.array([j[1] for j in judged], "boolean")
-    return Report("original", pd.DataFrame(rows).assign(threshold=[j[0] for j in judged], passed=passed), {})
+    report = Report("original", {}, {})
+    vars(report)["table"] = pd.DataFrame(rows).assign(threshold=[j[0] for j in judged], passed=passed)
+    return report
 
 
 def test_on_its_threshold_every_gate_passes():
@@ -111,7 +113,7 @@ def made(model=None, ood=None, splits=("val", "ood"), facts=None, wide=(), **oth
             article = np.arange(8).repeat(12) + 100 * place
             frames[split, name] = unflat({"article": article, "target": np.arange(96), **frame})
     every = {key: HARMLESS | ((facts or {}) if key[1] == "model" else {}) for key in frames}
-    return Report.of("calibrated", frames, every, horizon=2, context_length=T)
+    return Report("calibrated", frames, every, 2, T)
 
 
 def test_a_model_that_is_better_in_all_passes_every_calibrated_gate():

@@ -183,7 +183,9 @@ def made_report(gates="ABC", margin=0.03, val_cos=0.50, ood_gates="ABCDE", of_si
         rows.append(("both", name, "E", "difference", 0.01, "E" in own, 0.1))
     table = pd.DataFrame(rows, columns=["split", "predictor", "gate", "measure", "value", "passed", "chance"])
     table["threshold"] = [math.nan if passed is None else 0.0 for passed in table["passed"]]
-    return Report("original", table.astype({"passed": "boolean"}), {})
+    report = Report("original", {}, {})
+    vars(report)["table"] = table.astype({"passed": "boolean"})
+    return report
 
 
 def judge(report=None, history=None, name="v22"):

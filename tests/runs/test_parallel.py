@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         use_worker(patch)
         patch.setattr(launch, "ATTACHED", "--together")
-        assert list(launch.launch(place, launch.Group(2, 1), "cpu")) == []
+        assert list(launch.launch(place, launch.Group(2, 1))) == []
     return place
 
 
@@ -162,7 +162,7 @@ def test_who_stops_looking_ends_the_processes(tmp_path, monkeypatch):
         f"if rank == '0': print('{launch.EPOCH} 1/9', flush=True)\n"
         "time.sleep(600)\n",
     )
-    rows = launch.launch(tmp_path, launch.Group(2, 1), "cpu")
+    rows = launch.launch(tmp_path, launch.Group(2, 1))
     next(rows)
     for rank in "01":
         os.kill(int((tmp_path / rank).read_text()), 0)  # is there
@@ -176,7 +176,7 @@ def test_a_process_that_is_killed_is_named_by_its_number_and_signal(tmp_path, mo
     code = "import os, time\nos.kill(os.getpid(), 9) if os.environ['RANK'] == '1' else time.sleep(600)\n"
     stand_in(monkeypatch, tmp_path, "dying", code)
     with pytest.raises(LVMError, match="process 2 of 2: ended without a message, by signal 9"):
-        list(launch.launch(tmp_path, launch.Group(2, 1), "cpu"))
+        list(launch.launch(tmp_path, launch.Group(2, 1)))
 
 
 def test_processes_that_end_too_early_are_no_finished_run(folder, tmp_path, monkeypatch):
@@ -224,10 +224,10 @@ def test_what_the_machine_lacks_is_named(tmp_path, monkeypatch):
         launch.group(version(device="mps"), 2, 1, "auto")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(LVMError, match="devices is 2; this machine has 1"):
-        next(launch.launch(tmp_path, launch.Group(2, 1), "cuda"))
+        launch.check_devices(launch.Group(2, 1), "cuda")
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     with pytest.raises(LVMError, match=r'lightning_fabric is missing; run: pip install -e "\.\[parallel\]"'):
-        next(launch.launch(tmp_path, launch.Group(2, 1), "cpu"))
+        launch.check_devices(launch.Group(2, 1), "cpu")
 
 
 def test_a_worker_that_fails_prints_one_line(folder, tmp_path, capfd, monkeypatch):
