@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterator
 from importlib import metadata
@@ -31,9 +30,10 @@ from .. import models
 from ..data.store import writing
 from ..device import pick_device
 from ..errors import LVMError, format_error, require
-from ..io.limits import read_bytes, read_json
-from ..judge.fivecat import INSTRUMENT, Report
+from ..io.limits import read_bytes
+from ..judge.fivecat import Report
 from ..judge.rating import reading, verdict
+from ..report.summary import read_report
 from ..runs.run import Run
 from ..windows import DIRECTIONS
 from .card import card, one_line
@@ -123,7 +123,10 @@ def load(where: str | os.PathLike, device: str = "auto", revision: str | None = 
     device = pick_device(device)
     name = os.fspath(where)
     if name.startswith(HUB):
-        return _hub_model().from_pretrained(name.removeprefix(HUB), revision=revision).predictor.to(device)
+        with _hub(name.removeprefix(HUB)) as hub:
+            files = hub.snapshot_download(name.removeprefix(HUB), revision=revision, allow_patterns=list(FILES))
+        # CACHE/models--OWNER--NAME/snapshots/COMMIT/ has links to files elsewhere in the cache, and no farther
+        return _open(Path(files), inside=Path(files).parents[2]).to(device)
     if not Path(where).is_dir():
         hint = f" (a model of the hub is {HUB}{name})" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
         raise LVMError(f"{name}: no such folder{hint}; `export` makes one from a run")
@@ -136,47 +139,27 @@ def push(folder: str | os.PathLike, name: str, private: bool = True) -> str:
     Sign in with `hf auth login` before. Only the folder's three files are sent, after all checks of `load`. Raises
     LVMError for a folder that cannot be opened, and with the hub's words if it refuses or cannot be reached.
     """
-    model = _hub_model()(Path(folder))
-    config, name = model.predictor.config, _check_repository(name)
-    message = f"{config.version}, {config.model}, seed {config.seed}"
-    with _naming(f"{HUB}{name}", "sign in, or check the network", Exception):
-        commit = model.push_to_hub(name, private=private, commit_message=message, allow_patterns=list(FILES))
-    return str(getattr(commit, "commit_url", commit))
+    folder = Path(folder)
+    with _hub(name) as hub:
+        config = _open(folder).config
+        hub.ModelCard.load(_regular(folder / CARD, folder))  # raises if the hub could not read the card's head
+        hub.HfApi().create_repo(name, private=private, exist_ok=True)
+        message = f"{config.version}, {config.model}, seed {config.seed}"
+        files = {"folder_path": folder, "allow_patterns": list(FILES)}
+        return hub.HfApi().upload_folder(repo_id=name, commit_message=message, **files).commit_url
 
 
-def _hub_model() -> type:
-    """Return the class of models on the hub. Raises LVMError without the extra `export`, which has the mixin."""
-    hub = require("huggingface_hub", "export")
+@contextlib.contextmanager
+def _hub(name: str) -> Iterator[Any]:
+    """Give the hub's client for OWNER/NAME; its errors become LVMErrors.
 
-    class HubModel(hub.PyTorchModelHubMixin):
-        """An exported folder with the mixin's `push_to_hub`; `predictor` is its model."""
-
-        def __init__(self, folder: Path, inside: Path | None = None):
-            self.folder, self.predictor = folder, _open(folder, inside)
-
-        def _save_pretrained(self, save_directory: Path) -> None:
-            """Copy the files, which then are uploaded. ModelCard raises if the hub could not read the card's head."""
-            hub.ModelCard.load(_regular(self.folder / CARD, self.folder))
-            for name in FILES:
-                shutil.copyfile(self.folder / name, save_directory / name)
-
-        @classmethod
-        def from_pretrained(cls, name: str, *, revision: str | None = None) -> HubModel:
-            """In place of the mixin's own, which reads config.json of any size and falls back on a pickle."""
-            with _naming(f"{HUB}{_check_repository(name)}", "check name and network", Exception):
-                snapshot = Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
-            # CACHE/models--OWNER--NAME/snapshots/COMMIT/ has links to files elsewhere in the cache, and no farther
-            return cls(snapshot, inside=snapshot.parents[2])
-
-    return HubModel
-
-
-def _check_repository(name: str) -> str:
-    """Return OWNER/NAME if it is plain: it becomes part of an address, and of a path in the hub's cache."""
+    The name has to be plain: it becomes part of an address, and of a path in the hub's cache.
+    """
     plain = re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII)
     if not plain or ".." in name:
         raise LVMError(f"{HUB}{name}: not the name of a model of the hub; write {HUB}OWNER/NAME")
-    return name
+    with _naming(f"{HUB}{name}", "sign in, or check name and network", Exception):
+        yield require("huggingface_hub", "export")
 
 
 @contextlib.contextmanager
@@ -261,11 +244,3 @@ def _report_content(run: Run, report: Report | None) -> dict | None:
         words["verdict"] = {"text": verdict(run.version, run.history, report).text}
     rows = report.table.astype(object).where(report.table.notna(), None).to_dict("records")
     return words | {"calibrated": {"table": rows, "gates": {split: report.gates(split) for split in report.splits}}}
-
-
-def read_report(path: Path) -> dict:
-    """Return the content of a run's fivecat.json. Raises ValueError, KeyError or TypeError for another content."""
-    content = read_json(path)
-    if content["instrument"] != INSTRUMENT:
-        raise ValueError(f"written by 5CAT instrument {content['instrument']}, this is {INSTRUMENT}")
-    return content

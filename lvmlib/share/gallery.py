@@ -29,8 +29,8 @@ from ..io.limits import read_json
 from ..io.paths import ROOT, outputs
 from ..judge.fivecat import GATES
 from ..judge.rating import checklist
+from ..report.summary import read_report
 from ..runs.folder import open_run
-from .export import read_report
 from .page import date, page, read, render, title
 
 MARK = "gallery.json"

@@ -361,7 +361,7 @@ def hub(tmp_path, monkeypatch):
         ("snapshot_download", real.snapshot_download, snapshot_download),
     ):
         setattr(fake, name, create_autospec(spec, side_effect=function))
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", lambda token=None: fake)
+    monkeypatch.setattr(real, "HfApi", lambda: fake)
     monkeypatch.setattr(real, "snapshot_download", fake.snapshot_download)
     return fake
 
@@ -374,15 +374,6 @@ def test_a_pushed_model_loads_from_the_hub(hub, folder):
     model, wanted = lvm.load("hub:someone/model", device="cpu", revision="v1"), lvm.load(folder, device="cpu")
     assert model.config == wanted.config and same(model.state_dict(), wanted.state_dict())
     assert sorted(p.name for p in (hub.snapshots / "v1").iterdir()) == sorted(FILES)
-
-
-def test_the_mixin_offers_both_ways(hub, folder, tmp_path):
-    model = export_module._hub_model()(folder)
-    model.save_pretrained(tmp_path / "saved")
-    assert {p.name for p in (tmp_path / "saved").iterdir()} == set(FILES)
-    assert all((tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes() for name in FILES)
-    model.push_to_hub("someone/model", private=True)
-    assert same(type(model).from_pretrained("someone/model").predictor.state_dict(), model.predictor.state_dict())
 
 
 def test_a_link_out_of_the_cache_is_refused(hub, folder):
