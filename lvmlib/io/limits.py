@@ -61,10 +61,10 @@ def from_yaml(raw: bytes, loader: type[Loader] = Loader):
     return plain(content)
 
 
-def read_json(path: Path):
-    """Return the content of a JSON file. Raises OSError and ValueError."""
+def read_json(path: Path, most: int = LARGEST):
+    """Return the content of a JSON file of at most `most` bytes. Raises OSError and ValueError."""
     try:
-        return plain(json.loads(read_bytes(path)))
+        return plain(json.loads(read_bytes(path, most)))
     except RecursionError:
         raise ValueError(f"lists or maps within each other, more than {DEEPEST} deep") from None
 

@@ -66,7 +66,7 @@ def validate(kind: TypeAdapter, content: Any, where: str) -> Any:
     value, needed, details = error["input"], error["msg"].replace("Input should be", "it must be"), error.get("ctx", {})
     places = [p for p in error["loc"] if not str(p).startswith("(")]  # without the tags of a union
     places += filter(None, [details.get("key")])
-    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in places).lstrip(".")
+    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in places).lstrip(".")[:80]
     if error["type"] == "unknown":
         raise LVMError(f"{where}: unknown key {key!r}{needed}")
     if error["type"] == "missing":

@@ -11,6 +11,8 @@ have the names, type and shapes that config.json implies before any memory is al
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import re
 import stat
@@ -19,18 +21,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pydantic
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, TypeAdapter
 from torch import Tensor
 
 from .. import models
 from ..data.store import writing
 from ..device import pick_device
 from ..errors import LVMError, format_error, require
-from ..io.limits import read_bytes
+from ..io.limits import read_json
+from ..io.strict import Count, Group, Text, Whole, group, validate
 from ..judge.fivecat import Report
 from ..judge.rating import reading, verdict
 from ..report.summary import read_report
@@ -60,25 +62,26 @@ def _check_name(name: str) -> str:
     return name
 
 
-Text = Annotated[str, Field(max_length=500), AfterValidator(_check_text)]
-Name = Annotated[Text, AfterValidator(_check_name)]
+Line = Annotated[Text, Field(max_length=500), AfterValidator(_check_text)]
+Name = Annotated[Line, AfterValidator(_check_name)]
 
 
-class Config(pydantic.BaseModel, extra="forbid", strict=True, frozen=True):
+@group
+class Config(Group):
     """The content of config.json: how to build the model, what it reads, where it comes from."""
 
     model: Literal[*models.ARCHITECTURES]
-    dim: Annotated[int, Field(ge=1, le=LARGEST_DIM)]  # of the vectors
-    context_length: Annotated[int, Field(ge=1, le=1024)]
-    horizon: Annotated[int, Field(ge=1, le=1_000_000)]  # the target chunk is this many after the context
+    dim: Annotated[Count, Field(le=LARGEST_DIM)]  # of the vectors
+    context_length: Annotated[Count, Field(le=1024)]
+    horizon: Annotated[Count, Field(le=1_000_000)]  # the target chunk is this many after the context
     direction: Literal[*DIRECTIONS]
     dataset: Name
-    fingerprint: Text  # of the dataset's store
-    encoder: Text  # of the vectors; empty if the datasheet names none
+    fingerprint: Line  # of the dataset's store
+    encoder: Line  # of the vectors; empty if the datasheet names none
     version: Name
-    seed: Annotated[int, Field(ge=0, le=2**63)]
+    seed: Annotated[Whole, Field(ge=0)]
     precision: Literal["float32", "bfloat16"]  # of the training; the weights are float32
-    lvmlib: Text  # the version that exported it
+    lvmlib: Line  # the version that exported it
 
 
 def export(run: Run, folder: str | os.PathLike, report: Report | None = None) -> Path:
@@ -107,7 +110,8 @@ def export(run: Run, folder: str | os.PathLike, report: Report | None = None) ->
         weights = {key: tensor.cpu().contiguous() for key, tensor in model.state_dict().items()}
         safetensors.torch.save_file(weights, partial / WEIGHTS)
         (partial / WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner only
-        (partial / CONFIG).write_text(config.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        content = json.dumps(dataclasses.asdict(config), indent=1, ensure_ascii=False)
+        (partial / CONFIG).write_text(content + "\n", encoding="utf-8")
         (partial / CARD).write_text(text, encoding="utf-8")
         _open(partial)  # finds now what would be wrong for whoever opens it
     return Path(folder)
@@ -176,7 +180,9 @@ def _naming(where: Any, advice: str = ADVICE, errors: Any = DAMAGE) -> Iterator[
 
 def _open(folder: Path, inside: Path | None = None) -> models.Predictor:
     """Return the model of a folder. Its files, links followed, must be in `inside` (default: the folder itself)."""
-    config = _read_config(_regular(folder / CONFIG, inside or folder))
+    path = _regular(folder / CONFIG, inside or folder)
+    with _naming(path):
+        config = validate(TypeAdapter(Config), read_json(path, CONFIG_BYTES), str(path))
     weights = _read_weights(_regular(folder / WEIGHTS, inside or folder), config)  # checked before any allocation
     model = models.build(config.model, config.dim, config.context_length)
     model.load_state_dict(weights)
@@ -193,17 +199,6 @@ def _regular(path: Path, inside: Path) -> Path:
     if not stat.S_ISREG(real.stat().st_mode):  # a pipe would block
         raise LVMError(f"{path}: is not a plain file; replace it by the file itself")
     return real
-
-
-def _read_config(path: Path) -> Config:
-    """Return config.json, checked. Raises LVMError for anything else than a Config."""
-    with _naming(path):
-        try:
-            return Config.model_validate_json(read_bytes(path, CONFIG_BYTES))
-        except pydantic.ValidationError as e:
-            error = e.errors(include_url=False, include_input=False)[0]
-            key = one_line(error["loc"][0])[:80] if error["loc"] else "not a configuration"
-            raise LVMError(f"{path}: {key}: {one_line(error['msg'])[:300]}; {ADVICE}") from e
 
 
 def _read_weights(path: Path, config: Config) -> dict[str, Tensor]:
