@@ -32,9 +32,6 @@ from ..io.strict import Count, Flag, Group, Whole, group, validate
 from ..runs.folder import dataset_record, differences, open_run, run_folder
 from .execute import execute, move
 
-_LOCKS = contextlib.ExitStack()  # until the process ends
-atexit.register(_LOCKS.close)
-
 # From the command line it may be names with a space between.
 Names = Annotated[
     tuple[Any, ...], BeforeValidator(lambda x: x.split() if isinstance(x, str) else x), Field(min_length=1)
@@ -130,7 +127,9 @@ def comparison_parameters(comparison: Comparison) -> dict[str, Any]:
 def lock_outputs() -> None:
     """Make this process the one sweep of the outputs folder until it ends. Raises LVMError if another runs there."""
     refused = "{}: another sweep is running there, {}; wait for it, or stop it"
-    _LOCKS.enter_context(lock(outputs() / "sweep.lock", lambda holder: refused.format(outputs(), holder)))
+    own = contextlib.ExitStack()
+    own.enter_context(lock(outputs() / "sweep.lock", lambda holder: refused.format(outputs(), holder)))
+    atexit.register(own.close)
 
 
 def set_aside_other_pages(planned: Sweep) -> None:

@@ -109,14 +109,12 @@ def replay(
     """Return λ and ρ that a rule makes of a run's logged losses, in open loop.
 
     `steps`, `epochs`: the tables of a run of `version`; `control`: the rule to try, by default the version's own; `aim`
-    and `cap` multiply the schedule's target and cap for ρ (a version without rho_target has its fraction for one, and
-    the other way about). A row a logged step: epoch, step, lambda_eff, rho, skip, aim, cap, and for rule rho_controller
-    asked (ρ lay below 0.8·aim, so its raising branch was entered) and raised (λ with that branch less λ without it).
+    and `cap` multiply the schedule's target (rho_target, or the fraction) and cap for ρ. A row a logged step: epoch,
+    step, lambda_eff (NaN where no gradient was logged), rho, skip, aim, cap, and for rule rho_controller asked (ρ lay
+    below 0.8·aim, so its raising branch was entered) and raised (λ with that branch less λ without it).
 
-    The version's own rule gives the recorded λ exactly, or to rounding if it reads gradients (logged as multiples of
-    λ). λ is NaN where the guard skipped the step and so no gradient was logged. After a rewind the rule has the lower
-    ceiling and the state of the best epoch, as in training. Raises LVMError for a constrained rule on a run of another
-    rule, and the other way about.
+    The version's own rule gives the recorded λ, exactly or, if it reads gradients, to rounding. Raises LVMError for a
+    constrained rule on a run of another rule, and the other way about.
     """
     control = control or version.control
     if control.rule != version.control.rule and "constrained" in (control.rule, version.control.rule):

@@ -132,16 +132,15 @@ def generalisation(report: Report) -> Figure:
     level.set(title="Gate E: cosine by coherence of the context", ylabel="cos(p, y), sixths of the windows")
     level.set_xlabel("mean adjacent cosine in the context")
     level.legend(fontsize="x-small")
-    rows = report.table[(report.table["split"] == "both") & report.table["measure"].str.startswith("difference, ")]
-    bins = list(dict.fromkeys(rows["measure"]))
+    bins = [*(f"{name} coherence" for name in COHERENCE), "all windows"]
     for i, name in enumerate(report.predictors):
-        own = rows[rows["predictor"] == name].set_index("measure").loc[bins]
+        own = report.rows("both", name).set_index("measure").loc[[f"difference, {b}" for b in bins]]
         y = np.arange(len(bins)) + (i - (len(report.predictors) - 1) / 2) * 0.12
         points = {"fmt": MARKERS[i % 6], "ms": 4, "lw": 1, "color": look(i)["color"]}
         gap.errorbar(own["value"], y, xerr=reach(own), **points, label=name)
     gap.axvline(0, color=GREY)
     gap.axvspan(-GENERALISES, GENERALISES, color="0.92", lw=0, zorder=0)
-    gap.set_yticks(range(len(bins)), [b.removeprefix("difference, ") for b in bins])
+    gap.set_yticks(range(len(bins)), bins)
     gap.invert_yaxis()
     name = f"Validation − OOD (shaded: ± {GENERALISES})"
     gap.set(title=name, xlabel="difference of cosines, 95 % over articles of both")

@@ -86,7 +86,7 @@ def nearest(model: Predictor, windows: Windows, index, texts: Sequence[str], k: 
         cosine = pd.Series(values, split)
         novel = cosine.drop(context)
         inside = novel[store.article[novel.index] == store.article[target]]
-        near, far = _best(inside, k), _best(novel, k)
+        near, far = inside.nlargest(k).index, novel.nlargest(k).index  # of equal ones the first in reading order
         roles = {"context": context, "truth": [target], "nearest in article": near, "nearest in split": far}
         for role, row in ((role, row) for role, members in roles.items() for row in members):
             found = _row(windows, window, role, row, inside) | {"true": row == target, "text": texts[row]}
@@ -113,7 +113,7 @@ def rollout(model: Predictor, windows: Windows, index, texts: Sequence[str], ste
             inside = pd.Series(_cosines(unit[i : i + 1], candidates, store)[0], candidates)
             true = target + windows.step * (step - 1) * windows.horizon
             exists = true in inside.index and store.position[true] - store.position[target] == true - target
-            for role, row in [("nearest in article", _best(inside, 1)[0]), *([("truth", true)] if exists else [])]:
+            for role, row in [("nearest in article", inside.idxmax()), *([("truth", true)] if exists else [])]:
                 found = _row(windows, window, role, row, inside) | {"step": step, "text": texts[row]}
                 rows[i].append(found | {"true": bool(exists and row == true)})
     return pd.DataFrame([row for part in rows for row in part]).astype({"offset": "Int64"})
@@ -131,15 +131,9 @@ def _predict(model: Predictor, context: Tensor, windows: Windows) -> tuple[Tenso
 
 def _cosines(unit: Tensor, rows: np.ndarray, store: Store) -> np.ndarray:
     """Return (B, R) cosines of unit vectors (B, D) with the store's `rows` (R,)."""
-    blocks = (rows[first : first + 65536] for first in range(0, len(rows), 65536))  # a split may be larger than memory
-    return torch.cat(
-        [unit @ F.normalize(torch.from_numpy(store.vectors[b]).float(), dim=-1).T for b in blocks], 1
-    ).numpy()
-
-
-def _best(cosine: pd.Series, k: int) -> list[int]:
-    """Return the `k` rows of the highest cosine; of equal ones the first in reading order."""
-    return cosine.nlargest(k, keep="first").index.tolist()
+    blocks = np.split(rows, range(65536, len(rows), 65536))  # a split may be larger than memory
+    units = (F.normalize(torch.from_numpy(store.vectors[block]).float(), dim=-1) for block in blocks)
+    return torch.cat([unit @ x.T for x in units], 1).numpy()
 
 
 def _rank(cosine: pd.Series, row: int) -> float:

@@ -102,7 +102,7 @@ def pulls(rows: pd.DataFrame, version: Version, x: str) -> Figure:
     """
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.3), layout="constrained")
     norms, share, angle, escape = axes
-    _terms(norms, rows[x], {c.removeprefix("pull_"): rows[c] for c in rows if c.startswith("pull_")})
+    _terms(norms, rows[x], {t: rows[f"pull_{t}"] for t in losses.names(version.losses) if f"pull_{t}" in rows})
     norms.set(title="Gradient of each weighted term", ylabel="norm at the prediction")
     lines(share, rows[x], {"ρ in value": rows["rho"], "ρ in gradient": rows["rho_gradient"]})
     aim = "gradient" if by_gradient(version.control) else "value"

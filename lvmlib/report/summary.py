@@ -13,7 +13,7 @@ import pandas as pd
 from ..config import Version, flat, known_versions, version
 from ..data.store import plain_name
 from ..errors import LVMError
-from ..io import limits as untrusted
+from ..io import limits
 from ..io.paths import outputs
 from ..judge.fivecat import INSTRUMENT, PROFILES
 from ..runs.folder import NOT_COMPARED, open_run, run_folder
@@ -61,7 +61,7 @@ def runs(dataset: str = "wikipedia", root: Path | None = None) -> pd.DataFrame:
 def is_judged(folder: str | Path) -> bool:
     """Return whether a run's folder holds a report of the present instrument."""
     try:
-        _read_report(Path(folder) / "fivecat.json")
+        _figures(Path(folder) / "fivecat.json")
     except LVMError:
         return False
     return True
@@ -82,7 +82,7 @@ def judged(folders: Sequence[Path]) -> pd.DataFrame:
     rows, baselines = [], {}
     for folder in folders:
         record, _, _ = open_run(folder)
-        figures, own = _read_report(Path(folder) / "fivecat.json")
+        figures, own = _figures(Path(folder) / "fivecat.json")
         parameters = record["parameters"]
         row = {"version": parameters["name"], "predictor": parameters["model"]}
         row |= {k: parameters[k] for k in ("seed", "direction", "epochs")}
@@ -93,10 +93,18 @@ def judged(folders: Sequence[Path]) -> pd.DataFrame:
     return pd.DataFrame([*rows, *baselines.values()])
 
 
-def _read_report(path: Path) -> tuple[dict[str, dict], dict]:
+def read_report(path: Path) -> dict:
+    """Return the content of a fivecat.json. Raises OSError, ValueError, KeyError or TypeError for another content."""
+    content = limits.read_json(path)
+    if content["instrument"] != INSTRUMENT:
+        raise ValueError(f"written by 5CAT instrument {content['instrument']}, this is {INSTRUMENT}")
+    return content
+
+
+def _figures(path: Path) -> tuple[dict[str, dict], dict]:
     """Return the MEASURES of each baseline in a fivecat.json, and those of the model with its gates and reading."""
     try:
-        report = untrusted.read_json(path)
+        report = read_report(path)
         tables = pd.concat({p: pd.DataFrame(report[p]["table"]) for p in PROFILES}, names=["profile"]).reset_index()
         table = tables.set_index(["predictor", "profile", "split", "gate", "measure"])["value"].sort_index()
         names = list(dict.fromkeys(tables["predictor"]))
@@ -104,8 +112,6 @@ def _read_report(path: Path) -> tuple[dict[str, dict], dict]:
         gates = report["original"]["gates"]
         labels = {f"gates_{s}": "".join(g for g, ok in gates[s].items() if ok) for s in ("val", "ood")}
         labels["reading"] = report["reading"]["label"]
-        if report["instrument"] != INSTRUMENT:
-            raise ValueError(f"written by instrument {report['instrument']}, this is {INSTRUMENT}")
         for word in (*names, *labels.values()):
             if not isinstance(word, str) or plain_name(word) != word:
                 raise ValueError(f"{str(word)[:80]!r} is no name of a predictor, a gate or a reading")

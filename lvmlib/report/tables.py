@@ -12,7 +12,7 @@ from pandas.io.formats.style import Styler
 from ..judge.fivecat import Report
 from ..judge.gates import GATES, THRESHOLDS
 from ..judge.rating import Check, Verdict
-from ..judge.spread import Spread
+from ..judge.spread import COVERED, Spread
 from ..losses import TERMS
 from ..runs import alarms
 from ..runs.validation import SPREAD
@@ -135,8 +135,8 @@ def spread_table(spread: Spread) -> Styler:
         row = spread.row(measure, split, name)
         return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
 
-    covered = [m for m in dict.fromkeys(spread.table["measure"]) if m.startswith("covered")]
-    measures, rows = ["spread ratio", *covered, "KS of ranks by distance"], []
+    covered, rows = [f"covered by the inner {part:.0%}" for part in COVERED], []
+    measures = ["spread ratio", *covered, "KS of ranks by distance"]
     for split in spread.splits:
         for name in spread.forecasts:
             less = "" if name == "model" else text(f"energy score less {name}", split, "model", "+.4f")

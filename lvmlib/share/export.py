@@ -31,9 +31,10 @@ from .. import models
 from ..data.store import writing
 from ..device import pick_device
 from ..errors import LVMError, format_error, require
-from ..io.limits import read_bytes, read_json
-from ..judge.fivecat import INSTRUMENT, Report
+from ..io.limits import read_bytes
+from ..judge.fivecat import Report
 from ..judge.rating import reading, verdict
+from ..report.summary import read_report
 from ..runs.run import Run
 from ..windows import DIRECTIONS
 from .card import card, one_line
@@ -261,11 +262,3 @@ def _report_content(run: Run, report: Report | None) -> dict | None:
         words["verdict"] = {"text": verdict(run.version, run.history, report).text}
     rows = report.table.astype(object).where(report.table.notna(), None).to_dict("records")
     return words | {"calibrated": {"table": rows, "gates": {split: report.gates(split) for split in report.splits}}}
-
-
-def read_report(path: Path) -> dict:
-    """Return the content of a run's fivecat.json. Raises ValueError, KeyError or TypeError for another content."""
-    content = read_json(path)
-    if content["instrument"] != INSTRUMENT:
-        raise ValueError(f"written by 5CAT instrument {content['instrument']}, this is {INSTRUMENT}")
-    return content

@@ -29,8 +29,8 @@ from ..io.limits import read_json
 from ..io.paths import ROOT, outputs
 from ..judge.fivecat import GATES
 from ..judge.rating import checklist
+from ..report.summary import read_report
 from ..runs.folder import open_run
-from .export import read_report
 from .page import date, page, read, render, title
 
 MARK = "gallery.json"
@@ -124,34 +124,31 @@ def _collect(root: Path, showcase: bool, fast: bool) -> list[dict]:
         folders = sorted(p.parent for p in top.glob("*/*/*/run.yaml") if _shown(p, top))
         for folder in folders:
             data, version, name = folder.parts[-3:]
-            fallback = {"data": data, "version": version, "title": "", "name": f"{data} / {version} / {name}"}
+            run = {"data": data, "version": version, "title": "", "name": f"{data} / {version} / {name}"}
             paths = [folder / f"{name}{part}.ipynb" for name in RUN_NOTEBOOKS for part in ("", ".partial")]
-            cards.append(_card(facts, folder, fallback, root, top != root, [p for p in paths if p.is_file()]))
+            cards.append(_card(facts, folder, run, root, top != root, [p for p in paths if p.is_file()]))
         for path in sorted((*top.glob("*.ipynb"), *top.glob("*/*.ipynb"), *top.glob("*/*/*/*.ipynb"))):
             elsewhere = path.parent in folders or path.relative_to(top).parts[0] in APART
             if _shown(path, top) and not elsewhere and not path.name.endswith(".partial.ipynb"):
-                cards.append(_card(notebook_facts, path, _names(path), root, top != root, [path]))
+                cards.append(_card(notebook_facts, path, {}, root, top != root, [path]))
     for path in sorted(SHOWCASE.glob("*.ipynb")) if showcase else ():
-        cards.append(_card(showcase_facts, path, _names(path) | {"data": "showcase"}, root, False, [path]))
+        cards.append(_card(showcase_facts, path, {}, root, False, [path]))
     return sorted(cards, key=_order)
 
 
-def _names(path: Path) -> dict:
-    return {"name": path.stem, "title": path.stem, "data": path.parent.name}
-
-
-def _card(read_facts: Callable, path: Path, fallback: dict, root: Path, fast: bool, notebooks: list[Path]) -> dict:
-    """Return the card of a run or a notebook, or one that says why there is none; never raises."""
-    known = {"fast": fast, "notebooks": notebooks}
+def _card(read_facts: Callable, path: Path, run: dict, root: Path, fast: bool, notebooks: list[Path]) -> dict:
+    """Return the card of a `run` or of a notebook, or one that says why there is none; never raises."""
+    known = {"name": path.stem, "title": path.stem, "data": path.parent.name, "warnings": []} | run
+    own = {"fast": fast, "notebooks": notebooks}
     try:
-        card = fallback | {"warnings": []} | read_facts(path) | known
+        card = known | read_facts(path) | own
         _index([card]).encode("utf-8")  # values from files may be of any kind, or no Unicode
         for warning in card["warnings"]:
             warning["detail"] = _short(warning["detail"], root)
         return card
     except Exception as e:  # a damaged file makes its reader raise anything
         warning = {"what": "cannot be read", "detail": _short(format_error(e), root)}
-        return fallback | {"state": "damaged", "warnings": [warning]} | known
+        return known | own | {"state": "damaged", "warnings": [warning]}
 
 
 def _short(text: str, root: Path) -> str:
@@ -243,12 +240,11 @@ def _report_facts(report: dict) -> dict[str, Any]:
         for profile in ("calibrated", "original")
         for split, outcomes in report[profile]["gates"].items()
     }
-    keys = {"margin against the last": "margin", "novel MRR": "novel_mrr"}
     figures: dict[str, dict[str, float]] = {"model": {}, "copy last": {}}
     for row in report["calibrated"]["table"]:
-        wanted = row["split"] == "val" and row["predictor"] in figures and row["measure"] in keys
-        if wanted and row["value"] is not None:
-            figures[row["predictor"]][keys[row["measure"]]] = float(row["value"])
+        key = {"margin against the last": "margin", "novel MRR": "novel_mrr"}.get(row["measure"])
+        if key and row["split"] == "val" and row["predictor"] in figures and row["value"] is not None:
+            figures[row["predictor"]][key] = float(row["value"])
     return {
         "verdict": str(report["verdict"]["text"]),
         "success": bool(report["verdict"]["success"]),

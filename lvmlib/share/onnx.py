@@ -76,6 +76,8 @@ def to_onnx(model: models.Predictor | str | os.PathLike, path: str | os.PathLike
                 dynamo=True,
                 verbose=False,
             )
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # stack traces, with this machine's paths
         content = program.model_proto.SerializeToString()
         difference = _largest_difference(content, heads, contexts)
     except Exception as e:  # the converter and the runtime raise many kinds
