@@ -42,9 +42,9 @@ class Executed(NamedTuple):
 def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -> Iterator[Executed]:
     """Execute notebooks/NOTEBOOK.ipynb with papermill's `options` and give the stamped result, which `move` takes.
 
-    A result that was not moved is deleted with the block. Raises typer.Exit after a message if nothing was executed to
-    its end. A failed notebook is then moved to `failed`; without that to outputs/, unless it ends with an LVMError,
-    which says all.
+    The result is deleted with the block; where the block fails, it is moved to outputs/. Raises typer.Exit after a
+    message if nothing was executed to its end. `failed`: where the notebook grows and stays if it fails; without it a
+    failed notebook is moved to outputs/, unless it ends with an LVMError, which says all.
     """
     check_options(notebook, options)
     commit = stamp.commit(notebook)
@@ -52,8 +52,10 @@ def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -
         outputs().mkdir(parents=True, exist_ok=True)
     near = "/tmp" if len(tempfile.gettempdir()) > 60 else None  # the path of a socket has at most 100 characters or so
     with tempfile.TemporaryDirectory(prefix="lvm-", dir=near, ignore_cleanup_errors=True) as place:
-        path = Path(place) / f"{notebook}.ipynb"
-        done = _papermill([str(NOTEBOOKS / path.name), str(path), *options], place)
+        path = failed or Path(place) / f"{notebook}.ipynb"
+        with explain_os_errors(path, RESUMABLE):
+            path.unlink(missing_ok=True)  # a link would lead elsewhere
+        done = _papermill([str(NOTEBOOKS / f"{notebook}.ipynb"), str(path.absolute()), *options], place)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # papermill was asked for help, or was killed while it wrote
@@ -70,18 +72,18 @@ def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -
         with explain_os_errors(path, RESUMABLE):
             if not stamp.stamp(path, notebook, commit):
                 print("Files changed while the notebook ran. It counts as rendered from uncommitted files.")
-        yield Executed(path, parameters(content))
+        try:
+            yield Executed(path, parameters(content))
+        except BaseException:
+            print(f"\nThe executed notebook is {short(failed or _move_partial(path))}", file=sys.stderr)
+            raise
 
 
 def move(executed: Path, notebook: Path) -> None:
     """Copy an executed notebook to its place: it appears there whole or not at all."""
-    try:
-        with explain_os_errors(notebook):
-            notebook.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(notebook, lambda partial: shutil.copyfile(executed, partial))
-    except LVMError:
-        print(f"\nThe executed notebook is {short(_move_partial(executed))}", file=sys.stderr)
-        raise
+    with explain_os_errors(notebook):
+        notebook.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(notebook, lambda partial: shutil.copyfile(executed, partial))
 
 
 def parameters(content: dict) -> dict:
@@ -149,11 +151,17 @@ def _papermill(arguments: Sequence[str], place: str) -> subprocess.CompletedProc
     return subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def _move_partial(path: Path, target: Path | None = None) -> Path:
-    """Move a notebook that was not finished, or has no place, to `target` or outputs/; no gallery shows its suffix."""
-    target = target or outputs() / f"{path.stem}.{secrets.token_hex(4)}.partial.ipynb"
-    with explain_os_errors(target):
-        return Path(shutil.move(path, target))
+def _move_partial(path: Path) -> Path:
+    """Move a notebook that was not finished, or has no place, to outputs/; no gallery shows its suffix.
+
+    Where nothing can be written there, on a full disk, say, it goes to a temporary folder that stays.
+    """
+    target = outputs() / f"{path.stem}.{secrets.token_hex(4)}.partial.ipynb"
+    try:
+        write_atomic(target, lambda partial: shutil.copyfile(path, partial))
+    except LVMError:
+        target = Path(shutil.move(path, tempfile.mkdtemp(prefix="lvm-kept-")))
+    return target
 
 
 def _explain(done: subprocess.CompletedProcess, path: Path, content: dict, failed: Path | None) -> None:
@@ -166,4 +174,4 @@ def _explain(done: subprocess.CompletedProcess, path: Path, content: dict, faile
     explained = reason.startswith("LVMError: ")
     print(f"\n{reason}" if explained else done.stderr, file=sys.stderr)
     if content["cells"] and (failed or not errors or not explained):
-        print(f"Failed; the notebook as far as it came: {short(_move_partial(path, failed))}", file=sys.stderr)
+        print(f"Failed; the notebook as far as it came: {short(failed or _move_partial(path))}", file=sys.stderr)

@@ -181,16 +181,24 @@ def reserve_gpus(wanted: int) -> list[FileLock]:
     if len(visible) <= wanted:
         return []
     while True:
-        locks = {}
+        locks, refused = {}, []
         for gpu in visible:
             path = Path(tempfile.gettempdir()) / f"lvm-gpu-{gpu}.lock"  # a folder that other users write to as well
             gpu_lock = FileLock(path, timeout=0, mode=0o666, fallback_to_soft=False)
-            with contextlib.suppress(Timeout), explain_os_errors(path):
-                gpu_lock.acquire()
-                locks[gpu] = gpu_lock
+            try:
+                with explain_os_errors(path):
+                    gpu_lock.acquire()
+            except Timeout:  # another job has it
+                continue
+            except LVMError as e:  # a file of another user
+                refused.append(e)
+                continue
+            locks[gpu] = gpu_lock
             if len(locks) == wanted:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(locks)
                 return list(locks.values())
+        if len(visible) - len(refused) < wanted:
+            raise refused[-1]
         for gpu_lock in locks.values():
             gpu_lock.release()
         time.sleep(1 + os.getpid() % 7)  # not all at the same time

@@ -182,9 +182,12 @@ class Npz:
     def numbers(self, name: str, count: int) -> np.ndarray:
         """(count,) int32 from an array of article numbers or positions."""
         member = self.member(name)
-        if member.shape != (count,) or member.dtype.kind not in "iuf":
+        if member.shape != (count,) or member.dtype.kind not in "iufO":
             raise member.needs(f"({count},) whole numbers, one for each vector or window")
-        numbers = np.concatenate([block for _, block in self.rows(member)])
+        if member.dtype.kind == "O":
+            items = enumerate(self.objects(member))
+            return np.array([whole_number(item, f"{member.where}, row {row}") for row, item in items], np.int32)
+        numbers = np.concatenate([np.empty(0, member.dtype), *(block for _, block in self.rows(member))])
         with np.errstate(all="ignore"):
             good = (numbers >= 0) & (numbers <= BIGGEST) & (numbers == np.floor(numbers))
         if not good.all():

@@ -218,7 +218,7 @@ ARTICLE_CASES = {
     ),
     "NaN among the indices": (changed(3, np.nan, "chunk_indices", chunk_indices=CHUNK.astype(float)), "row 3: is nan"),
     "indices that are texts": (archive(base(article_indices=np.array(["a"] * COUNT))), "<U1"),
-    "indices that are objects": (archive(base(article_indices=ARTICLE.astype(object))), "object"),
+    "indices that are texts in objects": (archive(base(article_indices=np.array(["a"] * COUNT, object))), "row 0"),
     "indices of another length": (archive(base(article_indices=np.zeros(3, int))), r"\(3,\)"),
     "too few articles to split": (archive({k: v[ARTICLE < 5] for k, v in base().items()}), "5 of 5 articles"),
 }
