@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import is_dataclass
 
 import numpy as np
+import torch
 
 from ..baselines import Constant, Linear, Weighted
 from ..models import Predictor
@@ -24,17 +25,26 @@ class Cache:
         """The value of `key`; `compute()` if there is none. A value larger than `max_bytes` is not stored."""
         if key not in self.values:
             value = compute()
-            size = len(pickle.dumps(value))
-            if size > self.max_bytes:
+            if size(value) > self.max_bytes:
                 return value
-            while size + sum(other for _, other in self.values.values()) > self.max_bytes:
+            self.values[key] = value
+            while sum(map(size, self.values.values())) > self.max_bytes:
                 self.values.popitem(last=False)
-            self.values[key] = value, size
         self.values.move_to_end(key)
-        return self.values[key][0]
+        return self.values[key]
 
 
 cached = Cache()
+
+
+def size(value) -> int:
+    """Bytes of arrays and tensors, also within tuples, lists, mappings and dataclasses; 8 for anything else."""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.nbytes
+    value = vars(value) if is_dataclass(value) else value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(size, value)) if isinstance(value, tuple | list) else 8
 
 
 def windows_key(windows: Windows) -> tuple:

@@ -4,16 +4,17 @@ Axes: N windows, T context length, D vector dimension.
 """
 
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 from judge.plain import T, random_linear, store_of, weighted
 
 from lvmlib import models
 from lvmlib.baselines import Weighted
 from lvmlib.judge import measure as module
-from lvmlib.judge.cache import Cache, cached, predictor_key
+from lvmlib.judge.cache import Cache, cached, predictor_key, size
 from lvmlib.windows import windows
 
 DIM = 8
@@ -89,14 +90,23 @@ def test_a_predictor_that_may_hold_more_than_its_weights_is_not_cached(counted):
 
 
 def test_the_least_recently_used_goes_first_and_what_is_too_large_is_not_cached():
-    small, made = Cache(max_bytes=1000), []
+    small, made = Cache(max_bytes=100), []
 
     def value(key, bytes_):
         return small(key, lambda: made.append(key) or np.zeros(bytes_, np.uint8))
 
     for key in "abac":  # b is the least recently used when c comes
-        value(key, 300)
-    value("a", 300), value("c", 300)
+        value(key, 40)
+    value("a", 40), value("c", 40)
     assert made == ["a", "b", "c"] and list(small.values) == ["a", "c"]
-    value("huge", 1001), value("huge", 1001)
+    value("huge", 101), value("huge", 101)
     assert made[3:] == ["huge", "huge"] and list(small.values) == ["a", "c"]
+
+
+def test_sizes_are_those_of_the_arrays_within():
+    @dataclass
+    class Pair:
+        one: np.ndarray
+        two: dict
+
+    assert size([Pair(np.zeros(4), {"x": torch.zeros(3)}), (np.zeros(2), 1)]) == 32 + 12 + 16 + 8
