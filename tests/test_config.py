@@ -21,13 +21,10 @@ def values(*args, **top):
 
 
 def refused(call, *words):
-    """The message of the LVMError that `call` must raise, checked to hold each of the words."""
+    """Check that `call` raises an LVMError whose message holds each of the words."""
     with pytest.raises(LVMError) as caught:
         call()
-    message = str(caught.value)
-    for word in words:
-        assert word in message, f"{word!r} not in {message!r}"
-    return message
+    assert [word for word in words if word not in str(caught.value)] == [], caught.value
 
 
 def nest(dotted, value):
@@ -82,14 +79,10 @@ def test_overrides_that_change_a_whole_group():
     without = {"losses": {"energy": {"weight": 0.0}, "mean_square": 1.0}, "select": "val_loss"}
     assert version("energy", without, model="bilinear").model == "bilinear"
     assert type(version("v22", {"optimizer": {"clip_norm": 2}}).optimizer.clip_norm) is float
+    assert ("epochs", 12, 3) in config.changes(version("v22", epochs=3))
 
 
 # Refusals: unknown names
-
-
-@pytest.mark.parametrize("overrides", ["optimizer.lr=1", ["epochs"], 3])
-def test_overrides_that_are_no_dict_are_refused(overrides):
-    refused(lambda: version("v22", overrides), "overrides", repr(overrides))
 
 
 UNKNOWN = {22: "v22", "22": "v22", "v22 ": "v22", "v23_confidnt": "v23_confident", "v22.yaml": "v22"}
@@ -116,43 +109,33 @@ def test_an_unknown_key_names_the_nearest(key, value, near):
     refused(lambda: version("v22", nest(key, value)), "params/v22.yaml with overrides", key, f"'{near}'?")
 
 
-@pytest.mark.parametrize("key", ["name", "about", "extends"])
-def test_what_names_a_version_cannot_be_overridden(key):
-    refused(lambda: version("v22", {key: "v21"}), "v22", repr(key))
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        ("optimizer.lr=1", "'optimizer.lr=1'"),
+        ([3], "[3]"),
+        *(({k: "v21"}, f"'{k}'") for k in ("name", "about", "extends")),
+    ],
+)
+def test_overrides_that_are_no_dict_or_name_a_version_are_refused(overrides, named):
+    refused(lambda: version("v22", overrides), "overrides: ", named)
 
 
 # Refusals: wrong types and impossible values
-
-NUMBERS = ["optimizer.lr", "losses.norm", "losses.floor.tau", "control.lambda_max"]
-COUNTS = ["epochs", "seed", "batch_size", "horizon", "losses.directional.prev"]
-NAN, INF = float("nan"), float("inf")
-
-
-@pytest.mark.parametrize("value", ["1e-4", True, None, NAN, INF, -INF, [0.1], {"a": 1}, 1j, 10**400], ids=ascii)
-@pytest.mark.parametrize("key", NUMBERS)
-def test_a_number_is_needed(key, value):
-    message = refused(lambda: version("v22", nest(key, value)), "params/v22.yaml", key, repr(value))
-    assert ("1.0e-4" in message) == isinstance(value, str)  # YAML 1.1 reads 1e-4 as text
-
-
-@pytest.mark.parametrize("value", ["3", 3.0, True, [3], {"a": 1}, NAN, INF, 2**63], ids=ascii)
-@pytest.mark.parametrize("key", COUNTS)
-def test_a_whole_number_is_needed(key, value):
-    refused(lambda: version("v22", nest(key, value)), "params/v22.yaml", key, repr(value))
-    refused(lambda: version("v22", nest(key, 10**5000)), key)  # a number too long to be written
-
 
 NOT_STEPS = [0.05, {1: 0.05}, "0.05", [0.02], [[1, 0.02, 3]], [[1, 0.02], [3]], [[1, "0.02"]], [], [[1.0, 0.02]]]
 NOT_STEPS += [[[True, 0.02]], [[2, 0.1]], [[0, 0.1]], [[1, 0.1], [1, 0.2]]]
 REFUSED = flat(  # by v22
     yaml.safe_load("""
-        {epochs: [null, 0, -1], batch_size: [0], horizon: [0], log_every: [0], seed: [-1], context_length: [1],
+        {epochs: [null, 0, -1, "3", 3.0, true, [3], {a: 1}, .nan, .inf, 9223372036854775808],
+         batch_size: [0, true], horizon: [0, 1.0], log_every: [0], seed: [-1, true, 0.0], context_length: [1],
          fast: [1, "true"], data: [3.5, [a.npz], true], device: [null], precision: [float16], select: [val_energy],
          model: [transfomer, 3, [gru], two_heads, gated, committee], trouble: [halt, rewind, 3, {escape: stop}],
-         optimizer: {lr: [0, -0.1], clip_norm: [0], weight_decay: [-0.1], plateau_factor: [0, 1],
-                     plateau_patience: [-1], schedule: [linear]},
-         losses: {floor: {tau: [1.5, -2], weight: [-0.1]}, norm: [-0.1], orthogonality: [-1],
-                  directional: {kind: [true], prev: [0, 2, -6], gamma: [0, -4], alpha: [1.1, -1], margin_ratio: [2]}},
+         optimizer: {lr: [0, -0.1, "1e-4", true, null, .nan, .inf, -.inf, [0.1], {a: 1}], clip_norm: [0],
+                     weight_decay: [-0.1], plateau_factor: [0, 1], plateau_patience: [-1], schedule: [linear]},
+         losses: {floor: {tau: [1.5, -2, "0.1", true], weight: [-0.1, .inf]}, norm: [-0.1, .nan], orthogonality: [-1],
+                  directional: {kind: [true], prev: [0, 2, -6, -2.0], gamma: [0, -4], alpha: [1.1, -1],
+                                margin_ratio: [2]}},
          control: {rule: [rho, none, constrained], guard: [null], gate: {width: [0]}, lambda_min: [0, -0.1, 0.5]},
          rewind: {fall: [0, 1.0], escape: [0, 1.1], cool: [0, 1.0], most: [-1]}, expected: [[3]]}""")
 ) | {
@@ -173,6 +156,14 @@ def test_wrong_values_are_refused(key):
     for value in REFUSED[key]:
         wrong = config.merge(rest, nest(key, value))
         refused(lambda wrong=wrong: version("v22", wrong), "params/v22.yaml with overrides: ", key)
+
+
+def test_numbers_that_cannot_be_are_shown():
+    for key in ("optimizer.lr", "epochs"):
+        for value in (1j, 10**400, "1e-4"):
+            refused(lambda key=key, value=value: version("v22", nest(key, value)), key, repr(value))
+        refused(lambda key=key: version("v22", nest(key, 10**5000)), key)  # a number too long to be written
+    refused(lambda: version("v22", nest("optimizer.lr", "1e-4")), "1.0e-4")  # YAML 1.1 reads 1e-4 as text
 
 
 COSINE = {"measure": "cosine", "at_least": 0.4}
@@ -232,12 +223,10 @@ def test_values_that_contradict_each_other_are_refused(name, key, values, named)
     "text, words",
     [
         ("epochs: 1e1", "epochs is '1e1'"),
-        ("optimizer: {lr: 1e-4}", "optimizer.lr is '1e-4'"),
         ("epochs: yes", "epochs is True"),
         ("optimizer:", "optimizer is None"),
         ("losses: {floor: {tau: .nan}}", "losses.floor.tau is nan"),
         ("1: 2", "unknown key '1'"),
-        ("rho_traget: 2", "unknown key 'rho_traget'"),
         ("losses: {flor: {tau: 0.1}}", "unknown key 'losses.flor' (did you mean 'floor'"),
         ("name: other", "'name'"),
     ],
@@ -248,10 +237,6 @@ def test_a_mistake_in_a_file_is_named(tmp_path, monkeypatch, text, words):
     (folder / "bad.yaml").write_text(text)
     monkeypatch.setattr(config, "PARAMS", folder)
     refused(lambda: version("bad"), "params/bad.yaml: ", words)
-
-
-def test_changes_show_overrides_too():
-    assert ("epochs", 12, 3) in config.changes(version("v22", epochs=3))
 
 
 # data: a name, or the original's files
