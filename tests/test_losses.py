@@ -1,7 +1,7 @@
-"""Every loss term against handbook §3, derived again in plain Python floats, one window at a time.
+"""Every loss term against handbook §3, derived again in plain numpy, one window at a time.
 
 The reference knows no torch. Its gradients are central differences of the plain loops, taken at the raw prediction, so
-that they pass through the normalisation p = raw / ‖raw‖.
+that they pass through the normalisation p = raw / ‖raw‖. Axes: B batch, T context length, D vector dimension.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from judge.plain import cos
 
 from lvmlib import config, losses
 from lvmlib.config import Floor
@@ -19,28 +20,16 @@ from lvmlib.errors import LVMError
 
 B, T, D = 4, 5, 6
 
-# The handbook in plain Python: rows are lists of floats. Cosines do not depend on length, so `raw` may stand for p.
+# The handbook in plain loops. Cosines do not depend on length, so `raw` may stand for p.
 
 
-def dot(a, b):
-    return sum(x * y for x, y in zip(a, b, strict=True))
+def over_windows(function, *rows):
+    """The mean of a function of a window's vectors."""
+    return np.mean([function(*window) for window in zip(*rows, strict=True)])
 
 
 def length(a):
-    return math.sqrt(dot(a, a))
-
-
-def cos(a, b):
-    return dot(a, b) / (length(a) * length(b))
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def plain_mse(raw, y):
-    return mean((a - b) ** 2 for r, t in zip(raw, y, strict=True) for a, b in zip(r, t, strict=True))
+    return math.sqrt(a @ a)
 
 
 def plain_gap(r, t, v):
@@ -51,58 +40,70 @@ def plain_ratio(r, t, v):
     return plain_gap(r, t, v) / (abs(cos(r, t)) + abs(cos(r, v)) + 1e-6)
 
 
-def plain_directional(raw, y, prev, margin, d):
-    def of(row):
-        by_gap = math.log1p(math.exp(d.gamma * (margin - plain_gap(*row)))) / d.gamma
-        by_ratio = math.log1p(math.exp(d.gamma * (d.margin_ratio - plain_ratio(*row)))) / d.gamma
-        return {"none": 0.0, "smooth": by_gap, "scale_aware": d.alpha * by_gap + (1 - d.alpha) * by_ratio}[d.kind]
-
-    return mean(map(of, zip(raw, y, prev, strict=True)))
+def plain_directional(r, t, v, margin, d):
+    by_gap = math.log1p(math.exp(d.gamma * (margin - plain_gap(r, t, v)))) / d.gamma
+    by_ratio = math.log1p(math.exp(d.gamma * (d.margin_ratio - plain_ratio(r, t, v)))) / d.gamma
+    return {"none": 0.0, "smooth": by_gap, "scale_aware": d.alpha * by_gap + (1 - d.alpha) * by_ratio}[d.kind]
 
 
-def plain_shortfall(raw, y, context, c):
-    places = c.against if c.measure == "margin" else [None]
-    against = [[0.0 if t is None else cos(r, rows[t]) for r, rows in zip(raw, context, strict=True)] for t in places]
-    reached = mean(cos(r, t) for r, t in zip(raw, y, strict=True))
-    return c.at_least - min(reached - mean(cosines) for cosines in against)
+def plain_shortfall(raw, context, y, c):
+    places = c.against if c.measure == "margin" else []
+    against = max([over_windows(cos, raw, context[:, t]) for t in places], default=0.0)
+    return c.at_least - (over_windows(cos, raw, y) - against)
 
 
 def plain_orthogonality(raw, prev):
-    return mean(cos(r, v) ** 2 for r, v in zip(raw, prev, strict=True))
+    return over_windows(lambda r, v: cos(r, v) ** 2, raw, prev)
 
 
 def plain_terms(raw, context, y, margin, w, constraint=None):
     """mse, directional, floor, norm, orthogonality."""
-    prev = [rows[w.directional.prev] for rows in context]
-    directional = plain_directional(raw, y, prev, margin, w.directional)
+    d, prev = w.directional, context[:, w.directional.prev]
+    directional = over_windows(lambda *window: plain_directional(*window, margin, d), raw, y, prev)
     return {
-        "mse": plain_mse(raw, y),
-        "directional": plain_shortfall(raw, y, context, constraint) if constraint else directional,
-        "floor": mean(max(0.0, w.floor.tau - cos(r, t)) ** 2 for r, t in zip(raw, y, strict=True)),
-        "norm": mean((length(r) - 1) ** 2 for r in raw),
+        "mse": over_windows(lambda r, t: sum((r - t) ** 2) / len(r), raw, y),
+        "directional": plain_shortfall(raw, context, y, constraint) if constraint else directional,
+        "floor": over_windows(lambda r, t: max(0.0, w.floor.tau - cos(r, t)) ** 2, raw, y),
+        "norm": over_windows(lambda r: (length(r) - 1) ** 2, raw),
         "orthogonality": plain_orthogonality(raw, prev),
     }
 
 
-def differences(function, raw, step=1e-5):
-    """Central differences of a plain function of lists of floats."""
-    rows, gradient = raw.tolist(), torch.zeros_like(raw)
-    for i, row in enumerate(rows):
-        for j, at in enumerate(row):
-            row[j] = at + step
-            above = function(rows)
-            row[j] = at - step
-            gradient[i, j] = (above - function(rows)) / (2 * step)
-            row[j] = at
-    return gradient
+def numbers(*tensors):
+    return [x.detach().double().numpy() for x in tensors]
+
+
+def differences(function, at, step=1e-5):
+    """Central differences of a plain function of an array, at a tensor."""
+    x = at.detach().numpy().copy()
+    gradient = np.empty_like(x)
+    for i in np.ndindex(x.shape):
+        before = x[i]
+        x[i] = before + step
+        above = function(x)
+        x[i] = before - step
+        gradient[i] = (above - function(x)) / (2 * step)
+        x[i] = before
+    return torch.from_numpy(gradient)
+
+
+def assert_slopes(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
 # Batches (raw, y, prev), each (B, D), and versions: (settings, m_gap)
 
 
+def normal(seed, *shape):
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def units(seed, *shape):
+    return F.normalize(normal(seed, *shape), dim=-1)
+
+
 def random_batch(seed, size=B):
-    g = torch.Generator().manual_seed(seed)
-    raw, y, prev = (torch.randn(size, D, generator=g, dtype=torch.float64) for _ in range(3))
+    raw, y, prev = normal(seed, 3, size)
     return 0.7 * raw, F.normalize(y, dim=-1), F.normalize(prev, dim=-1)
 
 
@@ -144,15 +145,14 @@ CONSTRAINTS = {"cosine": Constraint("cosine", 0.4), "margin": Constraint("margin
 
 def context_with(prev, place, seed=7):
     """(B, T, D) with `prev` (B, D) at one place."""
-    g = torch.Generator().manual_seed(seed)
-    context = F.normalize(torch.randn(len(prev), T, D, generator=g, dtype=torch.float64), dim=-1)
+    context = units(seed, len(prev), T)
     context[:, place] = prev
     return context
 
 
 def full_batch(seed):
     raw, y, prev = random_batch(seed)
-    return raw, context_with(prev, -2, seed + 50), y
+    return raw.requires_grad_(), context_with(prev, -2, seed + 50), y
 
 
 def terms(raw, context, y, margin, weights, **more):
@@ -166,16 +166,21 @@ def terms(raw, context, y, margin, weights, **more):
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 2e-5), (torch.float64, 1e-12)], ids=str)
 @pytest.mark.parametrize("name", BATCHES, ids=lambda name: name.replace(" ", "-"))
-def test_terms_are_the_handbooks(name, dtype, close):
+def test_terms_and_what_is_watched_are_the_handbooks(name, dtype, close):
     raw, y, prev = (x.to(dtype) for x in BATCHES[name])
     if dtype == torch.float32 and name == "both cosines tiny":
         close = 0.05  # the ratio of two cosines of 1e-7 is as exact as they are: float32 gives 1e-7 / 1e-6
     for w, margin in VERSIONS.values():
         context = context_with(prev, w.directional.prev).to(dtype)
-        found = terms(raw, context, y, margin, w)[1]
-        expected = plain_terms(*(x.double().tolist() for x in (raw, context, y)), margin, w)
+        batch, found = terms(raw, context, y, margin, w)
+        expected = plain_terms(*numbers(raw, context, y), margin, w)
         expected |= {"listwise": 0, "energy": 0}  # without rivals and samples
         assert list(found) == list(expected) and {term.dtype for term in found.values()} == {dtype}
+        watched = losses.health(batch.unit, y, context, w.directional.prev)
+        found |= {figure: watched[figure] for figure in ("pos", "neg", "gap", "ratio")}
+        r, t, v = numbers(raw, y, prev)
+        expected |= {"pos": over_windows(cos, r, t), "neg": over_windows(cos, r, v)}
+        expected |= {"gap": over_windows(plain_gap, r, t, v), "ratio": over_windows(plain_ratio, r, t, v)}
         assert {name: float(term) for name, term in found.items()} == pytest.approx(expected, rel=close, abs=close)
 
 
@@ -188,11 +193,12 @@ def test_weights_of_the_terms():
 @pytest.mark.parametrize("version, constraint", [*((v, None) for v in VERSIONS), *(("p6", c) for c in CONSTRAINTS)])
 def test_gradients_norms_angle_and_backward(version, constraint):
     (w, margin), bound = VERSIONS[version], CONSTRAINTS.get(constraint)
-    raw, context, y = full_batch(5)
-    lists = context.tolist(), y.tolist(), margin, w, bound
-    slopes = {n: differences(lambda r, n=n: plain_terms(r, *lists)[n], raw) for n in plain_terms(raw.tolist(), *lists)}
-    batch, found = terms(raw.requires_grad_(), context, y, margin, w, constraint=bound)
-    assert found["directional"].item() == pytest.approx(plain_terms(raw.tolist(), *lists)["directional"], abs=1e-12)
+    raw, context, y = full_batch(6)
+    rest = *numbers(context, y), margin, w, bound
+    expected = plain_terms(*numbers(raw), *rest)
+    slopes = {name: differences(lambda r, name=name: plain_terms(r, *rest)[name], raw) for name in expected}
+    batch, found = terms(raw, context, y, margin, w, constraint=bound)
+    assert found["directional"].item() == pytest.approx(expected["directional"], abs=1e-12)
     gradients = losses.gradients(found, batch)
     norms, angle = losses.gradient_norms(gradients, raw), losses.angle(gradients, raw)
     assert math.isnan(norms["listwise"]) and math.isnan(norms["energy"])  # not of these versions
@@ -200,16 +206,15 @@ def test_gradients_norms_angle_and_backward(version, constraint):
         assert gradients["directional"] is None and math.isnan(norms["directional"]) and math.isnan(angle)
         slopes.pop("directional")
     else:
-        a, b = slopes["mse"].flatten(), slopes["directional"].flatten()
-        assert float(angle) == pytest.approx(math.degrees(math.acos(float(a @ b / a.norm() / b.norm()))), abs=0.01)
+        between = cos(slopes["mse"].flatten(), slopes["directional"].flatten())
+        assert float(angle) == pytest.approx(math.degrees(math.acos(between)), abs=0.01)
     for name, slope in slopes.items():
-        torch.testing.assert_close(gradients[name], slope, rtol=1e-6, atol=1e-8)
-        assert float(norms[name]) == pytest.approx(float(slope.norm()), rel=1e-6, abs=1e-8)
+        assert_slopes(gradients[name], slope)
+        assert_slopes(norms[name], slope.norm())
         assert slope.norm() > 1e-3 or name == "floor"
     weights = losses.weights(w, 0.03)
     losses.backward(found, weights, batch, gradients)
-    wanted = sum(weight * slopes[name] for name, weight in weights.items() if name in slopes)
-    torch.testing.assert_close(raw.grad, wanted, rtol=1e-6, atol=1e-8)
+    assert_slopes(raw.grad, sum(weight * slopes[name] for name, weight in weights.items() if name in slopes))
 
 
 def test_ratio_and_hinge_of_known_numbers():
@@ -231,10 +236,24 @@ def test_terms_stay_finite_on_a_zero_prediction():
 
 def test_terms_of_weight_zero_cost_nothing_even_where_they_are_not_finite():
     raw, context, y = full_batch(0)
-    batch, found = terms(raw.requires_grad_(), context, y, 0.0, settings())
+    batch, found = terms(raw, context, y, 0.0, settings())
     found |= dict.fromkeys(("directional", "floor", "norm"), raw.sum() * math.nan) | {"mse": (2 * raw).sum()}
     losses.backward(found, losses.weights(settings(), 0.0), batch, losses.gradients(found, batch))
     assert torch.equal(raw.grad, torch.full_like(raw, 2.0))
+
+
+@pytest.mark.parametrize("weights", [[0.2] * 5, [0.5, 0.3, 0.1, -0.4, 0.7], [-1.0] * 5])
+def test_escape_is_the_share_of_subtracted_context_vectors(weights):
+    context = F.normalize(torch.randn(6, T, 32, generator=torch.Generator().manual_seed(0)).double(), dim=-1)
+    weights = torch.tensor(weights, dtype=torch.float64)
+    raw = torch.einsum("t,btd->bd", weights, context)
+    unit = F.normalize(raw, dim=-1)
+    wanted = weights / raw.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(losses.context_weights(unit, context), wanted, atol=1e-3, rtol=1e-3)
+    share = -weights.clamp(max=0).sum() / weights.abs().sum()
+    assert float(losses.health(unit, unit, context, -2)["escape"]) == pytest.approx(float(share), abs=1e-3)
+    one = context[:, :1].expand(6, T, 32)  # finite where the context is one vector
+    torch.testing.assert_close(losses.context_weights(one[:, 0], one).sum(1), torch.ones(6).double(), atol=1e-3, rtol=0)
 
 
 # A term of a user's own
@@ -250,12 +269,11 @@ def own():
 
 def test_a_registered_term_is_computed_weighted_and_differentiated(own):
     raw, context, y = full_batch(1)
-    batch, found = terms(raw.requires_grad_(), context, y, 0.04, own)
-    middle = [[mean(x) for x in zip(*rows, strict=True)] for rows in context.tolist()]
-    assert list(found)[-1] == "far" and found["far"].item() == pytest.approx(plain_orthogonality(raw.tolist(), middle))
+    batch, found = terms(raw, context, y, 0.04, own)
+    middle = context.numpy().mean(1)
+    assert list(found)[-1] == "far" and found["far"].item() == pytest.approx(plain_orthogonality(*numbers(raw), middle))
     assert losses.weights(own, 0.3) == losses.weights(V22, 0.3) | {"far": 0.5}
-    slope = differences(lambda r: plain_orthogonality(r, middle), raw.detach())
-    torch.testing.assert_close(losses.gradients(found, batch)["far"], slope, rtol=1e-6, atol=1e-8)
+    assert_slopes(losses.gradients(found, batch)["far"], differences(lambda r: plain_orthogonality(r, middle), raw))
     assert "far" not in terms(raw, context, y, 0.04, V22)[1]  # versions without it are as before
 
 
@@ -268,73 +286,36 @@ def test_a_term_must_be_registered_under_a_free_name(own):
         losses.active(dataclasses.replace(own, extra={"near": 1.0}))
 
 
-# What is watched
-
-
-@pytest.mark.parametrize("name", BATCHES, ids=lambda name: name.replace(" ", "-"))
-def test_health(name):
-    raw, y, prev = BATCHES[name]
-    unit = F.normalize(raw, dim=-1).requires_grad_()
-    context = torch.stack([y.roll(1, 0), prev, y + prev], 1)  # (B, 3, D)
-    found = losses.health(unit, y, context, -2)
-    rows = list(zip(*(x.tolist() for x in (raw, y, prev)), strict=True))
-    assert set(found) == {"pos", "neg", "gap", "ratio", "escape"}
-    assert not any(x.requires_grad for x in found.values())
-    plain = {"pos": lambda r, t, v: cos(r, t), "neg": lambda r, t, v: cos(r, v), "gap": plain_gap, "ratio": plain_ratio}
-    for figure, function in plain.items():
-        assert float(found[figure]) == pytest.approx(mean(function(*row) for row in rows), abs=1e-9)
-
-
-def test_escape_is_the_share_of_subtracted_context_vectors():
-    context = F.normalize(torch.randn(6, 5, 32, dtype=torch.float64), dim=-1)
-    for weights in ([0.2] * 5, [0.5, 0.3, 0.1, -0.4, 0.7], [-1.0] * 5):
-        raw = torch.einsum("t,btd->bd", torch.tensor(weights, dtype=torch.float64), context)
-        unit = raw / raw.norm(dim=-1, keepdim=True)
-        wanted = torch.tensor(weights, dtype=torch.float64) / raw.norm(dim=-1, keepdim=True)
-        torch.testing.assert_close(losses.context_weights(unit, context), wanted, atol=1e-3, rtol=1e-3)
-        share = sum(-w for w in weights if w < 0) / sum(abs(w) for w in weights)
-        assert float(losses.health(unit, unit, context, -2)["escape"]) == pytest.approx(share, abs=1e-3)
-    # Finite where the context is one vector:
-    context = F.normalize(torch.randn(3, 1, 8), dim=-1).expand(3, 5, 8)
-    weights = losses.context_weights(context[:, 0], context)
-    assert bool(weights.isfinite().all())
-    torch.testing.assert_close(weights.sum(1), torch.ones(3), atol=1e-3, rtol=0)
-
-
 # The listwise loss
 
 
 def plain_listwise(rankers, chunks, counts, scale):
-    loss = 0.0
-    for p, others, which in zip(rankers, chunks, counts, strict=True):
-        scores = [math.exp(scale * dot(p, c) / length(p)) for c, here in zip(others, which, strict=True) if here]
-        loss -= math.log(scores[0] / sum(scores)) / len(rankers)
-    return loss
+    def of(p, others, which):
+        scores = [math.exp(scale * (p @ c) / length(p)) for c, here in zip(others, which, strict=True) if here]
+        return -math.log(scores[0] / sum(scores))
+
+    return over_windows(of, rankers, chunks, counts)
 
 
 def candidates_of(y, seed=0):
     """(B, 5, D) unit vectors with the target first, and which of them count: the target always, once it alone."""
-    g = torch.Generator().manual_seed(seed)
-    others = F.normalize(torch.randn(B, 4, D, generator=g, dtype=torch.float64), dim=-1)
-    counts = torch.rand(B, 5, generator=g) > 0.4
+    counts = torch.rand(B, 5, generator=torch.Generator().manual_seed(seed)) > 0.4
     counts[:, 0], counts[0, 1:] = True, False
-    return torch.cat([y[:, None], others], 1), counts
+    return torch.cat([y[:, None], units(seed, B, 4)], 1), counts
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_listwise(scale):
     raw, y, other = random_batch(2)
     chunks, counts = candidates_of(y)
-    lists = chunks.tolist(), counts.tolist()
-    by, raw = torch.tensor(scale, dtype=torch.float64, requires_grad=True), raw.requires_grad_()
+    rest = chunks.numpy(), counts.numpy()
+    by, raw = torch.tensor([scale], dtype=torch.float64, requires_grad=True), raw.requires_grad_()
     found = losses.listwise(losses.Rivals(F.normalize(raw, dim=-1), chunks, counts, by))
-    expected = plain_listwise(raw.tolist(), *lists, scale)
+    expected = plain_listwise(*numbers(raw), *rest, scale)
     assert expected > 0.1 and found.item() == pytest.approx(expected, rel=1e-12)
     gradient, by_scale = torch.autograd.grad(found, (raw, by))  # finite, though some scores are −∞
-    slopes = differences(lambda rows: plain_listwise(rows, *lists, scale), raw.detach())
-    torch.testing.assert_close(gradient, slopes, rtol=1e-6, atol=1e-8)
-    (slope,) = differences(lambda s: plain_listwise(raw.tolist(), *lists, s[0][0]), torch.tensor([[scale]]).double())
-    assert by_scale.item() == pytest.approx(slope.item(), rel=1e-5)
+    assert_slopes(gradient, differences(lambda r: plain_listwise(r, *rest, scale), raw))
+    assert_slopes(by_scale, differences(lambda s: plain_listwise(*numbers(raw), *rest, s[0]), by))
     each = [F.normalize(ranker, dim=-1) for ranker in (raw, y + raw / 2, other)]  # of several rankers, the mean
     expected = sum(losses.listwise(losses.Rivals(unit, chunks, counts, by)) for unit in each) / 3
     torch.testing.assert_close(losses.listwise(losses.Rivals(torch.stack(each, 1), chunks, counts, by)), expected)
@@ -344,36 +325,30 @@ def test_listwise(scale):
 
 
 def plain_energy(samples, y):
-    """The mean over the batch, all pairs in a loop; `samples` by sample, then by window."""
-    score, count = 0.0, len(samples)
-    for b, truth in enumerate(y):
-        mine = [s[b] for s in samples]
-        score += mean(math.dist(x, truth) for x in mine)
-        pairs = sum(math.dist(mine[i], mine[j]) for i in range(count) for j in range(count) if i != j)
-        score -= pairs / (2 * count * (count - 1)) if count > 1 else 0.0
-    return score / len(y)
+    """The mean over the batch, all pairs in a loop; `samples` (S, B, D)."""
 
+    def of(mine, truth):
+        count, others = len(mine), [math.dist(a, b) for i, a in enumerate(mine) for b in np.delete(mine, i, 0)]
+        return np.mean([math.dist(x, truth) for x in mine]) - sum(others) / (2 * max(count * (count - 1), 1))
 
-def samples_of(count, seed=0):
-    return torch.randn(count, B, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return over_windows(of, samples.swapaxes(0, 1), y)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_energy_and_its_gradient(count):
-    y, x = random_batch(2)[1], samples_of(count)
-    slopes = differences(lambda r: plain_energy(np.reshape(r, x.shape), y.tolist()), x.view(1, -1))
-    found = losses.energy(x.requires_grad_(), y)
-    assert found.shape == (B,) and found.mean().item() == pytest.approx(plain_energy(x.tolist(), y.tolist()), rel=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(found.mean(), x)[0], slopes.view_as(x), rtol=1e-6, atol=1e-8)
+    y, x = random_batch(2)[1], normal(0, count, B).requires_grad_()
+    found = losses.energy(x, y)
+    assert found.shape == (B,) and found.mean().item() == pytest.approx(plain_energy(*numbers(x, y)), rel=1e-12)
+    assert_slopes(torch.autograd.grad(found.mean(), x)[0], differences(lambda r: plain_energy(r, y.numpy()), x))
 
 
 def test_energy_of_equal_samples_is_their_distance_with_a_finite_gradient():
     y = random_batch(2)[1]
-    x = samples_of(1).expand(4, B, D).clone().requires_grad_()
+    x = normal(0, 1, B).expand(4, B, D).clone().requires_grad_()
     found = losses.energy(x, y)
     torch.testing.assert_close(found, (x[0] - y).norm(dim=-1), rtol=1e-12, atol=0)
     (gradient,) = torch.autograd.grad(found.sum(), x)
-    torch.testing.assert_close(gradient.sum(0), (x[0] - y) / (x[0] - y).norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(gradient.sum(0), F.normalize(x[0] - y, dim=-1))
 
 
 def test_energy_is_least_for_the_true_distribution_whatever_the_number_of_samples():
@@ -396,26 +371,22 @@ def test_rivals_and_samples_are_differentiated_through_their_own_vectors():
     """The prediction gets the gradient of the mean square alone."""
     raw, context, y = full_batch(4)
     chunks, counts = candidates_of(y)
-    lists = chunks.tolist(), counts.tolist(), 7.0
-    ranker, samples = samples_of(1, seed=3)[0].requires_grad_(), samples_of(5).requires_grad_()
+    rest = chunks.numpy(), counts.numpy(), 7.0
+    ranker, samples = normal(3, B).requires_grad_(), normal(0, 5, B).requires_grad_()
     rivals = losses.Rivals(F.normalize(ranker, dim=-1), chunks, counts, torch.tensor(7.0, dtype=torch.float64))
     parts = {"listwise": config.Listwise(2.0, 0.1, 128), "energy": config.Energy(3.0, 5)}
     w = dataclasses.replace(settings(), mean_square=0.3, **parts)
-    batch, found = terms(raw.requires_grad_(), context, y, 0.0, w, rivals=rivals, samples=samples)
-    assert found["listwise"].item() == pytest.approx(plain_listwise(ranker.tolist(), *lists))
-    assert found["energy"].item() == pytest.approx(plain_energy(samples.tolist(), y.tolist()))
+    batch, found = terms(raw, context, y, 0.0, w, rivals=rivals, samples=samples)
+    assert found["listwise"].item() == pytest.approx(plain_listwise(*numbers(ranker), *rest))
+    assert found["energy"].item() == pytest.approx(plain_energy(*numbers(samples, y)))
     weights = losses.weights(w, 0.0)
     assert weights == {"mse": 0.3, "listwise": 2.0, "energy": 3.0}
     gradients = losses.gradients(found, batch)
     losses.backward(found, weights, batch, gradients)
-    torch.testing.assert_close(raw.grad, 0.3 * 2 * (raw - y).detach() / (B * D))
-    slopes = differences(lambda r: plain_listwise(r, *lists), ranker.detach())
-    torch.testing.assert_close(ranker.grad, 2.0 * slopes, rtol=1e-6, atol=1e-8)
-    (slopes,) = torch.autograd.grad(losses.energy(samples, y).mean(), samples)  # checked above
-    torch.testing.assert_close(samples.grad, 3.0 * slopes)
+    assert_slopes(raw.grad, 0.3 * 2 * (raw - y).detach() / (B * D))
+    assert_slopes(ranker.grad, 2.0 * differences(lambda r: plain_listwise(r, *rest), ranker))
+    slopes = differences(lambda x: plain_energy(x, y.numpy()), samples)
+    assert_slopes(samples.grad, 3.0 * slopes)
     norms = losses.gradient_norms(gradients, raw)
     assert math.isnan(norms["listwise"])
-    together = differences(  # all samples of a window move together
-        lambda rows: plain_energy((samples.detach().numpy() + rows).tolist(), y.tolist()), torch.zeros(B, D).double()
-    )
-    assert float(norms["energy"]) == pytest.approx(float(together.norm()), rel=1e-6)
+    assert_slopes(norms["energy"], slopes.sum(0).norm())  # all samples of a window move together
