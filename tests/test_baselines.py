@@ -4,12 +4,11 @@ Axes: T context length, D vector dimension, N windows.
 """
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from judge.plain import store_of
 
 from lvmlib.baselines import STRENGTHS, baselines, fit_ridge, fit_weights
-from lvmlib.data.store import make_store
 from lvmlib.errors import LVMError
 from lvmlib.windows import windows
 
@@ -18,17 +17,14 @@ T, D = 5, 6
 
 def cut(articles, horizon=2, numbers=None):
     """Training windows of these articles, each (length, D)."""
-    numbers = list(range(len(articles)) if numbers is None else numbers)
-    vectors = np.concatenate([a / np.linalg.norm(a, axis=1, keepdims=True) for a in articles]).astype(np.float32)
-    frame = pd.DataFrame({"title": [str(n) for n in numbers], "split": "train"}, index=pd.Index(numbers))
-    position = np.concatenate([np.arange(len(a)) for a in articles])
-    store = make_store("fits", vectors, np.repeat(numbers, [len(a) for a in articles]), position, frame)
+    numbers = range(len(articles)) if numbers is None else numbers
+    store = store_of({n: ("train", np.arange(len(x)), x) for n, x in zip(numbers, articles, strict=True)})
     return windows(store, "train", horizon)
 
 
-def random_windows(horizon=2, seed=0, count=12):
+def random_windows(horizon=2, count=12):
     """Random walks on the sphere: neighbours are similar."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     return cut([random.normal(size=(16, D)).cumsum(0) for _ in range(count)], horizon)
 
 
@@ -66,31 +62,23 @@ def test_constant_copy_last_and_mean():
             predictor(torch.ones(3, T, D + 1))
 
 
-@pytest.mark.parametrize("horizon", [1, 2])
-def test_weighted_mean_is_least_squares(horizon):
-    w = random_windows(horizon)
-    context, target = design(w)
-    stacked = context.transpose(0, 2, 1).reshape(-1, T)  # a row for each coordinate of each window
-    expected = np.linalg.lstsq(stacked, target.reshape(-1), rcond=None)[0]
-    weights = fit_weights(w)
-    assert weights.dtype == torch.float32
-    np.testing.assert_allclose(weights.numpy(), expected, atol=1e-5)
-    predicted = baselines(w)["weighted mean"](torch.from_numpy(context).float())[0]
-    np.testing.assert_allclose(predicted.numpy(), np.einsum("t,ntd->nd", expected, context), atol=1e-5)
-
-
 @pytest.mark.parametrize("horizon, count", [(1, 12), (2, 80)])
-def test_ridge_is_the_direct_solution_of_the_best_strength(horizon, count):
-    w = random_windows(horizon, count=count)
+def test_weighted_mean_and_ridge_are_least_squares(horizon, count):
+    w = random_windows(horizon, count)
     assert count == 12 or len(w) > 512  # more than one batch
     context, target = design(w)
-    x = context.reshape(len(context), -1)
-    for strengths, best in ((STRENGTHS, best_strength(w)), ((3.0,), 3.0)):
-        weights, strength = fit_ridge(w, strengths)
-        assert strength == best
-        np.testing.assert_allclose(weights, plain_ridge(x, target, strength), atol=1e-4)  # of all articles
-    predicted = baselines(w)["ridge"](torch.from_numpy(context).float())[0]
-    np.testing.assert_allclose(predicted, x @ plain_ridge(x, target, best_strength(w)), atol=1e-4)
+    stacked, x = context.transpose(0, 2, 1).reshape(-1, T), context.reshape(len(context), -1)
+    wanted = np.linalg.lstsq(stacked, target.reshape(-1), rcond=None)[0]  # a row for each coordinate of each window
+    np.testing.assert_allclose(fit_weights(w), wanted, atol=1e-5)
+    strength = best_strength(w)
+    for strengths, best in ((STRENGTHS, strength), ((3.0,), 3.0)):
+        weights, found = fit_ridge(w, strengths)
+        assert found == best
+        np.testing.assert_allclose(weights, plain_ridge(x, target, best), atol=1e-4)  # of all articles
+    fitted = baselines(w)
+    predicted = {name: fitted[name](torch.from_numpy(context).float())[0] for name in ("weighted mean", "ridge")}
+    np.testing.assert_allclose(predicted["weighted mean"], np.einsum("t,ntd->nd", wanted, context), atol=1e-5)
+    np.testing.assert_allclose(predicted["ridge"], x @ plain_ridge(x, target, strength), atol=1e-4)
 
 
 @pytest.mark.parametrize("strange, expected", [(0, STRENGTHS[-1]), (1, STRENGTHS[0])])

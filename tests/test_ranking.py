@@ -5,12 +5,11 @@ Cosines at offsets and their mean over an article are tested with all figures of
 
 import functools
 import itertools
-import math
 
 import numpy as np
 import pytest
 import torch
-from judge.plain import store_of
+from judge.plain import cos, store_of
 from scipy import stats
 
 from lvmlib import ranking
@@ -58,11 +57,6 @@ def random_units(seed, *shape):
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def cos(a, b):
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    return a @ b / math.sqrt((a @ a) * (b @ b))
-
-
 def own_rows(w, i):
     return np.flatnonzero(w.store.article == w.store.article[w.target[i]])
 
@@ -72,8 +66,8 @@ def own_rows(w, i):
 
 def plain_rank(unit, w, i, rows):
     """The mean of the places that the target and its equals hold."""
-    cosines = [cos(unit, w.store.vectors[r]) for r in rows]
-    own = cos(unit, w.store.vectors[w.target[i]])
+    unit, vectors = unit.double().numpy(), w.store.vectors.astype(float)
+    cosines, own = [cos(unit, vectors[r]) for r in rows], cos(unit, vectors[w.target[i]])
     assert all(abs(abs(c - own) - TIE) > 3e-7 for c in cosines)  # float32 can tell
     places = 1 + np.argsort(np.argsort([-c for c in cosines], kind="stable"), kind="stable")
     return np.mean([p for p, c in zip(places, cosines, strict=True) if abs(c - own) <= TIE])
@@ -137,7 +131,7 @@ def test_what_is_made_of_all_windows_part_by_part_is_the_same(monkeypatch, direc
 
 
 def all_targets(w):
-    """The rows that are a target in any split: `possible` is told by an article alone."""
+    """The rows that are a target in any split: `possible` depends on the article alone."""
     cuts = [windows(w.store, s, w.horizon, T, {1: "forward", -1: "backward"}[w.step]) for s in ("train", "val", "ood")]
     return np.concatenate([c.target for c in cuts])
 
