@@ -125,8 +125,9 @@ def test_overrides_that_are_no_dict_or_name_a_version_are_refused(overrides, nam
 
 NOT_STEPS = [0.05, {1: 0.05}, "0.05", [0.02], [[1, 0.02, 3]], [[1, 0.02], [3]], [[1, "0.02"]], [], [[1.0, 0.02]]]
 NOT_STEPS += [[[True, 0.02]], [[2, 0.1]], [[0, 0.1]], [[1, 0.1], [1, 0.2]]]
-REFUSED = flat(  # by v22
-    yaml.safe_load("""
+NOT_STEPS += [[[1, 0.1], [5, 0.2], [3, 0.3]]]
+REFUSED = yaml.safe_load("""
+    v22:
         {epochs: [null, 0, -1, "3", 3.0, true, [3], {a: 1}, .nan, .inf, 9223372036854775808],
          batch_size: [0, true], horizon: [0, 1.0], log_every: [0], seed: [-1, true, 0.0], context_length: [1],
          fast: [1, "true"], data: [3.5, [a.npz], true], device: [null], precision: [float16], select: [val_energy],
@@ -137,25 +138,35 @@ REFUSED = flat(  # by v22
                   directional: {kind: [true], prev: [0, 2, -6, -2.0], gamma: [0, -4], alpha: [1.1, -1],
                                 margin_ratio: [2]}},
          control: {rule: [rho, none, constrained], guard: [null], gate: {width: [0]}, lambda_min: [0, -0.1, 0.5]},
-         rewind: {fall: [0, 1.0], escape: [0, 1.1], cool: [0, 1.0], most: [-1]}, expected: [[3]]}""")
-) | {
-    "schedule.margin": [*NOT_STEPS, [[1, 2.5]]],
-    "schedule.rho_target": [*NOT_STEPS, [[1, 0.1], [5, 0.2], [3, 0.3]], [[1, -0.1]]],
-    "schedule.rho_cap": [*NOT_STEPS, [[1, -1.0]], [[1, 0.4], [3, 0.2]]],  # below 0, and below the target of epoch 3
-}
+         schedule: {margin: [[[1, 2.5]]], rho_target: [[[1, -0.1]]], rho_cap: [[[1, -1.0]], [[1, 0.4], [3, 0.2]]]},
+         rewind: {fall: [0, 1.0], escape: [0, 1.1], cool: [0, 1.0], most: [-1]}, expected: [[3]]}
+    v1: {schedule: {fraction: [[]], margin: [[]]}}
+    v21: {optimizer: [[5.0e-4], null], losses.floor: [0.1], control.gate: [0.3],
+          schedule: {rho_cap: [[]], fraction: [[]]}}
+    v23_unguarded: {schedule: {margin: [[]]}}
+    energy: {model: [transformer, bilinear]}
+    rank: {losses.listwise: {elsewhere: [-1], candidates: [1]}}
+    share: {control.smoothing: [1.0, -0.1]}
+    pi: {schedule.margin: [[]],
+         control: {ki: [0.0], kp: [-0.1], measure: [loss], constraint: [{measure: cosine, at_least: 0.4}]}}
+    bounded: {control.constraint: [null], control.constraint.at_least: [1.1], control.constraint.measure: [cosines]}
+    margin: {control.constraint: {at_least: [-2.1], against: [[], [-1, -6], [0]]}}
+""")
+for name in ("margin", "rho_target", "rho_cap"):
+    REFUSED["v22"]["schedule"][name] += NOT_STEPS
 REST = {  # what a group needs besides the key that is wrong
     "rewind.": {"rewind": {"fall": 0.1, "escape": 0.3, "cool": 0.5, "most": 2}},
     "control.gate.": {"control": {"gate": GATE}},
 }
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_wrong_values_are_refused(key):
+@pytest.mark.parametrize("name, key", [(name, key) for name, keys in REFUSED.items() for key in flat(keys)])
+def test_wrong_values_are_refused(name, key):
     rest = next((rest for prefix, rest in REST.items() if key.startswith(prefix)), {})
-    assert version("v22", rest)
-    for value in REFUSED[key]:
+    assert version(name, rest)
+    for value in flat(REFUSED[name])[key]:
         wrong = config.merge(rest, nest(key, value))
-        refused(lambda wrong=wrong: version("v22", wrong), "params/v22.yaml with overrides: ", key)
+        refused(lambda wrong=wrong: version(name, wrong), f"params/{name}.yaml with overrides: {key}")
 
 
 def test_numbers_that_cannot_be_are_shown():
@@ -166,54 +177,29 @@ def test_numbers_that_cannot_be_are_shown():
     refused(lambda: version("v22", nest("optimizer.lr", "1e-4")), "1.0e-4")  # YAML 1.1 reads 1e-4 as text
 
 
-COSINE = {"measure": "cosine", "at_least": 0.4}
-SELF = "the key itself"
 CONTRADICTIONS = [
-    ("v22", "optimizer", [[5e-4], None], SELF),
-    ("v22", "losses.floor", [0.1], SELF),
-    ("v22", "control.gate", [0.3], SELF),
-    ("v22", "losses.directional.kind", ["none"], "control.rule"),
-    ("v22", "control.lambda_max", [1e-5], "control.lambda_min"),
-    ("v22", "control.gate", [{"low": 0.1}], "key 'control.gate.width'"),
-    ("v22", "rewind", [{"fall": 0.1, "escape": 0.3, "cool": 0.5}], "key 'rewind.most'"),
-    ("v22", "control.constraint", [{"measure": "cosine"}], "key 'control.constraint.at_least'"),
-    ("v1", "schedule.fraction", [[]], SELF),
-    ("v1", "schedule.margin", [[]], SELF),
-    ("v21", "schedule.rho_cap", [[]], SELF),
-    ("v21", "schedule.fraction", [[]], SELF),
-    ("v23_unguarded", "schedule.margin", [[]], SELF),
-    ("energy", "model", ["transformer", "bilinear"], SELF),
-    ("rank", "losses.listwise.elsewhere", [-1], SELF),
-    ("rank", "losses.listwise.candidates", [1], SELF),
-    ("rank", "losses.listwise.weight", [0], "losses.mean_square"),
-    ("two_heads", "losses.listwise.weight", [0.0], "model"),
-    ("committee", "losses.mean_square", [0.0], "model"),
-    ("share", "control.smoothing", [1.0, -0.1], SELF),
-    ("share", "schedule", [{"rho_target": t, "rho_cap": []} for t in ([], [[1, 0.0]])], "schedule.rho_target"),
-    ("pi", "schedule.margin", [[]], SELF),
-    ("pi", "control.ki", [0.0], SELF),
-    ("pi", "control.kp", [-0.1], SELF),
-    ("pi", "control.kp", [1.0], "control is (1.0, "),
-    ("pi", "control.ki", [1.9], "control is (0.1, 1.9)"),
-    ("pi", "control.measure", ["loss"], SELF),
-    ("pi", "losses", [{"mean_square": 0.0, "listwise": {"weight": 1.0}}], "losses.mean_square"),
-    ("pi", "control.constraint", [COSINE], SELF),
-    ("bounded", "control.constraint", [None], SELF),
-    ("bounded", "control.constraint.at_least", [1.1], SELF),
-    ("bounded", "control.constraint.measure", ["cosines"], SELF),
-    ("margin", "control.constraint.at_least", [-2.1], SELF),
-    ("margin", "control.constraint.against", [[], [-1, -6], [0]], SELF),
-    ("bounded", "control.gate", [GATE], "control is ("),
-    ("bounded", "control.guard", ["v21"], "control is ("),
-    ("bounded", "losses.directional.kind", ["smooth"], "control.rule"),
+    ("v22", "losses.directional.kind", "none", "control.rule"),
+    ("v22", "control.lambda_max", 1e-5, "control.lambda_min"),
+    ("v22", "control.gate", {"low": 0.1}, "key 'control.gate.width'"),
+    ("v22", "rewind", {"fall": 0.1, "escape": 0.3, "cool": 0.5}, "key 'rewind.most'"),
+    ("v22", "control.constraint", {"measure": "cosine"}, "key 'control.constraint.at_least'"),
+    ("rank", "losses.listwise.weight", 0, "losses.mean_square"),
+    ("two_heads", "losses.listwise.weight", 0.0, "model"),
+    ("committee", "losses.mean_square", 0.0, "model"),
+    ("share", "schedule", {"rho_target": [], "rho_cap": []}, "schedule.rho_target"),
+    ("share", "schedule", {"rho_target": [[1, 0.0]], "rho_cap": []}, "schedule.rho_target"),
+    ("pi", "control.kp", 1.0, "control is (1.0, "),
+    ("pi", "control.ki", 1.9, "control is (0.1, 1.9)"),
+    ("pi", "losses", {"mean_square": 0.0, "listwise": {"weight": 1.0}}, "losses.mean_square"),
+    ("bounded", "control.gate", GATE, "control is ("),
+    ("bounded", "control.guard", "v21", "control is ("),
+    ("bounded", "losses.directional.kind", "smooth", "control.rule"),
 ]
 
 
-@pytest.mark.parametrize("name, key, values, named", CONTRADICTIONS)
-def test_values_that_contradict_each_other_are_refused(name, key, values, named):
-    for value in values:
-        place = f"params/{name}.yaml with overrides: {key if named is SELF else named}"
-        refused(lambda value=value: version(name, nest(key, value)), place)
+@pytest.mark.parametrize("name, key, value, named", CONTRADICTIONS)
+def test_values_that_contradict_each_other_are_refused(name, key, value, named):
+    refused(lambda: version(name, nest(key, value)), f"params/{name}.yaml with overrides: {named}")
 
 
 # Mistakes in a file
