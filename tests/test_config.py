@@ -166,7 +166,7 @@ def test_wrong_values_are_refused(name, key):
     assert version(name, rest)
     for value in flat(REFUSED[name])[key]:
         wrong = config.merge(rest, nest(key, value))
-        refused(lambda wrong=wrong: version(name, wrong), f"params/{name}.yaml with overrides: {key}")
+        refused(lambda wrong=wrong: version(name, wrong), f"params/{name}.yaml with overrides: ", key)
 
 
 def test_numbers_that_cannot_be_are_shown():
