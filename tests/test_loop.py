@@ -66,21 +66,19 @@ def test_the_page_on_ones_own_loss_does_what_it_says(data, tmp_path):
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "own-loss.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     space = {}
+
+    def history(**extra):
+        run = lvm.train(version(fast=True, overrides={"losses": {"extra": extra}}), data, tmp_path / str(extra))
+        assert len(list(run)) == 2
+        return lvm.open_run(run.folder)[1]
+
     exec(code, space)
     try:
-        histories = {}
-        for weight in (0.0, 0.1, 10.0):
-            extra = {"losses": {"extra": {"far_from_mean": weight}}}
-            run = lvm.train(version(fast=True, overrides=extra), data, tmp_path / str(weight))
-            assert len(list(run)) == 2
-            histories[weight] = lvm.open_run(run.folder)[1]
-        none, some, much = histories.values()
-        assert (none["far_from_mean"] > 0).all() and (none["pull_far_from_mean"] == 0).all()
-        assert (some["pull_far_from_mean"] > 0).all() and space["version"].losses.extra == {"far_from_mean": 0.1}
-        assert much["far_from_mean"].iloc[-1] < none["far_from_mean"].iloc[-1]
-        plain = lvm.train(version(fast=True), data, tmp_path / "plain")
-        list(plain)
-        assert "far_from_mean" not in plain.history
-        assert none["train_loss"].tolist() == plain.history["train_loss"].tolist()
+        assert space["version"].losses.extra == {"far_from_mean": 0.1}
+        plain, none, much = history(), history(far_from_mean=0.0), history(far_from_mean=10.0)
     finally:
         losses.OWN.clear()
+    assert (none["far_from_mean"] > 0).all() and (none["pull_far_from_mean"] == 0).all()
+    assert (much["pull_far_from_mean"] > 0).all()
+    assert much["far_from_mean"].iloc[-1] < none["far_from_mean"].iloc[-1]
+    assert "far_from_mean" not in plain and none["train_loss"].tolist() == plain["train_loss"].tolist()

@@ -78,14 +78,12 @@ def test_impossible_windows(key, value):
 def test_a_table_that_is_wrong_at_the_border_of_a_block(monkeypatch, row):
     monkeypatch.setattr(W, "BLOCK_VALUES", 8)
     frame = pd.DataFrame({"title": ["a", "b"], "split": ["train", "val"]}, index=[0, 1])
-    position = list(range(20))
-    position[row] = position[row - 1]
-    with pytest.raises(LVMError, match=f"row {row} "):
-        V.make_store("t", np.ones((20, 1), np.float32), [0] * 20, position, frame)
-    article = [0] * 20
-    article[row] = 1
-    with pytest.raises(LVMError, match="article 0 "):
-        V.make_store("t", np.ones((20, 1), np.float32), article, range(20), frame)
+    article, position = np.zeros(20, int), np.arange(20)
+    for table, value, named in ((position, row - 1, f"row {row} "), (article, 1, "article 0 ")):
+        before, table[row] = table[row], value
+        with pytest.raises(LVMError, match=named):
+            V.make_store("t", np.ones((20, 1), np.float32), article, position, frame)
+        table[row] = before
 
 
 @pytest.mark.parametrize("direction", W.DIRECTIONS)
@@ -99,8 +97,7 @@ def test_batches_of_a_store_on_disk_are_those_of_memory(tmp_path, direction, col
     here, there = (W.windows(s, "train", 2, 4, direction) for s in (store, opened))
     for index in (np.random.default_rng(1).integers(0, len(here), 9), np.arange(0)):
         for vectors in (None, torch.from_numpy(opened.vectors.copy())):
-            for a, b in zip(here.batch(index), there.batch(index, vectors), strict=True):
-                assert torch.equal(a, b)
+            assert all(map(torch.equal, here.batch(index), there.batch(index, vectors)))
     assert here.batch(np.arange(0))[0].shape == (0, 4, DIM)
 
 
@@ -154,17 +151,16 @@ def test_on_demand_gives_what_the_tensor_gives():
     lazy = W.OnDemand(tensor, torch.device("cpu"))
     assert torch.equal(lazy[rows], tensor[rows]) and torch.equal(lazy[2:9], tensor[2:9])
     assert torch.equal(lazy.index_select(0, rows[0]), tensor[rows[0]]) and lazy.data_ptr() == tensor.data_ptr()
-    assert all(torch.equal(a, b) for a, b in zip(w.batch([0, 1], lazy), w.batch([0, 1]), strict=True))
+    assert all(map(torch.equal, w.batch([0, 1], lazy), w.batch([0, 1])))
 
 
 @pytest.mark.parametrize("direction", W.DIRECTIONS)
 def test_batches_cover_all_in_order_and_at_most_takes_some(direction):
     w = W.windows(random_store(2), "train", direction=direction)
     for size in (1, 7, 1000):
-        parts = list(w.batches(size))
-        assert all(len(context) <= size for context, _ in parts)
-        for part, full in zip(zip(*parts, strict=True), w.batch(np.arange(len(w))), strict=True):
-            assert torch.equal(torch.cat(part), full)
+        contexts, targets = zip(*w.batches(size), strict=True)
+        assert all(len(context) <= size for context in contexts)
+        assert all(map(torch.equal, (torch.cat(contexts), torch.cat(targets)), w.batch(np.arange(len(w)))))
     for count in (1, 5, 10_000):
         some = w.at_most(count)
         assert len(some) == min(count, len(w)) and some.step == w.step
