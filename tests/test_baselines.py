@@ -83,7 +83,7 @@ def test_weighted_mean_and_ridge_are_least_squares(horizon, count):
 
 @pytest.mark.parametrize("strange, expected", [(0, STRENGTHS[-1]), (1, STRENGTHS[0])])
 def test_the_strength_is_chosen_on_every_fifth_article(strange, expected):
-    """Articles rotate by a rule, those of number ≡ strange (mod 5) by its inverse. Where these are left out, the rule
+    """Articles rotate by a rule, those of number ≡ strange (mod 5) by its opposite. Where these are left out, the rule
     fails and the strongest shrinkage wins; where they are not, the weakest."""
     random = np.random.default_rng(0)
     rule = np.linalg.qr(random.normal(size=(D, D)))[0]

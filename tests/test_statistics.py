@@ -41,8 +41,7 @@ def test_chance_is_the_mean_over_every_ranking(n):
 def test_chance_median_rank_is_the_median_of_every_rank(sizes):
     """Every window's ranks 1 … n once, times as often as makes all windows weigh the same."""
     ranks = [r for n in sizes for r in range(1, n + 1) for _ in range(math.lcm(*sizes) // n)]
-    assert chance_median_rank(sizes) == statistics.median(ranks)
-    assert math.isnan(chance_median_rank([]))
+    assert chance_median_rank(sizes) == statistics.median(ranks) and math.isnan(chance_median_rank([]))
 
 
 def test_adjusted_is_0_at_chance_and_1_at_the_best():
@@ -81,24 +80,20 @@ def plain(values, articles, level=0.95):
     return mean, variance, max(sum(sizes) ** 2 / sum(n * n for n in sizes) - 1, 1)
 
 
-def test_over_articles_from_its_definition():
-    for seed, level in ((0, 0.95), (1, 0.5), (2, 0.99)):
-        values, article = clustered(np.random.default_rng(seed), articles=3 + 5 * seed)
-        mean, variance, df = plain(values, article)
-        half = stats.t.ppf(0.5 + level / 2, df) * math.sqrt(variance)
-        assert over_articles(values, article, level) == pytest.approx((mean, mean - half, mean + half), rel=1e-10)
-
-
-def test_the_interval_of_a_share_is_made_on_the_log_odds():
-    values, article = clustered(np.random.default_rng(0), articles=8)
-    values = (values > 1.5).astype(float)
+@pytest.mark.parametrize("seed, level", [(0, 0.95), (1, 0.5), (2, 0.99)])
+def test_over_articles_from_its_definition(seed, level):
+    """The interval of a share is made on the scale of log-odds."""
+    values, article = clustered(np.random.default_rng(seed), articles=4 + 5 * seed)
+    mean, variance, df = plain(values, article)
+    half = stats.t.ppf(0.5 + level / 2, df) * math.sqrt(variance)
+    assert over_articles(values, article, level) == pytest.approx((mean, mean - half, mean + half), rel=1e-10)
+    values = (values > 1).astype(float)
     p, variance, df = plain(values, article)
-    reach = stats.t.ppf(0.975, df) * math.sqrt(variance) / (p * (1 - p))
-    ends = [p / (1 - p) * math.exp(sign * reach) for sign in (-1, 1)]
-    low, high = (odds / (1 + odds) for odds in ends)
-    assert over_articles(values, article, share=True) == pytest.approx((p, low, high), rel=1e-10)
+    reach = stats.t.ppf(0.5 + level / 2, df) * math.sqrt(variance) / (p * (1 - p))
+    low, high = (1 / (1 + (1 - p) / p * math.exp(sign * reach)) for sign in (1, -1))
     assert 0 < low < p < high < 1
-    assert over_articles(1 - values, article, share=True) == pytest.approx((1 - p, 1 - high, 1 - low))
+    assert over_articles(values, article, level, share=True) == pytest.approx((p, low, high), rel=1e-10)
+    assert over_articles(1 - values, article, level, share=True) == pytest.approx((1 - p, 1 - high, 1 - low))
 
 
 def test_numbers_and_order_of_articles_mean_nothing():
@@ -128,7 +123,7 @@ def test_nan_is_left_out_with_articles_that_have_nothing_else():
 
 
 @pytest.mark.parametrize(
-    "values, articles, middle",
+    "values, articles, mean",
     [
         ([], [], math.nan),
         ([math.nan] * 3, [1, 2, 3], math.nan),
@@ -136,14 +131,12 @@ def test_nan_is_left_out_with_articles_that_have_nothing_else():
         ([1.0, math.nan], [4, 5], 1.0),
     ],
 )
-def test_no_interval_with_fewer_than_two_articles(values, articles, middle):
+def test_no_interval_with_fewer_than_two_articles(values, articles, mean):
     values, articles = np.array(values), np.array(articles, int)
-    wanted = pytest.approx((middle, math.nan, math.nan), nan_ok=True)
-    assert over_articles(values, articles) == wanted
-    assert median_over_articles(values, articles) == wanted
-    assert over_seeds(np.stack([values, values]), articles) == wanted
-    assert between(values + 5, articles, [5.0, 5.0], [8, 9]) == wanted
-    assert bool(few(articles[~np.isnan(values)]))
+    found = [over_articles(values, articles), median_over_articles(values, articles)]
+    found += [over_seeds([values] * 2, articles), between(values + 5, articles, [5.0, 5.0], [8, 9])]
+    np.testing.assert_array_equal(found, [(mean, math.nan, math.nan)] * 4)
+    assert few(articles[~np.isnan(values)])
 
 
 def test_no_spread_has_no_width_and_one_huge_article_a_wide_one():
@@ -178,7 +171,6 @@ def test_seeds_from_the_analysis_of_variance():
     """Equal articles of one window: the crossed layout's mean squares give the variance in closed form."""
     random = np.random.default_rng(0)
     x = random.standard_normal((4, 1)) + random.standard_normal(7) + 0.5 * random.standard_normal((4, 7))
-    _, low, high = over_seeds(x, np.arange(7))
     grand, by_seed, by_article = x.mean(), x.mean(1), x.mean(0)
     ms_seed = 7 * ((by_seed - grand) ** 2).sum() / 3
     ms_article = 4 * ((by_article - grand) ** 2).sum() / 6
@@ -187,13 +179,9 @@ def test_seeds_from_the_analysis_of_variance():
     variance = (ms_seed + ms_article - ms_rest) / 28
     df = variance**2 / ((ms_article / 28) ** 2 / 6 + ((ms_seed - ms_rest) / 28) ** 2 / 3)
     half = stats.t.ppf(0.975, df) * math.sqrt(variance)
-    assert (low, high) == pytest.approx((grand - half, grand + half), rel=1e-9)
-
-
-def test_one_seed_or_equal_seeds_leave_the_interval_over_articles():
-    values, article = clustered(np.random.default_rng(0), articles=9)
-    for seeds in (1, 3):
-        assert over_seeds([values] * seeds, article) == pytest.approx(over_articles(values, article))
+    assert over_seeds(x, np.arange(7)) == pytest.approx((grand, grand - half, grand + half), rel=1e-9)
+    for seeds in (1, 3):  # one seed, or equal ones, leave the interval over articles
+        assert over_seeds(x[[0] * seeds], np.arange(7)) == pytest.approx(over_articles(x[0], np.arange(7)))
 
 
 @pytest.mark.parametrize(
