@@ -18,13 +18,8 @@ import json
 import tempfile
 from pathlib import Path
 
-FAST = {
-    name: {"version": name, "fast": True}
-    for name in (
-        *("p6", "v1", "v21", "v22", "v23_confident", "rank", "two_heads"),
-        *("committee", "margin", "share", "pi", "bounded", "energy"),
-    )
-}
+NAMES = "p6 v1 v21 v22 v23_confident rank two_heads committee margin share pi bounded energy"
+FAST = {name: {"version": name, "fast": True} for name in NAMES.split()}
 FAST |= {f"v22-{model}": {"version": "v22", "model": model, "fast": True} for model in ("gru", "lstm", "amn")}
 FAST |= {"v22-float32": {"version": "v22", "precision": "float32", "fast": True}}
 FULL = {
@@ -33,10 +28,6 @@ FULL = {
     "rank, full": {"version": "rank"},
 }
 RESUMED = {f"{name}, resumed": FAST[name] for name in ("v22", "pi", "energy", "committee")}
-
-
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def record(settings: dict, out: Path, resume: bool) -> dict:
@@ -54,9 +45,10 @@ def record(settings: dict, out: Path, resume: bool) -> dict:
         pass
     lvm.fivecat(run.best, data, lvm.baselines(data.train)).to_json(out / "fivecat.json")
     history = run.history.drop(columns="seconds").dropna(axis=1, how="all").sort_index(axis=1)
+    best = out / "run" / "best.safetensors"
     return {
-        "file": digest((out / "run" / "best.safetensors").read_bytes()),
-        "tensors": tensors(out / "run" / "best.safetensors"),
+        "file": hashlib.sha256(best.read_bytes()).hexdigest(),
+        "tensors": tensors(best),
         "epochs": json.loads(history.to_json(double_precision=15)),
         "fivecat": json.loads((out / "fivecat.json").read_text(encoding="utf-8")),
     }
@@ -67,7 +59,8 @@ def tensors(path: Path) -> str:
     import safetensors.torch
 
     found = safetensors.torch.load_file(path)
-    return digest(b"".join(name.encode() + found[name].numpy().tobytes() for name in sorted(found)))
+    data = b"".join(name.encode() + found[name].numpy().tobytes() for name in sorted(found))
+    return hashlib.sha256(data).hexdigest()
 
 
 def differences(before, after, where: str = "") -> list[str]:
@@ -89,12 +82,11 @@ def main() -> int:
     given = parser.parse_args()
     if given.action == "compare":
         before, after = (json.loads(path.read_text(encoding="utf-8")) for path in given.files)
-        failed = 0
-        for name in sorted({*before} & {*after}):
-            found = differences(before[name], after[name])
-            failed += bool(found)
-            print(f"{name}: " + ("the same" if not found else f"{len(found)} differences, first {found[0]}"))
-        print(f"{failed} of {len({*before} & {*after})} differ; in one file alone: {sorted({*before} ^ {*after})}")
+        found = {name: differences(before[name], after[name]) for name in sorted({*before} & {*after})}
+        for name, each in found.items():
+            print(f"{name}: " + (f"{len(each)} differences, first {each[0]}" if each else "the same"))
+        failed = sum(map(bool, found.values()))
+        print(f"{failed} of {len(found)} differ; in one file alone: {sorted({*before} ^ {*after})}")
         return failed > 0
 
     import torch
