@@ -8,8 +8,8 @@
 | escape | context vectors are subtracted, which raises the margin, but neither cosine nor novel MRR |
 | control | the control of the directional loss decides nothing: λ at one end of its range, or 0, all through an epoch |
 
-A resumed run has the same rows, and so the same alarms. Only a broken step leaves no row: run.yaml keeps its alarm.
-Each other kind has one alarm, for the first epoch that it is true of; its text counts the others.
+A broken step leaves no row: run.yaml keeps its alarm. Each other kind has one alarm, for the first epoch that it is
+true of; its text counts the others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ BEGUN = 3  # a model whose predictions never differed has collapsed from this ep
 ESCAPE = 0.25  # the bound of the escape share for a version without `rewind`: that of `share`; `rank` has up to 0.17
 PAYS = 0.02  # a novel MRR that is higher by less than this share is not higher: validation has few articles
 
-DO_BROKEN = "lower the learning rate (optimizer.lr), or train in float32"
 LOOKED_FOR = {
     "broken": "a loss, gradient or weight that is not finite",
     "divergence": "a loss that diverges",
@@ -48,10 +47,10 @@ Finding = tuple[float, str, str]  # epoch, what is wrong, what to do
 
 
 class Alarm(NamedTuple):
-    """What went wrong, and at which step; for an epoch's means, that is its last step."""
+    """What went wrong."""
 
     epoch: int
-    step: int
+    step: int  # for an epoch's means, its last
     kind: str  # of LOOKED_FOR
     what: str  # with the values
     do: str
@@ -67,10 +66,10 @@ def alarms(version: Version, history: Rows, steps: Rows, batches: int, broken: S
     out = list(broken)
     for kind, found in _findings(version, history, steps).items():
         if found:
-            (epoch, what, do), *others = ((int(epoch), *words) for epoch, *words in found)
-            if others:
-                what += f"; so in {len(found)} epochs, the last is {others[-1][0]}"
-            out.append(Alarm(epoch, epoch * batches, kind, what, do))
+            epoch, what, do = found[0]
+            if len(found) > 1:
+                what += f"; so in {len(found)} epochs, the last is {found[-1][0]:.0f}"
+            out.append(Alarm(int(epoch), int(epoch) * batches, kind, what, do))
     return sorted(out, key=lambda a: (a.step, a.kind))
 
 
@@ -90,9 +89,6 @@ def short(found: Iterable[Alarm]) -> str:
     """All alarms in a few words: kinds and where each began; empty if there is none."""
     words = {True: "broken at epoch {0}, step {1}", False: "{2} from epoch {0}, step {1} on"}
     return "; ".join(words[a.kind == "broken"].format(*a) for a in found)
-
-
-# The rules
 
 
 def _findings(version: Version, history: Rows, steps: Rows) -> dict[str, list[Finding]]:
@@ -197,9 +193,6 @@ def _control(version: Version, row: Mapping) -> Finding | None:
     return row["epoch"], what, do
 
 
-# Figures that are not finite
-
-
 def explain(version: Version, broke: StepBroke) -> Alarm:
     """The alarm for a step that broke."""
     step, result = broke.step, broke.result
@@ -210,11 +203,9 @@ def explain(version: Version, broke: StepBroke) -> Alarm:
     checked = (*names(version.losses), "lambda_eff", "loss", "gradient norm")
     wrong = next((f"{k} is {figures[k]}" for k in checked if not math.isfinite(figures[k])), "a weight is not finite")
     shown = {k: figures[k] for k in ("learning rate", *checked, "pos", "neg", "escape")}
-    alarm = _broken(broke.epoch, step, wrong, shown)
-    if broke.weights:
-        more = f"; {len(broke.weights)} tensors of the weights are not finite, the first {broke.weights[0]}"
-        alarm = alarm._replace(what=alarm.what + more)
-    return alarm
+    count = len(broke.weights)
+    more = f"; tensors that are not finite: {count}, first {broke.weights[0]}" if count else ""
+    return _broken(broke.epoch, step, wrong, shown, more)
 
 
 def check_validation(epoch: int, step: int, means: Mapping[str, float], validated: Mapping[str, float]) -> Alarm | None:
@@ -225,6 +216,6 @@ def check_validation(epoch: int, step: int, means: Mapping[str, float], validate
     return _broken(epoch, step, wrong[0], shown) if wrong else None
 
 
-def _broken(epoch: int, step: int, wrong: str, shown: Mapping[str, float]) -> Alarm:
-    values = ", ".join(f"{k} {x:.4g}" for k, x in shown.items())
-    return Alarm(epoch, step, "broken", f"{wrong} at epoch {epoch}, step {step} ({values})", DO_BROKEN)
+def _broken(epoch: int, step: int, wrong: str, shown: Mapping[str, float], more: str = "") -> Alarm:
+    what = f"{wrong} at epoch {epoch}, step {step} ({', '.join(f'{k} {x:.4g}' for k, x in shown.items())}){more}"
+    return Alarm(epoch, step, "broken", what, "lower the learning rate (optimizer.lr), or train in float32")

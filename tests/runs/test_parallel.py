@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 
 def use_worker(patch):
-    patch.setattr(launch, "PROCESS", ("parallel_worker",))
+    patch.setattr(launch, "WORKER", "parallel_worker")
     patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
 
 
@@ -55,7 +55,7 @@ def history(folder):
 def stand_in(patch, place, name, code):
     """Start this code in place of the worker."""
     (place / f"{name}.py").write_text(code)
-    patch.setattr(launch, "PROCESS", (name,))
+    patch.setattr(launch, "WORKER", name)
     patch.setenv("PYTHONPATH", str(place))
 
 
