@@ -1,15 +1,7 @@
 """Alarms: what goes wrong in a run, found in the rows of its tables and in the version alone.
 
-| kind | rule |
-|---|---|
-| broken | a loss, a gradient's norm, a weight or a validation figure is NaN or infinite |
-| divergence | the epoch's loss is more than DIVERGED times the lowest before it |
-| collapse | the validation predictions are all but one vector (COLLAPSED, ONE_LINE), or their cosine is 0 or less |
-| escape | context vectors are subtracted, which raises the margin, but neither cosine nor novel MRR |
-| control | the control of the directional loss decides nothing: λ at one end of its range, or 0, all through an epoch |
-
-A broken step leaves no row: run.yaml keeps its alarm. Each other kind has one alarm, for the first epoch that it is
-true of; its text counts the others.
+Each kind has one alarm, for the first epoch that it is true of; its text counts the others. A broken step leaves no
+row: run.yaml keeps its alarm.
 """
 
 from __future__ import annotations
@@ -40,7 +32,7 @@ LOOKED_FOR = {
     "collapse": "predictions that collapse",
     "escape": "a margin from leaving the context",
     "control": "a control that decides nothing",
-}
+}  # kind → its rule in words
 
 Rows = Sequence[Mapping]  # of epochs.csv or steps.csv
 Finding = tuple[float, str, str]  # epoch, what is wrong, what to do
@@ -101,7 +93,8 @@ def _findings(version: Version, history: Rows, steps: Rows) -> dict[str, list[Fi
 
 
 def _divergence(version: Version, history: Rows, steps: Rows) -> Iterator[Finding]:
-    """Of the terms of constant weight: what a schedule or a multiplier adds to the loss may rise as it is meant to."""
+    """The loss is more than DIVERGED times its lowest so far: by the terms of constant weight, since what a schedule
+    or a multiplier adds may rise as it is meant to."""
     w = version.losses
     weights = {"mse": w.mean_square, "listwise": w.listwise.weight, "energy": w.energy.weight}
     parts = [name for name, weight in weights.items() if weight]
@@ -120,7 +113,8 @@ def _divergence(version: Version, history: Rows, steps: Rows) -> Iterator[Findin
 
 
 def _collapse(version: Version, history: Rows) -> Iterator[Finding]:
-    """`judge.rating` calls the finished model collapsed by the same bound of the variance."""
+    """The validation predictions are all but one vector (COLLAPSED is `judge.rating`'s bound, too), or their cosine
+    is 0 or less."""
     begun = False
     for row in history:
         cosine, rank, variance = row["val_cos"], row["rank_share"], row["variance_share"]
@@ -141,11 +135,8 @@ def _collapse(version: Version, history: Rows) -> Iterator[Finding]:
 
 
 def _escape(version: Version, history: Rows) -> Iterator[Finding]:
-    """By an epoch's means; `judge.health` has the rule for a finished model, with intervals.
-
-    The escape share has risen above its bound (a model that knows nothing yet has one half). Against the epoch where
-    it was lowest a margin, to the last or to prev, is higher; neither the cosine nor the novel MRR is.
-    """
+    """The escape share has risen above its bound (a model that knows nothing yet has one half). Against the epoch
+    where it was lowest a margin, to the last or to prev, is higher; neither the cosine nor the novel MRR is."""
     bound = version.rewind.escape if version.rewind else ESCAPE
     least = None  # the epoch of the lowest share so far
     for row in history:
@@ -172,7 +163,7 @@ def _controlled(version: Version) -> bool:
 
 
 def _control(version: Version, row: Mapping) -> Finding | None:
-    """The finding of an epoch in which the control decided nothing."""
+    """λ was at one end of its range, or 0, all through the epoch."""
     c = version.control
     free = c.rule != "constrained"  # a multiplier of 0 means that the bound is met
     if c.rule != "none" and free and row["lambda_eff"] == 0:
