@@ -8,11 +8,10 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from toys import make_data, version
 
 import lvmlib as lvm
-from lvmlib import loop, losses, models, windows
+from lvmlib import losses, models, windows
 from lvmlib.config import merge
 from lvmlib.runs import checkpoint, team, worker
 from lvmlib.runs import folder as runs
@@ -62,14 +61,6 @@ def without_chance(put=setattr):
     put(models.Sampler, "samples", lambda self, context, count, _=None: self.drawn(context, self.table[:count, None]))
 
 
-class Dropping:
-    """A model whose heads say what dropout kept."""
-
-    def heads(self, context):
-        kept = torch.nn.functional.dropout(torch.ones(len(context), 1000), 0.5)
-        return kept, kept, kept
-
-
 def refused(path, _):
     raise AssertionError(f"another than the first process writes {path}")
 
@@ -78,12 +69,6 @@ def together(folder: Path) -> None:
     own = team.join("cpu")
     if not own.first:
         checkpoint.write_atomic = runs.write_atomic = refused
-    with loop.seeded(3, 1):
-        own.seed(3, 1)
-        kept = [own.heads(Dropping(), torch.zeros(4, 5, 24))[0] > 0 for _ in range(2)]
-        common = torch.rand(3)
-    if own.first:
-        torch.save({"kept": torch.stack(kept), "common": common}, folder / "streams.pt")
     whole = case("v22", data=str(folder / "store"))
     list(lvm.train(whole, lvm.dataset(whole.data), folder / "whole", team=own))
     without_chance()
