@@ -51,13 +51,8 @@ def test_the_rows_are_what_they_say(data, tmp_path):
             seen.append((len(y), total.item(), t.mse.item(), pos, d.lambda_eff, d.rho, d.skip, norm))
     n, loss, mse, pos, lam, rho, skip, norm = map(np.array, zip(*seen, strict=True))
     row, acted = run.history.iloc[0], n * ~skip
-    wanted = {
-        "train_loss": (loss, n),
-        "mse": (mse, n),
-        "pos": (pos, n),
-        "lambda_eff": (lam, acted),
-        "rho": (rho, acted),
-    }
+    wanted = {"train_loss": (loss, n), "mse": (mse, n), "pos": (pos, n)}
+    wanted |= {"lambda_eff": (lam, acted), "rho": (rho, acted)}
     for name, (values, weight) in wanted.items():
         assert row[name] == pytest.approx(np.average(values, weights=weight), rel=1e-4)
     assert row["skips"] == skip.sum()
@@ -176,16 +171,14 @@ def test_the_gradient_share_of_a_run_is_the_target_and_the_memory_crosses_epochs
 def test_the_multiplier_of_a_run_is_the_sum_of_its_shortfalls(data, tmp_path):
     """Plain dual ascent, kp = 0: logged as lambda_eff; and the bound is met if it can be."""
     settings = {"control": {"kp": 0.0, "ki": 0.5, "constraint": {"at_least": 0.75}}, "optimizer": {"lr": 0.01}}
-    v = version("bounded", model="bilinear", epochs=30, batch_size=16, log_every=1, overrides=settings)
+    v = version("bounded", model="bilinear", epochs=20, batch_size=16, log_every=1, overrides=settings)
     run = finish(lvm.train(v, data, tmp_path / "run"))
     assert run.steps["directional"].to_numpy() == pytest.approx(0.75 - run.steps["pos"].to_numpy(), abs=1e-6)
     multiplier = 0.0
     for shortfall, found in zip(run.steps["directional"], run.steps["lambda_eff"], strict=True):
         multiplier = max(0.0, multiplier + 0.5 * shortfall)
         assert found == pytest.approx(multiplier, abs=1e-5)
-    free = version("rank", model="bilinear", epochs=30, batch_size=16, overrides={"optimizer": {"lr": 0.01}})
-    loose = finish(lvm.train(free, data, tmp_path / "free")).history["pos"].iloc[-1]
-    assert loose < 0.7 < run.history["pos"].iloc[-1]
+    assert run.history["pos"].iloc[0] < 0.7 < run.history["pos"].iloc[-1]
     assert run.history["rho_gradient"].isna().all()  # there is no mean square to compare with
 
 
