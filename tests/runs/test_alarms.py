@@ -19,11 +19,6 @@ from lvmlib.runs import folder as runs
 BATCHES = 4
 
 
-@pytest.fixture(scope="module")
-def data():
-    return make_data()
-
-
 def kinds(run):
     return {a.kind: a for a in run.alarms}
 

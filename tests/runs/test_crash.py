@@ -32,11 +32,6 @@ def version(**top):
     return toy("v22", model="bilinear", **top)
 
 
-@pytest.fixture(scope="module")
-def data():
-    return make_data()
-
-
 def undisturbed(own, data, place):
     list(lvm.train(own, data, place / "run"))
     return trained(place / "run")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from toys import DIM, finish, make_data, version
+from toys import DIM, finish, version
 
 import lvmlib as lvm
 from lvmlib import config, controller, evaluate, loop, losses, models
@@ -16,11 +16,6 @@ from lvmlib.errors import LVMError
 from lvmlib.judge.fivecat import score
 from lvmlib.ranking import Articles
 from lvmlib.runs import checkpoint
-
-
-@pytest.fixture(scope="module")
-def data():
-    return make_data()
 
 
 def test_the_rows_are_what_they_say(data, tmp_path):
