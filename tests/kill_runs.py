@@ -1,9 +1,8 @@
 """`python tests/kill_runs.py [KILLS] [SEED]`: jobs killed by SIGKILL at random moments, and begun again until they end.
 
-A job that is never killed gives the end that the killed ones must reach, bit for bit but for wall times. A kill comes
-at a moment that is uniform over the job's usual wall time, often several times in a row on the same folder. The jobs
-run in forked processes of one thread, on data made here. tests/runs/test_crash.py does a small form of it, and
-tests/text/test_build.py does it to encoding.
+Each must reach the end of a job that is never killed, bit for bit but for wall times. A kill comes at a moment that is
+uniform over the job's usual wall time, often several times in a row on the same folder. The jobs run in forked
+processes of one thread, on data made here. tests/runs/test_crash.py does a small form of it.
 
 `python tests/kill_runs.py KILLS SEED commands` does it to what a person starts: `python -m lvmlib train` with papermill
 and its kernel, and a sweep by snakemake, both on the embedded data in fast mode. All that was started is killed but the
@@ -27,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from toys import guarded, make_data, version
 
 import lvmlib as lvm
@@ -39,19 +37,17 @@ MOST = 4  # kills in one folder
 
 
 class Job(NamedTuple):
-    """Something to do in a folder, which goes on where it was stopped; its end as plain values; how far it is."""
+    """Something to do in a folder, which goes on where it was stopped; its end as plain values."""
 
     name: str
     run: Callable[[Path], None]
     end: Callable[[Path], dict]
-    reached: Callable[[Path], str]
     command: bool = False  # `run` becomes another program
 
 
 class Kill(NamedTuple):
     job: str
     share: float  # of the usual wall time
-    where: str
     trial: int
 
 
@@ -73,43 +69,21 @@ def trained(folder: Path) -> dict:
     }
 
 
-def epochs_reached(folder: Path) -> str:
-    partial = [p.name.removesuffix(".partial") for p in folder.rglob("*.partial")]
-    if partial:
-        return f"writing {partial[0]}"
-    if not (folder / "last" / "state.pt").exists():
-        return "before the first epoch's end" if (folder / "run.yaml").exists() else "before the start"
-    if "finished" in yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8")):
-        return "after the end"
-    return f"after epoch {torch.load(folder / 'last' / 'state.pt', weights_only=True)['epoch']}"
-
-
-def training_job(name: str, own, data) -> Job:
-    def run(folder: Path) -> None:
-        list(lvm.train(own, data, folder / "run"))
-
-    return Job(name, run, lambda folder: trained(folder / "run"), lambda folder: epochs_reached(folder / "run"))
-
-
-def judging_job(data) -> Job:
-    """As train.ipynb goes: the run, its best checkpoint's 5CAT, fivecat.json."""
-    own = version("v22", epochs=2)
+def training_job(name: str, own, data, judged: bool = False) -> Job:
+    """A run; `judged`: with its best checkpoint's 5CAT and fivecat.json, as train.ipynb goes."""
 
     def run(folder: Path) -> None:
         run = lvm.train(own, data, folder / "run")
         list(run)
-        report = lvm.fivecat(run.best, data, lvm.baselines(data.train))
-        report.to_json(run.folder / "fivecat.json", version=own.name, seed=own.seed)
+        if judged:
+            report = lvm.fivecat(run.best, data, lvm.baselines(data.train))
+            report.to_json(run.folder / "fivecat.json", version=own.name, seed=own.seed)
 
-    def end(folder: Path) -> dict:
-        return trained(folder / "run") | {"5CAT": (folder / "run" / "fivecat.json").read_bytes()}
+    return Job(name, run, lambda folder: end_of(folder / "run", judged))
 
-    def reached(folder: Path) -> str:
-        epochs = epochs_reached(folder / "run")
-        judging = epochs == "after the end" and not (folder / "run" / "fivecat.json").exists()
-        return "in 5CAT" if judging else epochs
 
-    return Job("v22 with its 5CAT", run, end, reached)
+def end_of(folder: Path, judged: bool) -> dict:
+    return trained(folder) | ({"5CAT": (folder / "fivecat.json").read_bytes()} if judged else {})
 
 
 def command_job(name: str, arguments: list[str], folders: list[str]) -> Job:
@@ -123,20 +97,13 @@ def command_job(name: str, arguments: list[str], folders: list[str]) -> Job:
         os.execve(sys.executable, [sys.executable, *arguments], surroundings)
 
     def one(folder: Path) -> dict:
-        left = trained(folder) | {"5CAT": (folder / "fivecat.json").read_bytes()}
+        left = end_of(folder, judged=True)
         for path in folder.glob("*.ipynb"):
             cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
             left[path.name] = [c["execution_count"] is not None for c in cells if c["cell_type"] == "code"]
         return left
 
-    def reached(folder: Path) -> str:
-        where = []
-        for run in (folder / name for name in folders):
-            written = [n for n in ("train", "diagnostics", "fivecat") if (run / f"{n}.ipynb").exists()]
-            where.append(", ".join([epochs_reached(run), *(f"{name} written" for name in written)]))
-        return " | ".join(where)
-
-    return Job(name, run, lambda folder: {n: one(folder / n) for n in folders}, reached, command=True)
+    return Job(name, run, lambda folder: {n: one(folder / n) for n in folders}, command=True)
 
 
 def commands() -> list[Job]:
@@ -158,7 +125,7 @@ def jobs() -> list[Job]:
         training_job("bounded, constrained", version("bounded", model="bilinear", epochs=5, log_every=1), data),
         training_job("energy, sampling", version("energy", model="sampler", epochs=5), data),
         training_job("margin, bfloat16", version("margin", epochs=4, precision="bfloat16"), data),
-        judging_job(data),
+        training_job("v22 with its 5CAT", version("v22", epochs=2), data, judged=True),
     ]
 
 
@@ -201,7 +168,7 @@ def killed(job: Job, folder: Path, usual: float, seed: int, most: int, trial: in
         if ended != signal.SIGKILL:
             assert ended == 0, f"{job.name}: failed before it was killed"
             break
-        yield Kill(job.name, share, job.reached(folder), trial)
+        yield Kill(job.name, share, trial)
         if rng.uniform() > AGAIN or count == most:
             break
     assert os.waitpid(started(job, folder), 0)[1] == 0, f"{job.name}: does not go on after a kill"
@@ -214,15 +181,11 @@ def unlike(ours, theirs, at: str = "") -> list[str]:
     if isinstance(ours, dict):
         keys = ours.keys() | theirs.keys()
         return [x for k in keys for x in unlike(ours.get(k), theirs.get(k), f"{at}/{k}")]
-    if isinstance(ours, list):
-        if len(ours) != len(theirs):
-            return [f"{at}: {len(ours)} and {len(theirs)} entries"]
+    if isinstance(ours, list) and len(ours) == len(theirs):
         return [x for i, pair in enumerate(zip(ours, theirs, strict=True)) for x in unlike(*pair, f"{at}/{i}")]
-    if isinstance(ours, torch.Tensor):
-        return [] if torch.equal(ours, theirs) else [at]
-    if isinstance(ours, pd.DataFrame):
-        return [] if ours.equals(theirs) else [at]
-    return [] if ours == theirs or (ours != ours and theirs != theirs) else [at]
+    alike = {torch.Tensor: torch.equal, pd.DataFrame: pd.DataFrame.equals}
+    same = alike.get(type(ours), lambda a, b: a == b or (a != a and b != b))
+    return [] if same(ours, theirs) else [at]
 
 
 def campaign(
@@ -260,12 +223,12 @@ def main(kills: int = 30, seed: int = 0, kind: str = "jobs") -> int:
         todo = commands() if kind == "commands" else jobs()
         found, ends = campaign(todo, kills, seed, Path(place))
         seconds = time.monotonic() - begun
-    print("| job | trials | kills | where they hit | identical |\n|---|---|---|---|---|")
+    print("| job | trials | kills | at which share of its time | identical |\n|---|---|---|---|---|")
     for job in todo:
-        where = [kill.where for kill in found if kill.job == job.name]
+        shares = [f"{kill.share:.0%}" for kill in found if kill.job == job.name]
         trials = [differ for (name, _), differ in ends.items() if name == job.name]
-        if where:
-            print(f"| {job.name} | {len(trials)} | {len(where)} | {'; '.join(where)} | {not any(trials)} |")
+        if shares:
+            print(f"| {job.name} | {len(trials)} | {len(shares)} | {', '.join(shares)} | {not any(trials)} |")
     several = sum(sum(k.trial == t for k in found) > 1 for t in {k.trial for k in found})
     print(f"\n{len(found)} kills in {len(ends)} trials ({several} with several), seed {seed}, {seconds:.0f} s")
     for (name, trial), differ in ends.items():

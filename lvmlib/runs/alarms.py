@@ -1,15 +1,7 @@
 """Alarms: what goes wrong in a run, found in the rows of its tables and in the version alone.
 
-| kind | rule |
-|---|---|
-| broken | a loss, a gradient's norm, a weight or a validation figure is NaN or infinite |
-| divergence | the epoch's loss is more than DIVERGED times the lowest before it |
-| collapse | the validation predictions are all but one vector (COLLAPSED, ONE_LINE), or their cosine is 0 or less |
-| escape | context vectors are subtracted, which raises the margin, but neither cosine nor novel MRR |
-| control | the control of the directional loss decides nothing: λ at one end of its range, or 0, all through an epoch |
-
-A resumed run has the same rows, and so the same alarms. Only a broken step leaves no row: run.yaml keeps its alarm.
-Each other kind has one alarm, for the first epoch that it is true of; its text counts the others.
+Each kind has one alarm, for the first epoch that it is true of; its text counts the others. A broken step leaves no
+row: run.yaml keeps its alarm.
 """
 
 from __future__ import annotations
@@ -34,24 +26,23 @@ BEGUN = 3  # a model whose predictions never differed has collapsed from this ep
 ESCAPE = 0.25  # the bound of the escape share for a version without `rewind`: that of `share`; `rank` has up to 0.17
 PAYS = 0.02  # a novel MRR that is higher by less than this share is not higher: validation has few articles
 
-DO_BROKEN = "lower the learning rate (optimizer.lr), or train in float32"
 LOOKED_FOR = {
     "broken": "a loss, gradient or weight that is not finite",
     "divergence": "a loss that diverges",
     "collapse": "predictions that collapse",
     "escape": "a margin from leaving the context",
     "control": "a control that decides nothing",
-}
+}  # kind → its rule in words
 
 Rows = Sequence[Mapping]  # of epochs.csv or steps.csv
 Finding = tuple[float, str, str]  # epoch, what is wrong, what to do
 
 
 class Alarm(NamedTuple):
-    """What went wrong, and at which step; for an epoch's means, that is its last step."""
+    """What went wrong."""
 
     epoch: int
-    step: int
+    step: int  # for an epoch's means, its last
     kind: str  # of LOOKED_FOR
     what: str  # with the values
     do: str
@@ -67,10 +58,10 @@ def alarms(version: Version, history: Rows, steps: Rows, batches: int, broken: S
     out = list(broken)
     for kind, found in _findings(version, history, steps).items():
         if found:
-            (epoch, what, do), *others = ((int(epoch), *words) for epoch, *words in found)
-            if others:
-                what += f"; so in {len(found)} epochs, the last is {others[-1][0]}"
-            out.append(Alarm(epoch, epoch * batches, kind, what, do))
+            epoch, what, do = found[0]
+            if len(found) > 1:
+                what += f"; so in {len(found)} epochs, the last is {found[-1][0]:.0f}"
+            out.append(Alarm(int(epoch), int(epoch) * batches, kind, what, do))
     return sorted(out, key=lambda a: (a.step, a.kind))
 
 
@@ -92,9 +83,6 @@ def short(found: Iterable[Alarm]) -> str:
     return "; ".join(words[a.kind == "broken"].format(*a) for a in found)
 
 
-# The rules
-
-
 def _findings(version: Version, history: Rows, steps: Rows) -> dict[str, list[Finding]]:
     return {
         "divergence": list(_divergence(version, history, steps)),
@@ -105,7 +93,8 @@ def _findings(version: Version, history: Rows, steps: Rows) -> dict[str, list[Fi
 
 
 def _divergence(version: Version, history: Rows, steps: Rows) -> Iterator[Finding]:
-    """Of the terms of constant weight: what a schedule or a multiplier adds to the loss may rise as it is meant to."""
+    """The loss is more than DIVERGED times its lowest so far: by the terms of constant weight, since what a schedule
+    or a multiplier adds may rise as it is meant to."""
     w = version.losses
     weights = {"mse": w.mean_square, "listwise": w.listwise.weight, "energy": w.energy.weight}
     parts = [name for name, weight in weights.items() if weight]
@@ -124,7 +113,8 @@ def _divergence(version: Version, history: Rows, steps: Rows) -> Iterator[Findin
 
 
 def _collapse(version: Version, history: Rows) -> Iterator[Finding]:
-    """`judge.rating` calls the finished model collapsed by the same bound of the variance."""
+    """The validation predictions are all but one vector (COLLAPSED is `judge.rating`'s bound, too), or their cosine
+    is 0 or less."""
     begun = False
     for row in history:
         cosine, rank, variance = row["val_cos"], row["rank_share"], row["variance_share"]
@@ -145,11 +135,8 @@ def _collapse(version: Version, history: Rows) -> Iterator[Finding]:
 
 
 def _escape(version: Version, history: Rows) -> Iterator[Finding]:
-    """By an epoch's means; `judge.health` has the rule for a finished model, with intervals.
-
-    The escape share has risen above its bound (a model that knows nothing yet has one half). Against the epoch where
-    it was lowest a margin, to the last or to prev, is higher; neither the cosine nor the novel MRR is.
-    """
+    """The escape share has risen above its bound (a model that knows nothing yet has one half). Against the epoch
+    where it was lowest a margin, to the last or to prev, is higher; neither the cosine nor the novel MRR is."""
     bound = version.rewind.escape if version.rewind else ESCAPE
     least = None  # the epoch of the lowest share so far
     for row in history:
@@ -176,7 +163,7 @@ def _controlled(version: Version) -> bool:
 
 
 def _control(version: Version, row: Mapping) -> Finding | None:
-    """The finding of an epoch in which the control decided nothing."""
+    """λ was at one end of its range, or 0, all through the epoch."""
     c = version.control
     free = c.rule != "constrained"  # a multiplier of 0 means that the bound is met
     if c.rule != "none" and free and row["lambda_eff"] == 0:
@@ -197,9 +184,6 @@ def _control(version: Version, row: Mapping) -> Finding | None:
     return row["epoch"], what, do
 
 
-# Figures that are not finite
-
-
 def explain(version: Version, broke: StepBroke) -> Alarm:
     """The alarm for a step that broke."""
     step, result = broke.step, broke.result
@@ -210,11 +194,9 @@ def explain(version: Version, broke: StepBroke) -> Alarm:
     checked = (*names(version.losses), "lambda_eff", "loss", "gradient norm")
     wrong = next((f"{k} is {figures[k]}" for k in checked if not math.isfinite(figures[k])), "a weight is not finite")
     shown = {k: figures[k] for k in ("learning rate", *checked, "pos", "neg", "escape")}
-    alarm = _broken(broke.epoch, step, wrong, shown)
-    if broke.weights:
-        more = f"; {len(broke.weights)} tensors of the weights are not finite, the first {broke.weights[0]}"
-        alarm = alarm._replace(what=alarm.what + more)
-    return alarm
+    count = len(broke.weights)
+    more = f"; tensors that are not finite: {count}, first {broke.weights[0]}" if count else ""
+    return _broken(broke.epoch, step, wrong, shown, more)
 
 
 def check_validation(epoch: int, step: int, means: Mapping[str, float], validated: Mapping[str, float]) -> Alarm | None:
@@ -225,6 +207,6 @@ def check_validation(epoch: int, step: int, means: Mapping[str, float], validate
     return _broken(epoch, step, wrong[0], shown) if wrong else None
 
 
-def _broken(epoch: int, step: int, wrong: str, shown: Mapping[str, float]) -> Alarm:
-    values = ", ".join(f"{k} {x:.4g}" for k, x in shown.items())
-    return Alarm(epoch, step, "broken", f"{wrong} at epoch {epoch}, step {step} ({values})", DO_BROKEN)
+def _broken(epoch: int, step: int, wrong: str, shown: Mapping[str, float], more: str = "") -> Alarm:
+    what = f"{wrong} at epoch {epoch}, step {step} ({', '.join(f'{k} {x:.4g}' for k, x in shown.items())}){more}"
+    return Alarm(epoch, step, "broken", what, "lower the learning rate (optimizer.lr), or train in float32")

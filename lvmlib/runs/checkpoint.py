@@ -10,7 +10,6 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 import safetensors.torch
@@ -71,26 +70,21 @@ def fitting(path: Path) -> Iterator[None]:
         raise LVMError(f"{path}: does not fit this run ({why}); {RESTORE}") from e
 
 
-class Saved(NamedTuple):
-    """What a run's folder holds."""
-
-    record: dict
-    history: pd.DataFrame
-    steps: pd.DataFrame
-    status: str = "new"  # or "interrupted", "finished"
-    state: dict | None = None  # what resuming needs; None if all files of a finished run are there
-
-
 def is_finished(version: Version, record: dict, history: pd.DataFrame) -> bool:
     return len(history) >= version.epochs or "stopped" in record
 
 
-def read_folder(place: Path, version: Version, own: dict, device: torch.device | str) -> Saved:
-    """Read the folder without writing. Raises LVMError if it holds another run than that of the record `own`."""
+def read_folder(
+    place: Path, version: Version, own: dict, device: torch.device | str
+) -> tuple[dict, pd.DataFrame, pd.DataFrame, dict | None]:
+    """A folder's record, history, steps, and the state that resuming needs: None for a new run or a finished one.
+
+    Raises LVMError if it holds another run than that of the record `own`.
+    """
     columns = folder.columns(losses.names(version.losses))
     history, steps = (pd.DataFrame(columns=names) for names in columns)
     if not (place / "run.yaml").exists():
-        return Saved(copy.deepcopy(own), history, steps)
+        return copy.deepcopy(own), history, steps, None
     record, *tables = folder.open_run(place)
     if differing := folder.differences(own, record):
         raise LVMError(
@@ -98,19 +92,18 @@ def read_folder(place: Path, version: Version, own: dict, device: torch.device |
             "Name this run differently with run_name, or set `fresh` to rename the old folder"
         )
     if "finished" in record and is_finished(version, record, tables[0]):
-        return Saved(record, *tables, "finished")
+        return record, *tables, None
     # A kill between writing state.pt and the tables leaves the tables an epoch behind: only the state counts.
     record = {k: x for k, x in record.items() if k not in ("finished", "stopped", "alarms")}
     path = place / "last" / "state.pt"
     if not path.exists():
-        return Saved(record, history, steps)
+        return record, history, steps, None
     state = read(path, record.get("identity", ""), device)
     with fitting(path):
         tables = (json.loads(state[name]) for name in ("history", "steps"))
         history, steps = (pd.DataFrame(rows, columns=names) for rows, names in zip(tables, columns, strict=True))
         record |= {"stopped": state["stopped"]} if state["stopped"] else {}
-    status = "finished" if is_finished(version, record, history) else "interrupted"
-    return Saved(record, history, steps, status, state)
+    return record, history, steps, state
 
 
 def score(parameters: Mapping, row: Mapping) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -92,20 +92,21 @@ def _check_record(record: Any) -> None:
     for key in ("parameters", "dataset", "computed", "software"):  # `software` is the last that every run has
         if not isinstance(record, dict) or not isinstance(record.get(key), dict):
             raise ValueError(f"run.yaml has no group of keys {key}, or ends too early")
-    numbers = {
-        "finished": record.get("finished", {}),
-        "dataset.windows": record["dataset"].get("windows", {}),
-        "computed.processes": record["computed"].get("processes", {}),
+    finished, windows = record.get("finished", {}), record["dataset"].get("windows", {})
+    processes = record["computed"].get("processes", {})
+    fitting = {
+        "finished": all(map(_is_number, finished.values())),
+        "dataset.windows": all(map(_is_number, windows.values())),
+        "computed.processes": all(type(epoch) is int and _is_number(count) for epoch, count in processes.items()),
+        "stopped": isinstance(record.get("stopped", ""), str),
+        "alarms": all(list(map(type, Alarm(**a))) == [int, int, str, str, str] for a in record.get("alarms") or ()),
     }
-    for key, group in numbers.items():
-        if any(type(x) not in (int, float) or not math.isfinite(x) for x in group.values()):
-            raise ValueError(f"{key} in run.yaml has a value that is not a number")
-    if any(type(first) is not int for first in numbers["computed.processes"]):
-        raise ValueError("computed.processes in run.yaml has a key that is not an epoch")
-    if not isinstance(record.get("stopped", ""), str):
-        raise ValueError("stopped in run.yaml is no text")
-    if any(list(map(type, Alarm(**a))) != [int, int, str, str, str] for a in record.get("alarms") or ()):
-        raise ValueError("alarms in run.yaml has an entry with a value of another type")
+    if wrong := [key for key, fits in fitting.items() if not fits]:
+        raise ValueError(f"run.yaml has a value of another type in {wrong[0]}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
@@ -185,13 +186,8 @@ def write_tables(folder: Path, record: dict, history: pd.DataFrame, steps: pd.Da
     write_atomic(folder / "run.yaml", lambda p: p.write_text(text, encoding="utf-8"), INTACT)
 
 
-@contextlib.contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Hold a run's folder for this process alone. Raises LVMError that names the process holding it."""
-
-    def refused(holder: str) -> str:
-        advice = "wait for it, stop it, or name this run differently with run_name"
-        return f"{folder} is being trained by {holder}; {advice}"
-
-    with lock(folder.with_name(folder.name + ".lock"), refused, WAIT):
-        yield
+    advice = "wait for it, stop it, or name this run differently with run_name"
+    path = folder.with_name(folder.name + ".lock")
+    return lock(path, lambda holder: f"{folder} is being trained by {holder}; {advice}", WAIT)

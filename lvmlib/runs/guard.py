@@ -1,8 +1,7 @@
 """The escape guard, a version's `rewind`: an epoch that goes wrong is undone, and training goes on slower.
 
-After each epoch the guard compares the escape share and the validation novel MRR with their bounds. If one is exceeded,
-model, optimizer and controller return to the epoch with the best novel MRR of those without a fault (last/good.pt),
-with a lower learning rate and ceiling of λ. The schedule's epochs count on.
+If the escape share or the validation novel MRR passes its bound, model, optimizer and controller return to the epoch
+with the best novel MRR (last/good.pt), with a lower learning rate and ceiling of λ. The schedule's epochs count on.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .team import ALONE, Team
 
 
 class Guard:
-    """The escape guard of one run; without `rewind` it finds no fault and writes no file."""
+    """The escape guard of one run; without `rewind` it does nothing."""
 
     def __init__(self, rewind: Rewind | None, folder: Path, identity: str, team: Team = ALONE):
         self.settings, self.path, self.identity, self.team = rewind, folder / "last" / "good.pt", identity, team

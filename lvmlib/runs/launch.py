@@ -1,11 +1,11 @@
 """Training a run by several processes: which are asked for, and starting them on this machine.
 
-A notebook's kernel writes the run's folder, starts `torchrun … -m lvmlib parallel FOLDER`, and reads each epoch's row
-from the folder as it appears. torchrun ends all processes when one fails; they also end with the kernel that started
-them, when their standard input closes.
+A notebook's kernel writes the run's folder, starts torchrun with a `worker` for each process, and reads each epoch's
+row from the folder as it appears. torchrun ends all processes when one fails; they also end with the kernel that
+started them, when their standard input closes.
 
-On several hosts the user starts the same command on every host, or once under srun. FOLDER must have the same path on
-all hosts; only the first process writes to it.
+On several hosts the user starts `torchrun … -m lvmlib parallel FOLDER` on every host, or once under srun. FOLDER must
+have the same path on all hosts; only the first process writes to it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from ..config import Version
 from ..errors import LVMError
 from ..io.paths import PACKAGE
 
-PROCESS = ("lvmlib", "parallel")  # what the processes run, after `python -m`
+WORKER = "lvmlib.runs.worker"  # the module that the processes run: `python -m lvmlib parallel` imports far more
 ATTACHED = "--attached"  # their argument if a notebook launched them
-STRATEGIES = ("auto", "ddp")
 EPOCH = "lvmlib.parallel: epoch"  # what the first process prints when a row is in the folder
 FAILED = "lvmlib.parallel: process "  # how the last line of a process that fails begins
 GRACE = 20.0  # seconds for the launcher to end the others, before they report themselves
@@ -48,8 +47,8 @@ def group(version: Version, devices: int, nodes: int, strategy: str) -> Group | 
     for name, value in (("devices", devices), ("nodes", nodes)):
         if type(value) is not int or value < 1:
             raise LVMError(f"{name} is {value!r}; needed is a whole number, 1 or more")
-    if strategy not in STRATEGIES:
-        raise LVMError(f"strategy is {strategy!r}; needed is {' or '.join(STRATEGIES)}")
+    if strategy not in ("auto", "ddp"):
+        raise LVMError(f"strategy is {strategy!r}; needed is auto or ddp")
     if devices * nodes == 1:
         return None
     if devices * nodes > version.batch_size:
@@ -90,7 +89,7 @@ def launch(folder: Path, asked: Group) -> Iterator[None]:
     threads = str(max(1, (os.cpu_count() or 1) // asked.devices))
     environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={asked.devices}"]
-    command += ["-m", *PROCESS, str(folder.resolve()), ATTACHED]
+    command += ["-m", WORKER, str(folder.resolve()), ATTACHED]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, **pipes, env=environment, text=True, errors="replace", start_new_session=True)
     output: collections.deque[str] = collections.deque(maxlen=60)
@@ -132,10 +131,10 @@ def _reason(output: list[str], size: int) -> str:
 
 def describe(record: dict) -> str:
     """A sentence on the processes of a run by its run.yaml; empty for a run by one alone."""
-    counts = list(record.get("computed", {}).get("processes", {}).items())
+    counts = record.get("computed", {}).get("processes", {})
     if not counts:
         return ""
-    (_, size), *later = counts
+    (_, size), *later = counts.items()
     words = [f"Trained by {size} process" + "es" * (size > 1)]
     words += [f"from epoch {first} on by {size}" for first, size in later]
     return ", ".join(words) + (": not bit for bit the same as by a constant number." if later else ".")

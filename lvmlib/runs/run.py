@@ -6,21 +6,17 @@
 
 The folder, `outputs/<dataset>/<version>/seed<k>/`:
 
-    run.yaml            parameters, dataset fingerprint, library versions, commit, alarms
-                        `finished`: training time and peak memory; `stopped`: why the run ended early
-                        `continued`: the epochs at which other library versions or another commit took over
+    run.yaml            parameters, dataset fingerprint, library versions, commit, alarms; `finished`: time and memory;
+                        `stopped`: why it ended early; `continued`: the epochs at which versions or commit changed
     steps.csv           a row every `log_every` steps, the first and the last
     epochs.csv          a row an epoch
     best.safetensors    weights of the best epoch (`checkpoint.score`)
     last/state.pt       all that resuming needs
     last/good.pt        of a version with `rewind`: the state that it returns to (`guard`)
-    fivecat.json        written by the notebook
 
 A file appears whole or not at all. An epoch's random stream and data order depend on seed and epoch alone, so a
-resumed run ends with the same weights, bit for bit on the same machine.
-
-While a run is trained, its process holds `<folder>.lock`; a second one gets an error that names it. Reading needs no
-lock. An interrupted loop resumes when you run it again, on the same `Run`, too.
+resumed run ends with the same weights, bit for bit on the same machine. While a run is trained, its process holds
+`<folder>.lock`; reading needs no lock. An interrupted loop resumes when you run it again, on the same `Run`, too.
 """
 
 from __future__ import annotations
@@ -90,9 +86,8 @@ _LOOPS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # folder â†
 
 def _end_loop(place: Path) -> None:
     """End the loop that this process left open in this folder, if there is one."""
-    loop = _LOOPS.pop(place.resolve(), None)
     try:
-        if loop is not None:
+        if (loop := _LOOPS.pop(place.resolve(), None)) is not None:
             loop.close()
     except ValueError as e:  # it is running
         raise LVMError(f"{place} is being trained by another thread of this process; wait for it") from e
@@ -115,11 +110,18 @@ class Run:
         """Read the folder, in the first process for all."""
         device = self.device if self.team.size == 1 else "cpu"  # each process has another device
         saved = self.team.from_first(lambda: checkpoint.read_folder(self.folder, self.version, self.own, device))
-        self.record, self.history, self.steps, self.status, self._state = saved
+        self.record, self.history, self.steps, self._state = saved
 
     @property
     def finished(self) -> bool:
         return checkpoint.is_finished(self.version, self.record, self.history)
+
+    @property
+    def status(self) -> str:
+        """new, interrupted or finished."""
+        if self.finished:
+            return "finished"
+        return "interrupted" if len(self.history) else "new"
 
     def __len__(self) -> int:
         """The epochs that iterating yields: the version's, or those of a run that was stopped."""
@@ -180,8 +182,7 @@ class Run:
     def _train(self) -> Iterator[dict]:
         v, state = self.version, self._begin()
         vectors = on_device(self.data.store, self.device)
-        articles = Articles(self.data.train, vectors)
-        task = Task(v, self.data.train, vectors, self.precision, self.team, articles)
+        task = Task(v, self.data.train, vectors, self.precision, self.team, Articles(self.data.train, vectors))
         validation = Validation(self.data.val, vectors, energy=v.losses.energy.weight > 0)
         guard = Guard(v.rewind, self.folder, self.record["identity"], self.team)
         while state.epoch < v.epochs and not state.stopped:
@@ -265,9 +266,10 @@ class Run:
         self.record["alarms"] = [a._asdict() for a in self.alarms]
         record = dict(self.record)
         if self.finished and "finished" not in record:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
             record["finished"] = {
                 "training_seconds": round(float(self.history["seconds"].sum()), 3),
-                "peak_memory_mib": round(peak_memory_mib()),
+                "peak_memory_mib": round(peak / (1024**2 if sys.platform == "darwin" else 1024)),
             }
         if self.team.first:
             folder.write_tables(self.folder, record, self.history, self.steps)
@@ -301,9 +303,3 @@ class Run:
         self._open()
         if not self.finished:
             raise LVMError(f"{self.folder}: the processes ended early, after {known} epochs; run the loop again")
-
-
-def peak_memory_mib() -> float:
-    """The process's largest resident size so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / (1024 if sys.platform != "darwin" else 1024**2)

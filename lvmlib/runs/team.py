@@ -80,13 +80,11 @@ class Processes(Team):
 
     @contextlib.contextmanager
     def _own_stream(self):
-        common = [g.get_state() for g in self.generators]
-        for g, state in zip(self.generators, self.stream, strict=True):
-            g.set_state(state)
-        yield
-        self.stream = [g.get_state() for g in self.generators]
-        for g, state in zip(self.generators, common, strict=True):
-            g.set_state(state)
+        with torch.random.fork_rng(devices=[g.device.index for g in self.generators[1:]]):
+            for g, state in zip(self.generators, self.stream, strict=True):
+                g.set_state(state)
+            yield
+            self.stream = [g.get_state() for g in self.generators]
 
     def share(self, context: Tensor) -> Tensor:
         """This process's windows of a batch: (⌈B / processes⌉, T, D), the last window repeated if they run out."""

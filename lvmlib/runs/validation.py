@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
 
 import torch
 
@@ -21,21 +20,21 @@ class Validation:
     def __init__(self, windows: Windows, vectors: torch.Tensor | OnDemand, energy: bool):
         self.windows, self.vectors, self.energy = windows, vectors, energy
         self.articles = Articles(windows, vectors)
+        targets = self._moments()
+        for _, target in windows.batches(EVALUATION_BATCH, vectors):
+            targets.add(torch.nn.functional.normalize(target, dim=-1))
+        self.targets = targets.facts()
+
+    def _moments(self) -> Moments:
+        return Moments(self.vectors.shape[1], self.vectors.device)
 
     def __call__(self, model: models.Predictor) -> dict[str, float]:
-        moments = Moments(self.vectors.shape[1], self.vectors.device)
+        moments = self._moments()
         figures = evaluate.validate(model, self.windows, self.vectors, self.articles, moments)
         figures["val_energy"] = evaluate.energy_score(model, self.windows, self.vectors) if self.energy else math.nan
         if not math.isfinite(figures["val_cos"]):
             return figures | dict.fromkeys(SPREAD, math.nan)
-        ours, theirs = moments.facts(), self._targets
+        ours, theirs = moments.facts(), self.targets
         rank = (ours["effective rank"] - 1) / max(theirs["effective rank"] - 1, 1e-12)
         variance = ours["variance"] / max(theirs["variance"], 1e-12)
         return figures | dict(zip(SPREAD, (ours["effective rank"], rank, variance), strict=True))
-
-    @cached_property
-    def _targets(self) -> dict[str, float]:
-        moments = Moments(self.vectors.shape[1], self.vectors.device)
-        for _, target in self.windows.batches(EVALUATION_BATCH, self.vectors):
-            moments.add(torch.nn.functional.normalize(target, dim=-1))
-        return moments.facts()

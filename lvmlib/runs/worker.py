@@ -1,4 +1,4 @@
-"""One of the processes that torchrun or srun starts: `python -m lvmlib parallel FOLDER`."""
+"""One of the processes that torchrun or srun starts: `python -m lvmlib parallel FOLDER`, or this module."""
 
 from __future__ import annotations
 
@@ -60,3 +60,7 @@ def _end_with_parent() -> None:
     while os.read(0, 1024):  # it ends when the notebook's kernel is gone, or has closed it
         pass
     os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,8 @@
-"""What the tests of runs have in common: one thread, short waits for locks, one commit."""
+"""What the tests of runs have in common: the dataset, one thread, short waits for locks, one commit."""
 
 import pytest
 import torch
+from toys import make_data
 
 from lvmlib.runs import folder as runs
 
@@ -16,3 +17,8 @@ def quiet():
         patch.setattr(runs, "commit", lambda: "a commit")
         yield
     torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="session")
+def data():
+    return make_data()

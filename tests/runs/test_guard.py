@@ -3,16 +3,11 @@
 import pytest
 import torch
 from kill_runs import trained, unlike
-from toys import finish, guarded, make_data, same, version
+from toys import finish, guarded, same, version
 
 import lvmlib as lvm
 from lvmlib import evaluate
 from lvmlib.runs import run as training
-
-
-@pytest.fixture(scope="module")
-def data():
-    return make_data()
 
 
 @pytest.fixture

@@ -140,18 +140,6 @@ def test_a_store_from_the_future_is_opened_trained_on_and_watched(original, stor
         vectors.open_store(stored)
 
 
-def test_a_check_before_the_clock_was_set_back_is_remembered_by_the_files_alone(stored, monkeypatch):
-    """checked.json names no time of its own: what was checked stays so, and a change is seen."""
-    fingerprint = vectors.open_store(stored).fingerprint
-    checked, real = (stored / vectors.CHECKED).read_bytes(), time.time
-    monkeypatch.setattr(time, "time", lambda: real() - 3600 * 24 * 365)
-    assert vectors.open_store(stored).fingerprint == fingerprint
-    assert (stored / vectors.CHECKED).read_bytes() == checked
-    rewritten(stored)
-    with pytest.raises(LVMError, match=r"vectors\.npy"):
-        vectors.open_store(stored)
-
-
 def test_a_store_that_was_touched_is_read_again_and_still_watched(stored):
     store = vectors.open_store(stored)
     for seconds in (-50, 50):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from toys import DIM, finish, make_data, version
+from toys import DIM, finish, version
 
 import lvmlib as lvm
 from lvmlib import config, controller, evaluate, loop, losses, models
@@ -16,11 +16,6 @@ from lvmlib.errors import LVMError
 from lvmlib.judge.fivecat import score
 from lvmlib.ranking import Articles
 from lvmlib.runs import checkpoint
-
-
-@pytest.fixture(scope="module")
-def data():
-    return make_data()
 
 
 def test_the_rows_are_what_they_say(data, tmp_path):
@@ -50,12 +45,11 @@ def test_the_rows_are_what_they_say(data, tmp_path):
             optimizer.step()
             seen.append((len(y), total.item(), t.mse.item(), pos, d.lambda_eff, d.rho, d.skip, norm))
     n, loss, mse, pos, lam, rho, skip, norm = map(np.array, zip(*seen, strict=True))
-    row = run.history.iloc[0]
-    acted = n * ~skip
-    for name, value in (("train_loss", loss), ("mse", mse), ("pos", pos)):
-        assert row[name] == pytest.approx((n * value).sum() / n.sum(), rel=1e-4)
-    for name, value in (("lambda_eff", lam), ("rho", rho)):
-        assert row[name] == pytest.approx((acted * value).sum() / acted.sum(), rel=1e-4)
+    row, acted = run.history.iloc[0], n * ~skip
+    wanted = {"train_loss": (loss, n), "mse": (mse, n), "pos": (pos, n)}
+    wanted |= {"lambda_eff": (lam, acted), "rho": (rho, acted)}
+    for name, (values, weight) in wanted.items():
+        assert row[name] == pytest.approx(np.average(values, weights=weight), rel=1e-4)
     assert row["skips"] == skip.sum()
     assert run.steps["gradient_norm"].to_numpy() == pytest.approx(norm, rel=1e-3)
 
@@ -122,20 +116,17 @@ def test_every_model_trains_and_reloads(model, data, tmp_path):
         ("energy", "sampler", 0.1, "val_energy", "energy"),
     ],
 )
-def test_the_best_checkpoint_is_chosen_by_validation_loss_or_by_what_the_version_selects(
-    data, tmp_path, name, model, rate, column, term
-):
+def test_the_best_checkpoint_is_chosen_by_what_the_version_selects(data, tmp_path, name, model, rate, column, term):
     v = version(name, model=model, epochs=5, overrides={"optimizer": {"lr": rate}})
     run = finish(lvm.train(v, data, tmp_path / "run"))
     values = run.history[column]
     best = values.idxmax() if column == "novel_mrr" else values.idxmin()
     assert values.nunique() > 1 and best != run.history.index[-1]
     assert checkpoint.best_epoch(run.record["parameters"], run.history) == best + 1
+    figures = evaluate.validate(run.best, data.val)
     if column == "val_energy":
-        found = evaluate.energy_score(run.best, data.val)
-    else:
-        found = evaluate.validate(run.best, data.val)[column]
-    assert found == pytest.approx(values[best], rel=1e-5)
+        figures[column] = evaluate.energy_score(run.best, data.val)
+    assert figures[column] == pytest.approx(values[best], rel=1e-5)
     if column == "novel_mrr":  # 5CAT's own
         assert (1 / score(run.best, data.val)["novel rank"]).mean() == pytest.approx(values[best], abs=1e-9)
         assert run.history["temperature"].between(0.01, 1).all() and run.history["temperature"].nunique() == 5
@@ -175,16 +166,14 @@ def test_the_gradient_share_of_a_run_is_the_target_and_the_memory_crosses_epochs
 def test_the_multiplier_of_a_run_is_the_sum_of_its_shortfalls(data, tmp_path):
     """Plain dual ascent, kp = 0: logged as lambda_eff; and the bound is met if it can be."""
     settings = {"control": {"kp": 0.0, "ki": 0.5, "constraint": {"at_least": 0.75}}, "optimizer": {"lr": 0.01}}
-    v = version("bounded", model="bilinear", epochs=30, batch_size=16, log_every=1, overrides=settings)
+    v = version("bounded", model="bilinear", epochs=20, batch_size=16, log_every=1, overrides=settings)
     run = finish(lvm.train(v, data, tmp_path / "run"))
     assert run.steps["directional"].to_numpy() == pytest.approx(0.75 - run.steps["pos"].to_numpy(), abs=1e-6)
     multiplier = 0.0
     for shortfall, found in zip(run.steps["directional"], run.steps["lambda_eff"], strict=True):
         multiplier = max(0.0, multiplier + 0.5 * shortfall)
         assert found == pytest.approx(multiplier, abs=1e-5)
-    free = version("rank", model="bilinear", epochs=30, batch_size=16, overrides={"optimizer": {"lr": 0.01}})
-    loose = finish(lvm.train(free, data, tmp_path / "free")).history["pos"].iloc[-1]
-    assert loose < 0.7 < run.history["pos"].iloc[-1]
+    assert run.history["pos"].iloc[0] < 0.7 < run.history["pos"].iloc[-1]
     assert run.history["rho_gradient"].isna().all()  # there is no mean square to compare with
 
 
@@ -235,12 +224,12 @@ def test_an_absent_device_is_named(name):
         device_module.pick_device(name)
 
 
-def test_precision_follows_the_machine(monkeypatch):
+@pytest.mark.parametrize("able, wanted", [("", "float32"), ("avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16")])
+def test_precision_follows_the_machine(monkeypatch, able, wanted):
     cpu = torch.device("cpu")
-    for able, wanted in (({}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
-        assert device_module.pick_precision("auto", cpu) == wanted
-        assert device_module.pick_precision("float32", cpu) == "float32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True})
+    assert device_module.pick_precision("auto", cpu) == wanted
+    assert device_module.pick_precision("float32", cpu) == "float32"
 
 
 def test_bfloat16_stays_near_float32(data, tmp_path):
@@ -281,7 +270,7 @@ def test_lowered_steps_are_those_of_autocast(name, data):
     assert max(moved) < 1e-2  # bfloat16's rounding, no more
 
 
-@pytest.mark.parametrize("most", [0.5, 2.0, 1e9])
+@pytest.mark.parametrize("most", [0.5, 1e9])
 def test_clip_is_torchs(most):
     torch.manual_seed(0)
     one = torch.nn.Linear(7, 5)
@@ -290,13 +279,12 @@ def test_clip_is_torchs(most):
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         b.grad = a.grad.clone()
     norm = loop.clip(one, most)
-    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(two.parameters(), most))
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(two.parameters(), most)) and 2.0 < norm < 1e9
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=0)
-    assert 2.0 < norm < 1e9  # both cases were met
 
 
-@pytest.mark.parametrize("name", ["p6", "v22", "v23_confident", "rank", "two_heads", "committee", "energy", "margin"])
+@pytest.mark.parametrize("name", ["v22", "rank", "committee", "energy", "margin"])
 def test_backward_gives_the_gradient_of_the_total(name, data):
     v = lvm.version(name)
     state = loop.start(v, data.store.dim, torch.device("cpu"))
@@ -312,11 +300,9 @@ def test_backward_gives_the_gradient_of_the_total(name, data):
             sum(weight * terms[name] for name, weight in weights.items()).backward()
         else:
             losses.backward(terms, weights, batch, losses.gradients(terms, batch))
-        found.append([None if p.grad is None else p.grad.clone() for p in learned])
+        found.append([torch.zeros_like(p) if p.grad is None else p.grad for p in learned])
         for p in learned:
             p.grad = None
-    assert sum(a is not None and bool(a.abs().max() > 0) for a in found[0]) > 1
+    assert sum(bool(a.any()) for a in found[0]) > 1
     for a, b in zip(*found, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
