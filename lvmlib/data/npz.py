@@ -81,6 +81,7 @@ class Npz:
 
     def __init__(self, path: Path, scratch: Path):
         self.path, self.scratch, self.members = path, scratch, {}
+        self.used = set()  # names of the arrays that were asked for
         with _reading(str(path), f"not a readable .npz archive: {DAMAGED}"):
             if not path.is_file():
                 raise FileNotFoundError("no such file")
@@ -122,6 +123,7 @@ class Npz:
     def member(self, name: str) -> Member:
         """Return an array's header, checked against its size."""
         info, where = self.members[name], f"{self.path}: array {name}"
+        self.used.add(name)
         with _reading(where), self.zip.open(info) as file:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_2_0 if version == (2, 0) else np.lib.format.read_array_header_1_0
