@@ -28,7 +28,6 @@ import pandas as pd
 
 from ..config import Files
 from ..errors import LVMError
-from ..io.disk import explain_os_errors
 from ..io.paths import ROOT, outputs
 from ..windows import SPLITS, Dataset, Store, blocks
 from . import checks, splits
@@ -75,7 +74,6 @@ def convert(
         "split_rule": rule,
     }
     with contextlib.ExitStack() as stack:
-        stack.enter_context(explain_os_errors(folder))
         partial = stack.enter_context(store_format.writing(folder))
         scratch = partial / "scratch"
         scratch.mkdir()
@@ -313,7 +311,7 @@ def export(data: Dataset, folder: str | os.PathLike) -> dict[str, Path]:
         warnings.warn(f"{store.name}: texts need more than {MOST:,} bytes and are left out", stacklevel=2)
     elif store.texts is not None:
         listed["concept_texts"] = np.array(list(store.texts))
-    with explain_os_errors(folder), store_format.writing(folder) as partial:
+    with store_format.writing(folder) as partial:
         articles = {"vectors": store.vectors, "article_indices": store.article, "chunk_indices": store.position}
         np.savez_compressed(partial / "articles.npz", **articles, **listed)
         for split in SPLITS:

@@ -17,7 +17,6 @@ from lvmlib.data import npz
 from lvmlib.data import original as I
 from lvmlib.data import store as V
 from lvmlib.errors import LVMError
-from lvmlib.io.disk import explain_os_errors
 
 # --- there and back --------------------------------------------------------------------------------------------------
 
@@ -103,7 +102,7 @@ def test_another_process_was_first(tmp_path, imported, monkeypatch):
     path, convert, calls = article_file(tmp_path), I.convert, []
 
     def slow(files, folder):
-        with explain_os_errors(folder), V.writing(folder):
+        with V.writing(folder):
             calls.append(convert(files, folder))  # the other one
 
     monkeypatch.setattr(I, "convert", slow)
