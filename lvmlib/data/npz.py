@@ -86,12 +86,8 @@ class Npz:
             if not path.is_file():
                 raise FileNotFoundError("no such file")
             self.zip = zipfile.ZipFile(path)
-        try:
-            for info in self.zip.infolist():
-                self._admit(info)
-        except BaseException:
-            self.zip.close()
-            raise
+        for info in self.zip.infolist():
+            self._admit(info)
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
@@ -337,8 +333,7 @@ class _Unpickler(pickle._Unpickler):
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.put_items([key, value])
+        self.put_items([self.stack.pop(-2), self.stack.pop()])
 
     def set_items(self) -> None:
         self.put_items(self.pop_mark())

@@ -130,14 +130,14 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_memory_does_not_grow_with_the_vectors(tmp_path, monkeypatch):
-    """2 and 8 MB of article vectors with six times that of windows, in blocks of a quarter of a MB: the peak of what
+    """1 and 4 MB of article vectors with six times that of windows, in blocks of an eighth of a MB: the peak of what
     memory holds grows by less than a tenth of what the larger files have more."""
-    monkeypatch.setattr(npz, "BLOCK_BYTES", 1 << 18)
-    monkeypatch.setattr(W, "BLOCK_VALUES", 1 << 15)
+    monkeypatch.setattr(npz, "BLOCK_BYTES", 1 << 17)
+    monkeypatch.setattr(W, "BLOCK_VALUES", 1 << 14)
     dim, peaks = 256, {}
     I.convert(article_file(tmp_path, name="warm"), tmp_path / "warm", ood="random")
     tracemalloc.start()
-    for articles in (50, 200):
+    for articles in (25, 100):
         folder, rng = tmp_path / str(articles), np.random.default_rng(0)
         folder.mkdir()
         article, chunk = np.repeat(np.arange(articles), 40), np.tile(np.arange(40), articles)
@@ -160,6 +160,6 @@ def test_memory_does_not_grow_with_the_vectors(tmp_path, monkeypatch):
             I.convert(files, folder / form, ood="topic" if "train" in files else "random")
             peaks[form, articles] = tracemalloc.get_traced_memory()[1] - start
     tracemalloc.stop()
-    more = (200 - 50) * 40 * dim * 4
+    more = (100 - 25) * 40 * dim * 4
     for form, times in {"sorted": 1, "unsorted": 1, "sequences": 6, "rebuilt": 5}.items():
-        assert peaks[form, 200] - peaks[form, 50] < 0.1 * times * more, (form, peaks)
+        assert peaks[form, 100] - peaks[form, 25] < 0.1 * times * more, (form, peaks)
