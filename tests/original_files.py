@@ -12,6 +12,7 @@ from lvmlib.errors import LVMError
 
 X, ARTICLE, CHUNK = world()
 COUNT = len(X)
+NAMES = ("contexts", "targets", "article_ids", "target_indices")
 PARTS = {"train": set(range(20)), "val": set(range(20, 25)), "ood": set(range(25, 30))}
 
 
@@ -25,11 +26,17 @@ def article_file(folder, x=X, article=ARTICLE, chunk=CHUNK, name="articles", **m
     return saved(folder, name, vectors=x, article_indices=article, chunk_indices=chunk, **more)
 
 
-def sequence_files(folder, x=X, article=ARTICLE, chunk=CHUNK, horizon=2, indices=True, parts=PARTS):
-    """{split: path} with plain arrays, and {split: (contexts, targets, ids, target indices)}."""
-    windows = {s: cut(x, article, chunk, own, horizon) for s, own in parts.items()}
-    names = ("context_sequences", "target_vectors", "article_ids", *(["target_indices"] if indices else []))
-    return {s: saved(folder, s, **dict(zip(names, arrays, strict=False))) for s, arrays in windows.items()}, windows
+def sequence_files(folder, x=X, article=ARTICLE, chunk=CHUNK, horizon=2, names=NAMES, parts=PARTS, order=np.arange):
+    """{split: path} with the arrays `names`, and {split: (contexts, targets, ids, target indices)}.
+
+    `order`: the places of so many windows of a file in it."""
+    paths, windows = {}, {}
+    for s, own in parts.items():
+        arrays = cut(x, article, chunk, own, horizon)
+        rows = order(len(arrays[0]))
+        windows[s] = [part[rows] for part in arrays]
+        paths[s] = saved(folder, s, **dict(zip(names, windows[s], strict=False)))
+    return paths, windows
 
 
 def check_windows(store, windows, horizon=2):

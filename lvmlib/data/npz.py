@@ -81,16 +81,13 @@ class Npz:
 
     def __init__(self, path: Path, scratch: Path):
         self.path, self.scratch, self.members = path, scratch, {}
+        self.used = set()  # names of the arrays that were asked for
         with _reading(str(path), f"not a readable .npz archive: {DAMAGED}"):
             if not path.is_file():
                 raise FileNotFoundError("no such file")
             self.zip = zipfile.ZipFile(path)
-        try:
-            for info in self.zip.infolist():
-                self._admit(info)
-        except BaseException:
-            self.zip.close()
-            raise
+        for info in self.zip.infolist():
+            self._admit(info)
 
     def __contains__(self, name: str) -> bool:
         return name in self.members
@@ -122,6 +119,7 @@ class Npz:
     def member(self, name: str) -> Member:
         """Return an array's header, checked against its size."""
         info, where = self.members[name], f"{self.path}: array {name}"
+        self.used.add(name)
         with _reading(where), self.zip.open(info) as file:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_2_0 if version == (2, 0) else np.lib.format.read_array_header_1_0
@@ -335,8 +333,7 @@ class _Unpickler(pickle._Unpickler):
         target.update(zip(items[::2], items[1::2], strict=True))
 
     def set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.put_items([key, value])
+        self.put_items([self.stack.pop(-2), self.stack.pop()])
 
     def set_items(self) -> None:
         self.put_items(self.pop_mark())

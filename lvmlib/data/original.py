@@ -28,14 +28,13 @@ import pandas as pd
 
 from ..config import Files
 from ..errors import LVMError
-from ..io.disk import explain_os_errors
 from ..io.paths import ROOT, outputs
 from ..windows import SPLITS, Dataset, Store, blocks
 from . import checks, splits
 from . import store as store_format
 from .npz import MOST, Npz
 from .original_place import SAME, Placing, rebuild
-from .original_read import ARTICLE_ARRAYS, Sequences, allocate, read_articles
+from .original_read import Sequences, allocate, read_articles
 
 FORMAT = 1  # raise it when `convert` makes something else of the same files: earlier conversions are then not used
 KEYS = (*SPLITS, "articles")
@@ -75,7 +74,6 @@ def convert(
         "split_rule": rule,
     }
     with contextlib.ExitStack() as stack:
-        stack.enter_context(explain_os_errors(folder))
         partial = stack.enter_context(store_format.writing(folder))
         scratch = partial / "scratch"
         scratch.mkdir()
@@ -116,9 +114,9 @@ def _write(archives: dict[str, Npz], partial: Path, drop_bad: bool, ood: str, sh
     """
     sequences = [Sequences(archives[split], split) for split in SPLITS if split in archives]
     source, counts = archives.get("articles"), {}
-    table, placing = _read(source, sequences, partial / "scratch" / "vectors.npy", drop_bad, counts)
-    starts = [placing.starts(s) for s in sequences]
-    _list_unused(archives, sequences, sheet)
+    placing = _read(source, sequences, partial / "scratch" / "vectors.npy", drop_bad, counts)
+    table, starts = placing.table, [placing.starts(s) for s in sequences]
+    _list_unused(archives, sheet)
     keep = ~table.bad
     if not keep.any():
         raise LVMError(f"{table.where}: no vector is left once the bad ones are dropped; encode the texts again")
@@ -156,8 +154,8 @@ def _write(archives: dict[str, Npz], partial: Path, drop_bad: bool, ood: str, sh
     return pd.DataFrame(columns, index=pd.Index(numbers, name="article"))
 
 
-def _read(source: Npz | None, sequences: list[Sequences], path: Path, drop_bad: bool, counts: dict):
-    """The table of the chunks, its vectors written to `path`, and the placing of windows on it.
+def _read(source: Npz | None, sequences: list[Sequences], path: Path, drop_bad: bool, counts: dict) -> Placing:
+    """Read the table of the chunks, its vectors written to `path`, ready for windows to be placed on it.
 
     Raises LVMError if files differ in context length or dimension, or if sequence files share an article.
     """
@@ -169,12 +167,12 @@ def _read(source: Npz | None, sequences: list[Sequences], path: Path, drop_bad: 
     if source is None:
         table, horizon = rebuild(sequences, path, drop_bad, counts)
         gaps = "windows dropped, as a chunk between context and target is in no file"
-        return table, Placing(table, horizon, drop_bad, gaps, counts)
+        return Placing(table, horizon, drop_bad, gaps, counts)
     table = read_articles(source, path, drop_bad, counts)
     dim = table.vectors.shape[1]
     if sequences and dim != sequences[0].dim:
         raise LVMError(f"{where}: have {sequences[0].dim} dimensions, and {source.path} has {dim}; encode both alike")
-    return table, Placing(table, None, drop_bad, "windows across a gap" if drop_bad else None, counts)
+    return Placing(table, None, drop_bad, "windows across a gap" if drop_bad else None, counts)
 
 
 def _write_vectors(vectors: np.ndarray, partial: Path, keep: np.ndarray) -> None:
@@ -249,23 +247,22 @@ def _titles(npz: Npz | None, numbers: np.ndarray) -> list[str]:
     return [f"{t} (article {a})" if again else t for t, a, again in zip(titles, numbers, twice, strict=True)]
 
 
-def _list_unused(archives: dict[str, Npz], sequences: list[Sequences], sheet: dict) -> None:
+def _list_unused(archives: dict[str, Npz], sheet: dict) -> None:
     """List the arrays that are not needed. Raise LVMError for an object array among them that asks to load something:
     it would run in another reader."""
-    used = {(s.path, name) for s in sequences for name in s.used}
-    if "articles" in archives:
-        used |= {(archives["articles"].path, name) for name in (*ARTICLE_ARRAYS, *OPTIONAL_ARRAYS)}
-    every = {(npz.path, name): npz for npz in archives.values() for name in npz.members}
-    unused = sorted(set(every) - used)
-    for path, name in unused:
-        try:
-            member = every[path, name].member(name)
-        except LVMError:
-            continue  # what is not read may be anything
-        if member.dtype.kind == "O" and member.info.file_size <= member.allowed:
-            every[path, name].objects(member)
-    if unused:
-        sheet["left_out"] = sorted(f"{name} ({path.name})" for path, name in unused)
+    left_out = []
+    for npz in dict.fromkeys(archives.values()):
+        optional = OPTIONAL_ARRAYS if npz is archives.get("articles") else ()
+        for name in sorted(npz.members.keys() - npz.used - set(optional)):
+            left_out.append(f"{name} ({npz.path.name})")
+            try:
+                member = npz.member(name)
+            except LVMError:
+                continue  # what is not read may be anything
+            if member.dtype.kind == "O" and member.info.file_size <= member.allowed:
+                npz.objects(member)
+    if left_out:
+        sheet["left_out"] = sorted(left_out)
 
 
 def opened(files: str | os.PathLike | Mapping | Files) -> Store:
@@ -314,7 +311,7 @@ def export(data: Dataset, folder: str | os.PathLike) -> dict[str, Path]:
         warnings.warn(f"{store.name}: texts need more than {MOST:,} bytes and are left out", stacklevel=2)
     elif store.texts is not None:
         listed["concept_texts"] = np.array(list(store.texts))
-    with explain_os_errors(folder), store_format.writing(folder) as partial:
+    with store_format.writing(folder) as partial:
         articles = {"vectors": store.vectors, "article_indices": store.article, "chunk_indices": store.position}
         np.savez_compressed(partial / "articles.npz", **articles, **listed)
         for split in SPLITS:

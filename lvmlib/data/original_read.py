@@ -168,7 +168,7 @@ def stored_type(members: Sequence[Member]) -> type:
 
 class Sequences:
     """A sequence file of one split: its arrays, `ids` (N,) the article of each window, and `indices` (N,) the position
-    of each target, or None. `used`: the names of the arrays that were read."""
+    of each target, or None."""
 
     def __init__(self, npz: Npz, split: str):
         self.npz, self.split, self.path = npz, split, npz.path
@@ -190,7 +190,6 @@ class Sequences:
             row = int(np.argmax(self.ids != listed[0]))
             articles = f"{self.ids[row]} by {ids}, {listed[0][row]} by {metadata}"
             raise LVMError(f"{npz.path}: window {row} is of article {articles}; leave the wrong one out")
-        self.used = {contexts, targets, ids, indices, metadata}
 
     def _find(self, *spellings: str) -> str | None:
         """The name of an array in this file."""

@@ -128,7 +128,7 @@ def write_store(store: Store, folder: str | os.PathLike) -> Path:
 def writing(folder: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder for a store's files: renamed to `folder` when the block ends, deleted if the block fails.
 
-    Call `seal` before the end. Raises LVMError if `folder` exists.
+    Call `seal` before the end. Raises LVMError if `folder` exists, and in place of an OSError in the block.
     """
     folder = Path(folder)
     if folder.exists():
@@ -136,16 +136,15 @@ def writing(folder: str | os.PathLike) -> Iterator[Path]:
     with explain_os_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
-    try:
-        yield partial
-        with explain_os_errors(folder):
+        try:
+            yield partial
             partial.chmod(0o755)  # mkdtemp makes it the owner's alone
             sync(partial)
             partial.rename(folder)
             sync(folder.parent, files=False)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def seal(partial: Path, name: str, articles: pd.DataFrame, datasheet: Mapping) -> Store:

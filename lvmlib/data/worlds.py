@@ -16,7 +16,6 @@ chunk has length 1 before it is normalised; at D = 48 they are off by up to 0.02
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache, partial
 
 import numpy as np
@@ -95,66 +94,61 @@ def announcing_law(dim: int = 384, strength: float = 1.0, delay: int = 0) -> Law
     return _law(dim, [_even(dim, 1.0, TOPIC), _even(dim, 0.0, noise), Part(transition, variance, delay)])
 
 
-# The worlds
+# The worlds: a new one is one entry in one of these tables
 
-
-def _stationary(
-    name: str, articles: int = 160, length: int = 40, dim: int = 384, seed: int = 0, splits=SPLIT_PATTERN, **parameters
-) -> Store:
-    """A sample of a law in `LAWS` with these `parameters`."""
-    vectors = law(name, dim=dim, **parameters).sample(articles, length, seed)
-    return _store(name, vectors, {**parameters, "seed": seed}, splits)
-
-
-def _reversed(of: str, *size, **arguments) -> Store:
-    """Another world with time flipped: what announces comes after, what turned right turns left."""
-    return reverse(WORLDS[of](*size, **arguments))
-
-
-def _sloping(
-    name: str, articles: int = 160, length: int = 40, dim: int = 384, seed: int = 0, splits=SPLIT_PATTERN, **slope
-) -> Store:
-    """Articles that come nearer to their topic, or leave it: x_t = normalise(topic + s_t · noise_t), s_t from `first`
-    to `last` evenly; topic and noise_t are independent random unit vectors.
-
-    Where s_t falls, a chunk is nearer to the next one than to the one before, Δ > 0, and the order holds nothing else
-    to predict. The data of option C.
-    """
-    slope = SLOPES[name] | slope
-    random = np.random.default_rng(seed)
-    noise_scale = np.linspace(slope["first"], slope["last"], length)[None, :, None]
-    vectors = _unit(random, articles, 1, dim) + noise_scale * _unit(random, articles, length, dim)
-    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return _store(name, vectors, {**slope, "seed": seed}, splits)
-
-
-SLOPES = {"converging": {"first": 2.0, "last": 0.6}, "diverging": {"first": 0.6, "last": 2.0}}
 LAWS = {
     "exchangeable": exchangeable_law,
     "rotation": rotation_law,
     "announcing": announcing_law,
+    "copy": copy_law,
     "reversed": lambda **parameters: rotation_law(**parameters).reversed(),
     "reversed_announcing": lambda **parameters: announcing_law(**parameters).reversed(),
-    "copy": copy_law,
 }
-exchangeable, rotation, announcing = (partial(_stationary, name) for name in ("exchangeable", "rotation", "announcing"))
-WORLDS = {  # a new world is one entry here, and one in LAWS if it is stationary
-    "exchangeable": exchangeable,
-    "rotation": rotation,
-    "announcing": announcing,
-    "reversed": partial(_reversed, "rotation"),
-    "reversed_announcing": partial(_reversed, "announcing"),
-    "converging": partial(_sloping, "converging"),
-    "diverging": partial(_sloping, "diverging"),
-    "copy": partial(_stationary, "copy"),
-}
+REVERSED = {"reversed": "rotation", "reversed_announcing": "announcing"}
+SLOPES = {"converging": {"first": 2.0, "last": 0.6}, "diverging": {"first": 0.6, "last": 2.0}}
+WORLDS = (*LAWS, *SLOPES)
 
 
-def world(name: str, **arguments) -> Store:
-    """A world by name, with its default size unless `arguments` say otherwise. Raises LVMError for an unknown name."""
+def world(
+    name: str, articles: int = 160, length: int = 40, dim: int = 384, seed: int = 0, splits=SPLIT_PATTERN, **parameters
+) -> Store:
+    """Sample a world: `articles` articles of `length` chunks; `parameters` are those of its law or slope.
+
+    Article i is in split splits[i % len(splits)]. All articles have one distribution: the `ood` split is a second
+    validation set. Raises LVMError for an unknown name.
+    """
+    if name in REVERSED:
+        return reverse(world(REVERSED[name], articles, length, dim, seed, splits, **parameters))
     if name not in WORLDS:
         raise LVMError(f"unknown world {name!r}; known: {', '.join(WORLDS)}")
-    return WORLDS[name](**arguments)
+    if name in SLOPES:
+        parameters = SLOPES[name] | parameters
+        vectors = _sloping(articles, length, dim, seed, **parameters)
+    else:
+        vectors = law(name, dim=dim, **parameters).sample(articles, length, seed)
+    split = np.array(splits)[np.arange(articles) % len(splits)]
+    titles = [f"{name} {i}" for i in range(articles)]
+    table = pd.DataFrame({"title": titles, "split": split}, index=pd.RangeIndex(articles, name="article"))
+    article, position = np.repeat(np.arange(articles), length), np.tile(np.arange(length), articles)
+    datasheet = {"world": name, **parameters, "seed": seed}
+    x = vectors.reshape(-1, dim).astype(np.float32)
+    return make_store(f"world:{name}", x, article, position, table, datasheet)
+
+
+exchangeable, rotation, announcing = (partial(world, name) for name in ("exchangeable", "rotation", "announcing"))
+
+
+def _sloping(articles: int, length: int, dim: int, seed: int, first: float, last: float) -> np.ndarray:
+    """(A, L, D) articles that come nearer to their topic, or leave it: x_t = normalise(topic + s_t · noise_t), s_t from
+    `first` to `last` evenly; topic and noise_t are independent random unit vectors.
+
+    Where s_t falls, a chunk is nearer to the next one than to the one before, Δ > 0, and the order holds nothing else
+    to predict. The data of option C.
+    """
+    random = np.random.default_rng(seed)
+    noise_scale = np.linspace(first, last, length)[None, :, None]
+    vectors = _unit(random, articles, 1, dim) + noise_scale * _unit(random, articles, length, dim)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def law(name: str, **parameters) -> Law:
@@ -247,17 +241,3 @@ def _planes(strength: float, planes: int) -> int:
     if not 0 <= strength <= 1:
         raise LVMError(f"strength {strength}: must lie between 0 and 1; for the other sign take the reversed world")
     return max(planes, 1)
-
-
-def _store(name: str, vectors: np.ndarray, datasheet: dict, splits: Sequence[str]) -> Store:
-    """(A, L, D) as a store; article i is in split splits[i % len(splits)].
-
-    In a world all articles have one distribution: its `ood` split is a second validation set.
-    """
-    count, length, dim = vectors.shape
-    split = np.array(splits)[np.arange(count) % len(splits)]
-    titles = [f"{name} {i}" for i in range(count)]
-    table = pd.DataFrame({"title": titles, "split": split}, index=pd.RangeIndex(count, name="article"))
-    x = vectors.reshape(-1, dim).astype(np.float32)
-    article, position = np.repeat(np.arange(count), length), np.tile(np.arange(length), count)
-    return make_store(f"world:{name}", x, article, position, table, {"world": name, **datasheet})

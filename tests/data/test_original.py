@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzz_importers import LENGTH, cut, dicts, world
-from original_files import ARTICLE, CHUNK, PARTS, X, article_file, check_windows, refused, saved, sequence_files
+from original_files import ARTICLE, CHUNK, NAMES, PARTS, X, article_file, check_windows, refused, saved, sequence_files
 
 import lvmlib as lvm
 from lvmlib import windows as W
@@ -64,15 +64,11 @@ def test_metadata_of_every_pickle_protocol(tmp_path, protocol):
 def test_article_numbers_only_are_matched_by_vectors(tmp_path, horizon, form):
     x, article, chunk = world(articles=30)
     parts = {s: {a for a in own if (article == a).sum() >= LENGTH + horizon} for s, own in PARTS.items()}
-    paths, windows = sequence_files(tmp_path, x, article, chunk, horizon, parts=parts)
-    rng = np.random.default_rng(0)
-    for s, arrays in windows.items():  # in any order
-        order = rng.permutation(len(arrays[0]))
-        windows[s] = c, t, ids, _ = [part[order] for part in arrays]
-        named = {"article_ids": ids}
-        if form == "metadata":
-            named = {"metadata": np.array([{"article_index": np.int64(a)} for a in ids], object)}
-        saved(tmp_path, s, contexts=c, targets=t, **named)
+    order = np.random.default_rng(0).permutation
+    paths, windows = sequence_files(tmp_path, x, article, chunk, horizon, NAMES[:3], parts, order)
+    for s, (c, t, ids, _) in windows.items() if form == "metadata" else ():
+        metadata = np.array([{"article_index": np.int64(a)} for a in ids], object)
+        saved(tmp_path, s, contexts=c, targets=t, metadata=metadata)
     store = I.convert({**paths, "articles": article_file(tmp_path, x, article, chunk)}, tmp_path / "store")
     check_windows(store, windows, horizon)
     assert "vectors" in store.datasheet["matched"]["train"]
@@ -85,13 +81,12 @@ def test_repeated_chunks_are_found_by_the_whole_context(tmp_path):
     x[18:22] = x[8:12]  # four chunks of a context are the same, the fifth differs
     x[30:37] = x[23:30]  # and here a whole window is there twice
     x /= np.linalg.norm(x, axis=1, keepdims=True)
-    parts = {"train": {1}, "val": {0}, "ood": {2}}
-    paths, windows = sequence_files(tmp_path, x, article, chunk, indices=False, parts=parts)
+    files = {"x": x, "article": article, "chunk": chunk, "names": NAMES[:3]}
+    files |= {"parts": {"train": {1}, "val": {0}, "ood": {2}}}
+    paths, windows = sequence_files(tmp_path, **files)
     paths["articles"] = article_file(tmp_path, x, article, chunk)
     check_windows(I.convert(paths, tmp_path / "store"), windows)  # the two equal ones in the order of the file
-    backwards = {s: [part[::-1] for part in arrays] for s, arrays in windows.items()}
-    for s, (c, t, ids, _) in backwards.items():
-        saved(tmp_path, s, contexts=c, targets=t, article_ids=ids)
+    _, backwards = sequence_files(tmp_path, **files, order=lambda count: np.arange(count)[::-1])
     store = I.convert(paths, tmp_path / "backwards")
     assert store.datasheet["counts"]["windows with several equal places in their article"] == 2
     w = W.windows(store, "train")
@@ -104,13 +99,8 @@ def test_sequences_alone_are_rebuilt(tmp_path, horizon, shuffled):
     x, article, chunk = world(longest=20)
     chunk = chunk + 7 * article  # positions need not begin with 0
     parts = {s: {a for a in own if (article == a).sum() >= LENGTH + 2 * horizon - 1} for s, own in PARTS.items()}
-    paths, windows = sequence_files(tmp_path, x, article, chunk, horizon, parts=parts)
-    if shuffled:
-        rng = np.random.default_rng(0)
-        for s, arrays in windows.items():
-            order = rng.permutation(len(arrays[0]))
-            windows[s] = c, t, ids, at = [part[order] for part in arrays]
-            saved(tmp_path, s, contexts=c, targets=t, article_ids=ids, target_indices=at)
+    order = np.random.default_rng(0).permutation if shuffled else np.arange
+    paths, windows = sequence_files(tmp_path, x, article, chunk, horizon, parts=parts, order=order)
     store = I.convert(paths, tmp_path / "store")
     check_windows(store, windows, horizon)
     used = np.isin(article, [a for own in parts.values() for a in own])
@@ -130,8 +120,7 @@ def test_one_file_may_hold_all(tmp_path):
     """The golden file of 5CAT: article vectors and the windows of two splits, under val_… and ood_…."""
     z = np.load(GOLDEN)
     store = I.convert({"val": GOLDEN, "ood": GOLDEN, "articles": GOLDEN}, tmp_path / "store")
-    names = ("contexts", "targets", "article_ids", "target_indices")
-    windows = {s: [z[f"{s}_{n}"] for n in names] for s in ("val", "ood")}
+    windows = {s: [z[f"{s}_{n}"] for n in NAMES] for s in ("val", "ood")}
     check_windows(store, windows)
     assert np.array_equal(store.vectors, z["vectors"])
     assert store.datasheet["left_out"] == ["weights (fivecat_original.npz)"]

@@ -7,22 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzz_importers import Runs, cut, dicts
-from original_files import ARTICLE, CHUNK, PARTS, X, article_file, check_windows, refused, saved, sequence_files
+from original_files import ARTICLE, CHUNK, NAMES, PARTS, X, article_file, check_windows, refused, saved, sequence_files
 
 from lvmlib.data import npz as npz_format
 from lvmlib.data import original as I
 from lvmlib.errors import LVMError
 
-NAMES = ("contexts", "targets", "article_ids", "target_indices")
-
 
 def sequences(folder, **change):
     """The four files of a good set; `change`: {file: function of its arrays}."""
-    paths = {"articles": article_file(folder)}
-    for s, own in PARTS.items():
-        arrays = {name: part.copy() for name, part in zip(NAMES, cut(X, ARTICLE, CHUNK, own), strict=True)}
-        paths[s] = saved(folder, s, **(change[s](arrays) if s in change else arrays))
-    return paths
+    paths, windows = sequence_files(folder)
+    for s, function in change.items():
+        saved(folder, s, **function(dict(zip(NAMES, windows[s], strict=True))))
+    return {**paths, "articles": article_file(folder)}
 
 
 def put(name, at, value):

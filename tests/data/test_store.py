@@ -109,7 +109,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, failure):
         monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *a, **k: (_ for _ in ()).throw(OSError(failure)))
     else:
         store = replace(store, vectors=store.vectors * 0)
-    with pytest.raises((OSError, LVMError)):
+    with pytest.raises(LVMError):
         V.write_store(store, tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
 
