@@ -29,6 +29,7 @@ KILLED = (
     f"some memory, or restore that store; {RESUMABLE}"
 )
 KILLED_CODE = 138  # papermill's exit code for that
+DISK_CODE = 74  # that of papermill_ipc.py after an error of the disk; the last line is an OSError's arguments, as JSON
 
 
 class Executed(NamedTuple):
@@ -146,9 +147,16 @@ def _papermill(arguments: Sequence[str], place: str) -> subprocess.CompletedProc
     environment = {k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"}
     environment["LVM_OUTPUTS"] = str(outputs().absolute())  # papermill and the kernel start from ROOT
     environment |= {"IPYTHONDIR": place, "JUPYTER_RUNTIME_DIR": place}
-    command = [sys.executable, "-m", "lvmlib.cli.papermill_ipc", "--no-progress-bar", "--stdout-file", "-"]
-    command += ["--start-timeout", "600", *arguments]
-    return subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-P", str(Path(__file__).with_name("papermill_ipc.py")), "--no-progress-bar"]
+    command += ["--stdout-file", "-", "--start-timeout", "600", *arguments]
+    done = subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    if done.returncode == DISK_CODE:
+        try:
+            with explain_os_errors(Path(place), RESUMABLE):
+                raise OSError(*json.loads(done.stderr.splitlines()[-1]))
+        except LVMError as e:
+            done.returncode, done.stderr = 1, f"LVMError: {e}"
+    return done
 
 
 def _move_partial(path: Path) -> Path:
