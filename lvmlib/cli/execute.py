@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import typer
 
@@ -32,18 +31,11 @@ KILLED_CODE = 138  # papermill's exit code for that
 DISK_CODE = 74  # that of papermill_ipc.py after an error of the disk; the last line is an OSError's arguments, as JSON
 
 
-class Executed(NamedTuple):
-    """A notebook that papermill has executed to its end, and its parameters."""
-
-    path: Path
-    parameters: dict
-
-
 @contextlib.contextmanager
-def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -> Iterator[Executed]:
-    """Execute notebooks/NOTEBOOK.ipynb with papermill's `options` and give the stamped result, which `move` takes.
+def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -> Iterator[tuple[Path, dict]]:
+    """Execute notebooks/NOTEBOOK.ipynb with papermill's `options`; give the stamped result's path and its parameters.
 
-    The result is deleted with the block; where the block fails, it is moved to outputs/. Raises typer.Exit after a
+    The file is deleted with the block; where the block fails, it is moved to outputs/. Raises typer.Exit after a
     message if nothing was executed to its end. `failed`: where the notebook grows and stays if it fails; without it a
     failed notebook is moved to outputs/, unless it ends with an LVMError, which says all.
     """
@@ -74,7 +66,7 @@ def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -
             if not stamp.stamp(path, notebook, commit):
                 print("Files changed while the notebook ran. It counts as rendered from uncommitted files.")
         try:
-            yield Executed(path, parameters(content))
+            yield path, parameters(content)
         except BaseException:
             print(f"\nThe executed notebook is {short(failed or _move_partial(path))}", file=sys.stderr)
             raise

@@ -205,7 +205,7 @@ def executed(path: Path, *parameters: str) -> Path:
 
 
 def publish(path: Path, place: Path):
-    return launcher._publish(runner.Executed(path, runner.parameters(json.loads(path.read_text("utf-8")))), place)
+    return launcher._publish(path, runner.parameters(json.loads(path.read_text("utf-8"))), place)
 
 
 def test_an_executed_notebook_is_copied_to_its_place_and_flushed(tmp_path, monkeypatch, capsys):
