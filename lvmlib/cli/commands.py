@@ -28,7 +28,7 @@ from ..text import build as text_build
 from ..text import wikipedia as wikipedia_module
 from ..windows import SPLITS
 from . import sweep
-from .execute import RESUMABLE, Executed, execute, find_notebook, move, parameters, short
+from .execute import RESUMABLE, execute, find_notebook, move, parameters, short
 
 PASS = {"allow_extra_args": True, "ignore_unknown_options": True}  # all of papermill's options
 STOPPED = {128 + signal.SIGINT: "Interrupted", 128 + signal.SIGTERM: "Terminated"}  # by exit code
@@ -51,13 +51,13 @@ def train(ctx: typer.Context) -> None:
     Executes train.ipynb into the run's folder. Options are papermill's, such as -p version v22 -p seed 1.
     """
     begun = time.time()
-    with execute("train", ctx.args) as executed:
-        folder = run_folder(_version(executed.parameters), executed.parameters["run_name"])
-        content = json.loads(executed.path.read_text(encoding="utf-8"))
+    with execute("train", ctx.args) as (path, p):
+        folder = run_folder(_version(p), p["run_name"])
+        content = json.loads(path.read_text(encoding="utf-8"))
         content["metadata"]["lvmlib"]["run"] = gallery_module.facts(folder)  # it may be shown apart from the folder
-        with explain_os_errors(executed.path, RESUMABLE):
-            stamp.write(executed.path, content)
-        earlier = _publish(executed, folder / "train.ipynb")
+        with explain_os_errors(path, RESUMABLE):
+            stamp.write(path, content)
+        earlier = _publish(path, p, folder / "train.ipynb")
     if earlier and (folder / "run.yaml").stat().st_mtime < begun:
         # The run was only opened. The new notebook shows what the earlier one did, and takes over its time: else a
         # sweep would make diagnostics and 5CAT of that run again.
@@ -73,15 +73,14 @@ def encode(ctx: typer.Context) -> None:
     Executes encode.ipynb. Options are papermill's, such as -p source FOLDER -p out NAME.
     """
     begun = time.time()
-    with execute("encode", ctx.args) as executed:
-        p = executed.parameters
+    with execute("encode", ctx.args) as (path, p):
         store = text_build.store_folder(p["source"], p["unit"], p["out"], p["vectors"] is not None, bool(p["fast"]))
         notebook = outputs() / ("fast" if p["fast"] else "") / store.name / "encode.ipynb"
         if notebook.exists() and (store / "datasheet.yaml").stat().st_mtime < begun:
             # The store was only opened: the notebook that lies there shows how it was made.
             print(f"\nThe store existed already.\nnotebook  {short(notebook)}")
         else:
-            _publish(executed, notebook)
+            _publish(path, p, notebook)
     known = store.name if store.parent == outputs() / "datasets" else store  # such a one is known by its name
     print(f"store     {short(store)}\nnext      make data DATA={known}; make train VERSION=v22 DATA={known}")
 
@@ -92,11 +91,10 @@ def data(ctx: typer.Context) -> None:
 
     Executes data.ipynb, the pre-flight. Options are papermill's, such as -p data NAME.
     """
-    with execute("data", ctx.args) as executed:
-        p = executed.parameters
+    with execute("data", ctx.args) as (path, p):
         name = "data.ipynb" if p["horizon"] == 2 else f"data-horizon{p['horizon']}.ipynb"
-        verdict = gallery_module.notebook_facts(executed.path)["verdict"]
-        _publish(executed, outputs() / ("fast" if p["fast"] else "") / data_name(files(p["data"])) / name)
+        verdict = gallery_module.notebook_facts(path)["verdict"]
+        _publish(path, p, outputs() / ("fast" if p["fast"] else "") / data_name(files(p["data"])) / name)
     print(f"verdict   {verdict}")
 
 
@@ -112,8 +110,8 @@ def render(
     """
     if out.suffix != ".ipynb":
         raise typer.BadParameter(f"{out} does not end in .ipynb")
-    with execute(find_notebook(notebook), ctx.args) as executed:
-        move(executed.path, out)
+    with execute(find_notebook(notebook), ctx.args) as (path, _):
+        move(path, out)
     print(f"\nnotebook  {short(out)}")
 
 
@@ -228,28 +226,28 @@ def run() -> None:
         sys.exit(str(e))
 
 
-def _publish(executed: Executed, notebook: Path) -> os.stat_result | None:
-    """Move an executed notebook to its place, with an HTML copy, and print where they are.
+def _publish(executed: Path, p: dict, notebook: Path) -> os.stat_result | None:
+    """Move a notebook that was executed with parameters `p` to its place, with an HTML copy, and print where they are.
 
     A notebook of other parameters that lies there is set aside. Returns the `stat` of one that is replaced.
     """
     earlier = notebook.stat() if notebook.exists() else None
-    if earlier and not _is_same(notebook, executed):
+    if earlier and not _is_same(notebook, p):
         print(f"\nset aside  {short(set_aside(notebook, '.html'))}: it was run with other parameters")
         earlier = None
-    move(executed.path, notebook)
+    move(executed, notebook)
     page.write(notebook, notebook.with_suffix(".html"))
     print(f"\nnotebook  {short(notebook)}\nHTML      {short(notebook.with_suffix('.html'))}")
     return earlier
 
 
-def _is_same(notebook: Path, executed: Executed) -> bool:
-    """Return whether a notebook has the executed one's parameters; if both are of train.ipynb, those of its run."""
+def _is_same(notebook: Path, p: dict) -> bool:
+    """Return whether a notebook has the parameters `p`; if both are of train.ipynb, those of its run."""
     try:
         earlier = parameters(json.loads(notebook.read_text(encoding="utf-8")))
         if "version" in earlier:  # None is what the version says, which may be given as well
-            return not differences(*({"parameters": _version(p).to_dict()} for p in (earlier, executed.parameters)))
-        return earlier == executed.parameters
+            return not differences(*({"parameters": _version(each).to_dict()} for each in (earlier, p)))
+        return earlier == p
     except Exception:  # whatever a damaged file makes its reader raise
         return False
 

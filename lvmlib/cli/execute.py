@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import typer
 
@@ -29,20 +28,14 @@ KILLED = (
     f"some memory, or restore that store; {RESUMABLE}"
 )
 KILLED_CODE = 138  # papermill's exit code for that
-
-
-class Executed(NamedTuple):
-    """A notebook that papermill has executed to its end, and its parameters."""
-
-    path: Path
-    parameters: dict
+DISK_CODE = 74  # that of papermill_ipc.py after an error of the disk; the last line is an OSError's arguments, as JSON
 
 
 @contextlib.contextmanager
-def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -> Iterator[Executed]:
-    """Execute notebooks/NOTEBOOK.ipynb with papermill's `options` and give the stamped result, which `move` takes.
+def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -> Iterator[tuple[Path, dict]]:
+    """Execute notebooks/NOTEBOOK.ipynb with papermill's `options`; give the stamped result's path and its parameters.
 
-    The result is deleted with the block; where the block fails, it is moved to outputs/. Raises typer.Exit after a
+    The file is deleted with the block; where the block fails, it is moved to outputs/. Raises typer.Exit after a
     message if nothing was executed to its end. `failed`: where the notebook grows and stays if it fails; without it a
     failed notebook is moved to outputs/, unless it ends with an LVMError, which says all.
     """
@@ -73,7 +66,7 @@ def execute(notebook: str, options: Sequence[str], failed: Path | None = None) -
             if not stamp.stamp(path, notebook, commit):
                 print("Files changed while the notebook ran. It counts as rendered from uncommitted files.")
         try:
-            yield Executed(path, parameters(content))
+            yield path, parameters(content)
         except BaseException:
             print(f"\nThe executed notebook is {short(failed or _move_partial(path))}", file=sys.stderr)
             raise
@@ -146,9 +139,16 @@ def _papermill(arguments: Sequence[str], place: str) -> subprocess.CompletedProc
     environment = {k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"}
     environment["LVM_OUTPUTS"] = str(outputs().absolute())  # papermill and the kernel start from ROOT
     environment |= {"IPYTHONDIR": place, "JUPYTER_RUNTIME_DIR": place}
-    command = [sys.executable, "-m", "lvmlib.cli.papermill_ipc", "--no-progress-bar", "--stdout-file", "-"]
-    command += ["--start-timeout", "600", *arguments]
-    return subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-P", str(Path(__file__).with_name("papermill_ipc.py")), "--no-progress-bar"]
+    command += ["--stdout-file", "-", "--start-timeout", "600", *arguments]
+    done = subprocess.run(command, check=False, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    if done.returncode == DISK_CODE:
+        try:
+            with explain_os_errors(Path(place), RESUMABLE):
+                raise OSError(*json.loads(done.stderr.splitlines()[-1]))
+        except LVMError as e:
+            done.returncode, done.stderr = 1, f"LVMError: {e}"
+    return done
 
 
 def _move_partial(path: Path) -> Path:

@@ -1,20 +1,20 @@
 """papermill's own command, with a kernel that speaks through sockets in the folder JUPYTER_RUNTIME_DIR.
 
 Jupyter picks free TCP ports and closes them before the kernel opens them again: the kernel of another command may take
-them in between. An error of the disk ends it with one line.
+them in between. Run as a file, not as a module of lvmlib, whose import takes seconds.
 """
 
+import json
 import os
 import sys
-from pathlib import Path
 
-from papermill.cli import papermill
-from papermill.engines import NBClientEngine, papermill_engines
-from traitlets.config import Config
+sys.modules["rfc3987_syntax"] = None  # jsonschema's optional grammar of addresses, which takes seconds to build
 
-from ..errors import LVMError
-from ..io.disk import explain_os_errors
-from .execute import RESUMABLE
+from papermill.cli import papermill  # noqa: E402
+from papermill.engines import NBClientEngine, papermill_engines  # noqa: E402
+from traitlets.config import Config  # noqa: E402
+
+DISK_CODE = 74  # as execute.py has it
 
 
 class IPCEngine(NBClientEngine):
@@ -30,7 +30,7 @@ class IPCEngine(NBClientEngine):
 if __name__ == "__main__":
     papermill_engines.register(None, IPCEngine)  # the default engine
     try:
-        with explain_os_errors(Path(os.environ["JUPYTER_RUNTIME_DIR"]), RESUMABLE):
-            papermill(prog_name="papermill")
-    except LVMError as e:
-        sys.exit(f"LVMError: {e}")
+        papermill(prog_name="papermill")
+    except OSError as e:
+        print(json.dumps([e.errno, e.strerror or str(e), e.filename]), file=sys.stderr)
+        sys.exit(DISK_CODE)

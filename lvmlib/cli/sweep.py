@@ -162,8 +162,8 @@ def job(notebook: str, output: Path, values: Mapping[str, Any], gpus: int) -> No
             return
         locks = reserve_gpus(gpus)
         text = base64.b64encode(json.dumps(values).encode()).decode()
-        with execute(notebook, ["-b", text], partial) as executed:
-            move(executed.path, output)
+        with execute(notebook, ["-b", text], partial) as (path, _):
+            move(path, output)
         partial.unlink(missing_ok=True)
         for gpu in locks:
             gpu.release()

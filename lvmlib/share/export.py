@@ -88,6 +88,8 @@ def export(run: Run, folder: str | os.PathLike, report: Report | None = None) ->
     `report`: the calibrated 5CAT of this model for the card; default: the run's fivecat.json, if there is one. Raises
     LVMError if `folder` exists, and if the run or the report is unfinished, damaged, or of another model.
     """
+    if not isinstance(run, Run):
+        raise LVMError(f"export: {str(run)[:200]!r} is not a run; give what `train` returns for this version and data")
     if not run.finished:
         raise LVMError(f"{run.folder}: this run is not finished; finish its training, then export it")
     model, store, version = run.best, run.data.store, run.version

@@ -77,20 +77,23 @@ def test_papermill_refuses_an_unknown_parameter(outputs, tmp_path):
     assert done.returncode and "LVMError" in done.stderr and "did you mean 'version'?" in done.stderr
 
 
-def test_a_refused_run_leaves_the_notebook_that_stands_there(outputs, folder, trained):
+def test_a_refused_run_leaves_the_notebook_of_the_earlier_one(outputs, folder, trained, monkeypatch, capfd):
+    monkeypatch.setenv("LVM_OUTPUTS", str(outputs))
     before = (folder / "train.ipynb").read_bytes()
-    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-p", "epochs", "1")
-    assert done.returncode != 0 and done.stderr.strip().startswith("LVMError: ")
-    assert len(done.stderr.strip().splitlines()) == 1 and "epochs: 2 there, 1 here" in done.stderr
+    assert launcher.main(["train", "-p", "version", "v21", *ARGUMENTS, "-p", "epochs", "1"]) == 1
+    errors = capfd.readouterr().err.strip()
+    assert errors.startswith("LVMError: ") and len(errors.splitlines()) == 1 and "epochs: 2 there, 1 here" in errors
     assert (folder / "train.ipynb").read_bytes() == before
     assert not list(outputs.glob("*.ipynb"))  # the failed notebook says no more than the error
 
 
 @pytest.mark.parametrize("option, words", [("--help", "Usage: "), ("--prepare-only", "Prepared, not executed: ")])
-def test_what_executes_nothing_leaves_the_run_as_it_is(outputs, folder, trained, option, words):
+def test_what_executes_nothing_leaves_the_run_as_it_is(outputs, folder, trained, monkeypatch, capfd, option, words):
+    monkeypatch.setenv("LVM_OUTPUTS", str(outputs))
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, option)
-    assert done.returncode == 0 and not done.stderr and words in done.stdout
+    assert launcher.main(["train", "-p", "version", "v21", *ARGUMENTS, option]) == 0
+    shown = capfd.readouterr()
+    assert not shown.err and words in shown.out
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
     for left in outputs.glob("train.*.ipynb"):
         assert "lvmlib" not in json.loads(left.read_text(encoding="utf-8"))["metadata"]
@@ -113,10 +116,10 @@ def test_terminated_it_ends_with_all_that_it_started(outputs):
     assert not list(outputs.glob("train.*.ipynb")) and not run.with_name("train.ipynb").exists()
 
 
-def test_the_preflight_says_its_verdict_in_the_terminal(outputs):
-    done = call(outputs, "lvmlib", "data", "-p", "fast", "True", "-p", "steps", "0", "-p", "horizon", "1")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.strip().splitlines()[-3:]
+def test_the_preflight_says_its_verdict_in_the_terminal(outputs, monkeypatch, capfd):
+    monkeypatch.setenv("LVM_OUTPUTS", str(outputs))
+    assert launcher.main(["data", "-p", "fast", "True", "-p", "steps", "0", "-p", "horizon", "1"]) == 0
+    lines = capfd.readouterr().out.strip().splitlines()[-3:]
     folder = outputs / "fast" / "wikipedia"
     assert lines[0].split() == ["notebook", str(folder / "data-horizon1.ipynb")]  # horizons do not overwrite each other
     assert lines[2].startswith("verdict   ") and "best baseline" in lines[2] and "A fast run" in lines[2]
@@ -202,7 +205,7 @@ def executed(path: Path, *parameters: str) -> Path:
 
 
 def publish(path: Path, place: Path):
-    return launcher._publish(runner.Executed(path, runner.parameters(json.loads(path.read_text("utf-8")))), place)
+    return launcher._publish(path, runner.parameters(json.loads(path.read_text("utf-8"))), place)
 
 
 def test_an_executed_notebook_is_copied_to_its_place_and_flushed(tmp_path, monkeypatch, capsys):
@@ -342,11 +345,12 @@ def test_a_notebook_of_another_run_and_a_damaged_one_are_set_aside(tmp_path, cap
     assert same or old.read_bytes() == before
 
 
-def test_a_run_that_is_only_opened_is_as_old_as_it_was(outputs, folder, trained):
+def test_a_run_that_is_only_opened_is_as_old_as_it_was(outputs, folder, trained, monkeypatch, capsys, started):
     """By hand after a sweep, or the other way round: what a sweep made of the run stays newer than the run."""
+    monkeypatch.setenv("LVM_OUTPUTS", str(outputs))
     notebook = folder / "train.ipynb"
     before, content = notebook.stat(), notebook.read_bytes()
-    done = call(outputs, "lvmlib", "train", "-p", "version", "v21", *ARGUMENTS, "-p", "seed", "0")
-    assert done.returncode == 0 and "set aside" not in done.stdout, done.stderr
-    assert notebook.stat().st_mtime_ns == before.st_mtime_ns and notebook.read_bytes() != content
+    started.does = lambda path: path.write_bytes(content + b"\n") and None
+    assert launcher.main(["train"]) == 0 and "set aside" not in capsys.readouterr().out
+    assert notebook.stat().st_mtime_ns == before.st_mtime_ns and notebook.stat().st_ino != before.st_ino
     assert not list(notebook.parent.glob("*.old-*"))

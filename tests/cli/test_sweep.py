@@ -303,13 +303,14 @@ def test_a_killed_sweep_goes_on_and_a_failed_run_stops_no_other(tmp_path, output
     larger = json.dumps({"metadata": {"papermill": {"parameters": {"versions": "p6 v1 v22", "seeds": 3}}}})
     page.write_text(larger, encoding="utf-8")
     os.utime(page, (1, 1))  # before the runs
+    shutil.rmtree(v22)
+    planned = snakemake(tree, "--dry-run")  # beside the next: it locks nothing
     code, printed = ended(snakemake(tree, "compare"))
     assert code == 0, printed
     assert log.read_text().splitlines()[-1] == "compare p6"
     assert "compare-amn.old-1.ipynb" in printed and page.exists()
     assert page.with_name("compare-amn.old-1.ipynb").read_text(encoding="utf-8") == larger
 
-    shutil.rmtree(v22)
-    _, printed = ended(snakemake(tree, "--dry-run"))
+    _, printed = ended(planned)
     left = sorted(line.split()[1] for line in printed.splitlines() if line.strip().startswith("output: "))
     assert left == [str(v22 / f"{name}.ipynb") for name in ("diagnostics", "fivecat", "train")]  # nothing of p6's

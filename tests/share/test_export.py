@@ -141,6 +141,8 @@ def test_what_cannot_be_exported_leaves_no_folder(copied, tmp_path, monkeypatch)
     safetensors.torch.save_file({"query.bias": bias}, path, origin)
     with pytest.raises(LVMError, match=r"best\.safetensors"):
         lvm.export(copied, tmp_path / "out")
+    with pytest.raises(LVMError, match="is not a run"):
+        lvm.export(copied.folder, tmp_path / "out")
     with pytest.raises(LVMError, match="not finished"):
         lvm.export(lvm.train(version(epochs=2), copied.data, tmp_path / "new"), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

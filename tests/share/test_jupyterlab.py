@@ -244,18 +244,17 @@ def test_a_notebook_is_valid_and_its_kernel_is_there(path):
 
 
 @pytest.fixture(scope="module")
-def training(lab, chromium):
-    """train.ipynb after Run All: it runs while the other tests do, and the last test waits for it."""
+def explorer(lab, chromium):
+    """explore.ipynb after Run All: it runs while the other tests do, and the last test waits for it."""
     pages = open_page(lab, chromium)
     page = next(pages)
-    open_notebook(page, lab, "train.ipynb")
-    page.evaluate(WATCH_CELL, index_of(page, "for row in tqdm(run"))
+    open_notebook(page, lab, "explore.ipynb")
     run_all(page)
     yield page
     next(pages, None)
 
 
-def test_every_notebook_opens_without_messages(lab, training, page):
+def test_every_notebook_opens_without_messages(lab, explorer, page):
     open_notebook(page, lab, NOTEBOOKS[0].name)
     for path in NOTEBOOKS:
         page.locator(".jp-DirListing-itemText", has_text=re.compile(f"^{re.escape(path.name)}$")).dblclick()
@@ -265,7 +264,7 @@ def test_every_notebook_opens_without_messages(lab, training, page):
     wait_kernels(page)
 
 
-def test_interrupted_training_resumes_and_the_notebook_restarts(lab, training, page):
+def test_interrupted_training_resumes_and_the_notebook_restarts(lab, explorer, page):
     notebook = nbformat.read(lab.folder / "train.ipynb", as_version=4)
     at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
     assert "model = None" in notebook.cells[at].source
@@ -275,6 +274,7 @@ def test_interrupted_training_resumes_and_the_notebook_restarts(lab, training, p
     nbformat.write(notebook, lab.folder / "interrupted.ipynb")
 
     open_notebook(page, lab, "interrupted.ipynb")
+    page.evaluate(WATCH_CELL, index_of(page, "for row in tqdm(run"))
     run_all(page)
     choose(page, "for row in tqdm(run")
     seen = page.locator(".jp-Notebook-cell.jp-mod-active .jp-OutputArea")
@@ -296,6 +296,11 @@ def test_interrupted_training_resumes_and_the_notebook_restarts(lab, training, p
     cells = wait_cells(page)
     assert_ran(cells)
     assert text_of(cells[-1]).strip() == "epochs [1, 2] as if uninterrupted: True"
+    figures, bars = page.evaluate("() => [window.figures.size, window.bars.size]")
+    assert figures >= 2 and bars >= 2  # while the cell ran
+    (report,) = lab.outputs.glob("fast/wikipedia/v22/seed0-amn/fivecat.json")
+    (verdict,) = [c for c in cells if "verdict = lvm.verdict(" in c["source"]]
+    assert json.loads(report.read_text(encoding="utf-8"))["verdict"]["text"] in text_of(verdict)
 
     choose(page, "plots.recall_curve(")  # a figure's cell alone
     page.keyboard.press("Control+Enter")
@@ -327,9 +332,8 @@ def checksum(picture):
     )
 
 
-def test_sliders_change_figures_and_back(lab, training, page):
-    open_notebook(page, lab, "explore.ipynb")
-    run_all(page)
+def test_sliders_change_figures_and_back(explorer):
+    page = explorer
     assert_ran(wait_cells(page))
     output = page.locator(".jp-Notebook-cell.jp-mod-active .jp-OutputArea")
     for source in ("def show_trick", "def show_rule", "def show_window"):
@@ -345,13 +349,3 @@ def test_sliders_change_figures_and_back(lab, training, page):
         for _ in range(3):
             slider.press("ArrowLeft")
         until(page, lambda: look() == first)  # noqa: B023
-
-
-def test_train_shows_its_progress_and_its_verdict(lab, training):
-    cells = wait_cells(training)
-    assert_ran(cells)
-    (report,) = lab.outputs.glob("fast/wikipedia/v22/seed0/fivecat.json")
-    (verdict,) = [c for c in cells if "verdict = lvm.verdict(" in c["source"]]
-    assert json.loads(report.read_text(encoding="utf-8"))["verdict"]["text"] in text_of(verdict)
-    figures, bars = training.evaluate("() => [window.figures.size, window.bars.size]")
-    assert figures >= 2 and bars >= 2  # while the cell ran
