@@ -71,6 +71,11 @@ class Transformer(Predictor):
         )
         self.head = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.GELU(), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, dim))
 
+    def copy_layers(self) -> None:
+        """Give all layers the weights of the first, as `nn.TransformerDecoder` makes them."""
+        for layer in self.layers[1:]:
+            layer.load_state_dict(self.layers[0].state_dict())
+
     def raw(self, context: Tensor) -> Tensor:
         memory = x = self.project(context) + self.positions  # (B, T, H)
         for layer in self.layers[:-1]:
@@ -147,12 +152,11 @@ class LSTM(Predictor):
 
 
 class AMN(Predictor):
-    """Attention mixture network: the context's mean, corrected by what it attends to in the context."""
+    """Attention mixture network: the context's mean, corrected by it and by an attention mixture of the context."""
 
     def __init__(self, dim: int, context_length: int):
         super().__init__(dim, context_length)
-        self.query, self.key, self.value = (nn.Linear(dim, 256) for _ in range(3))
-        self.attended = nn.Linear(256, dim)
+        self.query, self.key = nn.Linear(dim, 256), nn.Linear(dim, 256)
         self.residual = nn.Sequential(
             nn.Linear(2 * dim, 512),
             nn.GELU(),
@@ -165,9 +169,9 @@ class AMN(Predictor):
 
     def raw(self, context: Tensor) -> Tensor:
         baseline = context.mean(1)  # (B, D)
-        query = self.query(baseline)[:, None]  # (B, 1, 256): one head
-        mixed = F.scaled_dot_product_attention(query, self.key(context), self.value(context))[:, 0]
-        return baseline + self.residual(torch.cat([baseline, self.attended(mixed)], -1))
+        # The mixture is one of the context vectors themselves: no value map, one head.
+        mixed = F.scaled_dot_product_attention(self.query(baseline)[:, None], self.key(context), context)[:, 0]
+        return baseline + self.residual(torch.cat([baseline, mixed], -1))
 
 
 def _last(length: int) -> Tensor:
@@ -317,7 +321,8 @@ class Sampler(Predictor):
         return self.drawn(context, self.table[:, None]).mean(0)
 
 
-ARCHITECTURES = {
+# All that the key `model` of a version may name. Another one is added by `ARCHITECTURES[name] = class`.
+ARCHITECTURES: dict[str, type[Predictor]] = {
     "transformer": Transformer,
     "gru": GRU,
     "lstm": LSTM,
@@ -328,6 +333,16 @@ ARCHITECTURES = {
     "committee": Committee,
     "sampler": Sampler,
 }
+
+
+def generative(name: str) -> bool:
+    """Whether the architecture has samples."""
+    return hasattr(ARCHITECTURES[name], "samples")
+
+
+def several_heads(name: str) -> bool:
+    """Whether the architecture ranks by another vector than its point."""
+    return ARCHITECTURES[name].heads is not Predictor.heads
 
 
 def build(name: str, dim: int, context_length: int = 5) -> Predictor:
