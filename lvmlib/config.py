@@ -112,8 +112,8 @@ class Losses(Group):
     directional: Directional
     floor: Floor
     norm: Weight  # η
-    norm_of: Literal["raw", "unit"]  # what it acts on; of the unit vector it is 0, as in the original
     orthogonality: Weight  # κ
+    norm_of: Literal["raw", "unit"] = "raw"  # what the norm term acts on; of the unit vector it is 0
     extra: dict[Text, Weight] = field(default_factory=dict)  # weights of terms of your own, by name
 
 

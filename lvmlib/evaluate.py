@@ -34,7 +34,7 @@ def validate(
     articles: Articles | None = None,
     moments: Moments | None = None,
 ) -> dict[str, float]:
-    """Validation loss (L_mse of raw, and of unit), cosine, the mini-5CAT of handbook §4, and 5CAT's novel MRR, in float32.
+    """Validation loss (L_mse of raw, and of unit), cosine, the mini-5CAT of handbook §4, novel MRR, in float32.
 
     margin = mean [cos(p, y) − cos(p, context[-1])]; recall_at_5 = share of windows whose target is among the five best
     of {context vectors, target}, by the ranking head (chance 5/6 at T = 5). Adds the unit predictions to `moments`.

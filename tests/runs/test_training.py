@@ -10,7 +10,7 @@ import torch
 from toys import DIM, finish, make_data, version
 
 import lvmlib as lvm
-from lvmlib import config, controller, evaluate, loop, losses, models
+from lvmlib import controller, evaluate, loop, losses, models
 from lvmlib import device as device_module
 from lvmlib.errors import LVMError
 from lvmlib.judge.fivecat import score
@@ -103,7 +103,7 @@ def test_every_version_trains_without_an_alarm(name, data, tmp_path):
 
 @pytest.mark.parametrize("model", models.ARCHITECTURES)
 def test_every_model_trains_and_reloads(model, data, tmp_path):
-    name = {"gated": "committee"}.get(model, model) if model in config.SEVERAL_HEADS else "v22"  # heads need two losses
+    name = {"gated": "committee"}.get(model, model) if models.several_heads(model) else "v22"  # heads need two losses
     v = version(name, model=model, epochs=1, overrides={"batch_size": 64})
     run = finish(lvm.train(v, data, tmp_path / "run"))
     again = lvm.train(v, data, tmp_path / "run")
