@@ -38,6 +38,7 @@ RENAMED = {
         r"context_attention\.": "head.",
     },
 }
+FIRST = ("project.weight", "lstm.weight_ih_l0", "query.weight")  # one of these reads the context: (…, D)
 POSITIONS = ("pos_encoder.pe", "pos_encoder")  # fixed tables, which ours computes; P8 learns its own
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DataParallel, torch.compile and Lightning put before each name
 # Figures of validation may be numpy's; their reconstruction runs no code.
@@ -86,9 +87,7 @@ def _recognise(path: Path, weights: dict[str, Tensor], length: int) -> tuple[str
     """Return name and model of the architecture whose names these are, and the weights by our names."""
     for name, patterns in RENAMED.items():
         renamed = {_rename(key, patterns): tensor.float() for key, tensor in weights.items()}
-        first = next(
-            (renamed[k] for k in ("project.weight", "lstm.weight_ih_l0", "query.weight") if k in renamed), None
-        )
+        first = next((renamed[k] for k in FIRST if k in renamed), None)
         if first is None or first.ndim != 2:
             continue
         if name == "p8" and "positions" in renamed:
