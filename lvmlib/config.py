@@ -179,7 +179,6 @@ class Version(Group):
     direction: Literal["forward", "backward"]  # backward reads the articles reversed: the control of the arrow of time
     model: Annotated[Text, AfterValidator(_known_model)]
     copied_layers: Flag  # a transformer begins with all its layers alike
-    corruption: Corruption
     epochs: Count
     select: Literal[*SELECT]  # the best checkpoint is best in this figure of validation
     batch_size: Count
@@ -189,6 +188,7 @@ class Version(Group):
     log_every: Count  # steps between two rows of steps.csv
     fast: Flag  # a smoke run: a few hundred windows, two epochs
     optimizer: Optimizer
+    corruption: Corruption
     losses: Losses
     control: Control
     schedule: Schedule

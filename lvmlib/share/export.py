@@ -150,8 +150,8 @@ def _checkpoint(path: Path, horizon: int) -> models.Predictor:
 
 
 def _plain_name(text: Any) -> str:
-    """Return a name as config.json holds it."""
-    return "".join("-" if c in NOT_IN_NAMES else c for c in one_line(text)).lstrip(".") or "unknown"
+    """Return a name as config.json holds it; `dataset` for one of which nothing is left."""
+    return "".join("-" if c in NOT_IN_NAMES else c for c in one_line(text)).lstrip(".") or "dataset"
 
 
 def push(folder: str | os.PathLike, name: str, private: bool = True) -> str:
