@@ -159,8 +159,10 @@ class Windows:
         for first in range(0, len(self), size):
             yield np.arange(first, min(first + size, len(self)))
 
-    def at_most(self, count: int) -> Windows:
-        """Evenly spaced `count` of the windows (all, if there are no more): for quick runs."""
+    def at_most(self, count: int, first: bool = False) -> Windows:
+        """Evenly spaced `count` of the windows, or the first, as the original took them (all, if there are no more)."""
+        if first:
+            return replace(self, start=self.start[:count])
         keep = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
         return replace(self, start=self.start[keep])
 
