@@ -13,7 +13,8 @@ from lvmlib.io import paths
 COMMON = flat(
     yaml.safe_load("""
         {data: wikipedia, horizon: 2, context_length: 5, direction: forward, model: transformer, epochs: 12, seed: 0,
-         select: val_unit_loss, copied_layers: true, corruption: {share: 0.15, swap: 0.05, jitter: 0.03}, batch_size: 32, device: auto, precision: auto, log_every: 200, fast: false,
+         select: val_unit_loss, copied_layers: true, corruption: {share: 0.15, swap: 0.05, jitter: 0.03},
+         batch_size: 32, device: auto, precision: auto, log_every: 200, fast: false,
          optimizer: {lr: 5.0e-4, weight_decay: 0.01, decay: all, clip_norm: 1.0, schedule: plateau,
                      plateau_factor: 0.5, plateau_patience: 3},
          losses: {mean_square: 1.0, listwise: {weight: 0.0, temperature: 0.1, candidates: 128, elsewhere: 0},
