@@ -138,14 +138,30 @@ class Expected(Group):
     rho: Number
 
 
+Pair = tuple[Number | None, Number | None]  # on validation, on OOD
+
+
+@group
+class FullTest(Group):
+    """The original's own 5CAT of the run's best checkpoint, on the first 5,000 windows (handbook §5.3)."""
+
+    cosine: Pair = (None, None)  # at the target
+    margin_late: Pair = (None, None)  # offset-sweep margin, read one step late
+    recall_at_1: Pair = (None, None)
+    recall_at_5: Pair = (None, None)
+    rollout_late: Pair = (None, None)
+    gates: Text = ""  # those passed
+
+
 @group
 class Published(Group):
-    """What the original run gave, on its own data and model."""
+    """What the original run gave, on its own data and model; without `full`, by the mini-5CAT of its training."""
 
     margin: Number | None  # of the mini-5CAT: against the last context vector, on its first 320 validation windows
     recall_at_5: Number | None  # among six candidates, chance 5/6
     val_cos: Number | None
     note: Text
+    full: FullTest | None = None
 
 
 def _name_of_digits(data: Any) -> Any:
