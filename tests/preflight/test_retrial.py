@@ -24,6 +24,7 @@ def test_the_tests_are_what_they_say():
     """Each window by hand, read from its beginning and from its end."""
     store = world("rotation", **SIZE)
     table, x = retrial.original_tests(store).set_index("test"), store.vectors.astype(float)
+    columns = ["forwards", "reversed", "change"]
     for name, horizon in (("Δ at horizon 1", 1), ("Δ at horizon 2", 2), ("first against last", 1)):
         values = []
         starts = [s for split in ("train", "val", "ood") for s in windows(store, split, horizon).start]
@@ -41,7 +42,7 @@ def test_the_tests_are_what_they_say():
             values.append(both)
         there, back = np.mean(values, 0)
         row = table.loc[name]
-        assert row[["forwards", "reversed", "change"]].to_list() == pytest.approx([there, back, (there - back) / 2], abs=1e-6)
+        assert row[columns].to_list() == pytest.approx([there, back, (there - back) / 2], abs=1e-6)
         assert row["change low"] < row["change"] < row["change high"]
         assert row["changes"] == (row["change low"] > 0 or row["change high"] < 0)
 
