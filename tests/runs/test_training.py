@@ -25,7 +25,7 @@ def data():
 
 def test_the_rows_are_what_they_say(data, tmp_path):
     """Epoch 1 retraced by hand: same stream, same order, own sums; then the validation figures one window at a time."""
-    v = version(epochs=1, log_every=1)
+    v = version(epochs=1, log_every=1, overrides={"corruption": {"share": 0.0}, "losses": {"norm_of": "raw"}})
     run = finish(lvm.train(v, data, tmp_path / "run"))
     with loop.seeded(v.seed, 0):
         model = models.build("amn", DIM)
@@ -117,7 +117,7 @@ def test_every_model_trains_and_reloads(model, data, tmp_path):
 @pytest.mark.parametrize(
     "name, model, rate, column, term",
     [
-        ("v22", "bilinear", 0.6, "val_loss", "mse"),
+        ("v22", "bilinear", 0.6, "val_unit_loss", "mse"),
         ("rank", "bilinear", 0.03, "novel_mrr", "listwise"),
         ("energy", "sampler", 0.1, "val_energy", "energy"),
     ],
@@ -162,7 +162,7 @@ def test_the_best_of_a_constrained_run_meets_its_bound_first(data, tmp_path):
 
 def test_the_gradient_share_of_a_run_is_the_target_and_the_memory_crosses_epochs(data, tmp_path):
     """λ of every step from the logged pulls, weighted means written out; in the second epoch they hold the first's."""
-    v = version("share", log_every=1, overrides={"control": {"lambda_max": 10.0, "guard": "none"}})
+    v = version("share", log_every=1, overrides={"control": {"lambda_max": 10.0, "guard": "none"}, "rewind": None})
     steps = finish(lvm.train(v, data, tmp_path / "run")).steps
     mse, directional = steps["pull_mse"], steps["pull_directional"] / steps["lambda_eff"]
     for t in range(len(steps)):
