@@ -1,5 +1,6 @@
 """Latent Vector Models: training the P6b family and judging it by 5CAT. The notebooks are the program."""
 
+from .attempts import p7, p8  # noqa: F401  (registers them)
 from .baselines import baselines
 from .cli.parameters import check_injected
 from .config import changes, known_versions, version, watched
@@ -14,7 +15,7 @@ from .runs.run import train
 from .share.export import export, load
 
 __all__ = [
-    "LVMError", "arrow", "baselines", "changes", "check_injected", "checklist", "comparison", "dataset", "export",
-    "fivecat", "known_versions", "load", "open_run", "reading", "run_folder", "train", "validate", "verdict",
-    "version", "watched",
+    "LVMError", "arrow", "baselines", "changes", "check_injected", "checklist", "comparison", "dataset",
+    "export", "fivecat", "known_versions", "load", "open_run", "reading", "run_folder", "train", "validate",
+    "verdict", "version", "watched",
 ]  # fmt: skip

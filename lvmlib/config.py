@@ -12,16 +12,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from .controller import RULES, Control, Schedule
 from .errors import LVMError
-from .io.inherit import flat, known, merge, read, unknown
+from .io.inherit import flat, known, merge, nearest, read, unknown
 from .io.paths import PARAMS, folder_name
 from .io.strict import Cosine, Count, Flag, Group, Number, Positive, Share, Text, Weight, Whole, group, validate, wrong
+from .models import ARCHITECTURES, generative, several_heads
 
-GENERATIVE = ("sampler",)  # models that have samples
-SEVERAL_HEADS = ("two_heads", "gated", "committee")  # models that rank by another vector than their point
+# Figures of validation by which a checkpoint is chosen, and whether the highest is best.
+SELECT = {"val_loss": False, "val_unit_loss": False, "val_energy": False, "novel_mrr": True, "margin": True}
 
 
 @group
@@ -40,6 +41,15 @@ class Files(Group):
             needed = "the sequence files train, val and ood (all three), an article file (articles), or both"
             raise wrong("", ", ".join(sequences) or "no file", needed)
         return self
+
+
+@group
+class Corruption(Group):
+    """What training does to the last context vector, so that copying it is unreliable (handbook §5.6)."""
+
+    share: Annotated[Number, Field(ge=0, le=1)]  # of the windows
+    swap: Annotated[Number, Field(ge=0, le=1)]  # of these: replaced by the vector before it; the others are jittered
+    jitter: Weight  # normalise(v + jitter·N(0, I))
 
 
 @group
@@ -103,6 +113,7 @@ class Losses(Group):
     floor: Floor
     norm: Weight  # η
     orthogonality: Weight  # κ
+    norm_of: Literal["raw", "unit"] = "raw"  # what the norm term acts on; of the unit vector it is 0
     extra: dict[Text, Weight] = field(default_factory=dict)  # weights of terms of your own, by name
 
 
@@ -127,14 +138,18 @@ class Expected(Group):
     rho: Number
 
 
+Pair = tuple[Number | None, Number | None]  # on validation, on OOD
+
+
 @group
 class Published(Group):
-    """What the original run gave, on its own data and model."""
+    """What the original run gave, on its own data and model, by the mini-5CAT of its training."""
 
-    margin: Number | None  # offset-sweep margin, read one step late
+    margin: Number | None  # of the mini-5CAT: against the last context vector, on its first 320 validation windows
     recall_at_5: Number | None  # among six candidates, chance 5/6
     val_cos: Number | None
     note: Text
+    full: dict[Text, Pair] | None = None  # by its own 5CAT, of the best checkpoint, first 5,000 windows (handbook §5.3)
 
 
 def _name_of_digits(data: Any) -> Any:
@@ -149,6 +164,12 @@ Data = Annotated[
 ]
 
 
+def _known_model(name: str) -> str:
+    if name not in ARCHITECTURES:
+        raise wrong("", name, f"one of {', '.join(ARCHITECTURES)}{nearest(name, ARCHITECTURES)}")
+    return name
+
+
 @group
 class Version(Group):
     """Everything a run depends on. Built by `version` from the files in params/."""
@@ -160,9 +181,10 @@ class Version(Group):
     horizon: Count  # the target is this many chunks after the context
     context_length: Annotated[Whole, Field(ge=2)]
     direction: Literal["forward", "backward"]  # backward reads the articles reversed: the control of the arrow of time
-    model: Literal["transformer", "gru", "lstm", "amn", "bilinear", "two_heads", "gated", "committee", "sampler"]
+    model: Annotated[Text, AfterValidator(_known_model)]
+    copied_layers: Flag  # a transformer begins with all its layers alike
     epochs: Count
-    select: Literal["val_loss", "novel_mrr", "val_energy"]  # the best checkpoint is best in this, on validation
+    select: Literal[*SELECT]  # the best checkpoint is best in this figure of validation
     batch_size: Count
     seed: Annotated[Whole, Field(ge=0)]
     device: Text
@@ -170,6 +192,7 @@ class Version(Group):
     log_every: Count  # steps between two rows of steps.csv
     fast: Flag  # a smoke run: a few hundred windows, two epochs
     optimizer: Optimizer
+    corruption: Corruption
     losses: Losses
     control: Control
     schedule: Schedule
@@ -196,15 +219,16 @@ Rules = Iterable[tuple[bool, str, Any, str]]  # whether it holds, and else: key,
 
 def _loss_rules(v: Version) -> Rules:
     square, listwise, energy = v.losses.mean_square, v.losses.listwise.weight, v.losses.energy.weight
+    own = sum(v.losses.extra.values())
     prev = v.losses.directional.prev
     yield prev >= -v.context_length, "losses.directional.prev", prev, f"-{v.context_length} to -1"
-    needed = "above 0 if losses.listwise.weight and losses.energy.weight are 0"
-    yield square + listwise + energy > 0, "losses.mean_square", square, needed
-    needed = f"one with samples ({', '.join(GENERATIVE)}), for losses.energy"
-    yield not energy or v.model in GENERATIVE, "model", v.model, needed
+    needed = "above 0 if losses.listwise.weight and losses.energy.weight are 0, and losses.extra is empty"
+    yield square + listwise + energy + own > 0, "losses.mean_square", square, needed
+    needed = f"one with samples ({', '.join(filter(generative, ARCHITECTURES))}), for losses.energy"
+    yield not energy or generative(v.model), "model", v.model, needed
     needed = "one with a single head if losses.mean_square or losses.listwise.weight is 0: a head would stay untrained"
-    yield v.model not in SEVERAL_HEADS or (square > 0 and listwise > 0), "model", v.model, needed
-    needed = "val_loss or novel_mrr if losses.energy.weight is 0"
+    yield not several_heads(v.model) or (square > 0 and listwise > 0), "model", v.model, needed
+    needed = "another figure if losses.energy.weight is 0"
     yield v.select != "val_energy" or energy > 0, "select", v.select, needed
 
 

@@ -34,14 +34,14 @@ def validate(
     articles: Articles | None = None,
     moments: Moments | None = None,
 ) -> dict[str, float]:
-    """Validation loss (L_mse), cosine, the mini-5CAT of handbook §4, and the novel MRR of 5CAT, in float32.
+    """Validation loss (L_mse of raw, and of unit), cosine, the mini-5CAT of handbook §4, novel MRR, in float32.
 
     margin = mean [cos(p, y) − cos(p, context[-1])]; recall_at_5 = share of windows whose target is among the five best
     of {context vectors, target}, by the ranking head (chance 5/6 at T = 5). Adds the unit predictions to `moments`.
     """
     vectors = on_device(windows.store, models.device_of(model)) if vectors is None else vectors
     articles = Articles(windows, vectors) if articles is None else articles
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64)
     with evaluating(model):
         for index in windows.indices(EVALUATION_BATCH):
             context, y = windows.batch(index, vectors)
@@ -51,28 +51,15 @@ def validate(
             to_target = losses.cosine(unit, y)
             figures = (
                 (raw - y).square().mean(-1),
+                (unit - y).square().mean(-1),
                 to_target,
                 to_target - losses.cosine(unit, context[:, -1]),
                 among_context(ranker, context, y) <= 5,
                 1 / articles.ranks(ranker[None], index)[1][0],
             )
             sums += torch.stack([figure.sum() for figure in figures]).cpu().double()
-    names = ("val_loss", "val_cos", "margin", "recall_at_5", "novel_mrr")
+    names = ("val_loss", "val_unit_loss", "val_cos", "margin", "recall_at_5", "novel_mrr")
     return dict(zip(names, (sums / len(windows)).tolist(), strict=True))
-
-
-@torch.no_grad()
-def energy_score(
-    model: models.Predictor, windows: Windows, vectors: torch.Tensor | None = None, samples: int = 16
-) -> float:
-    """Mean energy score over the windows of `samples` samples each, by the same noise at every call."""
-    device = models.device_of(model)
-    vectors = on_device(windows.store, device) if vectors is None else vectors
-    noise, total = torch.Generator(device).manual_seed(0), 0.0
-    with evaluating(model):
-        for context, y in windows.batches(EVALUATION_BATCH, vectors):
-            total += float(losses.energy(model.samples(context, samples, noise), y).sum())
-    return total / len(windows)
 
 
 class Moments:

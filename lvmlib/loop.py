@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import controller, losses, models
-from .config import Version
+from .config import Corruption, Version
 from .controller import Control
 from .ranking import Articles
 from .windows import OnDemand, Windows
@@ -65,7 +66,7 @@ def start(version: Version, dim: int, device: torch.device) -> TrainState:
     """The state before the first step: weights by the version's seed, AdamW, ReduceLROnPlateau."""
     o, listwise = version.optimizer, version.losses.listwise
     with seeded(version.seed, 0):
-        model = models.build(version.model, dim, version.context_length).to(device)
+        model = models.build(version.model, dim, version.context_length, version.copied_layers).to(device)
     log_scale = torch.nn.Parameter(torch.tensor(-math.log(listwise.temperature), device=device))
     groups: list[dict] = [{"params": list(model.parameters())}]
     if o.decay == "matrices":
@@ -205,14 +206,23 @@ def predict(
     state: TrainState, task: Task, index: np.ndarray, model: models.Predictor, now: controller.Phase
 ) -> losses.Batch:
     """The windows `index` (B,), their predictions, and what the version's loss terms need besides."""
-    v = task.version
+    v, needed = task.version, losses.needed(task.version.losses)
     context, target = task.windows.batch(index, task.vectors)  # (B, T, D), (B, D)
+    shown = corrupted(context, v.corruption) if v.corruption.share else context
     with torch.autocast(context.device.type, torch.bfloat16, enabled=task.precision == "bfloat16"):
-        raw, unit, ranker = task.team.heads(model, context)
-        samples = task.team.samples(model, context, v.losses.energy.samples) if v.losses.energy.weight else None
-    rivals = draw_rivals(state, task, index, ranker) if v.losses.listwise.weight else None
-    margin = now.margin if v.control.rule != "none" else 0.0
-    return losses.Batch(raw, unit, context, target, v.losses, margin, v.control.constraint, rivals, samples)
+        raw, unit, ranker = task.team.heads(model, shown)
+        samples = task.team.samples(model, shown, v.losses.energy.samples) if "samples" in needed else None
+    rivals = draw_rivals(state, task, index, ranker) if "rivals" in needed else None
+    margin, number = now.margin if v.control.rule != "none" else 0.0, state.epoch + 1
+    return losses.Batch(raw, unit, context, target, v.losses, margin, v.control.constraint, rivals, samples, number)
+
+
+def corrupted(context: Tensor, settings: Corruption) -> Tensor:
+    """`context` (B, T, D) whose last vector is, in a share of the windows, the one before it, or jittered."""
+    last, draws = context[:, -1], torch.rand(2, len(context), 1, device=context.device)
+    jittered = F.normalize(last + settings.jitter * torch.randn_like(last), dim=-1)
+    replaced = torch.where(draws[1] < settings.swap, context[:, -2], jittered)
+    return torch.cat([context[:, :-1], torch.where(draws[0] < settings.share, replaced, last)[:, None]], 1)
 
 
 def draw_rivals(state: TrainState, task: Task, index: np.ndarray, ranker: Tensor) -> losses.Rivals:
@@ -224,7 +234,7 @@ def draw_rivals(state: TrainState, task: Task, index: np.ndarray, ranker: Tensor
         others, other_article = articles.strangers(index, settings.elsewhere)
         rows = np.concatenate([rows, np.broadcast_to(others, other_article.shape)], 1)
         counts = np.concatenate([counts, other_article], 1)
-    chunks = torch.nn.functional.normalize(task.vectors[torch.from_numpy(rows).to(device)].float(), dim=-1)
+    chunks = F.normalize(task.vectors[torch.from_numpy(rows).to(device)].float(), dim=-1)
     return losses.Rivals(ranker, chunks, torch.from_numpy(counts).to(device), state.log_scale.exp())
 
 

@@ -53,7 +53,7 @@ def floor(unit: Tensor, target: Tensor, tau: float) -> Tensor:
 
 
 def norm(raw: Tensor) -> Tensor:
-    """L_norm: mean (‖raw‖ − 1)². On raw: on the unit vector it would always be 0."""
+    """L_norm: mean (‖raw‖ − 1)². Of the unit vector it is always 0, as in the original."""
     return (raw.norm(dim=-1) - 1).square().mean()
 
 
@@ -126,6 +126,7 @@ class Batch(NamedTuple):
     constraint: Constraint | None = None
     rivals: Rivals | None = None
     samples: Tensor | None = None  # (S, B, D)
+    epoch: int = 1
 
     @property
     def prev(self) -> Tensor:
@@ -163,7 +164,7 @@ TERMS: dict[str, Term] = {
     "mse": Term(lambda b: mse(b.raw, b.target), "mean_square"),
     "directional": Term(directional, None),
     "floor": Term(lambda b: floor(b.unit, b.target, b.settings.floor.tau), "floor.weight"),
-    "norm": Term(lambda b: norm(b.raw), "norm"),
+    "norm": Term(lambda b: norm(getattr(b, b.settings.norm_of)), "norm"),
     "orthogonality": Term(lambda b: orthogonality(b.unit, b.prev), "orthogonality"),
     "listwise": Term(lambda b: listwise(b.rivals), "listwise.weight", "rivals"),
     "energy": Term(lambda b: energy(b.samples, b.target).mean(), "energy.weight", "samples"),
@@ -192,6 +193,11 @@ def active(settings: Losses) -> dict[str, Term]:
         if name not in OWN:
             raise LVMError(f"losses.extra.{name}: no such term; call losses.register first (known: {[*OWN]})")
     return TERMS | {name: OWN[name] for name in settings.extra}
+
+
+def needed(settings: Losses) -> set[str]:
+    """What the terms of weight other than 0 act on: "raw", "rivals", "samples"."""
+    return {active(settings)[name].needs for name in weights(settings, 0.0)}
 
 
 def terms(batch: Batch) -> dict[str, Tensor]:

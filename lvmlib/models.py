@@ -147,12 +147,11 @@ class LSTM(Predictor):
 
 
 class AMN(Predictor):
-    """Attention mixture network: the context's mean, corrected by what it attends to in the context."""
+    """Attention mixture network: the context's mean, corrected by it and by an attention mixture of the context."""
 
     def __init__(self, dim: int, context_length: int):
         super().__init__(dim, context_length)
-        self.query, self.key, self.value = (nn.Linear(dim, 256) for _ in range(3))
-        self.attended = nn.Linear(256, dim)
+        self.query, self.key = nn.Linear(dim, 256), nn.Linear(dim, 256)
         self.residual = nn.Sequential(
             nn.Linear(2 * dim, 512),
             nn.GELU(),
@@ -165,9 +164,9 @@ class AMN(Predictor):
 
     def raw(self, context: Tensor) -> Tensor:
         baseline = context.mean(1)  # (B, D)
-        query = self.query(baseline)[:, None]  # (B, 1, 256): one head
-        mixed = F.scaled_dot_product_attention(query, self.key(context), self.value(context))[:, 0]
-        return baseline + self.residual(torch.cat([baseline, self.attended(mixed)], -1))
+        # The mixture is one of the context vectors themselves: no value map, one head.
+        mixed = F.scaled_dot_product_attention(self.query(baseline)[:, None], self.key(context), context)[:, 0]
+        return baseline + self.residual(torch.cat([baseline, mixed], -1))
 
 
 def _last(length: int) -> Tensor:
@@ -317,7 +316,8 @@ class Sampler(Predictor):
         return self.drawn(context, self.table[:, None]).mean(0)
 
 
-ARCHITECTURES = {
+# All that the key `model` of a version may name. Another one is added by `ARCHITECTURES[name] = class`.
+ARCHITECTURES: dict[str, type[Predictor]] = {
     "transformer": Transformer,
     "gru": GRU,
     "lstm": LSTM,
@@ -330,8 +330,22 @@ ARCHITECTURES = {
 }
 
 
-def build(name: str, dim: int, context_length: int = 5) -> Predictor:
-    """Return a freshly initialised architecture. Raises LVMError for an unknown name."""
+def generative(name: str) -> bool:
+    """Whether the architecture has samples."""
+    return hasattr(ARCHITECTURES[name], "samples")
+
+
+def several_heads(name: str) -> bool:
+    """Whether the architecture ranks by another vector than its point."""
+    return ARCHITECTURES[name].heads is not Predictor.heads
+
+
+def build(name: str, dim: int, context_length: int = 5, copied_layers: bool = False) -> Predictor:
+    """Return a freshly initialised architecture, a transformer's layers as copies of the first if so asked (as
+    `nn.TransformerDecoder` makes them). Raises LVMError for an unknown name."""
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise LVMError(f"unknown model {name!r}; known: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name](dim, context_length)
+    model = ARCHITECTURES[name](dim, context_length)
+    for layer in model.layers[1:] if copied_layers and name == "transformer" else ():
+        layer.load_state_dict(model.layers[0].state_dict())
+    return model

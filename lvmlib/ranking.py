@@ -222,6 +222,10 @@ def _parts(count: int) -> Iterator[np.ndarray]:
 
 
 def among_context(ranker: Tensor, context: Tensor, target: Tensor) -> Tensor:
-    """(B,) rank of the target, from 1, among itself and the context vectors: the original's mini-5CAT."""
+    """(B,) rank of the target, from 1, among itself and the context vectors: the original's mini-5CAT.
+
+    Equal cosines share their mean rank, as in `Block.ranks`; the original counts them against the target.
+    """
     cosines = F.cosine_similarity(ranker[:, None], torch.cat([context, target[:, None]], 1), dim=-1)  # (B, T + 1)
-    return 1 + (cosines[:, :-1] > cosines[:, -1:]).sum(1)
+    gap = cosines[:, :-1] - cosines[:, -1:]
+    return 1 + (gap > TIE).sum(1) + 0.5 * (gap.abs() <= TIE).sum(1)

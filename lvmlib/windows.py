@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import pandas as pd
 import torch
 
 from .errors import LVMError
+from .io.prefetch import prefetch
 
 SPLITS = ("train", "val", "ood")
 DIRECTIONS = {"forward": 1, "backward": -1}  # how a window is read: the step from one chunk to the next
@@ -159,8 +159,10 @@ class Windows:
         for first in range(0, len(self), size):
             yield np.arange(first, min(first + size, len(self)))
 
-    def at_most(self, count: int) -> Windows:
-        """Evenly spaced `count` of the windows (all, if there are no more): for quick runs."""
+    def at_most(self, count: int, first: bool = False) -> Windows:
+        """Evenly spaced `count` of the windows, or the first, as the original took them (all, if there are no more)."""
+        if first:
+            return replace(self, start=self.start[:count])
         keep = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int))
         return replace(self, start=self.start[keep])
 
@@ -188,23 +190,6 @@ def on_device(store: Store, device: torch.device) -> torch.Tensor | OnDemand:
     if device.type == "cuda" and stored.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return OnDemand(stored, device)
     return stored.to(device)
-
-
-def prefetch(mapped: np.ndarray, rows: np.ndarray, read: torch.Tensor | OnDemand) -> None:
-    """Ask the system to load `rows` (B, R) of a memory-mapped array (M, D), if `read` is that map itself.
-
-    Without it the system reads megabytes around each row, one row after the other.
-    """
-    area = mapped.base
-    is_map = isinstance(mapped, np.memmap) and isinstance(area, mmap.mmap) and mapped.flags.c_contiguous
-    # Windows has no madvise.
-    if not is_map or not rows.size or read.data_ptr() != mapped.ctypes.data or not hasattr(mmap, "MADV_WILLNEED"):
-        return
-    offset = mapped.offset % mmap.ALLOCATIONGRANULARITY  # of the first value in the map
-    begin = (offset + rows.min(1) * mapped.strides[0]) // mmap.PAGESIZE * mmap.PAGESIZE
-    end = offset + (rows.max(1) + 1) * mapped.strides[0]
-    for at, length in zip(begin.tolist(), (end - begin).tolist(), strict=True):
-        area.madvise(mmap.MADV_WILLNEED, at, length)
 
 
 def windows(store: Store, split: str, horizon: int = 2, context_length: int = 5, direction: str = "forward") -> Windows:

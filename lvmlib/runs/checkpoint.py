@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from .. import losses
-from ..config import Version
+from ..config import SELECT, Version
 from ..errors import LVMError, format_error
 from ..io import limits
 from ..io.disk import write_atomic
@@ -109,9 +109,9 @@ def read_folder(
 def score(parameters: Mapping, row: Mapping) -> tuple[float, float]:
     """How good an epoch is by its row of the history, lower is better: by how much it misses the constraint, then what
     `select` names. An epoch that meets the bound in training beats one that does not (Deb 2000, §3)."""
-    select = parameters["select"]
+    figure = row[parameters["select"]]
     missed = max(0.0, row["directional"] - FEASIBLE) if parameters["control"].get("constraint") else 0.0
-    return missed, -row["novel_mrr"] if select == "novel_mrr" else row[select]
+    return missed, -figure if SELECT[parameters["select"]] else figure
 
 
 def best_epoch(parameters: Mapping, epochs: pd.DataFrame) -> int:

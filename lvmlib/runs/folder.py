@@ -42,12 +42,13 @@ WAIT = 10.0  # seconds: a notebook's kernel lives on for a moment when its paren
 def columns(terms: Iterable[str] = losses.TERMS) -> tuple[list[str], list[str]]:
     """The columns of epochs.csv and steps.csv for a version with these loss terms."""
     terms = list(terms)
+    ahead = ["train_loss", "val_loss", "val_unit_loss", *terms]
     validation = ["val_cos", "margin", "recall_at_5", "novel_mrr", "val_energy", *SPREAD]
     control, watched = ["rho", "rho_target", "rho_cap"], ["pos", "neg", "gap", "ratio", "escape"]
     bounds = ["lambda_eff", "at_lambda_min", "at_lambda_max"]
     pulls = [*(f"pull_{name}" for name in terms), "rho_gradient", "angle"]
     end = ["skips", "temperature", "rewound", "learning_rate", "seconds"]
-    epochs = ["epoch", "train_loss", "val_loss", *terms, *validation, *control, *bounds, *watched, *pulls, *end]
+    epochs = ["epoch", *ahead, *validation, *control, *bounds, *watched, *pulls, *end]
     steps = ["epoch", "step", "loss", *terms, "lambda_eff", *control, "margin_target", "gate", *watched, *pulls]
     steps += ["skip", "gradient_norm"]
     for table in (epochs, steps):

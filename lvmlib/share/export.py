@@ -38,8 +38,10 @@ from ..report.summary import read_report
 from ..runs.run import Run
 from ..windows import DIRECTIONS
 from .card import card, one_line
+from .original import load_checkpoint
 
 WEIGHTS, CONFIG, CARD = FILES = ("model.safetensors", "config.json", "README.md")
+SUFFIXES = (".pt", ".pth")  # of checkpoints
 HUB = "hub:"  # before OWNER/NAME: without it, a mistyped folder would ask the network
 LARGEST_DIM = 65_536
 CONFIG_BYTES = 65_536
@@ -93,10 +95,9 @@ def export(run: Run, folder: str | os.PathLike, report: Report | None = None) ->
     if not run.finished:
         raise LVMError(f"{run.folder}: this run is not finished; finish its training, then export it")
     model, store, version = run.best, run.data.store, run.version
-    name = "".join("-" if c in NOT_IN_NAMES else c for c in one_line(store.name)).lstrip(".")
     config = Config(
         dim=model.dim,
-        dataset=name or "dataset",
+        dataset=_plain_name(store.name),
         fingerprint=store.fingerprint,
         encoder=one_line(store.datasheet.get("encoder", "")),
         version=version.name,
@@ -116,8 +117,11 @@ def export(run: Run, folder: str | os.PathLike, report: Report | None = None) ->
     return Path(folder)
 
 
-def load(where: str | os.PathLike, device: str = "auto", revision: str | None = None) -> models.Predictor:
-    """Return the model of an exported folder, or of `hub:OWNER/NAME` (`revision`: its branch, tag or commit).
+def load(
+    where: str | os.PathLike, device: str = "auto", revision: str | None = None, horizon: int = 2
+) -> models.Predictor:
+    """Return the model of an exported folder, of a checkpoint of the original (.pt; it does not say its `horizon`), or
+    of `hub:OWNER/NAME` (`revision`: its branch, tag or commit).
 
     A Predictor in eval mode, float32, on `device`: `raw, unit = model(context)` for a context (B, T, D) of unit
     vectors, oldest first; `model.config` has the rest. Raises LVMError, with the file's name, for what is missing,
@@ -127,10 +131,29 @@ def load(where: str | os.PathLike, device: str = "auto", revision: str | None = 
     name = os.fspath(where)
     if name.startswith(HUB):
         return _hub_model().from_pretrained(name.removeprefix(HUB), revision=revision).predictor.to(device)
+    if Path(where).suffix in SUFFIXES and not Path(where).is_dir():
+        return _checkpoint(Path(where), horizon).to(device)
     if not Path(where).is_dir():
         hint = f" (a model of the hub is {HUB}{name})" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
         raise LVMError(f"{name}: no such folder{hint}; `export` makes one from a run")
     return _open(Path(where)).to(device)
+
+
+def _checkpoint(path: Path, horizon: int) -> models.Predictor:
+    """Return the model of a checkpoint of the original, with a Config of what is known of it."""
+    model, name, args = load_checkpoint(path)
+    seed = args.get("seed", 0)
+    config = {"model": name, "dim": model.dim, "context_length": model.context_length, "horizon": horizon}
+    config |= {"version": _plain_name(path.stem), "dataset": _plain_name(Path(str(args.get("train_npz", ""))).stem)}
+    config |= {"seed": seed if type(seed) is int and seed >= 0 else 0, "lvmlib": metadata.version("lvmlib")}
+    with _naming(path):
+        model.config = Config(**config, direction="forward", fingerprint="", encoder="", precision="float32")
+    return model
+
+
+def _plain_name(text: Any) -> str:
+    """Return a name as config.json holds it; `dataset` for one of which nothing is left."""
+    return "".join("-" if c in NOT_IN_NAMES else c for c in one_line(text)).lstrip(".") or "dataset"
 
 
 def push(folder: str | os.PathLike, name: str, private: bool = True) -> str:

@@ -129,6 +129,7 @@ def test_of_two_heads_one_is_ranked_and_the_other_is_measured():
         "val_cos": of_point["cosine"].mean(),
         "margin": of_point["margin last"].mean(),
         "val_loss": of_point["loss"].mean(),
+        "val_unit_loss": 2 * (1 - of_point["cosine"].mean()) / data.store.dim,
     }
     assert validate(model, data) == pytest.approx(wanted, abs=1e-6)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_export import write_untrained
 
-from lvmlib import config, models
+from lvmlib import models
 from lvmlib.errors import LVMError
 from lvmlib.judge.spread import OneSample
 from lvmlib.share import onnx
@@ -42,7 +42,7 @@ def test_onnx_computes_what_torch_computes(name, tmp_path, monkeypatch):
         for output, wanted in zip(outputs, (raw, ranks), strict=True):
             atol = ONNX_TOLERANCE * float(wanted.abs().max())
             np.testing.assert_allclose(output, wanted.numpy(), atol=atol, rtol=0)
-    if name in config.SEVERAL_HEADS:
+    if models.several_heads(name):
         assert not np.allclose(outputs[1], F.normalize(torch.from_numpy(outputs[0]), dim=-1).numpy(), atol=1e-2)
 
 
