@@ -107,6 +107,16 @@ def test_windows_without_articles_are_each_their_own(horizon, tmp_path):
         assert np.array_equal(store.vectors[own.target], targets)
 
 
+def test_fivecat_says_what_windows_without_articles_cannot_tell(tmp_path):
+    paths, _ = across_files(tmp_path, 1, ("contexts", "targets"))
+    data = lvm.dataset(I.convert(paths, tmp_path / "store"), 1)
+    others = lvm.baselines(data.train)
+    report = lvm.fivecat(others.pop("weighted mean"), data, others)
+    assert [report.gates("val")[gate] for gate in "ABCD"] == ["not measured"] * 4
+    assert report.value("cosine at the target") > 0
+    assert lvm.reading(report).label == "not measured" and len(lvm.reading(report).sentences) == 2
+
+
 def test_articles_cannot_be_looked_up_without_numbers(tmp_path):
     paths, _ = across_files(tmp_path, 1, ("contexts", "targets"))
     with pytest.raises(lvm.LVMError, match="article_ids"):
