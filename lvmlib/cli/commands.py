@@ -173,8 +173,7 @@ def import_original(
     given = {"articles": articles, "train": train, "val": val, "ood": ood}
     paths = {key: os.path.abspath(path) for key, path in given.items() if path}
     store = original.convert(paths, out, name=name, ood=split_ood, drop_bad=drop_bad)
-    for key, value in store.datasheet["counts"].items():
-        print(f"{key}: {value}")
+    print(original.summary(store))
     for key, value in store.datasheet["split"].items():
         print(f"{key}: {value['articles']} articles, {value['chunks']} chunks")
 

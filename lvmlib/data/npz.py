@@ -177,20 +177,20 @@ class Npz:
                 raise ValueError("goes on after its end")
             return _items(array, member.shape)
 
-    def numbers(self, name: str, count: int) -> np.ndarray:
-        """(count,) int32 from an array of article numbers or positions."""
+    def numbers(self, name: str, *shape: int) -> np.ndarray:
+        """`shape` int32 from an array of article numbers or positions, a row for each vector or window."""
         member = self.member(name)
-        if member.shape != (count,) or member.dtype.kind not in "iufO":
-            raise member.needs(f"({count},) whole numbers, one for each vector or window")
+        if member.shape != shape or member.dtype.kind not in ("iufO" if len(shape) == 1 else "iuf"):
+            raise member.needs(f"{shape} whole numbers, one for each vector or window")
         if member.dtype.kind == "O":
             items = enumerate(self.objects(member))
             return np.array([whole_number(item, f"{member.where}, row {row}") for row, item in items], np.int32)
-        numbers = np.concatenate([np.empty(0, member.dtype), *(block for _, block in self.rows(member))])
+        numbers = np.concatenate([np.empty((0, *shape[1:]), member.dtype), *(block for _, block in self.rows(member))])
         with np.errstate(all="ignore"):
             good = (numbers >= 0) & (numbers <= BIGGEST) & (numbers == np.floor(numbers))
         if not good.all():
-            row = int(np.argmin(good))
-            whole_number(numbers[row].item(), f"{member.where}, row {row}")
+            first = int(np.argmin(good))
+            whole_number(numbers.flat[first].item(), f"{member.where}, row {first // math.prod(shape[1:])}")
         return numbers.astype(np.int32)
 
     def texts(self, name: str) -> Iterator[str]:

@@ -168,6 +168,8 @@ def _read(source: Npz | None, sequences: list[Sequences], path: Path, drop_bad: 
         table, horizon = rebuild(sequences, path, drop_bad, counts)
         gaps = "windows dropped, as a chunk between context and target is in no file"
         return Placing(table, horizon, drop_bad, gaps, counts)
+    if alone := [s for s in sequences if not s.known]:
+        raise LVMError(f"{alone[0].path}: has no article numbers to look up; add article_ids, or leave out articles")
     table = read_articles(source, path, drop_bad, counts)
     dim = table.vectors.shape[1]
     if sequences and dim != sequences[0].dim:
@@ -265,6 +267,14 @@ def _list_unused(archives: dict[str, Npz], sheet: dict) -> None:
         sheet["left_out"] = sorted(left_out)
 
 
+def summary(store: Store) -> str:
+    """One line: what was read of the original's files, and what was dropped, sorted or assumed, with its count."""
+    counts = store.datasheet["counts"]
+    return f"{store.name}: " + "; ".join(
+        f"{what}: {n:,}" if isinstance(n, int) else f"{what}: {n}" for what, n in counts.items()
+    )
+
+
 def opened(files: str | os.PathLike | Mapping | Files) -> Store:
     """The store of the original's files (as `convert` takes them), converted once into outputs/imported/.
 
@@ -283,7 +293,9 @@ def opened(files: str | os.PathLike | Mapping | Files) -> Store:
     folder = outputs() / "imported" / f"{name}-{digest}"
     if not folder.is_dir():
         try:
-            return convert(paths, folder)
+            store = convert(paths, folder)
+            print(summary(store), flush=True)
+            return store
         except LVMError:
             if not folder.is_dir():  # else another process was first, and its store is the same
                 raise

@@ -18,6 +18,8 @@ from .original_read import Sequences, Table, allocate, chunk_key, note_norms, st
 SAME = 0.999  # two vectors with a cosine above are the same chunk: float16 changes it by less than 1e-6
 HORIZONS = range(1, 17)
 MIXED = "the files do not belong together"
+BORDER = "windows across the border of two articles, dropped"
+FEW = 10  # one window in so many has to fit: of short articles, most may cross a border
 SAMPLE = 256  # windows of a file from which the horizon is deduced
 
 
@@ -29,16 +31,20 @@ class Placing:
     """
 
     def __init__(self, table: Table, horizon: int | None, drop_bad: bool, gaps: str | None, counts: dict):
+        self.rebuilt = horizon is not None
         self.table, self.horizon, self.drop_bad, self.gaps, self.counts = table, horizon, drop_bad, gaps, counts
 
     def starts(self, s: Sequences) -> np.ndarray:
         """(N,) first rows of the windows of a file, −1 for those that are dropped."""
-        absent = np.flatnonzero(~np.isin(s.ids, list(self.table.spans)))
+        # In a rebuilt table positions count from an article's first chunk.
+        early = s.indices < self._span(s) if self.rebuilt else np.zeros(s.count, bool)
+        self._count(BORDER, early.sum())
+        absent = np.flatnonzero(~np.isin(s.ids, list(self.table.spans)) & ~early)
         if len(absent):
             raise self._fault(s, absent[0], f"{self.table.where} does not have it ({len(absent)} such windows)")
         starts, last = np.full(s.count, -1, np.int64), {}
         for number, x in s.blocks(self.drop_bad, []):
-            x = unit(x)
+            number, x = number[~early[number]], unit(x[~early[number]])
             if self.horizon is None:
                 self._deduce(s, number[:SAMPLE], x[:SAMPLE])
             start = self._by_vectors(s, number, x, last) if s.indices is None else self._by_index(s, number, x)
@@ -93,10 +99,14 @@ class Placing:
         return start
 
     def _explain(self, s: Sequences, number: int, x: np.ndarray) -> None:
-        """Raise LVMError for a window (T + 1, D) that does not fit; only count it if a chunk before its target is
-        missing and such windows are dropped."""
+        """Raise LVMError for a window (T + 1, D) that does not fit. Only count one that begins in the article before,
+        or of which a chunk before the target is missing, if such windows are dropped."""
         article, t = s.ids[number], int(s.indices[number])
-        first = t - self._span(s)
+        first, target = t - self._span(s), int(self.table.find(article, t))
+        outside = target >= 0 and first < self.table.position[self.table.spans[article][0]]
+        if outside and self.table.cosine(x[-1], target, article) > SAME:
+            self._count(BORDER)  # the original's tools cut through all articles, one after the other
+            return
         rows = self.table.find(article, np.append(first + np.arange(s.length), t))
         cosine = np.where(rows < 0, -1, self.table.cosine(x, rows, article))
         if cosine.min() > SAME:
@@ -130,6 +140,10 @@ class Placing:
         for i, fit in self._fits(s, number, x):
             article = int(s.ids[number[i]])
             first = np.flatnonzero(fit > SAME)
+            if not len(first) and self._begins_before(s, article, x[i, -1]):
+                self._count(BORDER)
+                starts[i] = -1
+                continue
             if not len(first):
                 best = fit.max(initial=-1)
                 raise self._fault(s, number[i], f"is nowhere at horizon {self.horizon} (best cosine {best:.3f})")
@@ -144,16 +158,22 @@ class Placing:
             last[article] = starts[i] = later[0] if len(later) else first[0]
         return starts
 
+    def _begins_before(self, s: Sequences, article: int, target: np.ndarray) -> bool:
+        """Whether `target` (D,) is one of the article's first chunks, which no window inside it can have as target."""
+        begin, end = self.table.spans[article]
+        rows = np.arange(begin, min(begin + self._span(s), end))
+        return bool((self.table.cosine(target, rows, article) > SAME).any())
+
 
 def _best_horizon(cosines: dict[int, np.ndarray], where: str, advice: str) -> int:
     """The horizon at which the largest part of the targets is found, and with the best mean cosine.
 
-    Raises LVMError if there is none at which most are, or if several are equal.
+    Raises LVMError if there is none at which one in `FEW` is, or if several are equal.
     """
     fits = {}
     for horizon, cosine in cosines.items():
         same = cosine[cosine > SAME]
-        if len(same) > len(cosine) / 2:
+        if len(same) > len(cosine) / FEW:
             fits[horizon] = round(len(same) / len(cosine), 2), round(float(same.mean()), 6)
     best = [horizon for horizon, fit in fits.items() if fit == max(fits.values())]
     if len(best) != 1:
@@ -171,8 +191,10 @@ def _overlap(sequences: list[Sequences], drop_bad: bool, where: str) -> int:
     ids, t, vectors, steps = [], [], [], np.arange(sequences[0].length)
     for s in sequences:
         _, article, size = np.unique(s.ids, return_inverse=True, return_counts=True)
+        # Those that may begin in the article before come last.
+        early = s.indices <= s.length
         wanted = np.zeros(s.count, bool)
-        wanted[np.lexsort((s.indices, s.ids, -size[article]))[:SAMPLE]] = True
+        wanted[np.lexsort((s.indices, s.ids, -size[article], early))[:SAMPLE]] = True
         for number, x in s.blocks(drop_bad, []):
             chosen = number[wanted[number]]
             ids, t, vectors = [*ids, s.ids[chosen]], [*t, s.indices[chosen]], [*vectors, x[wanted[number]]]
@@ -194,23 +216,34 @@ def rebuild(sequences: list[Sequences], path: Path, drop_bad: bool, counts: dict
     """The chunks that the windows of sequence files hold, in the order of their target indices, and the horizon; their
     vectors are written to `path`. If two windows differ over a chunk, `Placing` refuses one of them."""
     where = ", ".join(dict.fromkeys(str(s.path) for s in sequences))
-    for s in sequences:
-        if s.indices is None:
-            raise LVMError(f"{s.path}: does not say where in its article a window is; add target_indices, or articles")
-    horizon = _overlap(sequences, drop_bad, where)
+    if all(s.known for s in sequences):
+        for s in sequences:
+            if s.indices is None:
+                raise LVMError(
+                    f"{s.path}: does not say where in its article a window is; add target_indices, or articles"
+                )
+        horizon = _overlap(sequences, drop_bad, where)
+    else:
+        horizon = 1  # nothing is known between context and target, so the one follows the other
+        for s in sequences:
+            s.stand_alone()
+            counts[f"windows in {s.split} without an article, each taken as one of its own: no retrieval"] = s.count
     span, dim = sequences[0].length - 1 + horizon, sequences[0].dim
     steps = np.append(np.arange(sequences[0].length), span) - span
-    for s in sequences:
-        if s.indices.min() < span:
-            small = s.indices.min()
-            raise LVMError(f"{s.path}: target index {small} is too small at horizon {horizon}; add the article file")
-    keys = [np.unique(chunk_key(s.ids[:, None], s.indices[:, None] + steps)) for s in sequences]
+    inside = [s.indices >= span for s in sequences]  # the others begin in the article before
+    if not all(own.any() for own in inside):
+        raise LVMError(f"{where}: no target has an index of {span} or more (horizon {horizon}); add the article file")
+    keys = [
+        np.unique(chunk_key(s.ids[own][:, None], s.indices[own][:, None] + steps))
+        for s, own in zip(sequences, inside, strict=True)
+    ]
     keys = np.unique(np.concatenate(keys))
     vectors = allocate(path, (len(keys), dim), stored_type([s.contexts for s in sequences]), where)
     missing = np.ones(len(keys), bool)
-    for s in sequences:
+    for s, own in zip(sequences, inside, strict=True):
         norms = []
         for number, x in s.blocks(drop_bad, norms):
+            number, x = number[own[number]], x[own[number]]
             rows = np.searchsorted(keys, chunk_key(s.ids[number][:, None], s.indices[number][:, None] + steps))
             vectors[rows], missing[rows] = x, False
         note_norms(counts, f"vectors in windows of {s.split} normalised", norms)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from ..errors import LVMError
 from ..windows import article_spans
@@ -19,13 +20,29 @@ from . import npz as npz_format
 from .checks import NORM_TOLERANCE
 from .npz import BIGGEST, Member, Npz, check_room, whole_number
 
-CONTEXTS = ("context_sequences", "contexts")  # with or without the prefix train_, val_ or ood_; so are the following
-TARGETS = ("target_vectors", "targets")
-ARTICLE_ARRAYS = ("vectors", "article_indices", "chunk_indices")
+# Spellings that the original's code reads (handbook §1, §5.10), with or without the prefix train_, val_ or ood_.
+CONTEXTS = ("context_sequences", "contexts", "context", "X", "C", "sequences")
+TARGETS = ("target_vectors", "targets", "target", "y", "Y", "t")
+INDICES = ("target_indices", "target_idx")
+METADATA = (("article_index", "article_id"), ("target_chunk_index", "target_idx"))  # keys of a window's dict
+FIRST = {"train": 0, "val": 1 << 29, "ood": 1 << 30}  # article numbers of windows that come without
+# Of article files: vectors, article, position.
+ARTICLE_ARRAYS = (("vectors", "embeddings", "X"), ("article_indices", "article_ids"), ("chunk_indices", "seq_idx"))
 
 
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-15)
+
+
+def find(npz: Npz, spellings: Sequence[str], prefixes: Sequence[str] = ("",)) -> str | None:
+    """The name of an array in a file, by its first prefix that has one. Raises LVMError for two of one meaning."""
+    for prefix in prefixes:
+        names = [prefix + s for s in spellings if prefix + s in npz]
+        if len(names) > 1:
+            raise LVMError(f"{npz.path}: holds both {' and '.join(names)}, which mean the same; leave one out")
+        if names:
+            return names[0]
+    return None
 
 
 def _require(npz: Npz, needed: Mapping[str, object], advice: str) -> None:
@@ -134,11 +151,19 @@ def read_articles(npz: Npz, path: Path, drop_bad: bool, counts: dict) -> Table:
     """The chunks of an article file, their vectors written to `path`.
 
     The order of the file is kept where articles are in one run of rows and positions rise; else rows are sorted.
-    Raises LVMError for a missing array or a chunk given twice.
+    Without positions, an article's chunks are in the order of its rows. Raises LVMError for a missing array or a chunk
+    given twice.
     """
-    _require(npz, {name: name in npz for name in ARTICLE_ARRAYS}, "give a sequence file as train, val or ood")
-    member = _vectors(npz, "vectors", 2, "(chunks, dimension)")
-    article, position = (npz.numbers(name, member.shape[0]) for name in ARTICLE_ARRAYS[1:])
+    vectors_name, article_name, position_name = (find(npz, spellings) for spellings in ARTICLE_ARRAYS)
+    needed = {"vectors": vectors_name, "article_indices": article_name}
+    _require(npz, needed, "give a sequence file as train, val or ood")
+    member = _vectors(npz, vectors_name, 2, "(chunks, dimension)")
+    article = npz.numbers(article_name, member.shape[0])
+    if position_name:
+        position = npz.numbers(position_name, member.shape[0])
+    else:
+        position = pd.Series(article).groupby(article).cumcount().to_numpy(np.int32)
+        counts["chunks without a position, taken in the order of their rows"] = len(position)
     order = np.arange(len(article))
     begins = article_spans(article)[0]
     rising = ((np.diff(position) > 0) | (np.diff(article) != 0)).all()
@@ -172,10 +197,12 @@ class Sequences:
 
     def __init__(self, npz: Npz, split: str):
         self.npz, self.split, self.path = npz, split, npz.path
-        contexts, targets = self._find(*CONTEXTS), self._find(*TARGETS)
-        ids, indices, metadata = (self._find(name) for name in ("article_ids", "target_indices", "metadata"))
-        needed = {"contexts": contexts, "targets": targets, "article_ids or metadata": ids or metadata}
-        _require(npz, needed, "give an article file as articles")
+        prefixes = (f"{split}_", "", "train_")
+        contexts, targets, ids, indices, metadata, keys = (
+            find(npz, names, prefixes)
+            for names in (CONTEXTS, TARGETS, ("article_ids",), INDICES, ("metadata",), ("truth_keys",))
+        )
+        _require(npz, {"contexts": contexts, "targets": targets}, "give an article file as articles")
         self.contexts = _vectors(npz, contexts, 3, "(windows, context length, dimension)")
         self.count, self.length, self.dim = self.contexts.shape
         shape = f"({self.count}, {self.dim}), a vector of the same dimension for each context"
@@ -184,6 +211,12 @@ class Sequences:
             raise self.targets.needs(shape)
         metadata = metadata if ids is None or indices is None else None
         listed = self._metadata(npz.member(metadata)) if metadata else (None, None)
+        if keys and not metadata and (ids is None or indices is None):  # (N, 2): article and position of each target
+            listed = npz.numbers(keys, self.count, 2).T
+        self.known = bool(ids or metadata or keys)  # else every window counts as an article of its own
+        if not self.known:
+            self.stand_alone()
+            return
         self.ids = listed[0] if ids is None else npz.numbers(ids, self.count)
         self.indices = listed[1] if indices is None else npz.numbers(indices, self.count)
         if metadata and not np.array_equal(self.ids, listed[0]):
@@ -191,24 +224,19 @@ class Sequences:
             articles = f"{self.ids[row]} by {ids}, {listed[0][row]} by {metadata}"
             raise LVMError(f"{npz.path}: window {row} is of article {articles}; leave the wrong one out")
 
-    def _find(self, *spellings: str) -> str | None:
-        """The name of an array in this file."""
-        for prefix in (f"{self.split}_", "", "train_"):
-            names = [prefix + s for s in spellings if prefix + s in self.npz]
-            if len(names) > 1:
-                raise LVMError(f"{self.path}: holds both {' and '.join(names)}, which mean the same; leave one out")
-            if names:
-                return names[0]
-        return None
+    def stand_alone(self) -> None:
+        """Make each window an article of its own, its target right after its context."""
+        self.ids = FIRST[self.split] + np.arange(self.count, dtype=np.int32)
+        self.indices = np.full(self.count, self.length, np.int32)
 
     def _metadata(self, member: Member) -> tuple[np.ndarray, np.ndarray | None]:
         """Article numbers (N,), and target indices (N,) unless no window has one."""
         if member.dtype.kind != "O" or member.shape != (self.count,):
             raise member.needs(f"({self.count},) dicts with article_index and target_chunk_index")
         items = self.npz.objects(member)
-        keys = ["article_index", "target_chunk_index"]
-        if not any("target_chunk_index" in item for item in items if isinstance(item, dict)):
-            keys.pop()
+        dicts = [item for item in items if isinstance(item, dict)]
+        found = [next((k for k in names if any(k in item for item in dicts)), None) for names in METADATA]
+        keys = [found[0] or METADATA[0][0], *found[1:]][: 1 + bool(found[1])]
         columns = np.empty((2, self.count), np.int32)
         for row, item in enumerate(items):
             where = f"{member.where}, window {row}"

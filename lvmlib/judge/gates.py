@@ -78,6 +78,7 @@ QUESTIONS = (
 def answers(report, split: str, predictor: str) -> pd.DataFrame:
     """`Report.judgements`: a row for each of QUESTIONS, and one for the margin from leaving the context."""
     rows, missing = [], dict.fromkeys(("value", "low", "high", "articles"), float("nan"))
+    alone = without_rivals(report, split, predictor)
     for q in QUESTIONS:
         other = ""
         if q.against:  # gates A, B and D: the difference to the best other predictor, as for gate B's novel MRR
@@ -90,11 +91,17 @@ def answers(report, split: str, predictor: str) -> pd.DataFrame:
             interval = both.iloc[0] if len(both) else missing
         else:
             interval = report.row(q.measure, split, predictor)
+        interval = missing if alone and "novel MRR" in q.measure else interval
         row = {"gate": q.gate, "question": q.text.format(other=other), **{k: interval[k] for k in missing}}
         rows.append(row | {"wanted": q.wanted, "outcome": q.outcome(interval["low"], interval["high"])})
     articles = report.row("cosine at the target", split, predictor)["articles"]
     honesty = _honesty(report.facts[split, predictor], report.escapes(split, predictor))
     return pd.DataFrame([*rows, honesty | {"articles": articles}])
+
+
+def without_rivals(report, split: str, predictor: str = "model") -> bool:
+    """Whether every target is the only chunk of its article outside the context, so that there is nothing to rank."""
+    return report.row("novel MRR", split, predictor)["chance"] == 1.0
 
 
 def _honesty(facts: Mapping, escapes: bool) -> dict:

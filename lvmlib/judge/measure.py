@@ -333,11 +333,16 @@ def _batch_size(model: Predictor) -> int:
 
 
 def _finite_heads(model: Predictor, context: Tensor, windows: Windows, index) -> tuple[Tensor, Tensor, Tensor]:
-    """The raw, unit and ranking predictions. Raises LVMError where they are not finite."""
+    """The raw, unit and ranking predictions. Raises LVMError where they are not finite, or without direction."""
     raw, unit, ranker = model.heads(context)
     if not bool(unit.isfinite().all() and ranker.isfinite().all()):
         raise LVMError(
             f"the model predicts NaN or infinite values on split {windows.split} (from window {index[0]} on); "
             "look at its weights and at the context vectors"
+        )
+    if not bool(unit.any(-1).all() and ranker.any(-1).all()):
+        raise LVMError(
+            f"the model predicts the zero vector on split {windows.split} (from window {index[0]} on), which has no "
+            "direction to compare; look at its weights"
         )
     return raw, unit, ranker

@@ -17,7 +17,7 @@ from ..evaluate import COLLAPSED
 from ..statistics import few
 from .arrow import Arrow
 from .fivecat import Report
-from .gates import UNTRAINED
+from .gates import UNTRAINED, without_rivals
 from .table import row_text, side
 
 # What the original called healthy and successful.
@@ -221,6 +221,7 @@ LABELS = {
     "margin of its point comes from leaving the context",
     "below arithmetic": "a baseline without training ranks better",
     "not told apart": "there is no significant difference to the baselines",
+    "not measured": "no target has another chunk of its article to be ranked among",
 }
 
 
@@ -231,9 +232,11 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
     split, also among possible targets alone (a model may only know openings). *knowledge, and escape*: so, but `health`
     finds escape on a split. Else *collapsed*: the predictions' variance is below a tenth of the targets' on every
     split. Else *escape*: `Report.escapes` on a split, and above the baselines on none. Else *below arithmetic* where
-    the interval is below 0 on a split, otherwise *not told apart*.
+    the interval is below 0 on a split, otherwise *not told apart*. *not measured*: there is nothing to rank.
     """
     splits = [s for s in report.splits if s != "train"] or report.splits
+    if all(without_rivals(report, split) for split in splits):
+        return Reading("not measured", f"Not measured: {LABELS['not measured']}.", [_cosine(report, s) for s in splits])
     facts = {split: report.facts[split, "model"] for split in splits}
     outcomes, sentences = set(), []
     for split in splits:
@@ -251,6 +254,12 @@ def reading(report: Report, arrow: Arrow | None = None) -> Reading:
     if arrow is not None:
         sentences.append(_arrow(arrow))
     return Reading(label, f"{label.capitalize()}: {LABELS[label]}.", sentences)
+
+
+def _cosine(report: Report, split: str) -> str:
+    best = report.best_trivial("cosine", split)
+    row, against = report.row("cosine at the target", split), report.paired("cosine", split, "model", best)
+    return f"On {split} the cosine with the target is {row_text(row, form='.3f')}, {row_text(against)} against {best}."
 
 
 def _ranks(report: Report, split: str) -> tuple[str, str]:
@@ -313,8 +322,12 @@ MEASURES = {
     "val cos": "cosine, all windows",
     "margin": "margin",
     "margin, last": "margin against the last",
+    "R@5 in article": "R@5",
+    "rollout, late": "mean cosine read late",
     "novel MRR": "novel MRR",
 }
+# Of these the original's own full 5CAT, too; `margin, last`, `R@5 of six` and `val cos` are of its mini-5CAT.
+FULL = {"margin, late": "margin_late", "R@5 in article": "recall_at_5", "rollout, late": "rollout_late"}
 
 
 def comparison(version: Version, report: Report) -> pd.DataFrame:
@@ -323,8 +336,9 @@ def comparison(version: Version, report: Report) -> pd.DataFrame:
     for name in report.table["predictor"].unique():
         run = f"{version.name}, this run" if name == "model" else f"{name}, untrained"
         rows.append({"run": run, **{k: report.value(m, predictor=name) for k, m in MEASURES.items()}, "note": ""})
-    for i, name in enumerate(("p6", "v1", "v21"), start=1):
+    for i, name in enumerate(("p6", "v1", "v21", "v22", "v23_confident"), start=1):
         p = load_version(name).published
-        published = {"margin, late": p.margin, "R@5 of six": p.recall_at_5, "val cos": p.val_cos, "note": p.note}
-        rows.insert(i, {"run": f"{name}, original", **published})
+        published = {"margin, last": p.margin, "R@5 of six": p.recall_at_5, "val cos": p.val_cos, "note": p.note}
+        full = {measure: p.full[key][0] for measure, key in FULL.items()} if p.full else {}  # on validation
+        rows.insert(i, {"run": f"{name}, original", **published, **full})
     return pd.DataFrame(rows).astype(dict.fromkeys(MEASURES, float))

@@ -199,7 +199,7 @@ ARTICLE_CASES = {
     "an .npy under the name .npz": (npy("<f4", (1, 4), bytes(16)), "np.savez"),
     "a text under the name .npz": (b"vectors: none\n" * 50, "not a readable"),
     "an executable under the name .npz": (b"\x7fELF" + bytes(range(256)) * 9, "not a readable"),
-    "no vectors": (archive({"article_indices": [0]}), "missing: vectors, chunk_indices"),
+    "no vectors": (archive({"article_indices": [0]}), "missing: vectors "),
     "a sequence file as articles": (archive({"contexts": np.ones((2, 5, 4))}), "sequence file"),
     "integer vectors": (archive(base(vectors=np.ones((COUNT, 4), np.int8))), "int8"),
     "complex vectors": (archive(base(vectors=np.ones((COUNT, 4), np.complex64))), "complex64"),

@@ -32,7 +32,7 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvmlib import models
-from lvmlib.baselines import Linear
+from lvmlib.baselines import Linear, Weighted
 from lvmlib.data.open import dataset
 from lvmlib.errors import LVMError
 from lvmlib.evaluate import validate
@@ -351,3 +351,9 @@ def test_draws_are_uniform():
         assert set(counts.index) == others and stats.chisquare(counts).pvalue > 1e-3
         first = pd.Series([r[i, 0] for _, r in drawn]).value_counts().reindex(list(others), fill_value=0)
         assert stats.chisquare(first).pvalue > 1e-3  # the first of them stands in for the last context vector
+
+
+def test_a_model_of_zeros_is_refused():
+    data = small_windows("val", 2)
+    with pytest.raises(LVMError, match="zero vector"):
+        measure(Weighted(data.store.dim, torch.zeros(5)), data)
